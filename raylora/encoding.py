@@ -1,0 +1,166 @@
+"""Examples as token ids: chat template, labels, and minibatches by token budget.
+
+Every minibatch is padded on the left. What is supervised or scored then stands at the end of each row, and
+``logits_to_keep`` spares the output head on everything before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from raylora.records import Example, Message, UserError
+
+IGNORE_INDEX = -100
+T = TypeVar("T")
+TrainOn = Literal["answer", "all"]
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of one example and, for each token, whether it is of the question or of the answer.
+
+    Tokens of the chat template itself and of earlier turns are neither.
+    """
+
+    input_ids: list[int]
+    is_question: list[bool]
+    is_answer: list[bool]
+    """The answer and the mark that ends the turn."""
+    is_answer_text: list[bool] = field(repr=False)
+    """The answer alone."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Tensors of shape (B, T), padded on the left; ``labels`` is -100 wherever the loss must not look."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """The conversation as text, by the tokenizer's own chat template, or a plain one where it has none.
+
+    The plain form (``User: ...``, ``Assistant: ...``, one line break between turns) serves base models.
+
+    Raises:
+        UserError: the template does not accept these roles.
+    """
+    dicts = [{"role": m.role, "content": m.content} for m in messages]
+    if not tokenizer.chat_template:
+        text = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
+        return text + ("Assistant: " if add_generation_prompt else "")
+    try:
+        return str(tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # a template may raise anything; most often it knows no system turn
+        if dicts and dicts[0]["role"] == "system" and len(dicts) > 1:
+            merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
+            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt)
+        raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+
+
+def encode_example(tokenizer: Any, example: Example, max_length: int) -> EncodedExample:
+    """Tokenise one example whole and mark its tokens by the characters they stand for.
+
+    Longer than ``max_length`` tokens: the front is cut, as the answer and the question nearest to it matter most; an
+    answer that is longer by itself loses its end.
+    """
+    prompt = render_chat(tokenizer, example.messages, add_generation_prompt=True)
+    whole = render_chat(tokenizer, [*example.messages, Message("assistant", example.answer)], False)
+    if not tokenizer.chat_template:
+        whole = prompt + example.answer + (tokenizer.eos_token or "")
+    # Templates often strip what they are given: the answer is looked for as it stands in the text.
+    answer = example.answer if example.answer in whole[len(prompt) - 1 :] else example.answer.strip()
+    answer_start = whole.find(answer, len(prompt)) if whole.startswith(prompt) else whole.rfind(answer)
+    if answer_start < 0:
+        answer_start = len(prompt)
+    answer_end = answer_start + len(answer)
+    whole = whole[:answer_end] + whole[answer_end:].rstrip()  # the line break behind the end mark teaches nothing
+    last_user = example.messages[-1].content.strip()
+    question_start = whole.rfind(last_user, 0, answer_start) if last_user else -1
+    question_end = question_start + len(last_user)
+
+    encoded = tokenizer(
+        whole, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, truncation=False
+    )
+    input_ids: list[int] = list(encoded["input_ids"])
+    is_question, is_answer, is_text = [], [], []
+    for start, end in encoded["offset_mapping"]:
+        # A token that begins in the answer is the answer's. An empty token (a special one put in front) is nobody's.
+        is_answer.append(start >= answer_start and end > start)
+        is_text.append(start < answer_end and end > max(start, answer_start))
+        is_question.append(question_start >= 0 and start < question_end and end > max(question_start, start))
+    keep = _window(is_answer, max_length)
+    return EncodedExample(input_ids[keep], is_question[keep], is_answer[keep], is_text[keep])
+
+
+def _window(is_answer: list[bool], max_length: int) -> slice:
+    """The ``max_length`` tokens to keep: the last ones, unless that would leave no prompt before the answer."""
+    if len(is_answer) <= max_length:
+        return slice(0, len(is_answer))
+    first_answer = is_answer.index(True) if True in is_answer else len(is_answer)
+    start = min(len(is_answer) - max_length, max(first_answer - max_length // 4, 0))
+    return slice(start, start + max_length)
+
+
+def labels_of(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
+    """Token ids where the loss looks, -100 elsewhere: the answers, or everything. Nothing predicts a first token."""
+    supervised = [train_on == "all" or of_answer for of_answer in encoded.is_answer]
+    labels = [t if wanted else IGNORE_INDEX for t, wanted in zip(encoded.input_ids, supervised, strict=True)]
+    return [IGNORE_INDEX, *labels[1:]]
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]],
+    pad_token_id: int,
+    device: torch.device | str,
+    labels: Sequence[Sequence[int]] | None = None,
+) -> Minibatch:
+    """Rows of token ids as one minibatch. Position ids count from each row's first real token."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    targets = torch.full_like(ids, IGNORE_INDEX) if labels is not None else None
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[i, width - len(row) :] = 1
+        if targets is not None and labels is not None:
+            targets[i, width - len(row) :] = torch.tensor(labels[i], dtype=torch.long)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return Minibatch(
+        ids.to(device), mask.to(device), positions.to(device), targets.to(device) if targets is not None else None
+    )
+
+
+def batches_by_budget(
+    items: Iterable[T], length: Callable[[T], int], token_budget: int, max_items: int | None = None
+) -> Iterator[list[T]]:
+    """Minibatches of at most ``token_budget`` padded tokens, longest first, so that memory runs out at once or never.
+
+    A single item longer than the budget goes alone.
+    """
+    batch: list[T] = []
+    for item in sorted(items, key=length, reverse=True):
+        width = length(batch[0]) if batch else length(item)
+        if batch and (width * (len(batch) + 1) > token_budget or (max_items and len(batch) >= max_items)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch

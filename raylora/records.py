@@ -1,0 +1,157 @@
+"""The records that cross module borders. They are frozen, hold plain values, and travel between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+SCHEMA_VERSION = 1
+"""Raised when a stored product of an older raylora must not be reused: it is part of every experiment's identity."""
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)`` while an experiment runs."""
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its text is one line that names the file, the place and the mend."""
+
+
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """A ``Progress`` for callers who watch nothing."""
+
+
+def digest(value: Any, length: int = 64) -> str:
+    """SHA-256, in hex, of a JSON value with sorted keys: the same in every process and on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training pair: what the model is told, and the answer it should give.
+
+    A conversation with several assistant turns makes one Example for each of them.
+    """
+
+    messages: tuple[Message, ...]
+    """The conversation up to the answer; the last one is the user's."""
+    answer: str
+    question: str
+    """What is asked, without its context: the user's last words where there is no context."""
+    context: str = ""
+    """The passage the answer should rest on; empty where there is none. It stands in ``messages`` too."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity by content, so that order and place in the file do not matter."""
+        return digest([[(m.role, m.content) for m in self.messages], self.answer])
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that was left out: ``place`` says where it stands (``record 7``, ``line 12``), ``reason`` why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a dataset file holds, in the file's order."""
+
+    path: str
+    examples: tuple[Example, ...]
+    num_items: int
+    """Records in the file, good and bad."""
+    total_chars: int
+    """Characters over all string fields of all records."""
+    bad_records: tuple[BadRecord, ...] = ()
+    num_bad_records: int = 0
+    num_lost_records: int = 0
+    """Records lost by ``--salvage`` behind the place where the file breaks off; -1 where that can't be known."""
+
+    @cached_property
+    def seed(self) -> int:
+        """A 63-bit seed from the content, whatever the order of the records."""
+        return int(digest(sorted(example.digest for example in self.examples), 15), 16)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question of MMLU. ``answer`` is 0 to 3."""
+
+    subject: str
+    question: str
+    choices: tuple[str, str, str, str]
+    answer: int
+    question_id: str
+    """``{subject}/{number within the subject in the file}``."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one evaluation of one model on a set of questions.
+
+    ``questions`` has a row for each question: ``subject, question_id, question, answer, prediction`` (letters, prediction
+    empty where unparsed), ``logprob_a`` to ``logprob_d`` (natural logarithms; NaN for ``generate``), ``correct`` (bool).
+    """
+
+    questions: pd.DataFrame
+    info: dict[str, Any] = field(default_factory=dict)
+    """How it was scored: method, prompt style, shots, seconds, token budget, num_truncated, num_unparsed."""
+
+    @property
+    def total_questions(self) -> int:
+        return len(self.questions)
+
+    @property
+    def correct_questions(self) -> int:
+        return int(self.questions["correct"].sum())
+
+    @property
+    def overall_accuracy(self) -> float:
+        """Share of right answers, 0 to 1: weighted by size, not by subject."""
+        return self.correct_questions / max(self.total_questions, 1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One dataset file trained with one set of hyperparameters."""
+
+    experiment_id: str
+    """A folder name that is safe on every file system and unique within the run."""
+    dataset: str
+    """The dataset's name: its file name without the ending."""
+    path: str
+    settings: dict[str, Any]
+    """The hyperparameters of this experiment (the configuration with the grid's values put in)."""
+    identity: str
+    """Hash of everything that moves the result: data, model, settings, questions and schema version."""
+    num_bytes: int
+    error: str = ""
+    """Why it cannot run, where that is known before anything starts. It still gets its row."""
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """The row of one experiment: ``values`` by column name. Columns a run did not measure are null."""
+
+    values: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return self.values.get("status") == "ok"

@@ -1,0 +1,302 @@
+"""The training loop of a LoRA adapter. The probe of the dynamic features runs the same loop with an observer.
+
+A step's loss is the sum of its token losses over the number of its supervised tokens, whatever the minibatches it is cut
+into: halving them when memory runs out changes no result but float noise and dropout's draw.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from raylora.config import Method
+from raylora.encoding import IGNORE_INDEX, EncodedExample, Minibatch, labels_of, pad_left
+from raylora.model import LoadedModel, is_out_of_memory, peak_memory_bytes
+from raylora.records import Progress, UserError, ignore_progress
+
+
+class TrainingDivergedError(UserError):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. ``grad_norm`` is the global L2 norm before clipping."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_supervised: int
+
+
+class Observer(Protocol):
+    """Looks on while the loop runs; the probe measures its features this way."""
+
+    def after_step(self, step: Step) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainingMetrics:
+    """Seconds, counts and rates of a training; losses are natural-log cross entropies per supervised token."""
+
+    train_initial_loss: float
+    train_final_loss: float
+    train_loss: float
+    train_seconds: float
+    num_train_examples: int
+    num_train_steps: int
+    num_train_tokens: int
+    num_supervised_tokens: int
+    train_samples_per_second: float
+    train_steps_per_second: float
+    train_tokens_per_second: float
+    peak_memory_bytes: int
+    micro_batch_size: int
+    num_oom_backoffs: int
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    metrics: TrainingMetrics
+    steps: list[Step]
+
+    def loss_curve(self) -> list[dict[str, Any]]:
+        return [asdict(step) for step in self.steps]
+
+
+def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
+    """Share of the peak learning rate at ``step`` (from 0), as transformers' schedules have it."""
+    num_warmup = math.ceil(num_steps * method.warmup_ratio)
+    if step < num_warmup:
+        return step / max(1, num_warmup)
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    if method.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if method.lr_scheduler == "linear" else 1.0
+
+
+def token_losses(model: Any, batch: Minibatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of each label of a left-padded minibatch: losses (B, K) in float32, and labels (B, K).
+
+    K spans the positions from the first label of any row to the end; the output head runs on those alone.
+    """
+    assert batch.labels is not None
+    supervised = (batch.labels != IGNORE_INDEX).any(0).nonzero()
+    width = batch.labels.shape[1]
+    span = min(width - 1, width - int(supervised[0])) if len(supervised) else 1
+    logits = model(**batch.model_inputs(), logits_to_keep=span + 1, use_cache=False).logits[:, :-1]
+    labels = batch.labels[:, -span:]
+    losses = F.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.view_as(labels), labels
+
+
+def mean_loss(loaded: LoadedModel, examples: Sequence[EncodedExample], train_on: str, batch_size: int = 4) -> float:
+    """Mean loss per supervised token over examples, without gradients and without dropout."""
+    total, count = 0.0, 0
+    pad = loaded.tokenizer.pad_token_id
+    ordered = sorted(examples, key=len)
+    with torch.inference_mode(), loaded.autocast():
+        for i in range(0, len(ordered), batch_size):
+            part = ordered[i : i + batch_size]
+            labels = [labels_of(e, train_on) for e in part]  # type: ignore[arg-type]
+            losses, targets = token_losses(
+                loaded.model, pad_left([e.input_ids for e in part], pad, loaded.device, labels)
+            )
+            total += float(losses.double().sum())
+            count += int((targets != IGNORE_INDEX).sum())
+    return total / count if count else math.nan
+
+
+def _steps_of_examples(num_examples: int, method: Method, num_steps: int, seed: int) -> Iterator[list[int]]:
+    """Indices of each step's examples: every epoch a new seeded order, its last step as short as it falls."""
+    per_step = method.batch_size * method.gradient_accumulation
+    done, epoch = 0, 0
+    while done < num_steps:
+        order = list(range(num_examples))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, num_examples, per_step):
+            if done == num_steps:
+                return
+            yield order[start : start + per_step]
+            done += 1
+        epoch += 1
+
+
+def count_steps(num_examples: int, method: Method) -> int:
+    """Optimizer steps of a whole training."""
+    per_epoch = math.ceil(num_examples / (method.batch_size * method.gradient_accumulation))
+    return max(1, math.ceil(per_epoch * method.num_epochs))
+
+
+def train_adapter(
+    loaded: LoadedModel,
+    parameters: Sequence[torch.nn.Parameter],
+    examples: Sequence[EncodedExample],
+    method: Method,
+    seed: int,
+    num_steps: int | None = None,
+    observer: Observer | None = None,
+    progress: Progress = ignore_progress,
+) -> TrainingResult:
+    """Train the attached adapter's ``parameters`` in place.
+
+    Args:
+        examples: in an order that does not depend on the file's, so that the seed alone decides.
+        num_steps: optimizer steps; by default those of ``method.num_epochs``.
+
+    Raises:
+        UserError: there is no supervised token.
+        TrainingDivergedError: the loss became infinite or NaN.
+        torch.OutOfMemoryError: a single example does not fit.
+    """
+    labels = [labels_of(e, method.train_on) for e in examples]
+    usable = [i for i, row in enumerate(labels) if any(t != IGNORE_INDEX for t in row)]
+    if not usable:
+        raise UserError("no supervised token: every answer is empty, or cut away by --max-length")
+    num_steps = num_steps if num_steps is not None else count_steps(len(usable), method)
+    optimizer = _make_optimizer(parameters, method, loaded.device)
+    micro = _MicroBatches(loaded, examples, labels, parameters, min(method.batch_size, len(usable)))
+    if loaded.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(loaded.device)
+    steps: list[Step] = []
+    started = time.perf_counter()
+    loaded.model.train()
+    try:
+        with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+            for k, indices in enumerate(_steps_of_examples(len(usable), method, num_steps, seed)):
+                rate = method.learning_rate * learning_rate_factor(k, num_steps, method)
+                # Dropout is seeded a step at a time: a step that is repeated after running out of memory is the same.
+                loss, num_tokens, num_supervised = micro.backward([usable[i] for i in indices], (seed + k) % 2**63)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, method.max_grad_norm))
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise TrainingDivergedError(f"the loss became {loss} at step {k + 1}: lower --learning-rate")
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                steps.append(Step(k + 1, loss, norm, rate, num_tokens, num_supervised))
+                if observer:
+                    observer.after_step(steps[-1])
+                optimizer.zero_grad(set_to_none=True)
+                progress("train", k + 1, num_steps)
+    finally:
+        loaded.model.eval()
+        micro.restore()
+    seconds = time.perf_counter() - started
+    return TrainingResult(_summarize(steps, micro, seconds, loaded.device), steps)
+
+
+def _make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], method: Method, device: torch.device
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
+        lr=method.learning_rate,
+        betas=(method.adam_beta1, method.adam_beta2),
+        weight_decay=method.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
+class _MicroBatches:
+    """Gradients of one step, in minibatches that shrink when memory runs out."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        examples: Sequence[EncodedExample],
+        labels: list[list[int]],
+        parameters: Sequence[torch.nn.Parameter],
+        batch_size: int,
+    ) -> None:
+        self.loaded, self.examples, self.labels, self.parameters = loaded, examples, labels, parameters
+        self.batch_size = batch_size
+        self.num_backoffs = 0
+        self.num_examples = 0
+        self._checkpointing = False
+
+    def backward(self, indices: list[int], dropout_seed: int) -> tuple[float, int, int]:
+        """Loss, tokens and supervised tokens of a step; its gradients are in the parameters afterwards."""
+        while True:
+            try:
+                torch.manual_seed(dropout_seed)
+                result = self._backward_once(indices)
+                self.num_examples += len(indices)
+                return result
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._back_off():
+                    raise
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def _backward_once(self, indices: list[int]) -> tuple[float, int, int]:
+        num_supervised = sum(t != IGNORE_INDEX for i in indices for t in self.labels[i])
+        # Neighbours of like length share a minibatch, so that little is padding; a step's sum has no order.
+        ordered = sorted(indices, key=lambda i: (-len(self.examples[i]), i))
+        total = 0.0
+        for start in range(0, len(ordered), self.batch_size):
+            part = ordered[start : start + self.batch_size]
+            batch = pad_left(
+                [self.examples[i].input_ids for i in part],
+                self.loaded.tokenizer.pad_token_id,
+                self.loaded.device,
+                [self.labels[i] for i in part],
+            )
+            with self.loaded.autocast():
+                losses, _ = token_losses(self.loaded.model, batch)
+            loss = losses.sum() / num_supervised
+            loss.backward()
+            total += float(loss.detach())
+        return total, sum(len(self.examples[i]) for i in indices), num_supervised
+
+    def _back_off(self) -> bool:
+        """Use less memory next time: first checkpoint activations, then halve the minibatch. False: nothing is left."""
+        self.num_backoffs += 1
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self._checkpointing:
+            self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._checkpointing = True
+            return True
+        if self.batch_size == 1:
+            return False
+        self.batch_size //= 2
+        return True
+
+    def restore(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self._checkpointing:
+            self.loaded.model.gradient_checkpointing_disable()
+
+
+def _summarize(steps: list[Step], micro: _MicroBatches, seconds: float, device: torch.device) -> TrainingMetrics:
+    num_tokens = sum(s.num_tokens for s in steps)
+    return TrainingMetrics(
+        train_initial_loss=steps[0].loss,
+        train_final_loss=steps[-1].loss,
+        train_loss=sum(s.loss for s in steps) / len(steps),
+        train_seconds=seconds,
+        num_train_examples=micro.num_examples,
+        num_train_steps=len(steps),
+        num_train_tokens=num_tokens,
+        num_supervised_tokens=sum(s.num_supervised for s in steps),
+        train_samples_per_second=micro.num_examples / seconds,
+        train_steps_per_second=len(steps) / seconds,
+        train_tokens_per_second=num_tokens / seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+        micro_batch_size=micro.batch_size,
+        num_oom_backoffs=micro.num_backoffs,
+    )
+
+
