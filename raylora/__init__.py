@@ -1,0 +1,25 @@
+"""raylora: which of these datasets makes my model better, and could I have known before training?
+
+The names below are imported when they are first used, so that ``import raylora`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "FineTuner": "raylora.api",
+    "process_folder": "raylora.api",
+    "run_experiment": "raylora.api",
+    "load_results": "raylora.api",
+    "StaticFeatureExtractor": "raylora.features.static",
+    "UserError": "raylora.records",
+}
+__all__ = [*sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'raylora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

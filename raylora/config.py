@@ -1,7 +1,7 @@
 """The configuration: every option declared once, with its help.
 
-A YAML file, the environment (``RAYLORA_LEARNING_RATE=1e-4``, ``MODEL_NAME``), ``.env`` and the command line set the same
-options, in rising order of strength. Unknown names and bad values end in one line that names the option.
+A YAML file, the environment (``RAYLORA_LEARNING_RATE=1e-4``, ``MODEL_NAME``), ``.env`` and the command line set the
+same options, in rising order of strength. Unknown names and bad values end in one line that names the option.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class ModelOptions(BaseModel):
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("8bit", description="bitsandbytes: int8, nf4 or none")
     max_memory: dict[str, str] = Field(
-        default_factory=dict, description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}'
+        default_factory=dict,
+        description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}',
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -227,9 +228,8 @@ def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.ba
             cls, settings_cls: type[BaseSettings], *args: Any, **kwargs: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             stronger = super().settings_customise_sources(settings_cls, *args, **kwargs)
-            cli = CliSettingsSource(settings_cls, cli_parse_args=argv) if argv else None
-            weakest = _YamlValues(settings_cls, yaml_values)
-            return (*((cli,) if cli else ()), *stronger, weakest)
+            strongest = [CliSettingsSource[Any](settings_cls, cli_parse_args=argv)] if argv else []
+            return (*strongest, *stronger, _YamlValues(settings_cls, yaml_values))
 
     _Command.__doc__ = Config.__doc__
     try:

@@ -1,8 +1,8 @@
 """The base model: found, quantized, loaded once a process; adapters come and go. The only importer of bitsandbytes.
 
 The convention of every evaluation and training here: unquantized parameters keep the compute type (float32 on a CPU,
-bfloat16 on a GPU). ``prepare_model_for_kbit_training`` is not used, because it would cast them up and so move the base's
-own numbers.
+bfloat16 on a GPU). ``prepare_model_for_kbit_training`` is not used, because it would cast them up and so move the
+base's own numbers.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _modelscope_model(name: str) -> str:
         ) from None
     try:
         return str(snapshot_download(name))
-    except Exception as error:  # noqa: BLE001 - whatever the hub's client raises, the user needs its reason
+    except Exception as error:  # whatever the hub's client raises
         raise UserError(f"--model modelscope://{name}: {_one_line(error)}") from error
 
 
@@ -194,7 +194,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # noqa: BLE001 - a damaged file raises what the parser raises
+    except Exception as error:  # a damaged file raises what its parser raises
         raise UserError(f"--model {source}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"--model {source}: has no fast tokenizer (tokenizer.json)")

@@ -106,8 +106,9 @@ class Question:
 class Score:
     """The result of one evaluation of one model on a set of questions.
 
-    ``questions`` has a row for each question: ``subject, question_id, question, answer, prediction`` (letters, prediction
-    empty where unparsed), ``logprob_a`` to ``logprob_d`` (natural logarithms; NaN for ``generate``), ``correct`` (bool).
+    ``questions`` has a row for each question: ``subject, question_id, question, answer, prediction`` (letters,
+    prediction empty where unparsed), ``logprob_a`` to ``logprob_d`` (natural logarithms; NaN for ``generate``),
+    ``correct`` (bool).
     """
 
     questions: pd.DataFrame
@@ -141,7 +142,11 @@ class Experiment:
     """The hyperparameters of this experiment (the configuration with the grid's values put in)."""
     identity: str
     """Hash of everything that moves the result: data, model, settings, questions and schema version."""
-    num_bytes: int
+    keys: dict[str, str]
+    """Hash of everything that moves each stage's product, by stage: ``features``, ``train``, ``mmlu``, ``base``."""
+    data_hash: str = ""
+    num_examples: int = 0
+    num_chars: int = 0
     error: str = ""
     """Why it cannot run, where that is known before anything starts. It still gets its row."""
 

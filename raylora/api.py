@@ -1,0 +1,146 @@
+"""The names of the research code that users come from, over the same modules as the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from raylora import datasets
+from raylora.batch import run_plan
+from raylora.config import Config, Method, ModelOptions, load_config
+from raylora.encoding import encode_example
+from raylora.experiment import Workbench
+from raylora.experiment import run_experiment as run_planned_experiment
+from raylora.model import LoadedModel, load_model
+from raylora.plan import find_files, make_plan
+from raylora.records import Dataset, Example, UserError
+from raylora.store import legacy_result
+from raylora.train import train_adapter
+
+
+class FineTuner:
+    """Train one adapter, step by step.
+
+    >>> tuner = FineTuner(model="demo")
+    >>> dataset = tuner.prepare_context_dataset("train.json")
+    >>> model, tokenizer, lora = tuner.prepare_model()
+    >>> tuner.train(dataset, model, tokenizer, lora)["training_metrics"]
+
+    Args:
+        options: any option of the batch command, such as ``model``, ``quantization`` or ``num_epochs``.
+
+    Raises:
+        UserError: an option is unknown or its value does not fit.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.config: Config = load_config(**options)
+        self._loaded: LoadedModel | None = None
+
+    def prepare_context_dataset(self, path: str | Path) -> Dataset:
+        """Read a dataset file in any of the known formats.
+
+        Raises:
+            UserError: the file cannot be read, or holds no valid record.
+        """
+        return datasets.load_dataset(Path(path), self.config.salvage, self.config.max_records)
+
+    def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
+        """The quantized base model, its tokenizer, and the hyperparameters of the adapter.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        self._loaded = self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
+        return self._loaded.model, self._loaded.tokenizer, self.config.method().model_dump()
+
+    def train(
+        self,
+        dataset: Dataset | Sequence[Example],
+        model: Any,
+        tokenizer: Any,
+        lora_config_info: dict[str, Any],
+        output_dir: str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train a fresh adapter on ``model``; it is active in the model afterwards, and takes the last one's place.
+
+        Args:
+            lora_config_info: what ``prepare_model`` returned, changed or not.
+            output_dir: where the adapter is saved, in PEFT's format.
+
+        Returns:
+            ``training_metrics`` (seconds, losses, counts and rates), ``loss_curve`` (a dict a step), ``adapter_path``.
+        """
+        if self._loaded is None or self._loaded.model is not model:
+            self._loaded = LoadedModel(model, tokenizer, str(model.config.name_or_path), self.config.quantization)
+        loaded, method = self._loaded, Method(**lora_config_info)
+        if not isinstance(dataset, Dataset):
+            dataset = Dataset("", tuple(dataset), len(dataset), 0)
+        seed = (dataset.seed ^ self.config.seed) % 2**62
+        ordered = datasets.sample_examples(dataset.examples, 0, seed)
+        loaded.detach()
+        parameters = loaded.attach(method, seed)
+        encoded = [encode_example(tokenizer, example, method.max_length) for example in ordered]
+        result = train_adapter(loaded, parameters, encoded, method, seed)
+        if output_dir is not None:
+            loaded.save_adapter(Path(output_dir))
+        metrics = {**vars(result.metrics), "train_runtime": result.metrics.train_seconds}
+        return {
+            "training_metrics": metrics,
+            "loss_curve": result.loss_curve(),
+            "adapter_path": str(output_dir) if output_dir is not None else None,
+        }
+
+
+def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **options: Any) -> dict[str, Any]:
+    """One dataset, in this process, without a cluster.
+
+    Returns:
+        ``dataset``, ``status``, ``error``, ``training_info.training_metrics``, and ``results.finetuned_model`` and
+        ``results.base_model``, each with ``overall_accuracy``, ``total_questions`` and ``correct_questions``.
+
+    Raises:
+        UserError: it cannot be run.
+    """
+    path = Path(dataset_path)
+    config = load_config(**_given(max_samples=max_samples, **options))
+    plan = make_plan(config, [path], path.absolute().parent.name)
+    plan.store.open(config.fresh)
+    bench = Workbench(config, plan.store)
+    (experiment,) = plan.experiments
+    row = plan.done().get(experiment.experiment_id) or run_planned_experiment(bench, experiment)
+    if not row.ok:
+        raise UserError(row.values["error"])
+    return legacy_result(row)
+
+
+def process_folder(folder_name: str, max_samples: int | None = None, **options: Any) -> list[dict[str, Any]]:
+    """All datasets of a chunk, on every GPU, as the batch command does it; a result for each, failed ones too."""
+    config = load_config(**_given(chunk=folder_name, max_samples=max_samples, **options))
+    chunk, files = find_files(config)
+    rows = run_plan(make_plan(config, files, chunk), Console(highlight=False))
+    return [legacy_result(row) for row in rows]
+
+
+def load_results(folder: str | Path) -> pd.DataFrame:
+    """The table of a finished run's folder, such as ``results/chunk_001``.
+
+    Raises:
+        UserError: there is no table.
+    """
+    path = Path(folder) / "results.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: no such table; give the folder of a run, such as results/chunk_001")
+    return pd.read_parquet(path)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that were given: the others keep what the environment says."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+__all__ = ["FineTuner", "load_results", "process_folder", "run_experiment"]

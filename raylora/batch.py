@@ -1,0 +1,164 @@
+"""Train, evaluate and describe every dataset of a chunk.
+
+    python -m raylora.batch --chunk chunk_001
+
+Exit code 0: all rows are good; 1: some failed (they have rows too); 2: wrong use; 130: stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raylora import datasets
+from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
+from raylora.experiment import ROW_COLUMNS, error_row
+from raylora.plan import Plan, find_files, make_plan
+from raylora.records import Experiment, ResultRow, UserError
+from raylora.report import print_results
+from raylora.store import write_legacy_results
+from raylora.watch import Watch
+
+PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
+
+
+def run_plan(plan: Plan, console: Console) -> list[ResultRow]:
+    """Run what is not done yet; the rows of all experiments, in the plan's order.
+
+    The tables are written anew with every row that comes in, and once more at the end, however it comes.
+    """
+    rows = plan.done()
+    store, config = plan.store, plan.config
+    store.open(config.fresh)
+    for experiment in plan.experiments:
+        if experiment.error:
+            rows[experiment.experiment_id] = error_row(config, experiment, experiment.error)
+            store.write_row(experiment, rows[experiment.experiment_id])
+    pending = [e for e in plan.experiments if e.experiment_id not in rows]
+    store.write_manifest(_manifest(plan))
+    try:
+        if pending:
+            _run_pending(plan, pending, rows, console)
+    finally:
+        ordered = _in_order(plan, rows)
+        store.write_tables(ordered, ROW_COLUMNS)
+    write_legacy_results(store, plan.chunk, config.max_samples, ordered)
+    return ordered
+
+
+def _run_pending(plan: Plan, pending: Sequence[Experiment], rows: dict[str, ResultRow], console: Console) -> None:
+    from raylora import scheduler  # starting Ray's client takes seconds, which a mistake need not wait for
+
+    with scheduler.cluster(plan.config) as dashboard, Watch(len(plan.experiments), len(rows), console) as watch:
+        console.print(dashboard, markup=False, soft_wrap=True)
+        for row in scheduler.run_experiments(plan.config, plan.store, pending, watch.connect):
+            rows[row.values["experiment_id"]] = row
+            plan.store.write_tables(_in_order(plan, rows), ROW_COLUMNS)
+            watch.finished(row)
+
+
+def _in_order(plan: Plan, rows: dict[str, ResultRow]) -> list[ResultRow]:
+    names = sorted(plan.experiments, key=lambda e: (e.dataset, e.experiment_id))
+    return [rows[e.experiment_id] for e in names if e.experiment_id in rows]
+
+
+def _manifest(plan: Plan) -> dict[str, Any]:
+    """``run.json``: enough to know what was run, on what. No secret is in the configuration, and none is added."""
+    return {
+        "chunk": plan.chunk,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "configuration": plan.config.model_dump(mode="json"),
+        "hashes": plan.hashes,
+        "data_hashes": {e.dataset: e.data_hash for e in plan.experiments},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "machine": _machine(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """``--dry-run``: what would run, how large it is, and what is done already."""
+    done = plan.done()
+    table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
+    for name in ("dataset", "experiment", "examples", "characters", "done", "would run"):
+        table.add_column(name, overflow="fold")
+    for e in plan.experiments:
+        stages = plan.config.stages
+        finished = [s for s in stages if plan.store.read_stage(e, s, e.keys[s]) is not None]
+        if plan.config.fresh:
+            finished = []
+        todo = "" if e.experiment_id in done else ", ".join(s for s in stages if s not in finished)
+        state = "row" if e.experiment_id in done else ", ".join(finished)
+        table.add_row(
+            e.dataset, e.experiment_id, str(e.num_examples), str(e.num_chars), state, e.error or todo
+        )
+    console.print(table)
+
+
+def ask_for_chunk(config: Config, console: Console) -> Config:
+    """Where no chunk is named at a terminal: list those there are, and ask."""
+    if config.chunk is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return config
+    chunks = datasets.list_chunks(config.data_root)
+    if not chunks:
+        return config
+    for i, chunk in enumerate(chunks, 1):
+        console.print(f"{i:3d}  {chunk.name}", markup=False)
+    try:
+        answer = console.input("Chunk, by number or name: ").strip()
+    except EOFError:
+        answer = ""
+    if not answer:
+        raise UserError("--chunk: none was chosen")
+    return config.model_copy(update={"chunk": answer})
+
+
+def main(argv: list[str]) -> int:
+    console = Console(highlight=False)
+    config = ask_for_chunk(load_config(argv), console)
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    if config.dry_run:
+        print_plan(plan, console)
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running is stopped in order
+    try:
+        rows = run_plan(plan, console)
+    except KeyboardInterrupt:
+        console.print("Stopped. What is finished is kept: the same command goes on from here.", markup=False)
+        return 130
+    print_results(rows, plan.store, console)
+    if config.model == DEMO:
+        console.print("Next: python -m raylora.batch --chunk YOUR_CHUNK --model YOUR_MODEL (see --help)", markup=False)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    main_with_one_line_errors(main)

@@ -1,0 +1,283 @@
+"""The whole story of one dataset: features, training, MMLU, one row. Knows nothing of Ray.
+
+    python -m raylora.experiment FILE --model demo --mmlu demo
+
+Each stage's product is taken from the store where it is there already, and put there when it is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raylora import datasets, mmlu
+from raylora.config import Config, FeatureOptions, Method, ModelOptions, load_config, main_with_one_line_errors
+from raylora.encoding import EncodedExample, encode_example
+from raylora.features.columns import FEATURE_NAMES
+from raylora.features.pipeline import extract_features
+from raylora.model import LoadedModel, load_model
+from raylora.plan import load_question_set, make_plan, method_of
+from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, ignore_progress
+from raylora.store import Store, write_atomically
+from raylora.train import TrainingMetrics, train_adapter
+
+log = logging.getLogger("raylora.experiment")
+
+RESULT_COLUMNS = (
+    "dataset", "experiment_id", "status", "error", "overall_accuracy", "base_overall_accuracy", "accuracy_change",
+    "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", "total_questions", "correct_questions",
+    "base_correct_questions", "overall_stderr", "base_overall_stderr", "macro_accuracy", "base_macro_accuracy",
+    "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences", "accuracy_other", "num_unparsed",
+    "base_num_unparsed", "num_truncated",
+)  # fmt: skip
+BOOKKEEPING_COLUMNS = (
+    "model", "quantization", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size", "probe_steps",
+    "seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records", "token_budget",
+    "mmlu_oom_backoffs", "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds",
+    "num_attempts",
+)  # fmt: skip
+ROW_COLUMNS = [
+    *RESULT_COLUMNS,
+    *FEATURE_NAMES,
+    *Method.model_fields,
+    *TrainingMetrics.__dataclass_fields__,
+    *BOOKKEEPING_COLUMNS,
+]
+
+
+class Workbench:
+    """What all experiments of one process share: the base model and the encoded questions, each loaded once."""
+
+    def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
+        self.config = config
+        self.store = store
+        self._loaded = loaded
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
+
+    @cached_property
+    def questions(self) -> list[mmlu.EncodedQuestion]:
+        asked = load_question_set(self.config)
+        window = getattr(self.loaded.model.config, "max_position_embeddings", None) or 2048
+        return mmlu.encode_questions(
+            self.loaded.tokenizer, asked.questions, asked.shots, self.config.prompt_style, window
+        )
+
+    def score(self, progress: Progress) -> Score:
+        """Ask every question of the model as it is now, with the active adapter if there is one."""
+        return mmlu.evaluate(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            self.questions,
+            self.config.scoring,
+            self.config.token_budget,
+            progress=progress,
+        )
+
+    def base_score(self, key: str, wait: bool, progress: Progress = ignore_progress) -> Score | None:
+        """The base's score of this run: made once by whichever process comes first.
+
+        Returns:
+            None where another process is making it and ``wait`` is False.
+        """
+        path = self.store.base_scores_path(key)
+        lock = self.store.base_lock(key)
+        with contextlib.suppress(TimeoutError), lock.acquire(timeout=-1 if wait else 0):
+            if not path.is_file():
+                with self.loaded.base():
+                    score = self.score(lambda _, done, total: progress("base mmlu", done, total))
+                write_atomically(path, lambda partial: mmlu.save_score(score, partial))
+            return mmlu.load_score(path)
+        return mmlu.load_score(path) if path.is_file() else None
+
+
+def run_experiment(bench: Workbench, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
+    """Run what of an experiment is not done yet, and store its row.
+
+    A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again.
+    """
+    started = time.perf_counter()
+    with _log_file(bench.store.log_path(experiment)):
+        try:
+            values = _run_stages(bench, experiment, progress)
+            row = make_row(bench.config, experiment, "ok", **values, total_seconds=time.perf_counter() - started)
+        except UserError as error:
+            log.error("%s", error)
+            row = error_row(bench.config, experiment, str(error))
+        bench.store.write_row(experiment, row)
+        log.info("finished: %s", row.values["status"])
+    return row
+
+
+def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) -> dict[str, Any]:
+    if experiment.error:
+        raise UserError(experiment.error)
+    stages = bench.config.stages
+    progress("load", 0, 1)
+    dataset = datasets.load_dataset(Path(experiment.path), bench.config.salvage, bench.config.max_records)
+    values = _dataset_values(dataset)
+    if "features" in stages:
+        values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
+    if "train" in stages:
+        values |= _stage(bench, experiment, "train", lambda: _train(bench, experiment, dataset, progress))
+    if "mmlu" in stages:
+        if bench.store.read_stage(experiment, "train", experiment.keys["train"]) is None:
+            raise UserError(f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages")
+        values |= _stage(bench, experiment, "mmlu", lambda: _evaluate(bench, experiment, progress))
+    return values
+
+
+def _stage(
+    bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A stage's values: from the store, or made and stored."""
+    key = experiment.keys[stage]
+    if (saved := bench.store.read_stage(experiment, stage, key)) is not None:
+        log.info("%s: done before", stage)
+        return saved
+    log.info("%s: started", stage)
+    started = time.perf_counter()
+    values = make()
+    values[f"{stage}_seconds"] = time.perf_counter() - started
+    bench.store.write_stage(experiment, stage, key, values)
+    log.info("%s: %.1f s", stage, values[f"{stage}_seconds"])
+    return values
+
+
+def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:
+    config = bench.config
+    options = FeatureOptions(**config.settings_of(FeatureOptions))
+    method = method_of(experiment)
+    return extract_features(
+        bench.loaded, dataset, method, options, config.token_budget, config.seed, progress
+    )
+
+
+def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:
+    method = method_of(experiment)
+    seed = (dataset.seed ^ bench.config.seed) % 2**62
+    # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
+    ordered = datasets.sample_examples(dataset.examples, 0, seed)
+    encoded: list[EncodedExample] = [encode_example(bench.loaded.tokenizer, e, method.max_length) for e in ordered]
+    parameters = bench.loaded.attach(method, seed)
+    try:
+        result = train_adapter(bench.loaded, parameters, encoded, method, seed, progress=progress)
+        folder = bench.store.folder(experiment)
+        curve = pd.DataFrame(result.loss_curve())
+        write_atomically(folder / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
+        write_atomically(bench.store.adapter_folder(experiment), bench.loaded.save_adapter)
+    finally:
+        bench.loaded.detach()
+    return dict(vars(result.metrics))
+
+
+def _evaluate(bench: Workbench, experiment: Experiment, progress: Progress) -> dict[str, Any]:
+    base = bench.base_score(experiment.keys["base"], wait=False, progress=progress)
+    bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
+    try:
+        score = bench.score(progress)
+    finally:
+        bench.loaded.detach()
+    write_atomically(bench.store.scores_path(experiment), lambda p: mmlu.save_score(score, p))
+    if base is None:  # another worker was at it when this one began
+        base = bench.base_score(experiment.keys["base"], wait=True, progress=progress)
+    assert base is not None
+    return _score_values(score, base)
+
+
+def _score_values(score: Score, base: Score) -> dict[str, Any]:
+    ours, theirs, change = mmlu.summarize(score), mmlu.summarize(base), mmlu.compare(score, base)
+    groups = {f"accuracy_{name}": group["accuracy"] for name, group in ours["groups"].items()}
+    both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")
+    return {
+        **{name: ours[name] for name in (*both, "total_questions", "num_truncated")},
+        **{f"base_{name}": theirs[name] for name in both},
+        **groups,
+        "accuracy_change": change["difference"],
+        "accuracy_change_low": change["ci_low"],
+        "accuracy_change_high": change["ci_high"],
+        "mcnemar_p_value": change["mcnemar_p_value"],
+        "token_budget": score.info["token_budget"],
+        "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
+    }
+
+
+def _dataset_values(dataset: Dataset) -> dict[str, Any]:
+    shown = [f"{bad.place}: {bad.reason}" for bad in dataset.bad_records[:5]]
+    more = dataset.num_bad_records - len(shown)
+    return {
+        "num_examples": len(dataset.examples),
+        "num_bad_records": dataset.num_bad_records,
+        "num_lost_records": dataset.num_lost_records,
+        "bad_records": "; ".join([*shown, f"and {more} more"] if more > 0 else shown),
+    }
+
+
+def make_row(config: Config, experiment: Experiment, status: str, **values: Any) -> ResultRow:
+    """A row with every column: what identifies the experiment, and ``values``."""
+    settings = {k: ",".join(v) if isinstance(v, list) else v for k, v in experiment.settings.items()}
+    identity = {
+        "dataset": experiment.dataset,
+        "experiment_id": experiment.experiment_id,
+        "status": status,
+        "error": "",
+        "data_hash": experiment.data_hash,
+        "num_attempts": 1,
+        **{name: getattr(config, name) for name in BOOKKEEPING_COLUMNS if name in type(config).model_fields},
+        **settings,
+    }
+    return ResultRow({**dict.fromkeys(ROW_COLUMNS), **identity, **values})
+
+
+def error_row(config: Config, experiment: Experiment, error: str, **values: Any) -> ResultRow:
+    """The row of an experiment that could not be finished: its cause on one line."""
+    return make_row(config, experiment, "error", error=" ".join(error.split())[:1000], **values)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """While an experiment runs, raylora's own log goes to its file too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("raylora")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    except BaseException:
+        log.exception("failed")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def main(argv: list[str]) -> int:
+    """``python -m raylora.experiment FILE [options]``: one dataset, in this process, without a cluster."""
+    from raylora.report import print_results
+
+    if not argv or (argv[0].startswith("-") and argv[0] not in {"-h", "--help"}):
+        raise UserError("name a dataset file first: python -m raylora.experiment FILE --model demo --mmlu demo")
+    file = Path(argv[0])
+    config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
+    plan = make_plan(config, [file], file.absolute().parent.name or "single")
+    plan.store.open(config.fresh)
+    bench = Workbench(config, plan.store)
+    rows = [plan.done().get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
+    print_results(rows, plan.store)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    main_with_one_line_errors(main)

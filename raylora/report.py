@@ -1,0 +1,53 @@
+"""What a run found, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raylora.records import ResultRow
+from raylora.store import Store
+
+
+def print_results(rows: Sequence[ResultRow], store: Store, console: Console | None = None) -> None:
+    """The datasets from the best change in accuracy to the worst, the failures with their causes, and where files lie."""
+    console = console or Console(highlight=False)
+    good = sorted((r for r in rows if r.ok), key=lambda r: -(r.values.get("accuracy_change") or 0))
+    failed = [r for r in rows if not r.ok]
+    if good:
+        console.print(_ranking(good))
+    for row in failed:
+        console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", markup=False, soft_wrap=True)
+    console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.root}", markup=False, soft_wrap=True)
+    console.print("  results.csv, results.parquet   one row a dataset", markup=False)
+    console.print("  run.json                       settings, versions, hashes", markup=False)
+    console.print("  experiments/                   adapter, scores, loss curve and log of each", markup=False)
+
+
+def _ranking(rows: Sequence[ResultRow]) -> Table:
+    table = Table(title="Change in MMLU accuracy against the base model")
+    columns: dict[str, Any] = {
+        "dataset": lambda v: v["dataset"],
+        "examples": lambda v: v["num_examples"],
+        "base": lambda v: _number(v["base_overall_accuracy"], ".3f"),
+        "adapter": lambda v: _number(v["overall_accuracy"], ".3f"),
+        "change": lambda v: _number(v["accuracy_change"], "+.3f"),
+        "95% interval": lambda v: f"{_number(v['accuracy_change_low'], '+.3f')} {_number(v['accuracy_change_high'], '+.3f')}",
+        "loss": lambda v: f"{_number(v['train_initial_loss'], '.2f')} {_number(v['train_final_loss'], '.2f')}",
+        "duplicates": lambda v: _number(v["approximate_duplicates"], ".0%"),
+        "answer ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
+    }
+    varied = [k for k in ("lora_r", "learning_rate", "num_epochs", "batch_size") if len({r.values[k] for r in rows}) > 1]
+    for name in [*columns, *varied]:
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+    for row in rows:
+        cells = [str(cell(row.values)) for cell in columns.values()]
+        table.add_row(*cells, *(str(row.values[k]) for k in varied))
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

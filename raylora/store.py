@@ -1,0 +1,224 @@
+"""The run's folder: names, atomic writes, what is done, the tables.
+
+What makes work durable is here, not in the scheduler. Each experiment has a folder; each stage's product is written under
+a temporary name and renamed, together with the key of everything it came from; ``result.json`` comes last. A product
+whose key does not match is made anew.
+
+    results/<chunk>/
+      results.csv  results.parquet  run.json  batch_mmlu_results_<chunk>_<time>.json
+      base/<key>/scores.parquet                the base's answers, shared by all experiments
+      experiments/<experiment_id>/
+        result.json  features.json  adapter/  adapter.json  loss_curve.csv  scores.parquet  scores.json  log.txt
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+
+from raylora.records import Experiment, ResultRow, UserError, digest
+
+PARTIAL = ".partial-"
+
+
+def safe_name(name: str, *identity: Any) -> str:
+    """A folder name from a user's: ASCII letters, digits, ``_``, ``-`` and ``.``, at most 80, and 8 digits of a hash.
+
+    The hash is over the whole name and ``identity``, so that names which look alike do not collide.
+    """
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", ascii_name).strip("_-")[:70] or "dataset"
+    return f"{slug}-{digest([name, *identity], 8)}"
+
+
+def to_json(value: Any) -> str:
+    """JSON text; what JSON does not know (NaN, infinity) becomes null."""
+    return json.dumps(_finite(value), ensure_ascii=False, indent=1, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` makes a file or folder under a temporary name beside ``path``, which then takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
+    try:
+        write(partial)
+        if partial.is_dir() and path.is_dir():
+            shutil.rmtree(path)  # a folder cannot be renamed over one that holds files
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object that was written here; None where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Store:
+    """The folder of one chunk's results. Plain paths inside, so that it travels to workers."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def open(self, fresh: bool) -> None:
+        """Make the folder, throw away what a killed run left half-written, and with ``fresh`` everything.
+
+        Raises:
+            UserError: it cannot be written to.
+        """
+        try:
+            if fresh:
+                for name in ("experiments", "base"):
+                    shutil.rmtree(self.root / name, ignore_errors=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            for partial in [*self.root.glob(f"{PARTIAL}*"), *self.root.glob(f"*/*/{PARTIAL}*")]:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            write_text(self.root / ".writable", "")
+            (self.root / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
+
+    def folder(self, experiment: Experiment) -> Path:
+        return self.root / "experiments" / experiment.experiment_id
+
+    def log_path(self, experiment: Experiment) -> Path:
+        return self.folder(experiment) / "log.txt"
+
+    # One experiment's row
+
+    def read_row(self, experiment: Experiment) -> ResultRow | None:
+        """The finished row of an experiment, if it came from the same data, model and settings."""
+        saved = read_json(self.folder(experiment) / "result.json")
+        if saved is None or saved.get("identity") != experiment.identity or not isinstance(saved.get("row"), dict):
+            return None
+        return ResultRow(saved["row"])
+
+    def write_row(self, experiment: Experiment, row: ResultRow) -> None:
+        path = self.folder(experiment) / "result.json"
+        write_text(path, to_json({"identity": experiment.identity, "row": row.values}))
+
+    # One stage's product: a JSON file with the key it was made under, written after whatever lies beside it
+
+    def read_stage(self, experiment: Experiment, stage: str, key: str) -> dict[str, Any] | None:
+        saved = read_json(self.folder(experiment) / f"{stage}.json")
+        return saved["values"] if saved and saved.get("key") == key and "values" in saved else None
+
+    def write_stage(self, experiment: Experiment, stage: str, key: str, values: dict[str, Any]) -> None:
+        write_text(self.folder(experiment) / f"{stage}.json", to_json({"key": key, "values": values}))
+
+    def adapter_folder(self, experiment: Experiment) -> Path:
+        return self.folder(experiment) / "adapter"
+
+    def scores_path(self, experiment: Experiment) -> Path:
+        return self.folder(experiment) / "scores.parquet"
+
+    # The base's scores, made by whichever worker comes first
+
+    def base_scores_path(self, key: str) -> Path:
+        return self.root / "base" / key / "scores.parquet"
+
+    def base_lock(self, key: str) -> FileLock:
+        """Held by the one worker that scores the base. The system frees it when that worker dies."""
+        path = self.base_scores_path(key).with_name("scores.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    # Tables of the whole run
+
+    def write_tables(self, rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
+        """``results.csv`` and ``results.parquet``, whole and in place of the old ones."""
+        table = rows_to_table(rows, columns)
+        write_atomically(self.root / "results.csv", lambda p: table.to_csv(p, index=False))
+        write_atomically(self.root / "results.parquet", lambda p: table.to_parquet(p, index=False))
+        return table
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_text(self.root / "run.json", to_json(manifest))
+
+
+def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
+    """Rows as a table with a fixed order and type of columns, so that an empty column stays what it is."""
+    values = [row.values for row in rows]
+    extra = sorted({key for row in values for key in row} - set(columns))
+    table = pd.DataFrame(values, columns=[*columns, *extra])
+    for name in table.columns:
+        kinds = {type(v) for v in table[name] if v is not None and v == v}
+        if kinds <= {int}:
+            table[name] = table[name].astype("Int64") if kinds else table[name].astype("object")
+        elif kinds <= {int, float}:
+            table[name] = table[name].astype("float64")
+    return table
+
+
+def write_legacy_results(store: Store, chunk: str, max_samples: int | None, rows: list[ResultRow]) -> Path:
+    """``batch_mmlu_results_<chunk>_<time>.json`` in the form that users' scripts read."""
+    now = datetime.now(UTC)
+    stamp = now.strftime("%Y%m%d_%H%M%S")
+    report = {
+        "folder_name": chunk,
+        "timestamp": stamp,
+        "total_files": len(rows),
+        "processed_files": sum(row.ok for row in rows),
+        "max_samples": max_samples,
+        "results": [legacy_result(row) for row in rows],
+    }
+    path = store.root / f"{safe_prefix(chunk)}_{stamp}.json"
+    write_text(path, to_json(report))
+    return path
+
+
+def safe_prefix(chunk: str) -> str:
+    return "batch_mmlu_results_" + (re.sub(r"[^A-Za-z0-9_-]+", "_", chunk) or "chunk")
+
+
+def legacy_result(row: ResultRow) -> dict[str, Any]:
+    """One row as the nested result of the research code."""
+    v = row.values
+    metrics = {k: v.get(k) for k in v if k.startswith(("train_", "num_train", "peak_memory", "num_supervised"))}
+    metrics["train_runtime"] = v.get("train_seconds")
+    return {
+        "dataset": v.get("dataset"),
+        "status": v.get("status"),
+        "error": v.get("error"),
+        "training_info": {"training_metrics": metrics},
+        "results": {
+            "finetuned_model": _scores(v, ""),
+            "base_model": _scores(v, "base_"),
+        },
+    }
+
+
+def _scores(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    names = ("overall_accuracy", "total_questions", "correct_questions")
+    return {name: values.get(name if name == "total_questions" else prefix + name) for name in names}
