@@ -116,9 +116,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             finished = []
         todo = "" if e.experiment_id in done else ", ".join(s for s in stages if s not in finished)
         state = "row" if e.experiment_id in done else ", ".join(finished)
-        table.add_row(
-            e.dataset, e.experiment_id, str(e.num_examples), str(e.num_chars), state, e.error or todo
-        )
+        table.add_row(e.dataset, e.experiment_id, str(e.num_examples), str(e.num_chars), state, e.error or todo)
     console.print(table)
 
 

@@ -136,9 +136,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
     return values
 
 
-def _stage(
-    bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A stage's values: from the store, or made and stored."""
     key = experiment.keys[stage]
     if (saved := bench.store.read_stage(experiment, stage, key)) is not None:
@@ -157,9 +155,7 @@ def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progres
     config = bench.config
     options = FeatureOptions(**config.settings_of(FeatureOptions))
     method = method_of(experiment)
-    return extract_features(
-        bench.loaded, dataset, method, options, config.token_budget, config.seed, progress
-    )
+    return extract_features(bench.loaded, dataset, method, options, config.token_budget, config.seed, progress)
 
 
 def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:

@@ -106,9 +106,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     return Plan(config, chunk, store, tuple(experiments), hashes)
 
 
-def _experiments_of(
-    path: Path, base_key: dict[str, Any], mmlu_key: dict[str, Any], config: Config
-) -> list[Experiment]:
+def _experiments_of(path: Path, base_key: dict[str, Any], mmlu_key: dict[str, Any], config: Config) -> list[Experiment]:
     data_hash, num_examples, num_chars, error = "", 0, 0, ""
     try:
         data_hash = datasets.file_hash(path)
@@ -168,5 +166,3 @@ def find_files(config: Config) -> tuple[str, list[Path]]:
 
 def method_of(experiment: Experiment) -> Method:
     return Method(**experiment.settings)
-
-

@@ -35,12 +35,16 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
         "base": lambda v: _number(v["base_overall_accuracy"], ".3f"),
         "adapter": lambda v: _number(v["overall_accuracy"], ".3f"),
         "change": lambda v: _number(v["accuracy_change"], "+.3f"),
-        "95% interval": lambda v: f"{_number(v['accuracy_change_low'], '+.3f')} {_number(v['accuracy_change_high'], '+.3f')}",
+        "95% interval": lambda v: (
+            f"{_number(v['accuracy_change_low'], '+.3f')} {_number(v['accuracy_change_high'], '+.3f')}"
+        ),
         "loss": lambda v: f"{_number(v['train_initial_loss'], '.2f')} {_number(v['train_final_loss'], '.2f')}",
         "duplicates": lambda v: _number(v["approximate_duplicates"], ".0%"),
         "answer ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
     }
-    varied = [k for k in ("lora_r", "learning_rate", "num_epochs", "batch_size") if len({r.values[k] for r in rows}) > 1]
+    varied = [
+        k for k in ("lora_r", "learning_rate", "num_epochs", "batch_size") if len({r.values[k] for r in rows}) > 1
+    ]
     for name in [*columns, *varied]:
         table.add_column(name, justify="left" if name == "dataset" else "right")
     for row in rows:

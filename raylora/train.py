@@ -311,5 +311,3 @@ def _summarize(steps: list[Step], micro: _MicroBatches, seconds: float, device: 
         micro_batch_size=micro.batch_size,
         num_oom_backoffs=micro.num_backoffs,
     )
-
-

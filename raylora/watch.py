@@ -78,7 +78,9 @@ class Watch:
         elapsed = time.monotonic() - self.started
         fresh = self.num_done - self.num_before
         left = f", about {clock(elapsed / fresh * (self.num_total - self.num_done))} left" if fresh else ""
-        table = Table(caption=f"{self.num_done} of {self.num_total} done, {self.num_failed} failed, {clock(elapsed)}{left}")
+        table = Table(
+            caption=f"{self.num_done} of {self.num_total} done, {self.num_failed} failed, {clock(elapsed)}{left}"
+        )
         for name in ("worker", "dataset", "stage", "progress", "speed", "left"):
             table.add_column(name, justify="left" if name in {"dataset", "stage"} else "right")
         for p in progress:

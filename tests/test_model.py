@@ -114,5 +114,3 @@ def test_unknown_target_modules_are_one_line(tiny_model_folder):
     with pytest.raises(UserError, match="--target-modules"):
         loaded.attach(METHOD.model_copy(update={"target_modules": ("c_attn",)}), 0)
     assert loaded.attach(METHOD, 0)
-
-

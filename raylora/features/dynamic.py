@@ -79,9 +79,7 @@ def run_probe(
     return _measure(before, after, observer)
 
 
-def _measure(
-    before: list[tuple[float, int]], after: list[tuple[float, int]], observer: ProbeObserver
-) -> FeatureResult:
+def _measure(before: list[tuple[float, int]], after: list[tuple[float, int]], observer: ProbeObserver) -> FeatureResult:
     initial, final = _mean(before), _mean(after)
     values: dict[str, float | None] = {
         "perplexity_change_rate": _perplexity(after) / _perplexity(before) - 1 if any(c for _, c in before) else None,
