@@ -108,7 +108,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     """
     path = Path(dataset_path)
     config = load_config(**_given(max_samples=max_samples, **options))
-    plan = make_plan(config, [path], path.absolute().parent.name)
+    plan = make_plan(config, [path], "single")
     plan.store.open(config.fresh)
     bench = Workbench(config, plan.store)
     (experiment,) = plan.experiments

@@ -267,10 +267,11 @@ def main(argv: list[str]) -> int:
         raise UserError("name a dataset file first: python -m raylora.experiment FILE --model demo --mmlu demo")
     file = Path(argv[0])
     config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
-    plan = make_plan(config, [file], file.absolute().parent.name or "single")
+    plan = make_plan(config, [file], "single")
     plan.store.open(config.fresh)
     bench = Workbench(config, plan.store)
     rows = [plan.done().get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
+    plan.store.write_tables(rows, ROW_COLUMNS)
     print_results(rows, plan.store)
     return 0 if all(row.ok for row in rows) else 1
 

@@ -36,6 +36,7 @@ NO_MODEL = "no model: set MODEL_NAME or --model (a folder, a hub name, a .gguf f
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and per-step warnings out of the terminal; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What a run will do, worked out and checked before anything is started: experiments, their identities, what is done."""
+"""What a run will do, worked out and checked before anything starts: experiments, identities, what is done."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
 
 
 def _ranking(rows: Sequence[ResultRow]) -> Table:
-    table = Table(title="Change in MMLU accuracy against the base model")
+    table = Table(title="MMLU accuracy against the base model", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     columns: dict[str, Any] = {
         "dataset": lambda v: v["dataset"],
         "examples": lambda v: v["num_examples"],
@@ -38,7 +39,7 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
         "95% interval": lambda v: (
             f"{_number(v['accuracy_change_low'], '+.3f')} {_number(v['accuracy_change_high'], '+.3f')}"
         ),
-        "loss": lambda v: f"{_number(v['train_initial_loss'], '.2f')} {_number(v['train_final_loss'], '.2f')}",
+        "loss": lambda v: _pair(v["train_initial_loss"], v["train_final_loss"], ".2f"),
         "duplicates": lambda v: _number(v["approximate_duplicates"], ".0%"),
         "answer ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
     }
@@ -51,6 +52,10 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
         cells = [str(cell(row.values)) for cell in columns.values()]
         table.add_row(*cells, *(str(row.values[k]) for k in varied))
     return table
+
+
+def _pair(first: float | None, second: float | None, form: str) -> str:
+    return "" if first is None or second is None else f"{first:{form}} to {second:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -78,17 +77,16 @@ class Worker:
 
     def run(self, experiment: Experiment) -> dict[str, Any]:
         """The values of the experiment's row."""
-        state = {"stage": "", "started": 0.0, "written": 0.0}
+        stage_now, started, written = "", 0.0, 0.0
 
         def progress(stage: str, done: int, total: int) -> None:
+            nonlocal stage_now, started, written
             now = time.time()
-            if stage != state["stage"]:
-                state.update(stage=stage, started=now, written=0.0)
-            if now - state["written"] >= PROGRESS_SECONDS:
-                state["written"] = now
-                started = float(state["started"])
-                report = Progress(self._number, experiment.dataset, stage, done, total, started)
-                self._board.write.remote(report)
+            if stage != stage_now:
+                stage_now, started, written = stage, now, 0.0
+            if now - written >= PROGRESS_SECONDS:
+                written = now
+                self._board.write.remote(Progress(self._number, experiment.dataset, stage, done, total, started))
 
         return run_experiment(self._bench, experiment, progress).values
 
@@ -215,7 +213,7 @@ def run_experiments(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"experiment": json.dumps(asdict(e)), "resume": not config.fresh} for e in experiments]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        Supervisor,  # type: ignore[arg-type]
+        Supervisor,
         fn_constructor_args=(config, store, board, resources, num_threads),
         # One experiment in hand and none in line behind it, so that the last ones go to whoever is free.
         compute=ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
@@ -237,8 +235,3 @@ def _workers_and_resources(config: Config, num_experiments: int) -> tuple[int, d
     if num_gpus:
         return min(wanted, num_gpus, num_experiments), {"num_gpus": 1, "num_cpus": 0}
     return min(wanted, num_experiments), {"num_cpus": 0}
-
-
-def versions() -> dict[str, str]:
-    """Versions that a run's manifest names."""
-    return {"ray": ray.__version__, "python": sys.version.split()[0]}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import unicodedata
@@ -64,7 +63,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         if partial.is_dir() and path.is_dir():
             shutil.rmtree(path)  # a folder cannot be renamed over one that holds files
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -73,7 +72,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -61,7 +61,7 @@ class Watch:
         while not self._stop.wait(REFRESH_SECONDS):
             try:
                 progress = self._read()
-            except Exception:  # the cluster may be going away; what is shown is not worth failing for
+            except Exception:  # noqa: BLE001 - the cluster may be going away; what is shown is not worth failing for
                 continue
             if self._live:
                 self._live.update(self._table(progress))

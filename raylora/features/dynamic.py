@@ -12,6 +12,7 @@ import numpy as np
 
 from raylora.config import Method
 from raylora.encoding import EncodedExample
+from raylora.features.columns import PROBE_NAMES
 from raylora.features.static import FeatureResult
 from raylora.model import LoadedModel
 from raylora.records import Progress, UserError, ignore_progress
@@ -19,7 +20,6 @@ from raylora.train import Step, example_losses, train_adapter
 
 HELD_OUT_SHARE = 0.2
 MAX_HELD_OUT = 32
-PROBE_NAMES = ("perplexity_change_rate", "initial_loss", "loss_decay_rate", "loss_stability", "avg_grad_norm")
 
 
 class ProbeObserver:

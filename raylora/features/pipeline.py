@@ -10,7 +10,7 @@ from raylora.datasets import sample_examples
 from raylora.encoding import encode_example
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.dynamic import run_probe
-from raylora.features.static import extract_static
+from raylora.features.static import extract_static, join_notes
 from raylora.model import LoadedModel
 from raylora.records import Dataset, Progress, ignore_progress
 
@@ -38,7 +38,7 @@ def extract_features(
     dynamic = run_probe(loaded, encoded, method, options.probe_steps, (dataset.seed ^ seed) % 2**62, progress)
     values: dict[str, Any] = {**dict.fromkeys(FEATURE_NAMES), **static.values, **dynamic.values}
     notes = {**static.notes, **dynamic.notes}
-    values["feature_notes"] = "; ".join(f"{name}: {reason}" for name, reason in notes.items())
+    values["feature_notes"] = join_notes(notes)
     values["static_seconds"] = static_done - started
     values["probe_seconds"] = time.perf_counter() - static_done
     return values
