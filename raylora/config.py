@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,7 +91,11 @@ class MmluOptions(BaseModel):
     num_fewshot: int = Field(0, ge=0, le=100, description="solved questions shown before each one")
     prompt_style: Literal["harness", "chat"] = Field("harness", description="lm-evaluation-harness' prompt, or a chat")
     scoring: Literal["logits", "generate"] = Field("logits", description="how an answer is read from the model")
-    token_budget: int = Field(4096, ge=64, description="padded tokens in a batch of questions or feature examples")
+    token_budget: int | None = Field(
+        None,
+        ge=64,
+        description="padded tokens in a batch that is only evaluated (without one: 8192 on a GPU, 512 on CPU)",
+    )
 
 
 class FeatureOptions(BaseModel):
@@ -302,6 +307,9 @@ def _explain_settings_error(error: SettingsError) -> str:
     if "unrecognized arguments:" in text:
         word = text.partition("unrecognized arguments:")[2].split()[0]
         return f"unknown option {word}: {_closest(word.lstrip('-').partition('=')[0].replace('-', '_'))}"
+    # What is left are values that should be JSON: the library names the field, and not what would fit.
+    if match := re.search(r'(?:encountered for |for field )"?(\w+)', text):
+        return f"--{match[1].replace('_', '-')}: expected JSON: {Config.model_fields[match[1]].description}"
     return text
 
 

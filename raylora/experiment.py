@@ -72,6 +72,11 @@ class Workbench:
             self.loaded.tokenizer, asked.questions, asked.shots, self.config.prompt_style, window
         )
 
+    @property
+    def token_budget(self) -> int:
+        """Padded tokens in a batch. On a CPU small ones are faster: they stay in its caches (benchmarks/NOTES.md)."""
+        return self.config.token_budget or (8192 if self.loaded.device.type == "cuda" else 512)
+
     def score(self, progress: Progress) -> Score:
         """Ask every question of the model as it is now, with the active adapter if there is one."""
         return mmlu.evaluate(
@@ -79,7 +84,7 @@ class Workbench:
             self.loaded.tokenizer,
             self.questions,
             self.config.scoring,
-            self.config.token_budget,
+            self.token_budget,
             progress=progress,
         )
 
@@ -155,7 +160,7 @@ def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progres
     config = bench.config
     options = FeatureOptions(**config.settings_of(FeatureOptions))
     method = method_of(experiment)
-    return extract_features(bench.loaded, dataset, method, options, config.token_budget, config.seed, progress)
+    return extract_features(bench.loaded, dataset, method, options, bench.token_budget, config.seed, progress)
 
 
 def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from raylora.store import Store
 
 
 def print_results(rows: Sequence[ResultRow], store: Store, console: Console | None = None) -> None:
-    """The datasets from the best change in accuracy to the worst, the failures with their causes, and where files lie."""
+    """The datasets from the best change in accuracy to the worst, the failures with causes, and where files lie."""
     console = console or Console(highlight=False)
     good = sorted((r for r in rows if r.ok), key=lambda r: -(r.values.get("accuracy_change") or 0))
     failed = [r for r in rows if not r.ok]

@@ -1,8 +1,8 @@
 """Experiments on all GPUs of a Ray cluster. The only module that imports ray.
 
-A Ray Dataset maps each experiment through a supervisor, a light actor without a GPU. Each supervisor owns one worker, an
-actor in its own process that holds one GPU and the base model. The supervisor sees its worker die, hang or raise, starts
-a new one, tries once more, and then returns an error row with the cause: the pipeline itself never fails.
+A Ray Dataset maps each experiment through a supervisor, a light actor without a GPU. Each supervisor owns one worker,
+an actor in its own process that holds one GPU and the base model. The supervisor sees its worker die, hang or raise,
+starts a new one, tries once more, and then returns an error row with the cause: the pipeline itself never fails.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ def cluster(config: Config) -> Iterator[str]:
         yield "Ray was running already"
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core writes warnings of its own to the terminal
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address:
         context = ray.init(address=config.address, **quiet)

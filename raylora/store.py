@@ -1,8 +1,8 @@
 """The run's folder: names, atomic writes, what is done, the tables.
 
-What makes work durable is here, not in the scheduler. Each experiment has a folder; each stage's product is written under
-a temporary name and renamed, together with the key of everything it came from; ``result.json`` comes last. A product
-whose key does not match is made anew.
+What makes work durable is here, not in the scheduler. Each experiment has a folder; each stage's product is written
+under a temporary name and renamed, together with the key of everything it came from; ``result.json`` comes last. A
+product whose key does not match is made anew.
 
     results/<chunk>/
       results.csv  results.parquet  run.json  batch_mmlu_results_<chunk>_<time>.json

