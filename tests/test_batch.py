@@ -253,7 +253,7 @@ def test_without_a_chunk_or_a_model_one_line_says_what_there_is(options, tmp_pat
 
 def test_names_never_leave_the_output_folder_nor_collide(ray_with_gpus, options, tmp_path):
     folder = tmp_path / "data" / "chunk_1"
-    names = ["..%2fup", "ä", "a", "a b", "a_b", "новый", "x" * 200, "line\nbreak", "-rf", "con"]
+    names = ["a..%2fup", "ä", "a", "a b", "a_b", "новый", "x" * 200, "line\nbreak", "-rf", "con"]
     for name in names:
         write_dataset(folder, name, num=2)
     (folder / "a.jsonl").write_text('{"question": "Q", "answer": "A"}\n{"question": "Q2", "answer": "A"}\n')
