@@ -30,6 +30,10 @@ from raylora.watch import Watch
 PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
 
 
+class StoppedError(RuntimeError):
+    """The run ended before all rows were there; what is finished is kept."""
+
+
 def run_plan(plan: Plan, console: Console) -> list[ResultRow]:
     """Run what is not done yet; the rows of all experiments, in the plan's order.
 
@@ -59,10 +63,13 @@ def _run_pending(plan: Plan, pending: Sequence[Experiment], rows: dict[str, Resu
 
     with scheduler.cluster(plan.config) as dashboard, Watch(len(plan.experiments), len(rows), console) as watch:
         console.print(dashboard, markup=False, soft_wrap=True)
-        for row in scheduler.run_experiments(plan.config, plan.store, pending, watch.connect):
-            rows[row.values["experiment_id"]] = row
-            plan.store.write_tables(_in_order(plan, rows), ROW_COLUMNS)
-            watch.finished(row)
+        try:
+            for row in scheduler.run_experiments(plan.config, plan.store, pending, watch.connect):
+                rows[row.values["experiment_id"]] = row
+                plan.store.write_tables(_in_order(plan, rows), ROW_COLUMNS)
+                watch.finished(row)
+        except scheduler.ClusterLostError as error:
+            raise StoppedError(f"Ray broke down: {error}") from error
 
 
 def _in_order(plan: Plan, rows: dict[str, ResultRow]) -> list[ResultRow]:
@@ -149,9 +156,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running is stopped in order
     try:
         rows = run_plan(plan, console)
-    except KeyboardInterrupt:
-        console.print("Stopped. What is finished is kept: the same command goes on from here.", markup=False)
-        return 130
+    except (KeyboardInterrupt, StoppedError) as stop:
+        cause = str(stop) or "Stopped."
+        console.print(f"{cause} What is finished is kept: the same command goes on from here.", markup=False)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_results(rows, plan.store, console)
     if config.model == DEMO:
         console.print("Next: python -m raylora.batch --chunk YOUR_CHUNK --model YOUR_MODEL (see --help)", markup=False)

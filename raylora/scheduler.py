@@ -43,6 +43,10 @@ class Progress:
     started: float
 
 
+class ClusterLostError(RuntimeError):
+    """Ray itself went away, or parts of it that no retry brings back. What is stored is not lost."""
+
+
 class Board:
     """Where workers write what they are doing, and the command reads it."""
 
@@ -221,12 +225,19 @@ def run_experiments(
         num_cpus=0,
     )
     seen: set[str] = set()
-    for item in rows.iter_rows():
-        row = ResultRow(json.loads(item["row"]))
-        # A supervisor that was killed is run again by Ray; its row may come twice.
-        if row.values["experiment_id"] not in seen:
-            seen.add(row.values["experiment_id"])
-            yield row
+    try:
+        for item in rows.iter_rows():
+            row = ResultRow(json.loads(item["row"]))
+            # A supervisor that was killed is run again by Ray; its row may come twice.
+            if row.values["experiment_id"] not in seen:
+                seen.add(row.values["experiment_id"])
+                yield row
+    except RayError as error:
+        raise ClusterLostError(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _workers_and_resources(config: Config, num_experiments: int) -> tuple[int, dict[str, float]]:

@@ -17,9 +17,23 @@ import torch
 import torch.nn.functional as F
 
 from raylora.config import Method
-from raylora.encoding import IGNORE_INDEX, EncodedExample, Minibatch, TrainOn, labels_of, pad_left
+from raylora.encoding import (
+    IGNORE_INDEX,
+    EncodedExample,
+    Minibatch,
+    TrainOn,
+    batches_by_budget,
+    labels_of,
+    pad_left,
+)
 from raylora.model import LoadedModel, is_out_of_memory, peak_memory_bytes
 from raylora.records import Progress, UserError, ignore_progress
+
+
+CPU_TOKEN_BUDGET = 1024
+"""Padded tokens in a minibatch on a CPU, where no allocation fails before the system kills: 4 examples of 1024 tokens
+took 10 GB with a model of 135 million parameters (benchmarks/NOTES.md)."""
+GPU_TOKEN_BUDGET = 16384
 
 
 class TrainingDivergedError(UserError):
@@ -238,6 +252,7 @@ class _MicroBatches:
     ) -> None:
         self.loaded, self.examples, self.parameters = loaded, examples, parameters
         self.num_supervised, self.train_on = num_supervised, train_on
+        self.token_budget = GPU_TOKEN_BUDGET if loaded.device.type == "cuda" else CPU_TOKEN_BUDGET
         self.batch_size = batch_size
         self.num_backoffs = 0
         self.num_examples = 0
@@ -260,10 +275,9 @@ class _MicroBatches:
     def _backward_once(self, indices: list[int]) -> tuple[float, int, int]:
         num_supervised = sum(self.num_supervised[i] for i in indices)
         # Neighbours of like length share a minibatch, so that little is padding; a step's sum has no order.
-        ordered = sorted(indices, key=lambda i: (-len(self.examples[i]), i))
+        ordered = sorted(indices)
         total = 0.0
-        for start in range(0, len(ordered), self.batch_size):
-            part = ordered[start : start + self.batch_size]
+        for part in batches_by_budget(ordered, lambda i: len(self.examples[i]), self.token_budget, self.batch_size):
             batch = _collate(self.loaded, [self.examples[i] for i in part], self.train_on)
             with self.loaded.autocast():
                 losses, _ = token_losses(self.loaded.model, batch)
