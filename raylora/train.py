@@ -29,7 +29,6 @@ from raylora.encoding import (
 from raylora.model import LoadedModel, is_out_of_memory, peak_memory_bytes
 from raylora.records import Progress, UserError, ignore_progress
 
-
 CPU_TOKEN_BUDGET = 1024
 """Padded tokens in a minibatch on a CPU, where no allocation fails before the system kills: 4 examples of 1024 tokens
 took 10 GB with a model of 135 million parameters (benchmarks/NOTES.md)."""
