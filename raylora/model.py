@@ -148,16 +148,23 @@ def _edges_hash(path: Path, num_bytes: int = 1 << 20) -> str:
         return hashlib.sha256(head + file.read(num_bytes)).hexdigest()
 
 
-def model_hash(source: str, name: str | None = None) -> str:
-    """Identity of the weights: of a folder by its files, of a hub model by its name and commit."""
+def model_hash(source: str, trust_remote_code: bool = False) -> str:
+    """Identity of the weights: of a folder by its files, of a hub model by its name and commit.
+
+    Raises:
+        UserError: it is no folder, and the hub has none by that name or cannot be reached.
+    """
     folder = Path(source)
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        with contextlib.suppress(OSError, ValueError):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            return digest([source, getattr(config, "_commit_hash", None)])
-        return digest([name or source])
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:  # the hub's client, its cache and its files each raise errors of their own
+            raise UserError(
+                f"--model {source}: no folder here, and not loaded from the hub: {_one_line(error)}"
+            ) from error
+        return digest([source, getattr(config, "_commit_hash", None)])
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja"})
     return digest([[p.name, p.stat().st_size, _edges_hash(p)] for p in files])
 

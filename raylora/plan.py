@@ -10,7 +10,7 @@ from typing import Any
 from raylora import datasets
 from raylora.config import DEMO, Config, FeatureOptions, Method, MmluOptions, ModelOptions
 from raylora.mmlu import build_shots, find_dev_file, load_questions, questions_hash, select_questions
-from raylora.model import load_tokenizer, model_hash, resolve_model
+from raylora.model import load_tokenizer, model_hash, quiet_libraries, resolve_model
 from raylora.records import SCHEMA_VERSION, Experiment, Question, ResultRow, UserError, digest
 from raylora.store import Store, safe_name
 
@@ -82,11 +82,14 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     Raises:
         UserError: nothing can be run. A single bad dataset file is no reason: its experiment carries the error.
     """
+    quiet_libraries()
     source = resolve_model(config.model)
     store = Store(config.output / safe_folder(chunk))
     base_key = {
         **config.settings_of(ModelOptions),
-        "model": model_hash(source, config.model),  # not its name: a folder may have been moved, or its content changed
+        "model": model_hash(
+            source, config.trust_remote_code
+        ),  # not its name: a folder may have been moved, or its content changed
         "schema": SCHEMA_VERSION,
     }
     hashes = {"model": base_key["model"]}

@@ -94,9 +94,6 @@ class Worker:
 
         return run_experiment(self._bench, experiment, progress).values
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 class Supervisor:
     """Sees to it that every experiment gets a row, whatever becomes of the worker."""
@@ -109,6 +106,7 @@ class Supervisor:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         experiment = Experiment(**json.loads(item["experiment"]))
+        # A row that is there already was made by this supervisor's predecessor, which was killed before it said so.
         row = self._store.read_row(experiment) if item["resume"] else None
         values = row.values if row else self._run(experiment)
         self._board.clear.remote(self._number)
@@ -140,7 +138,7 @@ class Supervisor:
 
     def _started_worker(self) -> Any:
         if self._worker is None:
-            options = {**self._resources, "max_restarts": 0, "name": None}
+            options = {**self._resources, "max_restarts": 0}
             actor = ray.remote(Worker).options(**options)
             self._worker = actor.remote(self._config, self._store, self._board, self._number, self._num_threads)
         return self._worker
@@ -216,7 +214,8 @@ def run_experiments(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"experiment": json.dumps(asdict(e)), "resume": not config.fresh} for e in experiments]
+    resume = not (config.fresh or config.retry_failed)
+    items = [{"experiment": json.dumps(asdict(e)), "resume": resume} for e in experiments]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
         Supervisor,
         fn_constructor_args=(config, store, board, resources, num_threads),

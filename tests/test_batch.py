@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -237,6 +238,64 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
     assert "data_a" in shown
     assert "2 experiments, 0 done" in shown
     assert not (tmp_path / "results").exists()
+
+
+def test_a_failed_experiment_is_tried_again_only_when_asked(ray_with_gpus, options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    assert run(options, timeout=0.01)["data"]["status"] == "error"
+    assert run(options)["data"]["status"] == "error"
+    assert run(options, retry_failed=True)["data"]["status"] == "ok"
+
+
+def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    early = run(options, stages=("mmlu",))["data"]
+    assert "add train to --stages" in early["error"]
+    only_train = run(options, stages=("train",))["data"]
+    assert only_train["overall_accuracy"] is None
+    both = run(options, stages=("train", "mmlu"))["data"]
+    assert both["train_seconds"] == only_train["train_seconds"]
+    assert both["overall_accuracy"] is not None
+    assert both["semantic_diversity"] is None
+
+
+def test_at_a_terminal_the_chunks_are_listed_and_one_is_asked_for(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_3", "data_of_three")
+    write_dataset(tmp_path / "data" / "chunk_20", "data_of_twenty")
+    words = [sys.executable, "-m", "raylora.batch", "--dry-run"]
+    for key, value in options.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(words, stdin=inside, stdout=inside, stderr=inside, env={**os.environ, "COLUMNS": "200"})
+    os.close(inside)
+    os.write(terminal, b"2\n")
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 1000)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait(timeout=60) == 0, shown
+    assert b"1  chunk_3" in shown
+    assert b"2  chunk_20" in shown
+    assert b"data_of_twenty" in shown
+    assert b"data_of_three" not in shown
+
+
+def test_ctrl_c_writes_the_tables_and_says_how_to_go_on(options, tmp_path):
+    for i in range(4):
+        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+    process = subprocess.Popen(command(options), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[1/4]"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    assert "the same command goes on from here" in rest
+    assert "Traceback" not in rest
+    assert 1 <= len(pd.read_csv(tmp_path / "results" / "chunk_1" / "results.csv")) < 4
 
 
 def test_without_a_chunk_or_a_model_one_line_says_what_there_is(options, tmp_path):

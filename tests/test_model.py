@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from raylora.config import Method, ModelOptions
 from raylora.encoding import encode_example
-from raylora.model import LoadedModel, load_model, resolve_model
+from raylora.model import LoadedModel, load_model, model_hash, resolve_model
 from raylora.records import Example, Message, UserError
 from raylora.train import train_adapter
 
@@ -88,6 +90,7 @@ def test_no_model_and_wrong_models_are_one_line(tmp_path):
         str(tmp_path): "config.json",
         str(tmp_path / "a.gguf"): "no such file",
         "modelscope://org/model": "raylora[modelscope]",
+        "../up": "no such folder",
     }.items():
         with pytest.raises(UserError) as raised:
             resolve_model(name)
@@ -95,9 +98,21 @@ def test_no_model_and_wrong_models_are_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_model_folder_is_one_line(tmp_path, tiny_model_folder):
-    import shutil
+def test_a_hub_name_that_cannot_be_had_is_one_line():
+    with pytest.raises(UserError, match="not loaded from the hub") as raised:
+        model_hash(resolve_model("nobody/nothing"))
+    assert "\n" not in str(raised.value)
 
+
+def test_the_hash_of_a_model_follows_its_files_and_not_its_place(tmp_path, tiny_model_folder):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "moved")
+    assert model_hash(str(folder)) == model_hash(str(tiny_model_folder))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert model_hash(str(folder)) != model_hash(str(tiny_model_folder))
+
+
+def test_a_damaged_model_folder_is_one_line(tmp_path, tiny_model_folder):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
