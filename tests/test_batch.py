@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -167,9 +168,7 @@ def test_a_worker_killed_midway_costs_no_row(ray_with_gpus, options, tmp_path):
     expected = run(options)
     process = subprocess.Popen([*command({**options, "output": tmp_path / "killed"}, "--num-workers", "2")])
     try:
-        for _ in range(2):
-            victim = wait_for_worker(process.pid)
-            time.sleep(1)
+        for victim in wait_for_workers(process.pid, 2):
             victim.send_signal(signal.SIGKILL)
         assert process.wait(timeout=200) == 0
     finally:
@@ -181,18 +180,19 @@ def test_a_worker_killed_midway_costs_no_row(ray_with_gpus, options, tmp_path):
         assert row["overall_accuracy"] == expected[row["dataset"]]["overall_accuracy"]
 
 
-def wait_for_worker(parent: int, timeout: float = 90) -> psutil.Process:
-    """A worker process of the run that is at work on an experiment."""
+def wait_for_workers(parent: int, num: int, timeout: float = 90) -> list[psutil.Process]:
+    """The processes of the run that are at work on an experiment, as soon as there are ``num``."""
     deadline = time.time() + timeout
     while time.time() < deadline:
+        at_work = []
         for process in psutil.Process(parent).children(recursive=True):
-            try:
-                if process.cmdline() and process.cmdline()[0].startswith("ray::Worker.run"):
-                    return process
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        time.sleep(0.1)
-    raise AssertionError("no worker was seen at work")
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if "".join(process.cmdline()).startswith("ray::Worker.run"):
+                    at_work.append(process)
+        if len(at_work) >= num:
+            return at_work
+        time.sleep(0.05)
+    raise AssertionError(f"{num} workers were not seen at work")
 
 
 def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with_gpus, options, tmp_path):
