@@ -10,6 +10,8 @@ from typing import Any
 
 _PUBLIC = {
     "FineTuner": "raylora.api",
+    "evaluate_mmlu": "raylora.api",
+    "evaluate_mmlu_with_model": "raylora.api",
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
     "load_results": "raylora.api",

@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from raylora import datasets
+from raylora import datasets, mmlu
 from raylora.batch import run_plan
-from raylora.config import Config, Method, ModelOptions, load_config
+from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
 from raylora.encoding import encode_example
 from raylora.experiment import Workbench
 from raylora.experiment import run_experiment as run_planned_experiment
-from raylora.model import LoadedModel, load_model
+from raylora.model import LoadedModel, check_adapter, context_window, load_model
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
 from raylora.store import legacy_result
@@ -126,6 +126,69 @@ def process_folder(folder_name: str, max_samples: int | None = None, **options: 
     return [legacy_result(row) for row in rows]
 
 
+def evaluate_mmlu(
+    base_model_path: str,
+    adapter_path: str | Path | None = None,
+    dataset_path: str | Path | None = None,
+    batch_size: int = 4,
+    max_samples: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Load a model, with or without an adapter, and ask it MMLU's questions.
+
+    Args:
+        dataset_path: questions; without it ``mmlu_dataset/test_all_subjects.json``.
+        batch_size: taken for the sake of old callers; batches are filled by tokens (``token_budget``).
+        options: any option of ``python -m raylora.mmlu``, such as ``num_fewshot`` or ``quantization``.
+
+    Returns:
+        What ``evaluate_mmlu_with_model`` returns.
+
+    Raises:
+        UserError: the model, the adapter or the questions cannot be used.
+    """
+    config = _evaluation_config(dataset_path, max_samples, {"model": base_model_path, **options})
+    if adapter_path is not None:
+        check_adapter(Path(adapter_path))
+    mmlu.load_question_set(config)  # a bad file is known before the model is loaded
+    loaded = load_model(ModelOptions(**config.settings_of(ModelOptions)))
+    if adapter_path is not None:
+        loaded.attach_saved(Path(adapter_path))
+    return _evaluate(config, loaded.model, loaded.tokenizer)
+
+
+def evaluate_mmlu_with_model(
+    model: Any,
+    tokenizer: Any,
+    dataset_path: str | Path | None = None,
+    batch_size: int = 4,
+    max_samples: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask a model that is loaded already, as it is now; see ``evaluate_mmlu`` for the arguments.
+
+    Returns:
+        ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
+        ``macro_accuracy``, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
+        ``questions``, a DataFrame with a row each.
+    """
+    return _evaluate(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
+
+
+def _evaluation_config(
+    dataset_path: str | Path | None, max_samples: int | None, options: dict[str, Any]
+) -> EvaluationConfig:
+    given = _given(mmlu=str(dataset_path) if dataset_path is not None else None, max_samples=max_samples, **options)
+    return load_settings(EvaluationConfig, None, "evaluate_mmlu", **given)
+
+
+def _evaluate(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
+    asked = mmlu.load_question_set(config)
+    encoded = mmlu.encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
+    score = mmlu.evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
+    return {**mmlu.summarize(score), "questions": score.questions}
+
+
 def load_results(folder: str | Path) -> pd.DataFrame:
     """The table of a finished run's folder, such as ``results/chunk_001``.
 
@@ -143,4 +206,4 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-__all__ = ["FineTuner", "load_results", "process_folder", "run_experiment"]
+__all__ = ["FineTuner", "evaluate_mmlu", "evaluate_mmlu_with_model", "load_results", "process_folder", "run_experiment"]

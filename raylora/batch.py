@@ -150,6 +150,8 @@ def main(argv: list[str]) -> int:
     config = ask_for_chunk(load_config(argv), console)
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
     if config.dry_run:
         print_plan(plan, console)
         return 0

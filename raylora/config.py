@@ -11,7 +11,7 @@ import itertools
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -27,7 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from raylora.records import UserError, digest
+from raylora.records import UserError
 
 Stage = Literal["features", "train", "mmlu"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -94,7 +94,7 @@ class MmluOptions(BaseModel):
     token_budget: int | None = Field(
         None,
         ge=64,
-        description="padded tokens in a batch that is only evaluated (without one: 8192 on a GPU, 512 on CPU)",
+        description="padded tokens in a batch of questions (without one: what fits a GPU's memory, 512 on a CPU)",
     )
 
 
@@ -105,12 +105,20 @@ class FeatureOptions(BaseModel):
     probe_steps: int = Field(20, ge=0, description="optimizer steps of the probe (0: no dynamic features)")
 
 
+class CommonOptions(BaseModel):
+    """What every command needs to know."""
+
+    output: Path = Field(Path("results"), description="folder for the results")
+    threads: int | None = Field(None, ge=1, description="CPU threads a worker (default: cores / workers)")
+    seed: int = Field(0, ge=0, description="mixed with the dataset's content into every seed")
+    fresh: bool = Field(False, description="throw away what earlier runs finished")
+
+
 class RunOptions(BaseModel):
-    """What is run, where, and where its results go."""
+    """What is run, and where."""
 
     chunk: str | None = Field(None, description="chunk folder by name, or by its number in the list")
     data_root: Path = Field(Path("train_data/merged_datasets"), description="folder that holds the chunk_* folders")
-    output: Path = Field(Path("results"), description="folder for the results, one folder a chunk")
     stages: Annotated[tuple[Stage, ...], NoDecode] = Field(
         ("features", "train", "mmlu"), min_length=1, description="stages to run, separated by commas"
     )
@@ -118,13 +126,10 @@ class RunOptions(BaseModel):
         default_factory=dict, description='several values a hyperparameter, all combinations: {"lora_r":[8,16]}'
     )
     num_workers: int | None = Field(None, ge=1, description="worker processes (default: one a GPU; without GPUs one)")
-    threads: int | None = Field(None, ge=1, description="CPU threads a worker (default: cores / workers)")
     timeout: float | None = Field(None, gt=0, description="seconds after which an experiment is given up")
     limit: int | None = Field(None, ge=1, description="only the first N dataset files")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
-    seed: int = Field(0, ge=0, description="mixed with the dataset's content into every seed")
-    fresh: bool = Field(False, description="throw away what earlier runs of this chunk finished")
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or ray://host:10001")
@@ -153,20 +158,50 @@ class _ModelNameDotEnv(DotEnvSettingsSource):
         return values
 
 
-class Config(RunOptions, ModelOptions, MmluOptions, FeatureOptions, Method, BaseSettings):
+_SETTINGS = SettingsConfigDict(
+    env_prefix="RAYLORA_",
+    env_file=".env",
+    extra="forbid",
+    frozen=True,
+    cli_kebab_case=True,
+    cli_implicit_flags=True,
+    cli_exit_on_error=False,
+    cli_hide_none_type=True,
+    cli_avoid_json=True,
+)
+
+
+class Settings(BaseSettings):
+    """Where options come from."""
+
+    model_config = _SETTINGS
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Strongest first: arguments, ``.env``, the environment. Command line and YAML are put around them."""
+        return init_settings, _ModelNameDotEnv(settings_cls), _ModelNameEnv(settings_cls)
+
+    def settings_of(self, *groups: type[BaseModel]) -> dict[str, Any]:
+        """The options of these groups as plain JSON values."""
+        dump = self.model_dump(mode="json")
+        return {name: dump[name] for group in groups for name in group.model_fields}
+
+
+class EvaluationConfig(CommonOptions, ModelOptions, MmluOptions, Settings):
+    """All options of an evaluation."""
+
+
+class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
     """All options of one run."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="RAYLORA_",
-        env_file=".env",
-        extra="forbid",
-        frozen=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_exit_on_error=False,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-    )
+    model_config = _SETTINGS
 
     @field_validator("grid")
     @classmethod
@@ -184,18 +219,6 @@ class Config(RunOptions, ModelOptions, MmluOptions, FeatureOptions, Method, Base
                     raise ValueError(f"{key}: {error.errors()[0]['msg']} (got {value!r})") from error
         return grid
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Strongest first: arguments, ``.env``, the environment. Command line and YAML are put around them."""
-        return init_settings, _ModelNameDotEnv(settings_cls), _ModelNameEnv(settings_cls)
-
     def method(self) -> Method:
         return Method(**{name: getattr(self, name) for name in Method.model_fields})
 
@@ -205,17 +228,17 @@ class Config(RunOptions, ModelOptions, MmluOptions, FeatureOptions, Method, Base
         combinations = itertools.product(*self.grid.values())
         return [Method(**{**base, **dict(zip(self.grid, values, strict=True))}) for values in combinations]
 
-    def settings_of(self, *groups: type[BaseModel]) -> dict[str, Any]:
-        """The options of these groups as plain JSON values."""
-        dump = self.model_dump(mode="json")
-        return {name: dump[name] for group in groups for name in group.model_fields}
 
-    def fingerprint(self) -> str:
-        return digest(self.model_dump(mode="json"))
+S = TypeVar("S", bound=Settings)
 
 
 def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.batch", **overrides: Any) -> Config:
-    """The configuration of a command: YAML, environment, ``.env``, and ``argv`` (or ``overrides`` from Python).
+    """The configuration of a run; see ``load_settings``."""
+    return load_settings(Config, argv, prog, **overrides)
+
+
+def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overrides: Any) -> S:
+    """The options of a command: YAML, environment, ``.env``, and ``argv`` (or ``overrides`` from Python).
 
     Raises:
         UserError: one line that names the option and what fits.
@@ -225,7 +248,7 @@ def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.ba
     yaml_path, argv = _take_config_option(argv)
     yaml_values = _read_yaml(yaml_path) if yaml_path else {}
 
-    class _Command(Config):
+    class _Command(settings):  # type: ignore[valid-type, misc]
         model_config = SettingsConfigDict(cli_prog_name=prog)
 
         @classmethod
@@ -236,14 +259,14 @@ def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.ba
             strongest = [CliSettingsSource[Any](settings_cls, cli_parse_args=argv)] if argv else []
             return (*strongest, *stronger, _YamlValues(settings_cls, yaml_values))
 
-    _Command.__doc__ = Config.__doc__
+    _Command.__doc__ = settings.__doc__
     try:
         values = _Command(**overrides).model_dump()
     except ValidationError as error:
-        raise UserError(_explain(error, yaml_path)) from None
+        raise UserError(_explain(settings, error, yaml_path)) from None
     except SettingsError as error:
-        raise UserError(_explain_settings_error(error)) from None
-    return Config.model_construct(**values)
+        raise UserError(_explain_settings_error(settings, error)) from None
+    return settings.model_construct(**values)
 
 
 class _YamlValues(YamlConfigSettingsSource):
@@ -287,29 +310,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _closest(name: str) -> str:
-    close = difflib.get_close_matches(name, Config.model_fields, n=1)
+def _closest(settings: type[Settings], name: str) -> str:
+    close = difflib.get_close_matches(name, settings.model_fields, n=1)
     return f"did you mean {close[0]}?" if close else "see --help for what there is"
 
 
-def _explain(error: ValidationError, yaml_path: Path | None) -> str:
+def _explain(settings: type[Settings], error: ValidationError, yaml_path: Path | None) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "extra_forbidden":
-        return f"unknown option {name}{f' in {yaml_path}' if yaml_path else ''}: {_closest(name)}"
+        return f"unknown option {name}{f' in {yaml_path}' if yaml_path else ''}: {_closest(settings, name)}"
     flag = "--" + name.replace("_", "-")
     message = first["msg"].removeprefix("Value error, ")
     return " ".join(f"{flag}: {message[0].lower() + message[1:]}, got {str(first['input'])[:80]!r}".split())
 
 
-def _explain_settings_error(error: SettingsError) -> str:
+def _explain_settings_error(settings: type[Settings], error: SettingsError) -> str:
     text = " ".join(str(error).split()).removeprefix("error parsing CLI: ")
     if "unrecognized arguments:" in text:
         word = text.partition("unrecognized arguments:")[2].split()[0]
-        return f"unknown option {word}: {_closest(word.lstrip('-').partition('=')[0].replace('-', '_'))}"
+        return f"unknown option {word}: {_closest(settings, word.lstrip('-').partition('=')[0].replace('-', '_'))}"
     # What is left are values that should be JSON: the library names the field, and not what would fit.
     if match := re.search(r'(?:encountered for |for field )"?(\w+)', text):
-        return f"--{match[1].replace('_', '-')}: expected JSON: {Config.model_fields[match[1]].description}"
+        return f"--{match[1].replace('_', '-')}: expected JSON: {settings.model_fields[match[1]].description}"
     return text
 
 

@@ -11,20 +11,19 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from raylora import datasets, mmlu
-from raylora.config import Config, FeatureOptions, Method, ModelOptions, load_config, main_with_one_line_errors
+from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
 from raylora.encoding import EncodedExample, encode_example
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
-from raylora.model import LoadedModel, load_model
-from raylora.plan import load_question_set, make_plan, method_of
-from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, ignore_progress
+from raylora.model import LoadedModel, adapter_hash
+from raylora.plan import make_plan, method_of
+from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, digest, ignore_progress
 from raylora.store import Store, write_atomically
 from raylora.train import TrainingMetrics, train_adapter
 
@@ -52,57 +51,17 @@ ROW_COLUMNS = [
 ]
 
 
-class Workbench:
+class Workbench(mmlu.Examiner):
     """What all experiments of one process share: the base model and the encoded questions, each loaded once."""
 
     def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
-        self.config = config
-        self.store = store
-        self._loaded = loaded
-
-    @cached_property
-    def loaded(self) -> LoadedModel:
-        return self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
-
-    @cached_property
-    def questions(self) -> list[mmlu.EncodedQuestion]:
-        asked = load_question_set(self.config)
-        window = getattr(self.loaded.model.config, "max_position_embeddings", None) or 2048
-        return mmlu.encode_questions(
-            self.loaded.tokenizer, asked.questions, asked.shots, self.config.prompt_style, window
-        )
+        super().__init__(config, store, loaded)
+        self.config: Config = config
 
     @property
-    def token_budget(self) -> int:
+    def feature_token_budget(self) -> int:
         """Padded tokens in a batch. On a CPU small ones are faster: they stay in its caches (benchmarks/NOTES.md)."""
-        return self.config.token_budget or (8192 if self.loaded.device.type == "cuda" else 512)
-
-    def score(self, progress: Progress) -> Score:
-        """Ask every question of the model as it is now, with the active adapter if there is one."""
-        return mmlu.evaluate(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            self.questions,
-            self.config.scoring,
-            self.token_budget,
-            progress=progress,
-        )
-
-    def base_score(self, key: str, wait: bool, progress: Progress = ignore_progress) -> Score | None:
-        """The base's score of this run: made once by whichever process comes first.
-
-        Returns:
-            None where another process is making it and ``wait`` is False.
-        """
-        path = self.store.base_scores_path(key)
-        lock = self.store.base_lock(key)
-        with contextlib.suppress(TimeoutError), lock.acquire(timeout=-1 if wait else 0):
-            if not path.is_file():
-                with self.loaded.base():
-                    score = self.score(lambda _, done, total: progress("base mmlu", done, total))
-                write_atomically(path, lambda partial: mmlu.save_score(score, partial))
-            return mmlu.load_score(path)
-        return mmlu.load_score(path) if path.is_file() else None
+        return 8192 if self.loaded.device.type == "cuda" else 512
 
 
 def run_experiment(bench: Workbench, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
@@ -160,7 +119,7 @@ def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progres
     config = bench.config
     options = FeatureOptions(**config.settings_of(FeatureOptions))
     method = method_of(experiment)
-    return extract_features(bench.loaded, dataset, method, options, bench.token_budget, config.seed, progress)
+    return extract_features(bench.loaded, dataset, method, options, bench.feature_token_budget, config.seed, progress)
 
 
 def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:
@@ -185,10 +144,10 @@ def _evaluate(bench: Workbench, experiment: Experiment, progress: Progress) -> d
     base = bench.base_score(experiment.keys["base"], wait=False, progress=progress)
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
     try:
-        score = bench.score(progress)
+        key = digest([experiment.keys["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
+        score = bench.score(experiment.keys["base"], key, bench.store.scores_path(experiment), progress)
     finally:
         bench.loaded.detach()
-    write_atomically(bench.store.scores_path(experiment), lambda p: mmlu.save_score(score, p))
     if base is None:  # another worker was at it when this one began
         base = bench.base_score(experiment.keys["base"], wait=True, progress=progress)
     assert base is not None

@@ -301,13 +301,23 @@ class LoadedModel:
         return self._activate(name, trainable=True)
 
     def attach_saved(self, folder: Path, name: str = "default") -> None:
-        """The adapter of a PEFT folder, active, not trainable."""
+        """The adapter of a PEFT folder, active, not trainable.
+
+        Raises:
+            UserError: it is no LoRA adapter of this model.
+        """
         from peft import PeftModel
 
-        if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
-        else:
-            self._peft.load_adapter(str(folder), adapter_name=name)
+        check_adapter(folder)
+        try:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+            else:
+                self._peft.load_adapter(str(folder), adapter_name=name)
+        except (ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{folder}: no adapter of {self.source}: {_one_line(error)}") from error
         self._activate(name, trainable=False)
 
     def _activate(self, name: str, trainable: bool) -> list[torch.nn.Parameter]:
@@ -360,6 +370,23 @@ class LoadedModel:
         with self.base(), torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits
         return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def context_window(model: Any) -> int:
+    """Tokens that ``model`` can look at; 2048 where it does not say, as in lm-evaluation-harness."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2048)
+
+
+def check_adapter(folder: Path) -> None:
+    """Whether ``folder`` can hold an adapter in PEFT's format, as safetensors.
+
+    Raises:
+        UserError: a file is missing, or the weights are a pickle, which could run anything.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
 
 
 def adapter_hash(folder: Path) -> str:

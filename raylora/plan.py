@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylora import datasets
-from raylora.config import DEMO, Config, FeatureOptions, Method, MmluOptions, ModelOptions
-from raylora.mmlu import build_shots, find_dev_file, load_questions, questions_hash, select_questions
-from raylora.model import load_tokenizer, model_hash, quiet_libraries, resolve_model
-from raylora.records import SCHEMA_VERSION, Experiment, Question, ResultRow, UserError, digest
+from raylora import datasets, mmlu
+from raylora.config import Config, FeatureOptions, Method
+from raylora.model import quiet_libraries, resolve_model
+from raylora.records import Experiment, ResultRow, UserError, digest
 from raylora.store import Store, safe_name
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CHUNK = "chunk_demo"
-DEFAULT_QUESTIONS = Path("mmlu_dataset/test_all_subjects.json")
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class Plan:
     store: Store
     experiments: tuple[Experiment, ...]
     hashes: dict[str, str]
+    notes: list[str]
+    """What is odd, and no reason to stop."""
 
     def done(self) -> dict[str, ResultRow]:
         """Finished rows by experiment id: those of earlier runs that this one need not do again."""
@@ -35,45 +35,6 @@ class Plan:
             return {}
         rows = {e.experiment_id: self.store.read_row(e) for e in self.experiments}
         return {key: row for key, row in rows.items() if row and (row.ok or not self.config.retry_failed)}
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """The questions of a run, and the solved ones shown before them, by subject."""
-
-    questions: list[Question]
-    shots: dict[str, list[Question]]
-
-
-def find_questions(config: Config) -> Path:
-    """The questions' file or folder.
-
-    Raises:
-        UserError: it is not there.
-    """
-    if config.mmlu == DEMO:
-        return DEMO_FOLDER / "questions.json"
-    path = Path(config.mmlu).expanduser() if config.mmlu else DEFAULT_QUESTIONS
-    if not path.exists():
-        raise UserError(f"MMLU questions: {path} is missing: give --mmlu FILE, or try --mmlu demo")
-    return path.absolute()
-
-
-def load_question_set(config: Config) -> QuestionSet:
-    """Questions and shots as the configuration asks for them.
-
-    Raises:
-        UserError: the file is missing or bad, or a subject has too few solved questions.
-    """
-    path = find_questions(config)
-    questions = select_questions(load_questions(path), config.max_samples, config.seed)
-    if config.num_fewshot == 0:
-        return QuestionSet(questions, {})
-    dev = find_dev_file(path)
-    if dev is None:
-        raise UserError(f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)")
-    subjects = sorted({q.subject for q in questions})
-    return QuestionSet(questions, build_shots(load_questions(dev), subjects, config.num_fewshot))
 
 
 def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
@@ -85,31 +46,26 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     quiet_libraries()
     source = resolve_model(config.model)
     store = Store(config.output / safe_folder(chunk))
-    base_key = {
-        **config.settings_of(ModelOptions),
-        "model": model_hash(
-            source, config.trust_remote_code
-        ),  # not its name: a folder may have been moved, or its content changed
-        "schema": SCHEMA_VERSION,
-    }
-    hashes = {"model": base_key["model"]}
-    mmlu_key: dict[str, Any] = config.settings_of(MmluOptions)
+    of_model = mmlu.model_key(config, source)
+    hashes = {"model": of_model["model"]}
+    of_questions: dict[str, Any] = {}
+    notes: list[str] = []
     if "mmlu" in config.stages:
-        asked = load_question_set(config)
-        shots = [q for group in asked.shots.values() for q in group]
-        hashes["questions"] = mmlu_key["mmlu"] = questions_hash([*asked.questions, *shots])
-        if config.prompt_style == "chat" and not load_tokenizer(source, config.trust_remote_code).chat_template:
-            raise UserError(f"--prompt-style chat: {config.model} has no chat template; use --prompt-style harness")
-    mmlu_key.pop("token_budget")  # where batches are cut is no part of what is asked
-    base_key.pop("max_memory")  # nor is where the weights lie
-    shared = (base_key, mmlu_key, config)
+        asked = mmlu.load_question_set(config)
+        notes = asked.notes
+        hashes["questions"] = asked.hash
+        of_questions = mmlu.questions_key(config, asked)
+        mmlu.check_prompt_style(config, source)
+    shared = (of_model, of_questions, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that the last worker is not busy alone; names break ties, so that the order is always the same.
     experiments.sort(key=lambda e: (-e.num_chars * float(e.settings["num_epochs"]), e.experiment_id))
-    return Plan(config, chunk, store, tuple(experiments), hashes)
+    return Plan(config, chunk, store, tuple(experiments), hashes, notes)
 
 
-def _experiments_of(path: Path, base_key: dict[str, Any], mmlu_key: dict[str, Any], config: Config) -> list[Experiment]:
+def _experiments_of(
+    path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], config: Config
+) -> list[Experiment]:
     data_hash, num_examples, num_chars, error = "", 0, 0, ""
     try:
         data_hash = datasets.file_hash(path)
@@ -117,17 +73,17 @@ def _experiments_of(path: Path, base_key: dict[str, Any], mmlu_key: dict[str, An
         num_examples, num_chars = len(dataset.examples), dataset.total_chars
     except UserError as bad_file:
         error = str(bad_file)
-    data_key = [data_hash, config.salvage, config.max_records, config.seed, base_key]
+    data_key = [data_hash, config.salvage, config.max_records, config.seed, of_model]
     experiments = []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
         keys = {
             "features": digest([data_key, settings, config.settings_of(FeatureOptions)]),
             "train": digest([data_key, settings]),
-            "mmlu": digest([data_key, settings, mmlu_key]),
-            "base": digest([base_key, mmlu_key]),
+            "mmlu": digest([data_key, settings, of_questions]),
+            "base": mmlu.score_key(of_model, of_questions),
         }
-        name = safe_name(path.stem, path.suffix, settings, base_key, config.max_records, config.seed)
+        name = safe_name(path.stem, path.suffix, settings, of_model, config.max_records, config.seed)
         experiments.append(
             Experiment(
                 experiment_id=name,

@@ -145,14 +145,14 @@ class Store:
     def scores_path(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "scores.parquet"
 
-    # The base's scores, made by whichever worker comes first
+    # What all experiments share (questions as token ids, the base's scores), made by whichever worker comes first
 
-    def base_scores_path(self, key: str) -> Path:
-        return self.root / "base" / key / "scores.parquet"
+    def base_file(self, key: str, name: str) -> Path:
+        return self.root / "base" / key / name
 
-    def base_lock(self, key: str) -> FileLock:
-        """Held by the one worker that scores the base. The system frees it when that worker dies."""
-        path = self.base_scores_path(key).with_name("scores.lock")
+    def base_lock(self, key: str, name: str) -> FileLock:
+        """Held by the one worker that makes it. The system frees it when that worker dies."""
+        path = self.base_file(key, f"{name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 

@@ -351,7 +351,8 @@ def test_accuracies_by_hand():
         make_score([True, True, False, True, False], ["anatomy"] * 3 + ["philosophy", "sociology"])
     )
     assert summary["overall_accuracy"] == 0.6
-    assert summary["overall_stderr"] == pytest.approx(math.sqrt(0.3) / math.sqrt(5))
+    assert summary["subjects"]["anatomy"]["stderr"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
+    assert summary["overall_stderr"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(5))  # pooled within subjects
     assert summary["macro_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert summary["groups"]["stem"]["accuracy"] == pytest.approx(2 / 3)
     assert summary["groups"]["humanities"] == {"accuracy": 1.0, "stderr": None, "num_questions": 1}

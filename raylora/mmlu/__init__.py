@@ -1,23 +1,42 @@
 """MMLU: questions, prompts, scores, statistics. Agrees with lm-evaluation-harness 0.4.13 question by question."""
 
-from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions
-from raylora.mmlu.questions import SUBJECT_GROUPS, find_dev_file, load_questions, questions_hash, select_questions
-from raylora.mmlu.scoring import evaluate, load_score, parse_answer, save_score
-from raylora.mmlu.statistics import compare, summarize
+from raylora.mmlu.answers import parse_answer
+from raylora.mmlu.examine import Examiner, check_prompt_style, load_question_set, model_key, questions_key, score_key
+from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
+from raylora.mmlu.questions import (
+    SHORT_GROUPS,
+    SUBJECT_GROUPS,
+    find_dev_file,
+    load_questions,
+    questions_hash,
+    select_questions,
+)
+from raylora.mmlu.scoring import evaluate, load_score, save_score
+from raylora.mmlu.statistics import compare, compare_subjects, summarize
 
 __all__ = [
+    "SHORT_GROUPS",
     "SUBJECT_GROUPS",
     "EncodedQuestion",
+    "Examiner",
     "build_shots",
+    "check_prompt_style",
     "compare",
+    "compare_subjects",
     "encode_questions",
     "evaluate",
     "find_dev_file",
+    "load_encoded",
+    "load_question_set",
     "load_questions",
     "load_score",
+    "model_key",
     "parse_answer",
     "questions_hash",
+    "questions_key",
+    "save_encoded",
     "save_score",
+    "score_key",
     "select_questions",
     "summarize",
 ]

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raylora.encoding import render_chat
 from raylora.mmlu.questions import LETTERS
 from raylora.records import Message, Question, UserError
 
 PromptStyle = Literal["harness", "chat"]
+CHUNK = 256
+"""Questions tokenized together."""
 CHAT_INSTRUCTION = "Answer with the letter of the right option only: A, B, C or D."
 
 
@@ -69,16 +75,16 @@ def encode_questions(
     """
     if prompt_style == "chat" and not tokenizer.chat_template:
         raise UserError("--prompt-style chat: the tokenizer has no chat template; use --prompt-style harness")
-    encoded = []
-    for question in questions:
+    encoded: list[EncodedQuestion] = []
+    for start in range(0, len(questions), CHUNK):
+        chunk = questions[start : start + CHUNK]
         if prompt_style == "chat":
-            context = _chat_prompt(tokenizer, question, shots.get(question.subject, []))
-            parts = [_split(tokenizer, context, letter, add_special_tokens=False) for letter in LETTERS]
+            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in chunk]
+            parts = _split(tokenizer, contexts, LETTERS, add_special_tokens=False)
         else:
-            context = harness_prompt(question, shots.get(question.subject, []))
-            special = not _starts_with_bos(tokenizer, context)
-            parts = [_split(tokenizer, context, f" {letter}", special) for letter in LETTERS]
-        encoded.append(_truncate(question, parts, max_length))
+            contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in chunk]
+            parts = _split(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
+        encoded += [_truncate(q, p, max_length) for q, p in zip(chunk, parts, strict=True)]
     return encoded
 
 
@@ -96,7 +102,8 @@ def _block(question: Question) -> str:
     return f"{question.question.strip()}{options}\nAnswer:"
 
 
-def _chat_prompt(tokenizer: Any, question: Question, shots: Sequence[Question]) -> str:
+def chat_prompt(tokenizer: Any, question: Question, shots: Sequence[Question]) -> str:
+    """The question as a user's turn, the solved ones as turns before it, up to where the assistant answers."""
     messages = []
     for shot in shots:
         messages += [Message("user", _chat_question(shot)), Message("assistant", LETTERS[shot.answer])]
@@ -109,20 +116,21 @@ def _chat_question(question: Question) -> str:
     return f"{question.question.strip()}\n{options}\n\n{CHAT_INSTRUCTION}"
 
 
-def _starts_with_bos(tokenizer: Any, text: str) -> bool:
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-
-
-def _split(tokenizer: Any, context: str, continuation: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-    """Both as the ids of one string, cut at the length of the context's own ids.
+def _split(
+    tokenizer: Any, contexts: Sequence[str], continuations: Sequence[str], add_special_tokens: bool
+) -> list[list[tuple[list[int], list[int]]]]:
+    """For each context its ids with each continuation, as those of one string cut at the length of the context's own.
 
     White space at the context's end goes to the continuation, since tokenizers join it with what follows.
     """
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    whole = tokenizer.encode(stripped + continuation, add_special_tokens=add_special_tokens)
-    length = len(tokenizer.encode(stripped, add_special_tokens=add_special_tokens))
-    return whole[:length], whole[length:]
+    stripped = [context.rstrip() for context in contexts]
+    wholes = [context + continuation for context in contexts for continuation in continuations]
+    lengths = [len(ids) for ids in tokenizer(stripped, add_special_tokens=add_special_tokens)["input_ids"]]
+    ids = tokenizer(wholes, add_special_tokens=add_special_tokens)["input_ids"]
+    n = len(continuations)
+    return [
+        [(whole[:length], whole[length:]) for whole in ids[i * n : (i + 1) * n]] for i, length in enumerate(lengths)
+    ]
 
 
 def _truncate(question: Question, parts: list[tuple[list[int], list[int]]], max_length: int) -> EncodedQuestion:
@@ -139,3 +147,20 @@ def _truncate(question: Question, parts: list[tuple[list[int], list[int]]], max_
 
 def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def save_encoded(encoded: Sequence[EncodedQuestion], path: Path) -> None:
+    """The token ids as a Parquet file, for other processes that ask the same questions."""
+    columns = {
+        "context_ids": [e.context_ids for e in encoded],
+        "continuations": [e.continuations for e in encoded],
+        "num_truncated": [e.num_truncated for e in encoded],
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def load_encoded(path: Path, questions: Sequence[Question]) -> list[EncodedQuestion]:
+    """What ``save_encoded`` wrote of the same questions in the same order."""
+    columns = pq.read_table(path).to_pydict()
+    rows = zip(questions, columns["context_ids"], columns["continuations"], columns["num_truncated"], strict=True)
+    return [EncodedQuestion(*row) for row in rows]

@@ -40,6 +40,7 @@ GROUPS = {
         medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology
     """,
 }
+SHORT_GROUPS = {"stem": "STEM", "humanities": "hum.", "social_sciences": "social", "other": "other"}
 SUBJECT_GROUPS = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
 """The group of each of the 57 subjects."""
 

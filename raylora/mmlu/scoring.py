@@ -1,17 +1,19 @@
-"""Asking a model every question: log-likelihoods from one forward pass each, or answers that it writes.
+"""Asking a model every question, in batches filled to a token budget.
 
-Every score is made with the longest questions first: memory runs out in the first batch or never.
+Questions of a subject that begin with the same tokens (its description and solved questions) are asked together, behind
+the keys and values of those tokens. All others are asked together, longest first: memory runs out at once or never.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +22,41 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 
-from raylora.encoding import pad_left
+from raylora.mmlu.answers import parse_answer, write_answers
+from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 from raylora.model import is_out_of_memory
 from raylora.records import Progress, Score, ignore_progress
 
-MAX_NEW_TOKENS = 10
+log = logging.getLogger("raylora.mmlu")
+
+CPU_TOKEN_BUDGET = 512
+"""Padded tokens in a batch on a CPU: larger ones are slower, as they leave its caches (benchmarks/NOTES.md)."""
+MAX_GPU_TOKEN_BUDGET = 16384
+MEMORY_SHARE = 0.8
+"""Of the free GPU memory, what a batch may take."""
+MIN_TOKENS_SPARED = 64
+"""A prefix must spare this many tokens and half a batch: so much is lost by a pass of its own and torn batches."""
 _INFO_KEY = b"raylora"
-Answers = list[tuple[list[float], int | None, str]]
-"""For each question: four log-likelihoods, the prediction (0 to 3, None if unparsed), and the text that was written."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Four log-likelihoods, the prediction (0 to 3, None if unparsed), and the text that was written."""
+
+    logprobs: list[float]
+    prediction: int | None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Questions, by index and longest first, that begin with the same ``prefix_length`` tokens."""
+
+    indices: list[int]
+    prefix_length: int = 0
 
 
 @dataclass
@@ -41,16 +66,72 @@ class _Budget:
     tokens: int
     num_backoffs: int = 0
 
+    def halve(self, held: int) -> None:
+        """Half of what the failed batch held, which may be far less than the budget allowed."""
+        self.tokens = max(1, min(self.tokens, held) // 2)
+        self.num_backoffs += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@dataclass
+class _Journal:
+    """Answers as they come, a line a batch, so that an interrupted evaluation goes on where it was.
+
+    The first line holds a key: another one means other questions or another model, and everything starts anew. Batches
+    are cut the same way again, as what shares a batch moves an 8-bit model's numbers.
+    """
+
+    path: Path | None
+    key: str
+    answers: dict[int, _Answer] = field(default_factory=dict)
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        first = json.dumps(self.key)
+        whole = self._read(lines[1:]) if lines and lines[0] == first else []
+        if [first, *whole] != lines:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("\n".join([first, *whole]) + "\n", encoding="utf-8")
+
+    def _read(self, lines: list[str]) -> list[str]:
+        """The lines up to the first torn one: a process may have died while it wrote."""
+        for k, line in enumerate(lines):
+            try:
+                saved = json.loads(line)
+                self.answers |= {int(i): _Answer(*a) for i, a in saved["answers"].items()}
+                self.budget = saved["budget"]
+            except (ValueError, KeyError, TypeError):
+                return lines[:k]
+        return lines
+
+    def add(self, answers: dict[int, _Answer], budget: int) -> None:
+        self.answers |= answers
+        if self.path:
+            plain = {i: [a.logprobs, a.prediction, a.text] for i, a in answers.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"budget": budget, "answers": plain}) + "\n")
+
 
 def evaluate(
     model: Any,
     tokenizer: Any,
     encoded: Sequence[EncodedQuestion],
     scoring: Literal["logits", "generate"] = "logits",
-    token_budget: int = 512,
+    token_budget: int | None = None,
     progress: Progress = ignore_progress,
+    journal: Path | None = None,
+    journal_key: str = "",
 ) -> Score:
-    """Ask ``model`` every question.
+    """Ask ``model``, as it is now, every question.
+
+    Args:
+        token_budget: padded tokens in a batch; None: 512 on a CPU, what the free memory holds on a GPU.
+        journal: a file where answers are kept as they come; one that is there under the same ``journal_key`` is gone on
+            with. It is the caller's to remove.
 
     Returns:
         The answers in the order of ``encoded``; ``info`` says how they came about.
@@ -59,35 +140,32 @@ def evaluate(
         torch.OutOfMemoryError: a single question does not fit.
     """
     started = time.perf_counter()
-    budget = _Budget(token_budget)
+    done = _Journal(journal, journal_key)
+    num_resumed = len(done.answers)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answer: Callable[[list[EncodedQuestion]], Answers]
-    if scoring == "generate":
-        answer = lambda batch: _generate(model, tokenizer, batch, pad)  # noqa: E731
-    else:
-        answer = lambda batch: _choose(model, batch, pad)  # noqa: E731
-    answers: dict[int, tuple[list[float], int | None, str]] = {}
     with _for_inference(model):
-        for indices in _batches(encoded, budget):
-            try:
-                found = answer([encoded[i] for i in indices])
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(indices) == 1:
-                    raise
-                found = None
-            if found is None:  # outside of the handler, which would keep the failed batch's tensors alive
-                _back_off(budget, encoded, indices)
-                continue
-            answers |= dict(zip(indices, found, strict=True))
-            progress("mmlu", len(answers), len(encoded))
+        budget = _Budget(done.budget or token_budget or find_token_budget(model, encoded, pad))
+        no_prefix = "answers are written, not chosen" if scoring == "generate" else why_no_prefix(model)
+        parts = _parts(encoded, math.inf if no_prefix else max(budget.tokens / 2, MIN_TOKENS_SPARED))
+        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad):
+            no_prefix = "the model answers differently behind a shared prefix"
+            parts = _parts(encoded, math.inf)
+        for part in parts:
+            for answers in _ask(model, tokenizer, encoded, part, scoring, pad, budget, done.answers):
+                done.add(answers, budget.tokens)
+                progress("mmlu", len(done.answers), len(encoded))
     seconds = time.perf_counter() - started
-    rows = [_row(encoded[i], *answers[i], written=scoring == "generate") for i in range(len(encoded))]
-    num_tokens = sum(len(e) for e in encoded)
+    rows = [_row(encoded[i], done.answers[i], written=scoring == "generate") for i in range(len(encoded))]
+    shared = [part for part in parts if part.prefix_length]
     info = {
         "scoring": scoring,
         "mmlu_seconds": seconds,
-        "questions_per_second": len(rows) / seconds,
-        "num_tokens": num_tokens,
+        "questions_per_second": (len(rows) - num_resumed) / seconds,
+        "num_resumed": num_resumed,
+        "num_tokens": sum(len(e) for e in encoded),
+        "num_tokens_spared": sum(p.prefix_length * (len(p.indices) - 1) for p in shared),
+        "num_shared_prefixes": len(shared),
+        "no_prefix_because": no_prefix,
         "token_budget": budget.tokens,
         "num_oom_backoffs": budget.num_backoffs,
         "num_truncated": sum(e.num_truncated > 0 for e in encoded),
@@ -96,24 +174,106 @@ def evaluate(
     return Score(pd.DataFrame(rows), info)
 
 
-def _batches(encoded: Sequence[EncodedQuestion], budget: _Budget) -> Iterator[list[int]]:
-    """Indices of batches, longest first. A batch that was not answered (the budget shrank) comes again, smaller."""
-    left = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+def _ask(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[EncodedQuestion],
+    part: _Part,
+    scoring: Literal["logits", "generate"],
+    pad: int,
+    budget: _Budget,
+    known: dict[int, _Answer],
+) -> Iterator[dict[int, _Answer]]:
+    """Answers of one part, a batch at a time. A batch that does not fit comes again, smaller."""
+    left = [i for i in part.indices if i not in known]
+    if not left:
+        return
+    prefix = SharedPrefix(model, encoded[left[0]].context_ids[: part.prefix_length]) if part.prefix_length else None
     while left:
-        size = max(1, budget.tokens // max(1, len(encoded[left[0]])))
-        before = budget.num_backoffs
-        yield left[:size]
-        if budget.num_backoffs == before:
-            left = left[size:]
+        width = max(1, len(encoded[left[0]]) - part.prefix_length)
+        indices = left[: max(1, budget.tokens // width)]
+        batch = [encoded[i] for i in indices]
+        try:
+            if scoring == "generate":
+                texts = write_answers(model, tokenizer, batch, pad)
+                found = [_Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
+            else:
+                found = [_Answer(row, int(np.argmax(row))) for row in choice_logprobs(model, batch, pad, prefix)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(indices) == 1:
+                raise
+            found = []
+        if not found:  # outside of the handler, which would keep the failed batch's tensors alive
+            budget.halve(held=len(indices) * width)
+            continue
+        left = left[len(indices) :]
+        yield dict(zip(indices, found, strict=True))
 
 
-def _back_off(budget: _Budget, encoded: Sequence[EncodedQuestion], indices: list[int]) -> None:
-    """Half of what the failed batch held, which may be far less than the budget allowed."""
-    held = len(indices) * max(len(encoded[i]) for i in indices)
-    budget.tokens = min(budget.tokens, held) // 2
-    budget.num_backoffs += 1
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _parts(encoded: Sequence[EncodedQuestion], least_saving: float) -> list[_Part]:
+    """Subjects whose shared prefix saves at least so many tokens, each by itself, and one part of all others.
+
+    The part with the longest prompt comes first.
+    """
+
+    def longest_first(indices: Iterable[int]) -> list[int]:
+        return sorted(indices, key=lambda i: (-len(encoded[i]), i))
+
+    by_subject: dict[str, list[int]] = defaultdict(list)
+    for i, e in enumerate(encoded):
+        by_subject[e.question.subject].append(i)
+    parts, others = [], []
+    for indices in by_subject.values():
+        length = _common_prefix([encoded[i] for i in indices])
+        if length * (len(indices) - 1) >= least_saving:
+            parts.append(_Part(longest_first(indices), length))
+        else:
+            others += indices
+    if others:
+        parts.append(_Part(longest_first(others)))
+    return sorted(parts, key=lambda part: (-len(encoded[part.indices[0]]), part.indices[0]))
+
+
+def _common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
+    """Tokens that all prompts begin with, at least one less than the shortest has. 0 where choices are long."""
+    if len(encoded) < 2 or not all(e.single_token for e in encoded):
+        return 0
+    first, last = min(e.context_ids for e in encoded), max(e.context_ids for e in encoded)
+    length = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(length, min(len(e) for e in encoded) - 1)
+
+
+def _prefix_agrees(model: Any, encoded: Sequence[EncodedQuestion], parts: Sequence[_Part], pad: int) -> bool:
+    """Whether one question gets the same answer with and without a shared prefix; a check of the model's own code."""
+    part = next(p for p in parts if p.prefix_length)
+    question = encoded[part.indices[-1]]
+    prefix = SharedPrefix(model, question.context_ids[: part.prefix_length])
+    (shared,), (alone,) = choice_logprobs(model, [question], pad, prefix), choice_logprobs(model, [question], pad)
+    # Quantized and half-precision models move a little with a batch's shape; a wrong mask moves them by whole nats.
+    return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if _is_exact(model) else 0.5))
+
+
+def _is_exact(model: Any) -> bool:
+    return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+
+
+def find_token_budget(model: Any, encoded: Sequence[EncodedQuestion], pad: int) -> int:
+    """Padded tokens of a batch, a power of two, so that equal machines cut equal batches.
+
+    On a GPU the longest prompt is asked once, and what it took tells how many tokens the free memory holds.
+    """
+    if model.device.type != "cuda" or not encoded:
+        return CPU_TOKEN_BUDGET
+    longest = max(encoded, key=len)
+    device = model.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    choice_logprobs(model, [longest], pad)
+    per_token = max(1.0, (torch.cuda.max_memory_allocated(device) - before) / len(longest))
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    tokens = int(min(MEMORY_SHARE * free / per_token, MAX_GPU_TOKEN_BUDGET))
+    return max(256, 1 << (max(tokens, 1).bit_length() - 1))
 
 
 @contextlib.contextmanager
@@ -129,82 +289,17 @@ def _for_inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _choose(model: Any, batch: list[EncodedQuestion], pad: int) -> Answers:
-    """Log-likelihoods of the four choices; the most likely one, the first of equals."""
-    if all(e.single_token for e in batch):
-        logprobs = _single_token_logprobs(model, batch, pad)
-    else:
-        logprobs = [_whole_logprobs(model, e, pad) for e in batch]
-    return [(row, int(np.argmax(row)), "") for row in logprobs]
-
-
-def _single_token_logprobs(model: Any, batch: list[EncodedQuestion], pad: int) -> list[list[float]]:
-    inputs = pad_left([e.context_ids for e in batch], pad, model.device)
-    logits = model(**inputs.model_inputs(), logits_to_keep=1, use_cache=False).logits[:, -1]  # (B, V)
-    choices = torch.tensor([[c[0] for c in e.continuations] for e in batch], device=logits.device)
-    return F.log_softmax(logits.float(), dim=-1).gather(1, choices).tolist()
-
-
-def _whole_logprobs(model: Any, encoded: EncodedQuestion, pad: int) -> list[float]:
-    """Each choice's tokens scored one after another, for tokenizers that make more than one of a letter."""
-    rows = [encoded.context_ids + c[:-1] for c in encoded.continuations]
-    inputs = pad_left(rows, pad, model.device)
-    keep = max(len(c) for c in encoded.continuations)
-    logits = model(**inputs.model_inputs(), logits_to_keep=keep, use_cache=False).logits
-    logprobs = F.log_softmax(logits.float(), dim=-1)
-    return [
-        float(logprobs[i, -len(c) :].gather(1, torch.tensor(c, device=logits.device)[:, None]).sum())
-        for i, c in enumerate(encoded.continuations)
-    ]
-
-
-def _generate(model: Any, tokenizer: Any, batch: list[EncodedQuestion], pad: int) -> Answers:
-    """Greedy, at most ten tokens; the answer is read from the text."""
-    from transformers import GenerationConfig
-
-    inputs = pad_left([e.context_ids for e in batch], pad, model.device)
-    config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=pad,
-        bos_token_id=model.generation_config.bos_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-    )
-    output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, generation_config=config)
-    texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return [([math.nan] * 4, parse_answer(text), text) for text in texts]
-
-
-_OPEN, _CLOSE = r"[\s*_(\[\"']*", r"(?=$|[\s.,:;)\]*_\"'!?])"
-_ANSWER_PATTERNS = (
-    # The letter comes first: "C", "(C)", "C.", "C) banana", "**C**". A lone capital before a word is a word: "A cat".
-    re.compile(rf"^{_OPEN}([A-Da-d])(?:$|[.,:;)\]*_\"'!?]|\s*\n)"),
-    re.compile(rf"\b(?:answer|option|choice)\b(?:\s+is)?(?:\s+(?:option|choice))?\s*:?{_OPEN}([A-Da-d]){_CLOSE}", re.I),
-)
-
-
-def parse_answer(text: str) -> int | None:
-    """The option that a text names, 0 to 3; None where it names none clearly."""
-    text = text.strip()
-    for pattern in _ANSWER_PATTERNS:
-        if match := pattern.search(text):
-            return LETTERS.index(match[1].upper())
-    return None
-
-
-def _row(
-    encoded: EncodedQuestion, logprobs: list[float], prediction: int | None, text: str, written: bool
-) -> dict[str, Any]:
-    question = encoded.question
+def _row(encoded: EncodedQuestion, answer: _Answer, written: bool) -> dict[str, Any]:
+    question, prediction = encoded.question, answer.prediction
     return {
         "subject": question.subject,
         "question_id": question.question_id,
         "question": question.question,
         "answer": LETTERS[question.answer],
         "prediction": "" if prediction is None else LETTERS[prediction],
-        **{f"logprob_{letter.lower()}": value for letter, value in zip(LETTERS, logprobs, strict=True)},
+        **{f"logprob_{letter.lower()}": value for letter, value in zip(LETTERS, answer.logprobs, strict=True)},
         "correct": prediction == question.answer,
-        **({"text": text} if written else {}),
+        **({"text": answer.text} if written else {}),
     }
 
 

@@ -18,13 +18,14 @@ NUM_RESAMPLES = 10_000
 def summarize(score: Score) -> dict[str, Any]:
     """Accuracies (0 to 1) and standard errors: overall, macro average, the four groups, every subject.
 
-    Overall and groups are weighted by size; ``macro_accuracy`` is the plain mean over subjects. A standard error is the
-    sample standard deviation (n - 1) over the root of n; None for a single question.
+    Overall and groups are weighted by size; ``macro_accuracy`` is the plain mean over subjects. A subject's standard
+    error is the sample standard deviation (n - 1) over the root of n; None for a single question. That of a group
+    pools the variances within its subjects, as lm-evaluation-harness has it (``pooled_sample_stderr``).
     """
     table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
-    groups = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("group")}
-    overall = _accuracy(table["correct"])
+    groups = {str(name): _pooled(part) for name, part in table.groupby("group")}
+    overall = _pooled(table)
     return {
         "overall_accuracy": overall["accuracy"],
         "overall_stderr": overall["stderr"],
@@ -42,6 +43,15 @@ def _accuracy(correct: pd.Series[bool]) -> dict[str, Any]:
     values = correct.to_numpy(dtype=float)
     stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return {"accuracy": float(values.mean()), "stderr": stderr, "num_questions": len(values)}
+
+
+def _pooled(table: pd.DataFrame) -> dict[str, Any]:
+    """Of several subjects: accuracy over all questions, standard error from the variance within subjects."""
+    within = table.assign(correct=table["correct"].astype(float)).groupby("subject")["correct"].agg(["size", "var"])
+    sizes, variances = within["size"].to_numpy(), within["var"].fillna(0).to_numpy()
+    freedom = int((sizes - 1).sum())
+    stderr = math.sqrt(float(((sizes - 1) * variances).sum()) / freedom / len(table)) if freedom else None
+    return {"accuracy": float(table["correct"].mean()), "stderr": stderr, "num_questions": len(table)}
 
 
 def compare(score: Score, base: Score, seed: int = 0) -> dict[str, Any]:
@@ -73,3 +83,21 @@ def compare(score: Score, base: Score, seed: int = 0) -> dict[str, Any]:
         "num_gained": gained,
         "num_lost": lost,
     }
+
+
+def compare_subjects(score: Score, base: Score, seed: int = 0) -> pd.DataFrame:
+    """``compare`` for every subject, a row each, and ``holm_p_value``.
+
+    The McNemar p-values of m subjects are adjusted together (Holm 1979): sorted, the k-th smallest times m - k + 1,
+    never smaller than the one before, at most 1. Below 0.05, the chance of even one false finding is at most 5%.
+    """
+    rows = []
+    for subject, part in score.questions.groupby("subject"):
+        theirs = base.questions[base.questions["subject"] == subject]
+        rows.append({"subject": subject, "num_questions": len(part), **compare(Score(part), Score(theirs), seed)})
+    table = pd.DataFrame(rows)
+    order = np.argsort(table["mcnemar_p_value"].to_numpy(), kind="stable")
+    factors = np.arange(len(table), 0, -1)
+    adjusted = np.empty(len(table))
+    adjusted[order] = np.maximum.accumulate(table["mcnemar_p_value"].to_numpy()[order] * factors).clip(max=1.0)
+    return table.assign(holm_p_value=adjusted)

@@ -1,0 +1,131 @@
+"""What all benchmarks need: a model, the machine's own limit, peak memory, and results as JSON and a table."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from raylora.config import ModelOptions
+from raylora.model import LoadedModel, load_model, load_tokenizer, quiet_libraries, resolve_model
+
+SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", "../shared/data"))
+SHAPES = {
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    },
+}  # fmt: skip
+
+
+def load(name: str, quantization: str, shape: str | None) -> LoadedModel:
+    """A real model, or random weights of a shape (quantized as a real one would be, by way of a folder)."""
+    if shape is None:
+        return load_model(ModelOptions(model=name, quantization=quantization))
+    import tempfile
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(resolve_model(name))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with device:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+    torch.set_default_dtype(torch.float32)
+    if quantization == "none":
+        return LoadedModel(model.eval().requires_grad_(False), tokenizer, shape, "none")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model
+        return load_model(ModelOptions(model=folder, quantization=quantization))
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds times two a second, of square matrices of this type: what the machine can do at best."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        synchronize(device)
+        best = max(best, 3 * 2 * n**3 / (time.perf_counter() - started))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forward_flops(model: Any, num_tokens: int, num_head_positions: int = 0) -> float:
+    """Two for each weight that a token meets, attention left out; the output head where it runs alone."""
+    c = model.config
+    attention = 2 * c.hidden_size + 2 * c.hidden_size * c.num_key_value_heads // c.num_attention_heads
+    weights = c.num_hidden_layers * c.hidden_size * (attention + 3 * c.intermediate_size)
+    return 2.0 * (weights * num_tokens + c.vocab_size * c.hidden_size * num_head_positions)
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float
+    peak_bytes: int
+    result: Any
+
+
+def measure(run: Callable[[], Any], device: torch.device) -> Measured:
+    """Seconds and the most memory held while ``run`` ran, what was there before included."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the process' high-water mark starts anew
+    started = time.perf_counter()
+    result = run()
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    if device.type == "cuda":
+        return Measured(seconds, torch.cuda.max_memory_allocated(device), result)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return Measured(seconds, peak * 1024, result)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "cores": psutil.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "torch": torch.__version__,
+    }
+
+
+def report(title: str, rows: Sequence[dict[str, Any]], json_path: Path | None, extra: dict[str, Any]) -> None:
+    """A table on the terminal, and everything as JSON."""
+    table = Table(title=title, box=box.MARKDOWN)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(width=160).print(table)
+    for key, value in extra.items():
+        print(f"{key}: {value}")
+    if json_path:
+        json_path.write_text(json.dumps({"title": title, "machine": machine(), "rows": rows, **extra}, indent=1) + "\n")

@@ -1,0 +1,181 @@
+"""One model, one set of questions: what every evaluation of a process shares."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
+from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
+from raylora.mmlu.questions import find_dev_file, load_questions, questions_hash, select_questions
+from raylora.mmlu.scoring import evaluate, load_score, save_score
+from raylora.model import LoadedModel, context_window, load_model, load_tokenizer, model_hash
+from raylora.records import SCHEMA_VERSION, Progress, Question, Score, UserError, digest, ignore_progress
+from raylora.store import Store, write_atomically
+
+DEMO_QUESTIONS = Path(__file__).parents[1] / "demo" / "questions.json"
+DEFAULT_QUESTIONS = Path("mmlu_dataset/test_all_subjects.json")
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of a run, and the solved ones shown before them, by subject."""
+
+    questions: list[Question]
+    shots: dict[str, list[Question]]
+    notes: list[str]
+    """What is odd about the file, and no reason to stop."""
+
+    @property
+    def hash(self) -> str:
+        return questions_hash([*self.questions, *(q for group in self.shots.values() for q in group)])
+
+
+def find_questions(config: EvaluationConfig) -> Path:
+    """The questions' file or folder.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if config.mmlu == DEMO:
+        return DEMO_QUESTIONS
+    path = Path(config.mmlu).expanduser() if config.mmlu else DEFAULT_QUESTIONS
+    if not path.exists():
+        raise UserError(f"MMLU questions: {path} is missing: give --mmlu FILE, or try --mmlu demo")
+    return path.absolute()
+
+
+def load_question_set(config: EvaluationConfig) -> QuestionSet:
+    """Questions and shots as the configuration asks for them.
+
+    Raises:
+        UserError: the file is missing or bad, or a subject has too few solved questions.
+    """
+    path = find_questions(config)
+    everything = load_questions(path)
+    notes = _duplicates(path, everything)
+    questions = select_questions(everything, config.max_samples, config.seed)
+    if config.num_fewshot == 0:
+        return QuestionSet(questions, {}, notes)
+    dev = find_dev_file(path)
+    if dev is None:
+        raise UserError(f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)")
+    subjects = sorted({q.subject for q in questions})
+    return QuestionSet(questions, build_shots(load_questions(dev), subjects, config.num_fewshot), notes)
+
+
+def _duplicates(path: Path, questions: list[Question]) -> list[str]:
+    """MMLU itself has 27 questions twice: they count as often as they stand there, as in the reference."""
+    counts = Counter((q.subject, q.question, q.choices) for q in questions)
+    repeated = [key for key, count in counts.items() if count > 1]
+    if not repeated:
+        return []
+    num_more = sum(counts[key] - 1 for key in repeated)
+    subject, text, _ = repeated[0]
+    return [f"{path}: {num_more} questions stand there again, the first of {subject}: {' '.join(text.split())[:60]!r}"]
+
+
+def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
+    """Everything about the base model that moves a result. Not its name: a folder may be moved, or its content change.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    options = config.settings_of(ModelOptions)
+    options.pop("max_memory")  # where the weights lie is no part of it
+    return {**options, "model": model_hash(source, config.trust_remote_code), "schema": SCHEMA_VERSION}
+
+
+def questions_key(config: EvaluationConfig, asked: QuestionSet) -> dict[str, Any]:
+    """Everything about the questions that moves a result."""
+    options = config.settings_of(MmluOptions)
+    options.pop("token_budget")  # where batches are cut is no part of what is asked
+    return {**options, "mmlu": asked.hash}
+
+
+def score_key(of_model: dict[str, Any], of_questions: dict[str, Any], *adapter: str) -> str:
+    """Identity of a score: model, questions, how they are asked, and the adapter's hash if there is one."""
+    return digest([of_model, of_questions, *adapter])
+
+
+def check_prompt_style(config: EvaluationConfig, source: str) -> None:
+    """Say early that a tokenizer has no chat template.
+
+    Raises:
+        UserError: it has none, and ``chat`` needs one.
+    """
+    if config.prompt_style == "chat" and not load_tokenizer(source, config.trust_remote_code).chat_template:
+        raise UserError(f"--prompt-style chat: {config.model} has no chat template; use --prompt-style harness")
+
+
+class Examiner:
+    """The base model and the encoded questions, each loaded once a process."""
+
+    def __init__(self, config: EvaluationConfig, store: Store, loaded: LoadedModel | None = None) -> None:
+        self.config = config
+        self.store = store
+        self._loaded = loaded
+        self._encoded: dict[str, list[EncodedQuestion]] = {}
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
+
+    def questions(self, base_key: str) -> list[EncodedQuestion]:
+        """The run's questions as token ids, made by whichever process comes first and read by all others."""
+        if base_key not in self._encoded:
+            asked = load_question_set(self.config).questions
+            path = self.store.base_file(base_key, "questions.parquet")
+            with self.store.base_lock(base_key, "questions"):
+                if not path.is_file():
+                    encoded = self._encode()
+                    write_atomically(path, lambda partial: save_encoded(encoded, partial))
+            self._encoded[base_key] = load_encoded(path, asked)
+        return self._encoded[base_key]
+
+    def _encode(self) -> list[EncodedQuestion]:
+        asked = load_question_set(self.config)
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        return encode_questions(
+            tokenizer, asked.questions, asked.shots, self.config.prompt_style, context_window(model)
+        )
+
+    def score(self, base_key: str, key: str, path: Path, progress: Progress) -> Score:
+        """Ask every question of the model as it is now, with the active adapter if there is one.
+
+        Args:
+            key: identity of the score; a half-done evaluation under the same one is gone on with.
+            path: where the score is kept, as a Parquet file.
+        """
+        journal = path.with_name(f"{path.stem}.journal")
+        score = evaluate(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            self.questions(base_key),
+            self.config.scoring,
+            self.config.token_budget,
+            progress=progress,
+            journal=journal,
+            journal_key=key,
+        )
+        write_atomically(path, lambda partial: save_score(score, partial))
+        journal.unlink()
+        return score
+
+    def base_score(self, key: str, wait: bool, progress: Progress = ignore_progress) -> Score | None:
+        """The base's score of this run: made once by whichever process comes first.
+
+        Returns:
+            None where another process is making it and ``wait`` is False.
+        """
+        path = self.store.base_file(key, "scores.parquet")
+        with contextlib.suppress(TimeoutError), self.store.base_lock(key, "scores").acquire(timeout=-1 if wait else 0):
+            if not path.is_file():
+                with self.loaded.base():
+                    self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
+            return load_score(path)
+        return load_score(path) if path.is_file() else None
