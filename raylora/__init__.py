@@ -15,6 +15,9 @@ _PUBLIC = {
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
     "load_results": "raylora.api",
+    "DynamicProbeAnalyzer": "raylora.features.dynamic",
+    "FeatureExtractionPipeline": "raylora.features.pipeline",
+    "HyperParams": "raylora.features.dynamic",
     "StaticFeatureExtractor": "raylora.features.static",
     "UserError": "raylora.records",
 }

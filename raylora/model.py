@@ -15,10 +15,11 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from filelock import FileLock
@@ -268,6 +269,9 @@ class LoadedModel:
     source: str
     quantization: str
     _peft: Any = field(default=None, repr=False)
+    _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
+    general_losses: list[tuple[float, int]] | None = field(default=None, repr=False)
+    """The base's losses on general knowledge, measured once."""
 
     @property
     def device(self) -> torch.device:
@@ -363,6 +367,24 @@ class LoadedModel:
             return contextlib.nullcontext()
         return torch.autocast("cuda", dtype=compute_dtype(self.device))
 
+    def relative_weight_update(self, name: str = "default") -> float:
+        """Mean over adapted modules of the Frobenius norm of (alpha / r) B A over that of the frozen weight."""
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.integrations import dequantize_module_weight
+
+        shares = []
+        for key, module in self._peft.named_modules():
+            if not isinstance(module, LoraLayer) or name not in module.lora_A:
+                continue
+            if key not in self._weight_norms:
+                weight = dequantize_module_weight(module.get_base_layer())
+                self._weight_norms[key] = float(torch.linalg.vector_norm(weight.float()))
+            a, b = module.lora_A[name].weight.detach().double(), module.lora_B[name].weight.detach().double()
+            # The norm of B A from two matrices of r x r: the product itself has the weight's size.
+            update = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+            shares.append(float(module.scaling[name] * update) / self._weight_norms[key])
+        return sum(shares) / len(shares)
+
     def logits_hash(self) -> str:
         """Hash of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
         vocabulary = int(self.model.config.vocab_size)
@@ -370,6 +392,24 @@ class LoadedModel:
         with self.base(), torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits
         return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def at_output_head(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[bool]:
+    """Inside, ``select`` takes the last hidden states (B, T, H) and returns those that the output head is to see.
+
+    Yields:
+        False where the model does not name its head: its logits are then those of all positions.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield False
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (select(args[0]), *args[1:]))
+    try:
+        yield True
+    finally:
+        hook.remove()
 
 
 def context_window(model: Any) -> int:
@@ -387,6 +427,18 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
+
+
+_LOADED: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
+
+
+def as_loaded(model: Any, tokenizer: Any) -> LoadedModel:
+    """A model that somebody else loaded; the same LoadedModel each time, as PEFT must not wrap it twice (peft 2270)."""
+    if model not in _LOADED:
+        quantized = getattr(model, "is_loaded_in_4bit", False), getattr(model, "is_loaded_in_8bit", False)
+        quantization = "4bit" if quantized[0] else "8bit" if quantized[1] else "none"
+        _LOADED[model] = LoadedModel(_settle(model), tokenizer, str(model.config.name_or_path), quantization)
+    return _LOADED[model]
 
 
 def adapter_hash(folder: Path) -> str:

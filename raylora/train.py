@@ -6,10 +6,11 @@ cut into: halving them when memory runs out changes no result but float noise an
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -52,7 +53,18 @@ class Step:
 
 
 class Observer(Protocol):
-    """Looks on while the loop runs; the probe measures its features this way."""
+    """Looks on while the loop runs; the probe measures its features this way.
+
+    A step is cut into micro-batches of ``batch_size`` examples; after each one its gradient alone is in the parameters.
+    """
+
+    def begin_step(self) -> None:
+        """Also after running out of memory, when the step begins again."""
+
+    def after_micro_batch(self) -> None: ...
+
+    def before_clipping(self) -> None:
+        """The whole step's gradient is in the parameters."""
 
     def after_step(self, step: Step) -> None: ...
 
@@ -115,25 +127,36 @@ def token_losses(model: Any, batch: Minibatch) -> tuple[torch.Tensor, torch.Tens
 
 
 def example_losses(
-    loaded: LoadedModel, examples: Sequence[EncodedExample], train_on: TrainOn, batch_size: int = 4
+    loaded: LoadedModel,
+    examples: Sequence[EncodedExample],
+    train_on: TrainOn,
+    token_budget: int,
+    with_gradient: bool = False,
 ) -> list[tuple[float, int]]:
-    """Each example's summed loss and its number of supervised tokens, without gradients and without dropout."""
+    """Each example's summed loss and its number of supervised tokens, without dropout.
+
+    With ``with_gradient`` that of the mean loss over all supervised tokens is added to the trainable parameters'.
+    """
     results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
-    with torch.inference_mode(), loaded.autocast():
-        while order:
-            part = order[:batch_size]
+    num_supervised = sum(t != IGNORE_INDEX for e in examples for t in labels_of(e, train_on))
+    left = list(range(len(examples)))
+    with torch.inference_mode(not with_gradient), loaded.autocast():
+        while left:
+            part = next(batches_by_budget(left, lambda i: len(examples[i]), token_budget))
             try:
                 losses, labels = token_losses(loaded.model, _collate(loaded, [examples[i] for i in part], train_on))
+                if with_gradient:
+                    (losses.sum() / max(num_supervised, 1)).backward()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or batch_size == 1:
+                if not is_out_of_memory(error) or len(part) == 1:
                     raise
-                batch_size //= 2
+                token_budget = len(part) * max(len(examples[i]) for i in part) // 2
                 continue
-            sums, counts = losses.double().sum(1).tolist(), (labels != IGNORE_INDEX).sum(1).tolist()
+            sums, counts = losses.detach().double().sum(1).tolist(), (labels != IGNORE_INDEX).sum(1).tolist()
             for i, total, count in zip(part, sums, counts, strict=True):
                 results[i] = (total, count)
-            order = order[len(part) :]
+            done = set(part)
+            left = [i for i in left if i not in done]
     return results
 
 
@@ -195,34 +218,70 @@ def train_adapter(
     num_steps = num_steps if num_steps is not None else count_steps(len(usable), method)
     optimizer = _make_optimizer(parameters, method, loaded.device)
     batch_size = min(method.batch_size, len(usable))
-    micro = _MicroBatches(loaded, examples, num_supervised, parameters, batch_size, method.train_on)
+    micro = _MicroBatches(loaded, examples, num_supervised, parameters, method, batch_size, observer)
     if loaded.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(loaded.device)
-    steps: list[Step] = []
     started = time.perf_counter()
     loaded.model.train()
     try:
         with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
-            for k, indices in enumerate(_steps_of_examples(len(usable), method, num_steps, seed)):
-                rate = method.learning_rate * learning_rate_factor(k, num_steps, method)
-                # Dropout is seeded a step at a time: a step that is repeated after running out of memory is the same.
-                loss, num_tokens, num_labels = micro.backward([usable[i] for i in indices], (seed + k) % 2**63)
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, method.max_grad_norm))
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    raise TrainingDivergedError(f"the loss became {loss} at step {k + 1}: lower --learning-rate")
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                steps.append(Step(k + 1, loss, norm, rate, num_tokens, num_labels))
-                if observer:
-                    observer.after_step(steps[-1])
-                optimizer.zero_grad(set_to_none=True)
-                progress("train", k + 1, num_steps)
+            # Dropout is seeded a step at a time: a step that is repeated after running out of memory is the same.
+            gradients = (
+                micro.backward([usable[i] for i in indices], (seed + k) % 2**63)
+                for k, indices in enumerate(_steps_of_examples(len(usable), method, num_steps, seed))
+            )
+            steps = run_steps(
+                parameters,
+                optimizer,
+                gradients,
+                method.max_grad_norm,
+                lambda k: method.learning_rate * learning_rate_factor(k, num_steps, method),
+                observer,
+                lambda done: progress("train", done, num_steps),
+            )
     finally:
         loaded.model.eval()
         micro.restore()
     seconds = time.perf_counter() - started
     return TrainingResult(_summarize(steps, micro, seconds, loaded.device), steps)
+
+
+def run_steps(
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    gradients: Iterable[tuple[float, int, int]],
+    max_grad_norm: float,
+    learning_rate: Callable[[int], float] | None = None,
+    observer: Observer | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Step]:
+    """Optimizer steps, one for each of ``gradients``: what puts a step's gradient into the parameters when it is asked,
+    and says its loss, tokens and supervised tokens.
+
+    Args:
+        learning_rate: of each step, from 0; by default the optimizer's own.
+
+    Raises:
+        TrainingDivergedError: the loss or the gradient became infinite or NaN.
+    """
+    steps: list[Step] = []
+    for k, (loss, num_tokens, num_labels) in enumerate(gradients):
+        if observer:
+            observer.before_clipping()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingDivergedError(f"the loss became {loss} at step {k + 1}: lower --learning-rate")
+        if learning_rate:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(k)
+        optimizer.step()
+        rate = float(optimizer.param_groups[0]["lr"])
+        steps.append(Step(k + 1, loss, norm, rate, num_tokens, num_labels))
+        if observer:
+            observer.after_step(steps[-1])
+        optimizer.zero_grad(set_to_none=True)
+        progress(k + 1)
+    return steps
 
 
 def _make_optimizer(
@@ -237,6 +296,29 @@ def _make_optimizer(
     )
 
 
+def separate_gradients(
+    parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], float]], observer: Observer
+) -> float:
+    """Run the backward pass of each micro-batch of a step, and show its gradient alone to ``observer``.
+
+    Returns:
+        The sum of what ``passes`` return, their losses; the sum of their gradients is in ``parameters``.
+    """
+    observer.begin_step()
+    total = 0.0
+    sums = [torch.zeros_like(p) for p in parameters]
+    for run in passes:
+        total += run()
+        observer.after_micro_batch()
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            if parameter.grad is not None:
+                gradient += parameter.grad
+            parameter.grad = None
+    for parameter, gradient in zip(parameters, sums, strict=True):
+        parameter.grad = gradient
+    return total
+
+
 class _MicroBatches:
     """Gradients of one step, in minibatches that shrink when memory runs out."""
 
@@ -246,11 +328,12 @@ class _MicroBatches:
         examples: Sequence[EncodedExample],
         num_supervised: list[int],
         parameters: Sequence[torch.nn.Parameter],
+        method: Method,
         batch_size: int,
-        train_on: TrainOn,
+        observer: Observer | None,
     ) -> None:
         self.loaded, self.examples, self.parameters = loaded, examples, parameters
-        self.num_supervised, self.train_on = num_supervised, train_on
+        self.num_supervised, self.method, self.observer = num_supervised, method, observer
         self.token_budget = GPU_TOKEN_BUDGET if loaded.device.type == "cuda" else CPU_TOKEN_BUDGET
         self.batch_size = batch_size
         self.num_backoffs = 0
@@ -273,17 +356,25 @@ class _MicroBatches:
 
     def _backward_once(self, indices: list[int]) -> tuple[float, int, int]:
         num_supervised = sum(self.num_supervised[i] for i in indices)
-        # Neighbours of like length share a minibatch, so that little is padding; a step's sum has no order.
-        ordered = sorted(indices)
+        num_tokens = sum(len(self.examples[i]) for i in indices)
+        if self.observer is None:
+            # Neighbours of like length share a minibatch, so that little is padding; a step's sum has no order.
+            return self._accumulate(sorted(indices), num_supervised), num_tokens, num_supervised
+        groups = [indices[i : i + self.method.batch_size] for i in range(0, len(indices), self.method.batch_size)]
+        passes = [functools.partial(self._accumulate, group, num_supervised) for group in groups]
+        return separate_gradients(self.parameters, passes, self.observer), num_tokens, num_supervised
+
+    def _accumulate(self, indices: list[int], num_supervised: int) -> float:
+        """Add the gradient of these examples' part of the step's loss; that part."""
         total = 0.0
-        for part in batches_by_budget(ordered, lambda i: len(self.examples[i]), self.token_budget, self.batch_size):
-            batch = _collate(self.loaded, [self.examples[i] for i in part], self.train_on)
+        for part in batches_by_budget(indices, lambda i: len(self.examples[i]), self.token_budget, self.batch_size):
+            batch = _collate(self.loaded, [self.examples[i] for i in part], self.method.train_on)
             with self.loaded.autocast():
                 losses, _ = token_losses(self.loaded.model, batch)
             loss = losses.sum() / num_supervised
             loss.backward()
             total += float(loss.detach())
-        return total, sum(len(self.examples[i]) for i in indices), num_supervised
+        return total
 
     def _back_off(self) -> bool:
         """Use less memory next time: first checkpoint activations, then halve the minibatch. False: nothing is left."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from raylora import StaticFeatureExtractor
+from raylora import DynamicProbeAnalyzer, FeatureExtractionPipeline, HyperParams, StaticFeatureExtractor
 from raylora.config import FeatureOptions, Method
 from raylora.datasets import sample_examples
 from raylora.encoding import encode_example
-from raylora.features import text
+from raylora.features import dynamic, text
 from raylora.features.columns import COLUMNS, FEATURE_NAMES, STATIC_NAMES
-from raylora.features.dynamic import loss_stability
+from raylora.features.dynamic import ProbeObserver, _flatness, loss_stability
+from raylora.features.forward import sentence_slices
 from raylora.features.pipeline import extract_features
-from raylora.features.static import _sentence_slices, as_dataset, extract_static
+from raylora.features.static import as_dataset, extract_static
 from raylora.model import LoadedModel
 from raylora.records import UserError
+from raylora.train import example_losses, train_adapter
 from tests.tiny import make_model
 
 WORDS = ["river", "mountain", "answer", "photosynthesis", "the", "of", "blue", "eleven", "understanding", "cat", "it"]
@@ -89,9 +94,216 @@ def test_one_sentence_copied_has_no_diversity(loaded):
 
 def test_learning_rate_zero_changes_nothing(loaded):
     row = features_of(loaded, make_records(10), learning_rate=0.0)
-    assert row["loss_decay_rate"] == 0
-    assert row["perplexity_change_rate"] == 0
+    for name in ("loss_decay_rate", "perplexity_change_rate", "catastrophic_forgetting"):
+        assert row[name] == pytest.approx(0, abs=1e-6), name
+    assert row["avg_param_change"] == 0
+    assert row["relative_weight_update"] == 0
     assert row["avg_grad_norm"] > 0
+    assert 0 < row["landscape_flatness"] < 1
+
+
+def test_equal_examples_have_consistent_gradients(loaded):
+    same = features_of(loaded, make_records(1) * 12, lora_dropout=0.0, batch_size=2)
+    mixed = features_of(loaded, make_records(12), lora_dropout=0.0, batch_size=1)
+    # Not 1: between two steps the adapter itself moves.
+    assert same["gradient_consistency"] > 0.95
+    assert mixed["gradient_consistency"] < same["gradient_consistency"]
+
+
+class KeepsAll(ProbeObserver):
+    """Keeps every gradient, as the research code does: the reference for the running sums."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.micro, self.steps = [], []
+
+    def after_micro_batch(self):
+        super().after_micro_batch()
+        self.micro.append(torch.cat([p.grad.flatten().double() for p in self.parameters]))
+
+    def before_clipping(self):
+        super().before_clipping()
+        self.steps.append([p.grad.clone() for p in self.parameters])
+
+
+def train_observed(loaded, observer_class, method, num_steps, records=None):
+    encoded = [encode_example(loaded.tokenizer, e, 256) for e in as_dataset(records or make_records(12)).examples]
+    parameters = loaded.attach(method, 0)
+    try:
+        observer = observer_class(parameters) if observer_class else None
+        result = train_adapter(loaded, parameters, encoded, method, 0, num_steps, observer)
+        return observer, result, [p.detach().clone() for p in parameters]
+    finally:
+        loaded.detach()
+
+
+def test_gradient_features_are_those_of_all_gradients_kept(loaded):
+    method = Method(batch_size=2, gradient_accumulation=2, learning_rate=1e-2, max_length=256)
+    observer, _, _ = train_observed(loaded, KeepsAll, method, 5)
+    assert len(observer.micro) == 10
+    unit = torch.nn.functional.normalize(torch.stack(observer.micro), dim=1)
+    cosines = unit @ unit.T
+    n = len(unit)
+    expected = float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
+    assert observer.gradient_consistency() == pytest.approx(expected, abs=1e-5)
+    sparse = []
+    for gradients in observer.steps:
+        kept = [g for g in gradients if g.abs().max() > 0]
+        below = sum(int((g.abs() < 0.01 * g.pow(2).mean().sqrt()).sum()) for g in kept)
+        sparse.append(below / sum(g.numel() for g in kept))
+    assert np.mean(observer.sparsities) == pytest.approx(np.mean(sparse), rel=1e-6)
+    norms = [math.sqrt(sum(float(g.double().square().sum()) for g in gs)) for gs in observer.steps]
+    assert observer.grad_norms == pytest.approx(norms, rel=1e-5)
+    assert max(norms) > method.max_grad_norm, "the norms should be seen before clipping"
+
+
+def test_watching_a_training_does_not_change_it(loaded):
+    method = Method(batch_size=4, gradient_accumulation=1, learning_rate=1e-2, max_length=256, lora_dropout=0.0)
+    _, plain, weights = train_observed(loaded, None, method, 4)
+    _, watched, watched_weights = train_observed(loaded, ProbeObserver, method, 4)
+    assert [s.loss for s in watched.steps] == pytest.approx([s.loss for s in plain.steps], abs=1e-5)
+    for a, b in zip(weights, watched_weights, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_updates_are_those_of_whole_matrices(loaded):
+    parameters = loaded.attach(Method(lora_r=3, lora_alpha=7), 0)
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(torch.randn_like(p))
+        expected = []
+        for _, module in loaded._peft.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                update = module.lora_B["default"].weight @ module.lora_A["default"].weight * 7 / 3
+                expected.append(float(update.norm() / module.get_base_layer().weight.norm()))
+        assert len(expected) == 14
+        assert loaded.relative_weight_update() == pytest.approx(np.mean(expected), rel=1e-5)
+    finally:
+        loaded.detach()
+
+
+def test_sharpness_by_hand(loaded, tokenizer):
+    examples = [encode_example(tokenizer, e, 256) for e in as_dataset(make_records(3)).examples]
+    method = Method(lora_dropout=0.0)
+    parameters = loaded.attach(method, 0)
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(torch.randn_like(p) * 0.05)
+        before = [p.detach().clone() for p in parameters]
+
+        def loss():
+            total = count = 0
+            for e in examples:
+                logits = loaded.model(input_ids=torch.tensor([e.input_ids])).logits[0]
+                said = [i for i in range(1, len(e)) if e.is_answer[i]]
+                targets = torch.tensor([e.input_ids[i] for i in said])
+                total += torch.nn.functional.cross_entropy(logits[[i - 1 for i in said]], targets, reduction="sum")
+                count += len(said)
+            return total / count
+
+        at_w = loss()
+        gradient = torch.autograd.grad(at_w, parameters)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient))
+        with torch.no_grad():
+            for p, g in zip(parameters, gradient, strict=True):
+                p.add_(0.05 * g / norm)
+            worse = loss()
+            for p, b in zip(parameters, before, strict=True):
+                p.copy_(b)
+        example_losses(loaded, examples, "answer", 100, with_gradient=True)
+        found = _flatness(loaded, parameters, examples, float(at_w), method, 100)
+        assert found == pytest.approx(1 / (1 + float(worse - at_w)), rel=1e-4)
+        assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)), "the adapter was moved"
+    finally:
+        loaded.detach()
+
+
+def test_activation_sparsity_is_that_of_every_token_by_itself(loaded, tokenizer):
+    dataset = as_dataset(make_records(5))
+    row = extract_static(loaded.model, tokenizer, dataset, dataset.examples, token_budget=200).values
+    seen, shares = [], []
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+        for n, m in loaded.model.named_modules()
+        if n.endswith("down_proj")
+    ]
+    for example in dataset.examples:
+        e = encode_example(tokenizer, example, 1024)
+        content = [i for i in range(len(e)) if e.is_question[i] or e.is_answer_text[i]]
+        seen.clear()
+        with torch.inference_mode():
+            loaded.model(input_ids=torch.tensor([e.input_ids]))
+        own = [float((x[i].abs() < 0.1 * x[i].pow(2).mean().sqrt()).float().mean()) for x in seen for i in content]
+        shares.append(np.mean(own))
+    for hook in hooks:
+        hook.remove()
+    assert row["avg_activation_sparsity"] == pytest.approx(np.mean(shares), rel=1e-4)
+
+
+def test_forgetting_is_the_rise_of_the_loss_on_plain_texts(loaded, tokenizer):
+    """With the loss of transformers itself, one text at a time."""
+    texts = json.loads((Path(dynamic.__file__).parents[1] / "demo" / "general_knowledge.json").read_text())
+    total = count = 0
+    for text_ in texts:
+        ids = torch.tensor([tokenizer(text_)["input_ids"]])
+        with torch.inference_mode():
+            total += float(loaded.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    losses = dynamic._general_losses(loaded, 512)
+    assert dynamic._mean(losses) == pytest.approx(total / count, rel=1e-5)
+    row = features_of(loaded, make_records(10), probe_steps=30, learning_rate=3e-2)
+    assert abs(row["catastrophic_forgetting"]) > 1e-3
+
+
+def test_text_is_measured_on_all_examples_whatever_the_sample(loaded):
+    records = make_records(30) * 2
+    options = FeatureOptions(sample_size=8, probe_steps=0)
+    row = extract_features(loaded, as_dataset(records), Method(max_length=256), options, 512, seed=0)
+    assert row["approximate_duplicates"] == 1
+    assert row["static_valid_count"] == 8
+
+
+def test_the_pipeline_that_users_know(tokenizer):
+    model = make_model()
+    hyperparams = HyperParams(learning_rate=1e-3, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    before = LoadedModel(model, tokenizer, "", "none").logits_hash()
+    pipeline = FeatureExtractionPipeline(model, tokenizer)
+    row = pipeline.run_quick_pipeline(make_records(8), hyperparams, probe_steps=2)
+    assert set(FEATURE_NAMES) <= set(row)
+    assert row["avg_param_change"] > 0
+    without = pipeline.extract_all_features(make_records(8), hyperparams, enable_dynamic_probes=False)
+    assert without["avg_param_change"] is None
+    analyzer = DynamicProbeAnalyzer(model, tokenizer)
+    dynamic_row = analyzer.extract_all_dynamic_features(
+        make_records(8), hyperparams, probe_steps=2, sample_size=0, batch_size=4
+    )
+    assert dynamic_row["avg_param_change"] == pytest.approx(row["avg_param_change"], rel=1e-3)
+    assert LoadedModel(model, tokenizer, "", "none").logits_hash() == before, "the probe changed the base"
+    ids = tokenizer("the cat sat on the blue river", return_tensors="pt")["input_ids"]
+    batches = [{"input_ids": ids, "labels": ids.clone()}] * 2
+    other = make_model()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.01)
+    seen = analyzer.run_streaming_training(
+        other, optimizer, batches, 4, gradient_accumulation_steps=2, max_grad_norm=1.0
+    )
+    assert len(seen["losses"]) == 4
+    assert seen["losses"][-1] < seen["losses"][0]
+    assert 0.9 < seen["gradient_consistency"] <= 1.0001
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), num=st.integers(2, 150), num_words=st.integers(3, 400))
+def test_near_doubles_among_many_words_are_those_of_brute_force(seed, num, num_words):
+    rng = random.Random(seed)
+    texts = [" ".join(f"w{int(rng.paretovariate(0.7)) % num_words}" for _ in range(12)) for _ in range(num)]
+    texts += [f"{t} w1" for t in texts[::5]]
+    matrix = TfidfVectorizer(token_pattern=r"\w+").fit(sorted(set(texts))).transform(texts)
+    cosines = (matrix @ matrix.T).toarray()
+    np.fill_diagonal(cosines, 0)
+    if not (np.abs(cosines - 0.8) < 1e-5).any():
+        assert text.share_with_a_double(texts) == pytest.approx((cosines > 0.8).any(1).mean())
 
 
 def test_perplexities_are_those_of_a_plain_loop(loaded, tokenizer):
@@ -147,13 +359,13 @@ def test_duplicates_are_those_of_brute_force(texts):
     np.fill_diagonal(cosines, 0)
     near_border = np.abs(cosines - 0.8) < 1e-5
     if not near_border.any():
-        assert text.duplicate_share(texts) == pytest.approx((cosines > 0.8).any(1).mean())
+        assert text.share_with_a_double(texts) == pytest.approx((cosines > 0.8).any(1).mean())
 
 
-def test_duplicates_of_many_texts_need_no_square_matrix(monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_ROWS", 7)
+def test_duplicates_of_many_texts_are_found_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(text, "MAX_PAIRS", 7)
     texts = [f"word{i} other{i} third{i}" for i in range(50)] + ["word3 other3 third3"]
-    assert text.duplicate_share(texts) == pytest.approx(2 / 51)
+    assert text.share_with_a_double(texts) == pytest.approx(2 / 51)
 
 
 def test_text_statistics_by_hand():
@@ -175,7 +387,7 @@ def test_sentences_are_found_in_other_scripts(tokenizer):
         "...": 0,
     }.items():
         offsets = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        assert len(_sentence_slices(answer, offsets)) == expected, answer
+        assert len(sentence_slices(answer, offsets)) == expected, answer
 
 
 @pytest.mark.parametrize(
@@ -252,3 +464,42 @@ def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
     assert rows["shuffled"]["base_model_perplexity"] > rows["clean"]["base_model_perplexity"]
     assert rows["shuffled"]["io_similarity"] < rows["clean"]["io_similarity"]
     assert rows["noise"]["base_model_perplexity"] > 5 * rows["clean"]["base_model_perplexity"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_column_differs_between_real_datasets_and_none_is_a_function_of_another(smollm2, shared_data):
+    from raylora.datasets import load_dataset
+
+    before = smollm2.logits_hash()
+    rows = []
+    for path in sorted((shared_data / "chunk_001").iterdir()):
+        dataset = load_dataset(path, limit=120)
+        method = Method(batch_size=2, gradient_accumulation=1, max_length=192)
+        rows.append(
+            extract_features(smollm2, dataset, method, FeatureOptions(sample_size=12, probe_steps=3), 512, seed=0)
+        )
+    assert len(rows) == 4
+    assert smollm2.logits_hash() == before
+    constant = {
+        "dataset_num_items",
+        "static_valid_count",
+        "static_skipped_count",
+        "static_imputed_count",
+        "static_coverage",
+    }
+    names = [n for n in FEATURE_NAMES if n not in constant | {"feature_notes"}]
+    values = {n: tuple(r[n] for r in rows) for n in names}
+    for name, column in values.items():
+        assert None not in column, (name, rows[column.index(None)]["feature_notes"])
+        assert len(set(column)) > 1, name
+    assert len(set(values.values())) == len(values), "two columns are equal"
+    for one in names:
+        for other in names:
+            for function in (lambda x: 1 - x, lambda x: 1 / (1 + x) if x != -1 else 0, math.exp, lambda x: -x):
+                with contextlib.suppress(OverflowError):
+                    same = [
+                        function(a) == pytest.approx(b, rel=1e-6)
+                        for a, b in zip(values[one], values[other], strict=True)
+                    ]
+                    assert not all(same), (one, other)

@@ -55,6 +55,10 @@ PERPLEXITY_COLUMNS = _group(
     ("base_perplexity_std", "perplexity", 0, INF, "population standard deviation of it"),
     ("instruction_following_difficulty", "ratio", 0, INF, "mean loss(answer | question) / loss(answer)"),
 )  # fmt: skip
+ACTIVATION_COLUMNS = _group(
+    "dynamic",
+    ("avg_activation_sparsity", "share", 0, 1, "share of MLP activations below 10% of their token's root mean square"),
+)
 PROBE_COLUMNS = _group(
     "dynamic",
     ("perplexity_change_rate", "ratio", -1, INF, "(held-out answer perplexity after the probe - before) / before"),
@@ -62,6 +66,12 @@ PROBE_COLUMNS = _group(
     ("loss_decay_rate", "ratio", -INF, 1, "(initial - final held-out loss) / initial"),
     ("loss_stability", "score", 0, 1, "1 / (1 + standard deviation of step losses around their linear trend)"),
     ("avg_grad_norm", "L2 norm", 0, INF, "mean global norm of the adapter's gradient before clipping"),
+    ("gradient_consistency", "cosine", -1, 1, "mean pairwise cosine between the probe's micro-batch gradients"),
+    ("avg_grad_sparsity", "share", 0, 1, "share of gradient entries below 1% of their tensor's root mean square"),
+    ("avg_param_change", "L2 norm", 0, INF, "norm of the adapter's change from its start"),
+    ("relative_weight_update", "ratio", 0, INF, "mean over modules of norm((alpha / r) B A) / norm(frozen weight)"),
+    ("landscape_flatness", "score", 0, INF, "1 / (1 + s), s = held-out loss at w + 0.05 g / norm(g) minus loss at w"),
+    ("catastrophic_forgetting", "ratio", -1, INF, "relative rise of the loss on general-knowledge texts"),
 )  # fmt: skip
 BOOKKEEPING_COLUMNS = _group(
     "bookkeeping",
@@ -72,7 +82,7 @@ BOOKKEEPING_COLUMNS = _group(
     ("feature_notes", "text", -INF, INF, "why a feature is null"),
 )  # fmt: skip
 
-STATIC_COLUMNS = (*TEXT_COLUMNS, *SEMANTIC_COLUMNS, *PERPLEXITY_COLUMNS)
+STATIC_COLUMNS = (*TEXT_COLUMNS, *SEMANTIC_COLUMNS, *PERPLEXITY_COLUMNS, *ACTIVATION_COLUMNS)
 COLUMNS = (*STATIC_COLUMNS, *PROBE_COLUMNS, *BOOKKEEPING_COLUMNS)
 STATIC_NAMES = tuple(column.name for column in STATIC_COLUMNS)
 PROBE_NAMES = tuple(column.name for column in PROBE_COLUMNS)

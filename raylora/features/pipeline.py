@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from raylora.config import FeatureOptions, Method
 from raylora.datasets import sample_examples
-from raylora.encoding import encode_example
 from raylora.features.columns import FEATURE_NAMES
-from raylora.features.dynamic import run_probe
-from raylora.features.static import extract_static, join_notes
-from raylora.model import LoadedModel
-from raylora.records import Dataset, Progress, ignore_progress
+from raylora.features.dynamic import HyperParams, run_probe
+from raylora.features.static import as_dataset, extract_static, join_notes
+from raylora.model import LoadedModel, as_loaded
+from raylora.records import Dataset, Example, Progress, ignore_progress
 
 
 def extract_features(
@@ -31,14 +33,69 @@ def extract_features(
     started = time.perf_counter()
     sample = sample_examples(dataset.examples, options.sample_size, dataset.seed ^ seed)
     static = extract_static(
-        loaded.model, loaded.tokenizer, dataset, sample, method.max_length, token_budget, progress=progress
+        loaded.model, loaded.tokenizer, dataset, sample, method.max_length, token_budget, method.train_on, progress
     )
     static_done = time.perf_counter()
-    encoded = [encode_example(loaded.tokenizer, example, method.max_length) for example in sample]
-    dynamic = run_probe(loaded, encoded, method, options.probe_steps, (dataset.seed ^ seed) % 2**62, progress)
+    dynamic = run_probe(
+        loaded,
+        static.encoded,
+        static.held_out_losses,
+        method,
+        options.probe_steps,
+        (dataset.seed ^ seed) % 2**62,
+        token_budget,
+        progress,
+    )
     values: dict[str, Any] = {**dict.fromkeys(FEATURE_NAMES), **static.values, **dynamic.values}
-    notes = {**static.notes, **dynamic.notes}
-    values["feature_notes"] = join_notes(notes)
+    values["feature_notes"] = join_notes({**static.notes, **dynamic.notes})
     values["static_seconds"] = static_done - started
     values["probe_seconds"] = time.perf_counter() - static_done
     return values
+
+
+class FeatureExtractionPipeline:
+    """All features of a dataset, with a model that is loaded already.
+
+    Args:
+        model: a transformers causal language model; as it was before after every call.
+        device: where the model is moved to; by default it stays where it is.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device | str | None = None) -> None:
+        self.model = model.to(device) if device is not None else model
+        self.tokenizer = tokenizer
+
+    def extract_all_features(
+        self,
+        dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]],
+        hyperparams: HyperParams,
+        sample_size: int = 0,
+        batch_size: int = 8,
+        probe_steps: int = 100,
+        enable_dynamic_probes: bool = True,
+    ) -> dict[str, Any]:
+        """Every feature by column name, None where it could not be measured, and ``feature_notes``.
+
+        Args:
+            dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
+            sample_size: examples the model looks at (0: all).
+            batch_size: examples in a micro-batch of the probe.
+
+        Raises:
+            UserError: there is no valid example.
+        """
+        loaded = as_loaded(self.model, self.tokenizer)
+        options = FeatureOptions(sample_size=sample_size, probe_steps=probe_steps if enable_dynamic_probes else 0)
+        budget = 8192 if loaded.device.type == "cuda" else 512
+        return extract_features(loaded, as_dataset(dataset), hyperparams.method(batch_size), options, budget, seed=0)
+
+    def run_quick_pipeline(
+        self,
+        dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]],
+        hyperparams: HyperParams,
+        sample_size: int = 0,
+        batch_size: int = 4,
+        probe_steps: int = 10,
+    ) -> dict[str, Any]:
+        """The same with a short probe."""
+        return self.extract_all_features(dataset, hyperparams, sample_size, batch_size, probe_steps)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from raylora.records import Example
 
 DUPLICATE_COSINE = 0.8
 LONG_WORD = 8
-BLOCK_ROWS = 1024
+CHUNK = 512
+"""Texts tokenized together."""
+MAX_PAIRS = 2_000_000
+"""Pairs of rows looked at together."""
+PAIRS_AT_ONCE = 100_000
 _WORD = re.compile(r"\w+")
 
 
@@ -24,33 +31,42 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def text_features(
-    examples: Sequence[Example], question_lengths: Sequence[int], answer_lengths: Sequence[int]
-) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Features of the sample's words and characters, and a note for each that cannot be measured.
+def text_features(examples: Sequence[Example], tokenizer: Any) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Features of all examples' words and characters, and a note for each that cannot be measured.
 
-    Args:
-        question_lengths: tokens of each example's question with its context.
-        answer_lengths: tokens of each example's answer.
+    What is kept of an example is a few numbers: memory grows with the texts themselves and no faster.
     """
-    questions = [words_of(e.messages[-1].content) for e in examples]
-    answers = [words_of(e.answer) for e in examples]
-    texts = [f"{e.messages[-1].content}\n{e.answer}" for e in examples]
-    num_in, num_out = np.asarray(question_lengths, float), np.asarray(answer_lengths, float)
-    grounded = [calculate_answer_groundedness(e.context or e.question, e.answer) for e in examples]
+    scores: dict[str, list[float]] = {name: [] for name in ("in_ttr", "out_ttr", "repetition", "grounded")}
+    characters: Counter[str] = Counter()
+    num_words = num_long = 0
+    for e in examples:
+        question, answer = words_of(e.messages[-1].content), words_of(e.answer)
+        for name, words in (("in_ttr", question), ("out_ttr", answer)):
+            if words:
+                scores[name].append(len(set(words)) / len(words))
+        if len(answer) >= 3:
+            scores["repetition"].append(repetition(answer))
+        if (grounded := _groundedness(words_of(e.context or e.question), answer)) is not None:
+            scores["grounded"].append(grounded)
+        num_words += len(question) + len(answer)
+        num_long += sum(len(w) > LONG_WORD for w in question) + sum(len(w) > LONG_WORD for w in answer)
+        characters.update(e.messages[-1].content)
+        characters.update(e.answer)
+    num_in = token_counts(tokenizer, [e.messages[-1].content.strip() for e in examples])
+    num_out = token_counts(tokenizer, [e.answer.strip() for e in examples])
     values: dict[str, float | None] = {
         "avg_input_length": float(num_in.mean()),
         "input_length_std": float(num_in.std()),
         "avg_output_length": float(num_out.mean()),
         "output_length_std": float(num_out.std()),
         "io_length_ratio": float(num_out.mean() / num_in.mean()) if num_in.any() else None,
-        "input_ttr": _mean(len(set(w)) / len(w) for w in questions if w),
-        "output_ttr": _mean(len(set(w)) / len(w) for w in answers if w),
-        "output_ngram_repetition": _mean(repetition(w) for w in answers if len(w) >= 3),
-        "vocab_complexity": _mean(len(w) > LONG_WORD for row in (*questions, *answers) for w in row),
-        "special_char_ratio": calculate_special_char_ratio("".join(texts)),
-        "approximate_duplicates": duplicate_share(texts) if len(texts) > 1 else None,
-        "answer_groundedness": _mean(g for g in grounded if g is not None),
+        "input_ttr": _mean(scores["in_ttr"]),
+        "output_ttr": _mean(scores["out_ttr"]),
+        "output_ngram_repetition": _mean(scores["repetition"]),
+        "vocab_complexity": num_long / num_words if num_words else None,
+        "special_char_ratio": _special_share(characters),
+        "approximate_duplicates": duplicate_share(examples) if len(examples) > 1 else None,
+        "answer_groundedness": _mean(scores["grounded"]),
     }
     reasons = {
         "io_length_ratio": "the questions have no tokens",
@@ -60,9 +76,17 @@ def text_features(
     return values, {name: reasons.get(name, "no words") for name, value in values.items() if value is None}
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    array = np.fromiter(values, float)
-    return float(array.mean()) if len(array) else None
+def token_counts(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
+    """Tokens of each text, special ones not added."""
+    counts: list[int] = []
+    for start in range(0, len(texts), CHUNK):
+        encoded = tokenizer(list(texts[start : start + CHUNK]), add_special_tokens=False, return_attention_mask=False)
+        counts += [len(ids) for ids in encoded["input_ids"]]
+    return np.asarray(counts, dtype=float)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None  # exact, so that the file's order does not move it
 
 
 def repetition(words: Sequence[str]) -> float:
@@ -82,13 +106,20 @@ def _is_special(character: str) -> bool:
 
 def calculate_special_char_ratio(text: str) -> float | None:
     """Share of characters in Unicode categories P (punctuation) and S (symbols); None for an empty text."""
-    counts = Counter(text)
-    return sum(n for c, n in counts.items() if _is_special(c)) / len(text) if text else None
+    return _special_share(Counter(text))
+
+
+def _special_share(counts: Counter[str]) -> float | None:
+    total = counts.total()
+    return sum(n for c, n in counts.items() if _is_special(c)) / total if total else None
 
 
 def calculate_answer_groundedness(context: str, answer: str) -> float | None:
     """Mean over n = 1, 2, 3 of the share of the answer's word n-grams that stand in ``context``; None without words."""
-    known, said = words_of(context), words_of(answer)
+    return _groundedness(words_of(context), words_of(answer))
+
+
+def _groundedness(known: Sequence[str], said: Sequence[str]) -> float | None:
     shares = []
     for n in (1, 2, 3):
         if grams := ngrams(said, n):
@@ -97,24 +128,61 @@ def calculate_answer_groundedness(context: str, answer: str) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def duplicate_share(texts: Sequence[str]) -> float:
-    """Share of texts with another one at TF-IDF cosine above 0.8.
+def duplicate_share(examples: Sequence[Example]) -> float:
+    """Share of examples with another one at TF-IDF cosine above 0.8, question and answer taken together."""
+    return share_with_a_double([f"{e.messages[-1].content}\n{e.answer}" for e in examples])
 
-    Equal texts are found by themselves, the others by sparse products of a block of rows with all: memory grows with
-    what is similar, not with the square of the number of texts.
-    """
+
+def share_with_a_double(texts: Sequence[str]) -> float:
+    """Share of texts with another one at TF-IDF cosine above 0.8. Equal texts are found by themselves."""
     counts = Counter(texts)
     distinct = sorted(counts)  # sorted, so that the file's order does not move a sum of floats
-    repeated = np.array([counts[t] > 1 for t in distinct])
+    doubled = np.array([counts[t] > 1 for t in distinct])
     try:
         # The default pattern drops one-letter words, and with them whole scripts.
         matrix = TfidfVectorizer(token_pattern=r"\w+", dtype=np.float32).fit_transform(distinct)
     except ValueError:  # no words at all: only equal texts are alike
         matrix = None
     if matrix is not None:
-        transposed = matrix.T.tocsr()
-        for start in range(0, len(distinct), BLOCK_ROWS):
-            similar = (matrix[start : start + BLOCK_ROWS] @ transposed).tocoo()
-            far = (similar.data > DUPLICATE_COSINE) & (similar.row + start != similar.col)
-            repeated[start + similar.row[far]] = True
-    return sum(counts[t] for t, r in zip(distinct, repeated, strict=True) if r) / len(texts)
+        mark_similar_rows(matrix, doubled)
+    return sum(counts[t] for t, d in zip(distinct, doubled, strict=True) if d) / len(texts)
+
+
+def mark_similar_rows(matrix: csr_matrix, marked: np.ndarray) -> None:
+    """Set ``marked`` for each row of unit length that has another one at a cosine above 0.8.
+
+    All-pairs similarity search with prefix filtering (Bayardo, Ma and Srikant 2007), exact: a row's most common words,
+    as long as their part of the row is shorter than 0.8, cannot by themselves make a pair similar. A similar pair thus
+    shares one of the other, rarer words, of which few rows have any. Memory grows with the pairs looked at together,
+    not with the square of the number of rows; rows that are marked already are not looked up again.
+    """
+    frequency = np.bincount(matrix.indices, minlength=matrix.shape[1])
+    matrix = matrix[:, np.argsort(-frequency, kind="stable")]
+    matrix.sort_indices()
+    rare = _without_common_words(matrix)
+    columns = rare.T.tocsr()
+    num_pairs = rare.astype(bool).astype(np.int64) @ np.diff(columns.indptr)
+    rows = np.flatnonzero(~marked & (num_pairs > 0))
+    while len(rows):
+        size = max(1, int(np.searchsorted(np.cumsum(num_pairs[rows]), MAX_PAIRS, side="right")))
+        block, rows = rows[:size], rows[size:]
+        pairs = (rare[block] @ columns).tocoo()
+        left, right = block[pairs.row], pairs.col
+        other = left != right
+        left, right = left[other], right[other]
+        for start in range(0, len(left), PAIRS_AT_ONCE):
+            i, j = left[start : start + PAIRS_AT_ONCE], right[start : start + PAIRS_AT_ONCE]
+            cosines = np.asarray(matrix[i].multiply(matrix[j]).sum(axis=1)).ravel()
+            similar = cosines > DUPLICATE_COSINE
+            marked[i[similar]] = marked[j[similar]] = True
+        rows = rows[~marked[rows]]
+
+
+def _without_common_words(matrix: csr_matrix) -> csr_matrix:
+    """Each row without its most common words, which come first, as long as their part is shorter than 0.8."""
+    squares = matrix.data.astype(np.float64) ** 2
+    total = np.concatenate([[0.0], np.cumsum(squares)])
+    starts = np.repeat(total[matrix.indptr[:-1]], np.diff(matrix.indptr))
+    keep = total[1:] - starts >= DUPLICATE_COSINE**2 - 1e-6
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))[keep]
+    return csr_matrix((matrix.data[keep], (rows, matrix.indices[keep])), shape=matrix.shape)

@@ -11,7 +11,7 @@ needs no other to keep the padding out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from raylora.encoding import pad_left
 from raylora.mmlu.prompts import EncodedQuestion
+from raylora.model import at_output_head
 
 
 class _LentLayer(DynamicLayer):
@@ -82,31 +83,17 @@ def choice_logprobs(
     if prefix:
         positions = torch.arange(skip, skip + width, device=model.device)
         inputs |= {"past_key_values": prefix.cache, "use_cache": True, "position_ids": positions[None]}
-    with _head_at(model, torch.tensor(lengths) - 1):
+    last = torch.tensor(lengths) - 1
+    with _head_at(model, last) as selected:
         logits = model(**inputs).logits
-    if logits.shape[1] > 1:  # a model that does not name its head
-        logits = logits[torch.arange(len(batch)), [n - 1 for n in lengths]][:, None]
-    logits = logits[:, 0]  # (B, V)
+    logits = logits[:, 0] if selected else logits[torch.arange(len(batch)), last]  # (B, V)
     choices = torch.tensor([[c[0] for c in e.continuations] for e in batch], device=logits.device)
     return F.log_softmax(logits.float(), dim=-1).gather(1, choices).tolist()
 
 
-@contextlib.contextmanager
-def _head_at(model: Any, last: torch.Tensor) -> Iterator[None]:
+def _head_at(model: Any, last: torch.Tensor) -> contextlib.AbstractContextManager[bool]:
     """Inside, the output head sees one position of each row, ``last`` (B,), and nothing else is multiplied with it."""
-
-    def select(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        states = args[0]
-        rows = torch.arange(len(states), device=states.device)
-        return (states[rows, last.to(states.device)][:, None], *args[1:])
-
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(select) if head is not None else None
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
+    return at_output_head(model, lambda states: states[torch.arange(len(states)), last][:, None])
 
 
 def _whole_logprobs(model: Any, encoded: EncodedQuestion, pad: int) -> list[float]:
