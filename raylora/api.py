@@ -15,7 +15,7 @@ from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_
 from raylora.encoding import encode_example
 from raylora.experiment import Workbench
 from raylora.experiment import run_experiment as run_planned_experiment
-from raylora.model import LoadedModel, check_adapter, context_window, load_model
+from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
 from raylora.store import legacy_result
@@ -76,7 +76,7 @@ class FineTuner:
             ``training_metrics`` (seconds, losses, counts and rates), ``loss_curve`` (a dict a step), ``adapter_path``.
         """
         if self._loaded is None or self._loaded.model is not model:
-            self._loaded = LoadedModel(model, tokenizer, str(model.config.name_or_path), self.config.quantization)
+            self._loaded = as_loaded(model, tokenizer)
         loaded, method = self._loaded, Method(**lora_config_info)
         if not isinstance(dataset, Dataset):
             dataset = Dataset("", tuple(dataset), len(dataset), 0)

@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -34,11 +34,21 @@ class StoppedError(RuntimeError):
     """The run ended before all rows were there; what is finished is kept."""
 
 
-def run_plan(plan: Plan, console: Console) -> list[ResultRow]:
+def run_plan(
+    plan: Plan, console: Console, on_rows: Callable[[Sequence[ResultRow]], None] = lambda _: None
+) -> list[ResultRow]:
     """Run what is not done yet; the rows of all experiments, in the plan's order.
 
-    The tables are written anew with every row that comes in, and once more at the end, however it comes.
+    The tables are written anew with every row that comes in, and once more at the end, however it comes; ``on_rows``
+    is called with the rows they hold.
     """
+
+    def write_tables() -> list[ResultRow]:
+        ordered = _in_order(plan, rows)
+        store.write_tables(ordered, ROW_COLUMNS)
+        on_rows(ordered)
+        return ordered
+
     rows = plan.done()
     store, config = plan.store, plan.config
     store.open(config.fresh)
@@ -50,15 +60,20 @@ def run_plan(plan: Plan, console: Console) -> list[ResultRow]:
     store.write_manifest(_manifest(plan))
     try:
         if pending:
-            _run_pending(plan, pending, rows, console)
+            _run_pending(plan, pending, rows, console, write_tables)
     finally:
-        ordered = _in_order(plan, rows)
-        store.write_tables(ordered, ROW_COLUMNS)
+        ordered = write_tables()
     write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 
 
-def _run_pending(plan: Plan, pending: Sequence[Experiment], rows: dict[str, ResultRow], console: Console) -> None:
+def _run_pending(
+    plan: Plan,
+    pending: Sequence[Experiment],
+    rows: dict[str, ResultRow],
+    console: Console,
+    write_tables: Callable[[], object],
+) -> None:
     from raylora import scheduler  # starting Ray's client takes seconds, which a mistake need not wait for
 
     with scheduler.cluster(plan.config) as dashboard, Watch(len(plan.experiments), len(rows), console) as watch:
@@ -66,7 +81,7 @@ def _run_pending(plan: Plan, pending: Sequence[Experiment], rows: dict[str, Resu
         try:
             for row in scheduler.run_experiments(plan.config, plan.store, pending, watch.connect):
                 rows[row.values["experiment_id"]] = row
-                plan.store.write_tables(_in_order(plan, rows), ROW_COLUMNS)
+                write_tables()
                 watch.finished(row)
         except scheduler.ClusterLostError as error:
             raise StoppedError(f"Ray broke down: {error}") from error

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from filelock import FileLock
@@ -245,7 +244,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"--model {options.model}: cannot be loaded: {_one_line(error)}") from error
-    return LoadedModel(_settle(model), tokenizer, source, options.quantization)
+    return _remember(LoadedModel(_settle(model), tokenizer, source, options.quantization))
 
 
 def _settle(model: Any) -> Any:
@@ -429,16 +428,20 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
 
 
-_LOADED: WeakKeyDictionary[Any, LoadedModel] = WeakKeyDictionary()
-
-
 def as_loaded(model: Any, tokenizer: Any) -> LoadedModel:
     """A model that somebody else loaded; the same LoadedModel each time, as PEFT must not wrap it twice (peft 2270)."""
-    if model not in _LOADED:
+    if getattr(model, "_raylora", None) is None:
         quantized = getattr(model, "is_loaded_in_4bit", False), getattr(model, "is_loaded_in_8bit", False)
         quantization = "4bit" if quantized[0] else "8bit" if quantized[1] else "none"
-        _LOADED[model] = LoadedModel(_settle(model), tokenizer, str(model.config.name_or_path), quantization)
-    return _LOADED[model]
+        _remember(LoadedModel(_settle(model), tokenizer, str(model.config.name_or_path), quantization))
+    loaded: LoadedModel = model._raylora
+    return loaded
+
+
+def _remember(loaded: LoadedModel) -> LoadedModel:
+    """On the model itself, so that it lives as long as the model does."""
+    loaded.model._raylora = loaded
+    return loaded
 
 
 def adapter_hash(folder: Path) -> str:

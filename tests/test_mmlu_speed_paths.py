@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from raylora import mmlu
-from raylora.config import Method
+from raylora import evaluate_mmlu, evaluate_mmlu_with_model, mmlu
+from raylora.config import Method, ModelOptions
 from raylora.mmlu import scoring
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
-from raylora.model import LoadedModel
-from raylora.records import Question
+from raylora.model import LoadedModel, load_model
+from raylora.records import Question, Score, UserError
 from tests.tiny import make_model
 
 LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
@@ -201,3 +203,106 @@ def test_the_token_budget_of_a_gpu_fits_its_memory(tokenizer, encoded):
     assert budget & (budget - 1) == 0
     score = mmlu.evaluate(model, tokenizer, encoded)
     assert score.info["token_budget"] == budget
+
+
+# The command and the functions that users know
+
+
+@pytest.fixture(scope="module")
+def question_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    records = [
+        {"question": q.question, "choices": list(q.choices), "answer": q.answer, "subject": q.subject}
+        for q in make_questions()
+    ]
+    (folder / "test_q.json").write_text(json.dumps([*records, records[0]]))
+    (folder / "dev_q.json").write_text(json.dumps(records))
+    return folder / "test_q.json"
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory, tiny_model_folder, tokenizer):
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization="none"))
+    parameters = loaded.attach(Method(lora_dropout=0.0), 0)
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
+    folder = tmp_path_factory.mktemp("experiment") / "my_adapter"
+    loaded.save_adapter(folder)
+    loaded.detach()
+    return folder
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "raylora.mmlu", *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapter_folder, question_file, tmp_path):
+    arguments = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(question_file)]
+    arguments += ["--num-fewshot", "2", "--output", str(tmp_path), "--adapter", str(adapter_folder)]
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "my_adapter" in result.stdout
+    assert "1 questions stand there again" in result.stdout
+    (folder,) = (tmp_path / "mmlu").iterdir()
+    summary = pd.read_csv(folder / "summary.csv")
+    assert list(summary["model"]) == ["base", "my_adapter"]
+    assert summary["total_questions"].eq(13).all()
+    subjects = pd.read_csv(folder / "subjects.csv")
+    assert len(subjects) == 4
+    assert (subjects["holm_p_value"] >= subjects["mcnemar_p_value"]).all()
+    scores = pd.read_parquet(summary["scores"][1])
+    wanted = {"subject", "question_id", "question", "answer", "prediction", *LOGPROBS, "correct"}
+    assert wanted <= set(scores.columns)
+    assert scores["correct"].mean() == pytest.approx(summary["overall_accuracy"][1])
+    found = evaluate_mmlu(
+        str(tiny_model_folder), adapter_folder, question_file, quantization="none", num_fewshot=2, max_samples=1000
+    )
+    assert found["overall_accuracy"] == pytest.approx(summary["overall_accuracy"][1])
+    np.testing.assert_allclose(found["questions"][LOGPROBS], scores[LOGPROBS], atol=1e-5)
+    modified = [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))]
+    assert run_command(*arguments).returncode == 0
+    assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
+
+
+def test_a_model_that_is_loaded_already_is_evaluated_as_it_is(tiny_model, tokenizer, question_file):
+    found = evaluate_mmlu_with_model(tiny_model, tokenizer, question_file, batch_size=4, max_samples=6)
+    assert found["total_questions"] == 6
+    assert found["correct_questions"] == found["questions"]["correct"].sum()
+    assert found["overall_accuracy"] == found["correct_questions"] / 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--questions", "nowhere.json"], "nowhere.json is missing"),
+        (["--questions", "demo", "--adapter", "nowhere"], "no adapter_config.json"),
+        (["--questions", "demo", "--num-fewshot", "99"], "too few dev questions"),
+        (["--questions", "demo", "--num-epochs", "1"], "unknown option --num-epochs"),
+    ],
+)
+def test_wrong_use_of_the_command_is_one_line(tiny_model_folder, arguments, expected):
+    result = run_command("--model", str(tiny_model_folder), *arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_adapter_of_another_model_is_one_line(tokenizer, adapter_folder):
+    loaded = LoadedModel(make_model(hidden_size=32), tokenizer, "other", "none")
+    with pytest.raises(UserError, match="no adapter of other"):
+        loaded.attach_saved(adapter_folder)
+
+
+def test_p_values_of_subjects_are_adjusted_together():
+    rng = np.random.default_rng(0)
+    scores = []
+    for share in (0.9, 0.4):
+        table = pd.DataFrame({"subject": np.repeat(["a", "b", "c"], 40), "correct": rng.random(120) < share})
+        scores.append(Score(table.assign(question_id=[f"q{i}" for i in range(120)], prediction="A")))
+    table = mmlu.compare_subjects(*scores)
+    ordered = table.sort_values("mcnemar_p_value")
+    expected = np.minimum(np.maximum.accumulate(ordered["mcnemar_p_value"].to_numpy() * [3, 2, 1]), 1)
+    np.testing.assert_allclose(ordered["holm_p_value"], expected)

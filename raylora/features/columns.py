@@ -87,3 +87,13 @@ COLUMNS = (*STATIC_COLUMNS, *PROBE_COLUMNS, *BOOKKEEPING_COLUMNS)
 STATIC_NAMES = tuple(column.name for column in STATIC_COLUMNS)
 PROBE_NAMES = tuple(column.name for column in PROBE_COLUMNS)
 FEATURE_NAMES = tuple(column.name for column in COLUMNS)
+
+
+def describe_columns() -> str:
+    """Every column with its unit, range and definition, as a Markdown table; README's is this one."""
+    lines = ["| column | unit | range | definition |", "| --- | --- | --- | --- |"]
+    for column in COLUMNS:
+        ends = [f"{end:g}" if math.isfinite(end) else "" for end in (column.minimum, column.maximum)]
+        reach = f"{ends[0]} to {ends[1]}" if all(ends) else f"from {ends[0]}" if ends[0] else f"to {ends[1]}"
+        lines.append(f"| `{column.name}` | {column.unit} | {reach if any(ends) else ''} | {column.definition} |")
+    return "\n".join(lines)

@@ -230,7 +230,10 @@ def _parts(encoded: Sequence[EncodedQuestion], least_saving: float) -> list[_Par
         else:
             others += indices
     if others:
-        parts.append(_Part(longest_first(others)))
+        # Even prompts of different subjects begin with the same dozen words.
+        length = _common_prefix([encoded[i] for i in others])
+        worth = length * (len(others) - 1) >= least_saving
+        parts.append(_Part(longest_first(others), length if worth else 0))
     return sorted(parts, key=lambda part: (-len(encoded[part.indices[0]]), part.indices[0]))
 
 

@@ -1,0 +1,103 @@
+"""Features of every dataset of a folder, without training an adapter or asking MMLU.
+
+    python -m raylora.features --data_folder D --model_path M --output_csv F --sample_size 100 --probe_steps 20
+    python -m raylora.features --describe
+
+It is the batch command with one stage: the same workers, store and rows, and the same command goes on where it was.
+Dashes and underscores are the same in every option's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+from rich.console import Console
+
+from raylora.batch import StoppedError, run_plan
+from raylora.config import Config, Method, load_settings, main_with_one_line_errors
+from raylora.datasets import list_dataset_files
+from raylora.features.columns import FEATURE_NAMES, describe_columns
+from raylora.plan import find_files, make_plan
+from raylora.records import ResultRow, UserError
+from raylora.store import rows_to_table, write_atomically
+from raylora.watch import clock
+
+COLUMNS = [
+    "dataset", "status", "error", *FEATURE_NAMES, *Method.model_fields, "sample_size", "probe_steps", "model",
+    "quantization", "seed", "data_hash", "static_seconds", "probe_seconds", "features_seconds",
+]  # fmt: skip
+RENAMED = {"--model-path": "--model", "--data-dir": "--data-folder"}
+
+
+class FeaturesConfig(Config):
+    """Measure the features of every dataset of a folder."""
+
+    output: Path = Field(Path("results/features"), description="folder for rows, logs and what a rerun goes on with")
+    data_folder: Path | None = Field(None, description="folder of dataset files (or name a --chunk)")
+    single_dataset: Path | None = Field(None, description="one dataset file in place of a folder")
+    output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
+    describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
+
+
+def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
+    """A name for the run, and its dataset files.
+
+    Raises:
+        UserError: nothing is named, or what is named is not there.
+    """
+    if config.single_dataset is not None:
+        return "single", [config.single_dataset]
+    if config.data_folder is None:
+        return find_files(config)
+    if not config.data_folder.is_dir():
+        raise UserError(f"--data-folder {config.data_folder}: no such folder")
+    return config.data_folder.resolve().name, list_dataset_files(config.data_folder)[: config.limit]
+
+
+def print_summary(rows: Sequence[ResultRow], console: Console) -> None:
+    """Seconds of each dataset, what could not be measured, and the sum."""
+    seconds = [row.values.get("features_seconds") or 0.0 for row in rows]
+    for row, taken in zip(rows, seconds, strict=True):
+        v = row.values
+        text = f"{v['dataset']}: {clock(taken)}" if row.ok else f"FAILED {v['dataset']}: {v['error']}"
+        notes = f" ({v['feature_notes']})" if row.ok and v.get("feature_notes") else ""
+        console.print(text + notes, markup=False, soft_wrap=True)
+    good = sum(row.ok for row in rows)
+    each = f", {clock(sum(seconds) / good)} each" if good else ""
+    console.print(f"{good} of {len(rows)} datasets measured in {clock(sum(seconds))}{each}.", markup=False)
+
+
+def main(argv: list[str]) -> int:
+    console = Console(highlight=False)
+    words = [word.partition("=") for word in argv]
+    names = [word.replace("_", "-") if word.startswith("--") else word for word, _, _ in words]
+    argv = [RENAMED.get(name, name) + mark + value for name, (_, mark, value) in zip(names, words, strict=True)]
+    config = load_settings(FeaturesConfig, argv, "python -m raylora.features")
+    config = config.model_copy(update={"stages": ("features",)})
+    if config.describe:
+        print(describe_columns())
+        return 0
+    name, files = find_datasets(config)
+    plan = make_plan(config, files, name)
+
+    def write_csv(rows: Sequence[ResultRow]) -> None:
+        if config.output_csv is not None:
+            table = rows_to_table(rows, COLUMNS)[COLUMNS]
+            write_atomically(config.output_csv, lambda partial: table.to_csv(partial, index=False))
+
+    try:
+        rows = run_plan(plan, console, write_csv)
+    except (KeyboardInterrupt, StoppedError) as stop:
+        console.print(
+            f"{stop or 'Stopped.'} What is finished is kept: the same command goes on from here.", markup=False
+        )
+        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    print_summary(rows, console)
+    console.print(f"Files: {config.output_csv or plan.store.root}", markup=False, soft_wrap=True)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    main_with_one_line_errors(main)
