@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raylora.config import ModelOptions
-from raylora.model import LoadedModel, load_model, load_tokenizer, quiet_libraries, resolve_model
+from raylora.model import LoadedModel, load_model, load_tokenizer
+from raylora.sources import quiet_libraries, resolve_model
 
 SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", "../shared/data"))
 SHAPES = {

@@ -127,7 +127,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def measure_text(options: argparse.Namespace) -> None:
     """Examples of words drawn like real ones are, a tenth of them near-copies."""
-    from raylora.model import load_tokenizer, resolve_model
+    from raylora.model import load_tokenizer
+    from raylora.sources import resolve_model
 
     tokenizer = load_tokenizer(resolve_model(options.model))
     rng = random.Random(0)

@@ -109,10 +109,10 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     path = Path(dataset_path)
     config = load_config(**_given(max_samples=max_samples, **options))
     plan = make_plan(config, [path], "single")
-    plan.store.open(config.fresh)
-    bench = Workbench(config, plan.store)
-    (experiment,) = plan.experiments
-    row = plan.done().get(experiment.experiment_id) or run_planned_experiment(bench, experiment)
+    with plan.store.held(config.fresh):
+        bench = Workbench(config, plan.store)
+        (experiment,) = plan.experiments
+        row = plan.done().get(experiment.experiment_id) or run_planned_experiment(bench, experiment)
     if not row.ok:
         raise UserError(row.values["error"])
     return legacy_result(row)

@@ -51,19 +51,19 @@ def run_plan(
 
     rows = plan.done()
     store, config = plan.store, plan.config
-    store.open(config.fresh)
-    for experiment in plan.experiments:
-        if experiment.error:
-            rows[experiment.experiment_id] = error_row(config, experiment, experiment.error)
-            store.write_row(experiment, rows[experiment.experiment_id])
-    pending = [e for e in plan.experiments if e.experiment_id not in rows]
-    store.write_manifest(_manifest(plan))
-    try:
-        if pending:
-            _run_pending(plan, pending, rows, console, write_tables)
-    finally:
-        ordered = write_tables()
-    write_legacy_results(store, plan.chunk, config.max_samples, ordered)
+    with store.held(config.fresh):
+        for experiment in plan.experiments:
+            if experiment.error:
+                rows[experiment.experiment_id] = error_row(config, experiment, experiment.error)
+                store.write_row(experiment, rows[experiment.experiment_id])
+        pending = [e for e in plan.experiments if e.experiment_id not in rows]
+        store.write_manifest(_manifest(plan))
+        try:
+            if pending:
+                _run_pending(plan, pending, rows, console, write_tables)
+        finally:
+            ordered = write_tables()
+        write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 
 
@@ -129,16 +129,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     """``--dry-run``: what would run, how large it is, and what is done already."""
     done = plan.done()
     table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
-    for name in ("dataset", "experiment", "examples", "characters", "done", "would run"):
+    for name in ("dataset", "experiment", "examples", "characters", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
         stages = plan.config.stages
-        finished = [s for s in stages if plan.store.read_stage(e, s, e.keys[s]) is not None]
-        if plan.config.fresh:
-            finished = []
-        todo = "" if e.experiment_id in done else ", ".join(s for s in stages if s not in finished)
-        state = "row" if e.experiment_id in done else ", ".join(finished)
-        table.add_row(e.dataset, e.experiment_id, str(e.num_examples), str(e.num_chars), state, e.error or todo)
+        why = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
+        finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not why[s])
+        todo = "" if e.experiment_id in done else "; ".join(f"{s}: {why[s]}" for s in stages if why[s])
+        table.add_row(e.dataset, e.experiment_id, str(e.num_examples), str(e.num_chars), finished, e.error or todo)
     console.print(table)
 
 

@@ -94,7 +94,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
     if "train" in stages:
         values |= _stage(bench, experiment, "train", lambda: _train(bench, experiment, dataset, progress))
     if "mmlu" in stages:
-        if bench.store.read_stage(experiment, "train", experiment.keys["train"]) is None:
+        if bench.store.read_stage(experiment, "train") is None:
             raise UserError(f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages")
         values |= _stage(bench, experiment, "mmlu", lambda: _evaluate(bench, experiment, progress))
     return values
@@ -102,15 +102,14 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
 
 def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A stage's values: from the store, or made and stored."""
-    key = experiment.keys[stage]
-    if (saved := bench.store.read_stage(experiment, stage, key)) is not None:
+    if (saved := bench.store.read_stage(experiment, stage)) is not None:
         log.info("%s: done before", stage)
         return saved
     log.info("%s: started", stage)
     started = time.perf_counter()
     values = make()
     values[f"{stage}_seconds"] = time.perf_counter() - started
-    bench.store.write_stage(experiment, stage, key, values)
+    bench.store.write_stage(experiment, stage, values)
     log.info("%s: %.1f s", stage, values[f"{stage}_seconds"])
     return values
 
@@ -141,15 +140,15 @@ def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress:
 
 
 def _evaluate(bench: Workbench, experiment: Experiment, progress: Progress) -> dict[str, Any]:
-    base = bench.base_score(experiment.keys["base"], wait=False, progress=progress)
+    base = bench.base_score(experiment.base_key, wait=False, progress=progress)
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
     try:
-        key = digest([experiment.keys["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
-        score = bench.score(experiment.keys["base"], key, bench.store.scores_path(experiment), progress)
+        key = digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
+        score = bench.score(experiment.base_key, key, bench.store.scores_path(experiment), progress)
     finally:
         bench.loaded.detach()
     if base is None:  # another worker was at it when this one began
-        base = bench.base_score(experiment.keys["base"], wait=True, progress=progress)
+        base = bench.base_score(experiment.base_key, wait=True, progress=progress)
     assert base is not None
     return _score_values(score, base)
 
@@ -232,10 +231,10 @@ def main(argv: list[str]) -> int:
     file = Path(argv[0])
     config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
     plan = make_plan(config, [file], "single")
-    plan.store.open(config.fresh)
-    bench = Workbench(config, plan.store)
-    rows = [plan.done().get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
-    plan.store.write_tables(rows, ROW_COLUMNS)
+    with plan.store.held(config.fresh):
+        bench = Workbench(config, plan.store)
+        rows = [plan.done().get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
+        plan.store.write_tables(rows, ROW_COLUMNS)
     print_results(rows, plan.store)
     return 0 if all(row.ok for row in rows) else 1
 

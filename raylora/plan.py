@@ -9,8 +9,8 @@ from typing import Any
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method
-from raylora.model import quiet_libraries, resolve_model
 from raylora.records import Experiment, ResultRow, UserError, digest
+from raylora.sources import quiet_libraries, resolve_model
 from raylora.store import Store, safe_name
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -73,15 +73,22 @@ def _experiments_of(
         num_examples, num_chars = len(dataset.examples), dataset.total_chars
     except UserError as bad_file:
         error = str(bad_file)
-    data_key = [data_hash, config.salvage, config.max_records, config.seed, of_model]
+    loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
-        keys = {
-            "features": digest([data_key, settings, config.settings_of(FeatureOptions)]),
-            "train": digest([data_key, settings]),
-            "mmlu": digest([data_key, settings, of_questions]),
-            "base": mmlu.score_key(of_model, of_questions),
+        train = {
+            "data": digest([data_hash, config.salvage, config.max_records]),
+            "model": of_model["model"],
+            "quantization": digest(loading),
+            "hyperparameters": digest(settings),
+            "seed": str(config.seed),
+            "raylora": str(of_model["schema"]),
+        }
+        origins = {
+            "features": {**train, "feature options": digest(config.settings_of(FeatureOptions))},
+            "train": train,
+            "mmlu": {**train, "questions": digest(of_questions)},
         }
         name = safe_name(path.stem, path.suffix, settings, of_model, config.max_records, config.seed)
         experiments.append(
@@ -90,8 +97,9 @@ def _experiments_of(
                 dataset=path.stem,
                 path=str(path.absolute()),
                 settings=settings,
-                identity=digest([keys, sorted(config.stages), error]),
-                keys=keys,
+                identity=digest([origins, sorted(config.stages), error]),
+                origins=origins,
+                base_key=mmlu.score_key(of_model, of_questions),
                 data_hash=data_hash,
                 num_examples=num_examples,
                 num_chars=num_chars,

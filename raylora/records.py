@@ -142,8 +142,10 @@ class Experiment:
     """The hyperparameters of this experiment (the configuration with the grid's values put in)."""
     identity: str
     """Hash of everything that moves the result: data, model, settings, questions and schema version."""
-    keys: dict[str, str]
-    """Hash of everything that moves each stage's product, by stage: ``features``, ``train``, ``mmlu``, ``base``."""
+    origins: dict[str, dict[str, str]]
+    """What moves each stage's product, by stage (``features``, ``train``, ``mmlu``): hashes of data, model, ..."""
+    base_key: str
+    """Identity of the base's score on the run's questions."""
     data_hash: str = ""
     num_examples: int = 0
     num_chars: int = 0

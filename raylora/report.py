@@ -32,7 +32,6 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
     table = Table(title="MMLU accuracy against the base model", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     columns: dict[str, Any] = {
         "dataset": lambda v: v["dataset"],
-        "examples": lambda v: v["num_examples"],
         "base": lambda v: _number(v["base_overall_accuracy"], ".3f"),
         "adapter": lambda v: _number(v["overall_accuracy"], ".3f"),
         "change": lambda v: _number(v["accuracy_change"], "+.3f"),
@@ -40,14 +39,14 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
             f"{_number(v['accuracy_change_low'], '+.3f')} {_number(v['accuracy_change_high'], '+.3f')}"
         ),
         "loss": lambda v: _pair(v["train_initial_loss"], v["train_final_loss"], ".2f"),
-        "duplicates": lambda v: _number(v["approximate_duplicates"], ".0%"),
-        "answer ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
+        "dup.": lambda v: _number(v["approximate_duplicates"], ".0%"),
+        "ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
     }
     varied = [
         k for k in ("lora_r", "learning_rate", "num_epochs", "batch_size") if len({r.values[k] for r in rows}) > 1
     ]
     for name in [*columns, *varied]:
-        table.add_column(name, justify="left" if name == "dataset" else "right")
+        table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
     for row in rows:
         cells = [str(cell(row.values)) for cell in columns.values()]
         table.add_row(*cells, *(str(row.values[k]) for k in varied))
@@ -55,7 +54,7 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
 
 
 def _pair(first: float | None, second: float | None, form: str) -> str:
-    return "" if first is None or second is None else f"{first:{form}} to {second:{form}}"
+    return "" if first is None or second is None else f"{first:{form}} {second:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -22,8 +22,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from raylora.config import Config
 from raylora.experiment import Workbench, error_row, run_experiment
-from raylora.model import quiet_libraries
 from raylora.records import Experiment, ResultRow
+from raylora.sources import quiet_libraries
 from raylora.store import Store
 
 MAX_ATTEMPTS = 2

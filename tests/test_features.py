@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,15 +18,14 @@ from raylora import DynamicProbeAnalyzer, FeatureExtractionPipeline, HyperParams
 from raylora.config import FeatureOptions, Method
 from raylora.datasets import sample_examples
 from raylora.encoding import encode_example
-from raylora.features import dynamic, text
+from raylora.features import text
 from raylora.features.columns import COLUMNS, FEATURE_NAMES, STATIC_NAMES
-from raylora.features.dynamic import ProbeObserver, _flatness, loss_stability
+from raylora.features.dynamic import loss_stability
 from raylora.features.forward import sentence_slices
 from raylora.features.pipeline import extract_features
 from raylora.features.static import as_dataset, extract_static
 from raylora.model import LoadedModel
 from raylora.records import UserError
-from raylora.train import example_losses, train_adapter
 from tests.tiny import make_model
 
 WORDS = ["river", "mountain", "answer", "photosynthesis", "the", "of", "blue", "eleven", "understanding", "cat", "it"]
@@ -45,11 +39,6 @@ def make_records(num: int = 12, seed: int = 0) -> list[dict[str, str]]:
         {"question": sentence(6)[:-1] + "?", "answer": f"{sentence(5)} {sentence(4)}", "context": sentence(9)}
         for _ in range(num)
     ]
-
-
-@pytest.fixture(scope="module")
-def loaded(tokenizer):
-    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
 
 
 def features_of(loaded, records, probe_steps=2, **method):
@@ -105,124 +94,6 @@ def test_learning_rate_zero_changes_nothing(loaded):
     assert 0 < row["landscape_flatness"] < 1
 
 
-def test_equal_examples_have_consistent_gradients(loaded):
-    same = features_of(loaded, make_records(1) * 12, lora_dropout=0.0, batch_size=2)
-    mixed = features_of(loaded, make_records(12), lora_dropout=0.0, batch_size=1)
-    # Not 1: between two steps the adapter itself moves.
-    assert same["gradient_consistency"] > 0.95
-    assert mixed["gradient_consistency"] < same["gradient_consistency"]
-
-
-class KeepsAll(ProbeObserver):
-    """Keeps every gradient, as the research code does: the reference for the running sums."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters)
-        self.micro, self.steps = [], []
-
-    def after_micro_batch(self):
-        super().after_micro_batch()
-        self.micro.append(torch.cat([p.grad.flatten().double() for p in self.parameters]))
-
-    def before_clipping(self):
-        super().before_clipping()
-        self.steps.append([p.grad.clone() for p in self.parameters])
-
-
-def train_observed(loaded, observer_class, method, num_steps, records=None):
-    encoded = [encode_example(loaded.tokenizer, e, 256) for e in as_dataset(records or make_records(12)).examples]
-    parameters = loaded.attach(method, 0)
-    try:
-        observer = observer_class(parameters) if observer_class else None
-        result = train_adapter(loaded, parameters, encoded, method, 0, num_steps, observer)
-        return observer, result, [p.detach().clone() for p in parameters]
-    finally:
-        loaded.detach()
-
-
-def test_gradient_features_are_those_of_all_gradients_kept(loaded):
-    method = Method(batch_size=2, gradient_accumulation=2, learning_rate=1e-2, max_length=256)
-    observer, _, _ = train_observed(loaded, KeepsAll, method, 5)
-    assert len(observer.micro) == 10
-    unit = torch.nn.functional.normalize(torch.stack(observer.micro), dim=1)
-    cosines = unit @ unit.T
-    n = len(unit)
-    expected = float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
-    assert observer.gradient_consistency() == pytest.approx(expected, abs=1e-5)
-    sparse = []
-    for gradients in observer.steps:
-        kept = [g for g in gradients if g.abs().max() > 0]
-        below = sum(int((g.abs() < 0.01 * g.pow(2).mean().sqrt()).sum()) for g in kept)
-        sparse.append(below / sum(g.numel() for g in kept))
-    assert np.mean(observer.sparsities) == pytest.approx(np.mean(sparse), rel=1e-6)
-    norms = [math.sqrt(sum(float(g.double().square().sum()) for g in gs)) for gs in observer.steps]
-    assert observer.grad_norms == pytest.approx(norms, rel=1e-5)
-    assert max(norms) > method.max_grad_norm, "the norms should be seen before clipping"
-
-
-def test_watching_a_training_does_not_change_it(loaded):
-    method = Method(batch_size=4, gradient_accumulation=1, learning_rate=1e-2, max_length=256, lora_dropout=0.0)
-    _, plain, weights = train_observed(loaded, None, method, 4)
-    _, watched, watched_weights = train_observed(loaded, ProbeObserver, method, 4)
-    assert [s.loss for s in watched.steps] == pytest.approx([s.loss for s in plain.steps], abs=1e-5)
-    for a, b in zip(weights, watched_weights, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-
-
-def test_updates_are_those_of_whole_matrices(loaded):
-    parameters = loaded.attach(Method(lora_r=3, lora_alpha=7), 0)
-    try:
-        with torch.no_grad():
-            for p in parameters:
-                p.copy_(torch.randn_like(p))
-        expected = []
-        for _, module in loaded._peft.named_modules():
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                update = module.lora_B["default"].weight @ module.lora_A["default"].weight * 7 / 3
-                expected.append(float(update.norm() / module.get_base_layer().weight.norm()))
-        assert len(expected) == 14
-        assert loaded.relative_weight_update() == pytest.approx(np.mean(expected), rel=1e-5)
-    finally:
-        loaded.detach()
-
-
-def test_sharpness_by_hand(loaded, tokenizer):
-    examples = [encode_example(tokenizer, e, 256) for e in as_dataset(make_records(3)).examples]
-    method = Method(lora_dropout=0.0)
-    parameters = loaded.attach(method, 0)
-    try:
-        with torch.no_grad():
-            for p in parameters:
-                p.copy_(torch.randn_like(p) * 0.05)
-        before = [p.detach().clone() for p in parameters]
-
-        def loss():
-            total = count = 0
-            for e in examples:
-                logits = loaded.model(input_ids=torch.tensor([e.input_ids])).logits[0]
-                said = [i for i in range(1, len(e)) if e.is_answer[i]]
-                targets = torch.tensor([e.input_ids[i] for i in said])
-                total += torch.nn.functional.cross_entropy(logits[[i - 1 for i in said]], targets, reduction="sum")
-                count += len(said)
-            return total / count
-
-        at_w = loss()
-        gradient = torch.autograd.grad(at_w, parameters)
-        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient))
-        with torch.no_grad():
-            for p, g in zip(parameters, gradient, strict=True):
-                p.add_(0.05 * g / norm)
-            worse = loss()
-            for p, b in zip(parameters, before, strict=True):
-                p.copy_(b)
-        example_losses(loaded, examples, "answer", 100, with_gradient=True)
-        found = _flatness(loaded, parameters, examples, float(at_w), method, 100)
-        assert found == pytest.approx(1 / (1 + float(worse - at_w)), rel=1e-4)
-        assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)), "the adapter was moved"
-    finally:
-        loaded.detach()
-
-
 def test_activation_sparsity_is_that_of_every_token_by_itself(loaded, tokenizer):
     dataset = as_dataset(make_records(5))
     row = extract_static(loaded.model, tokenizer, dataset, dataset.examples, token_budget=200).values
@@ -243,21 +114,6 @@ def test_activation_sparsity_is_that_of_every_token_by_itself(loaded, tokenizer)
     for hook in hooks:
         hook.remove()
     assert row["avg_activation_sparsity"] == pytest.approx(np.mean(shares), rel=1e-4)
-
-
-def test_forgetting_is_the_rise_of_the_loss_on_plain_texts(loaded, tokenizer):
-    """With the loss of transformers itself, one text at a time."""
-    texts = json.loads((Path(dynamic.__file__).parents[1] / "demo" / "general_knowledge.json").read_text())
-    total = count = 0
-    for text_ in texts:
-        ids = torch.tensor([tokenizer(text_)["input_ids"]])
-        with torch.inference_mode():
-            total += float(loaded.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    losses = dynamic._general_losses(loaded, 512)
-    assert dynamic._mean(losses) == pytest.approx(total / count, rel=1e-5)
-    row = features_of(loaded, make_records(10), probe_steps=30, learning_rate=3e-2)
-    assert abs(row["catastrophic_forgetting"]) > 1e-3
 
 
 def test_text_is_measured_on_all_examples_whatever_the_sample(loaded):
@@ -506,65 +362,3 @@ def test_every_column_differs_between_real_datasets_and_none_is_a_function_of_an
                         for a, b in zip(values[one], values[other], strict=True)
                     ]
                     assert not all(same), (one, other)
-
-
-# The command
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "raylora.features", *arguments], capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folder, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for i in range(3):
-        (folder / f"set_{i}.json").write_text(json.dumps(make_records(8, seed=i)))
-    (folder / "broken.json").write_text("[{")
-    csv = tmp_path / "features.csv"
-    arguments = [
-        "--data_folder", str(folder), "--model_path", str(tiny_model_folder), "--output_csv", str(csv),
-        "--sample_size", "6", "--batch_size", "1", "--probe-steps", "2", "--quantization", "none", "--output", str(tmp_path / "out"),
-    ]  # fmt: skip
-    first = run_command(*arguments)
-    assert first.returncode == 1, first.stdout + first.stderr
-    table = pd.read_csv(csv)
-    assert list(table["dataset"]) == ["broken", "set_0", "set_1", "set_2"]
-    assert list(table["status"]) == ["error", "ok", "ok", "ok"]
-    assert set(FEATURE_NAMES) <= set(table.columns)
-    assert table.loc[1:, "avg_param_change"].gt(0).all()
-    assert "3 of 4 datasets measured" in first.stdout
-    again = run_command(*arguments)
-    assert again.returncode == 1
-    pd.testing.assert_frame_equal(pd.read_csv(csv), table)
-    assert "worker" not in again.stdout, "finished datasets were measured again"
-    single = run_command("--single_dataset", str(folder / "set_1.json"), *arguments[2:])
-    assert single.returncode == 0, single.stdout + single.stderr
-    alone, among = pd.read_csv(csv).iloc[0], table.iloc[2]
-    for name in FEATURE_NAMES:
-        assert alone[name] == pytest.approx(among[name], rel=1e-4, nan_ok=True), name
-
-
-def test_the_command_describes_every_column():
-    described = run_command("--describe")
-    assert described.returncode == 0
-    assert all(f"| `{name}` |" in described.stdout for name in FEATURE_NAMES)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert described.stdout.strip() in readme, "README's table is older than the columns"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--data_folder", "nowhere", "--model_path", "x"], "nowhere: no such folder"),
-        (["--sample_size", "-1"], "--sample-size"),
-        (["--sampl_size", "3"], "did you mean"),
-    ],
-)
-def test_wrong_use_of_the_command_is_one_line(arguments, expected):
-    result = run_command(*arguments)
-    assert result.returncode == 2
-    assert expected in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1

@@ -9,8 +9,9 @@ import torch
 
 from raylora.config import Method, ModelOptions
 from raylora.encoding import encode_example
-from raylora.model import LoadedModel, load_model, model_hash, resolve_model
+from raylora.model import LoadedModel, load_model
 from raylora.records import Example, Message, UserError
+from raylora.sources import model_hash, resolve_model
 from raylora.train import train_adapter
 
 METHOD = Method(lora_r=4, num_epochs=2, batch_size=2, gradient_accumulation=1, learning_rate=5e-3, lora_dropout=0.1)

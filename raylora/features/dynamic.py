@@ -20,7 +20,7 @@ from raylora.config import Method
 from raylora.datasets import sample_examples
 from raylora.encoding import IGNORE_INDEX, EncodedExample, encode_example
 from raylora.features.columns import PROBE_NAMES
-from raylora.features.static import FeatureResult, as_dataset, count_held_out, has_answer, join_notes
+from raylora.features.static import FeatureResult, OfLoadedModel, as_dataset, count_held_out, has_answer, join_notes
 from raylora.model import LoadedModel, as_loaded
 from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
 from raylora.train import Step, example_losses, run_steps, separate_gradients, train_adapter
@@ -255,17 +255,8 @@ def _nothing(reason: str) -> FeatureResult:
     return FeatureResult(dict.fromkeys(PROBE_NAMES), dict.fromkeys(PROBE_NAMES, reason))
 
 
-class DynamicProbeAnalyzer:
-    """Dynamic features of a dataset, with a model that is loaded already.
-
-    Args:
-        model: a transformers causal language model; as it was before after every call.
-        device: where the model is moved to; by default it stays where it is.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device | str | None = None) -> None:
-        self.model = model.to(device) if device is not None else model
-        self.tokenizer = tokenizer
+class DynamicProbeAnalyzer(OfLoadedModel):
+    """Dynamic features of a dataset."""
 
     def extract_all_dynamic_features(
         self,

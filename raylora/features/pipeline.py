@@ -6,13 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from raylora.config import FeatureOptions, Method
 from raylora.datasets import sample_examples
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.dynamic import HyperParams, run_probe
-from raylora.features.static import as_dataset, extract_static, join_notes
+from raylora.features.static import OfLoadedModel, as_dataset, extract_static, join_notes
 from raylora.model import LoadedModel, as_loaded
 from raylora.records import Dataset, Example, Progress, ignore_progress
 
@@ -53,17 +51,8 @@ def extract_features(
     return values
 
 
-class FeatureExtractionPipeline:
-    """All features of a dataset, with a model that is loaded already.
-
-    Args:
-        model: a transformers causal language model; as it was before after every call.
-        device: where the model is moved to; by default it stays where it is.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device | str | None = None) -> None:
-        self.model = model.to(device) if device is not None else model
-        self.tokenizer = tokenizer
+class FeatureExtractionPipeline(OfLoadedModel):
+    """All features of a dataset."""
 
     def extract_all_features(
         self,

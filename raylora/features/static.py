@@ -52,8 +52,8 @@ def has_answer(encoded: EncodedExample) -> bool:
     return any(encoded.is_answer_text)
 
 
-class StaticFeatureExtractor:
-    """Static features of a dataset, with a model that is loaded already.
+class OfLoadedModel:
+    """Measures with a model that is loaded already, and is after every call as it was before.
 
     Args:
         model: a transformers causal language model.
@@ -63,6 +63,10 @@ class StaticFeatureExtractor:
     def __init__(self, model: Any, tokenizer: Any, device: torch.device | str | None = None) -> None:
         self.model = model.to(device) if device is not None else model
         self.tokenizer = tokenizer
+
+
+class StaticFeatureExtractor(OfLoadedModel):
+    """Static features of a dataset."""
 
     def extract_all_static_features(
         self,

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from raylora import mmlu
 from raylora.config import EvaluationConfig, load_settings, main_with_one_line_errors
-from raylora.model import adapter_hash, check_adapter, quiet_libraries, resolve_model
+from raylora.model import adapter_hash, check_adapter
 from raylora.records import Score
+from raylora.sources import quiet_libraries, resolve_model
 from raylora.store import Store, safe_name, write_atomically
 
 
@@ -58,30 +59,35 @@ def evaluate_all(config: MmluConfig, console: Console) -> list[Evaluated]:
     of_model, of_questions = mmlu.model_key(config, source), mmlu.questions_key(config, asked)
     mmlu.check_prompt_style(config, source)
     store = Store(config.output / "mmlu" / safe_name(str(config.model), of_model))
-    store.open(config.fresh)
+    with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        found = _evaluate_all(config, store, of_model, of_questions, bar)
+        write_tables(store.root, found)
+    return found
+
+
+def _evaluate_all(
+    config: MmluConfig, store: Store, of_model: dict[str, Any], of_questions: dict[str, Any], bar: Bar
+) -> list[Evaluated]:
+    def progress(name: str) -> Any:
+        task = bar.add_task(name, total=None)
+        return lambda _, done, total: bar.update(task, completed=done, total=total)
+
     examiner = mmlu.Examiner(config, store)
     base_key = mmlu.score_key(of_model, of_questions)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def progress(name: str) -> Any:
-            task = bar.add_task(name, total=len(asked.questions))
-            return lambda _, done, total: bar.update(task, completed=done, total=total)
-
-        base = examiner.base_score(base_key, wait=True, progress=progress("base"))
-        assert base is not None
-        found = [Evaluated("base", base, store.base_file(base_key, "scores.parquet"))]
-        for folder in config.adapter:
-            key = mmlu.score_key(of_model, of_questions, adapter_hash(folder))
-            name = _adapter_name(folder)
-            path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
-            if not path.is_file():
-                examiner.loaded.attach_saved(folder)
-                try:
-                    examiner.score(base_key, key, path, progress(name))
-                finally:
-                    examiner.loaded.detach()
-            found.append(Evaluated(name, mmlu.load_score(path), path))
-    write_tables(store.root, found)
+    base = examiner.base_score(base_key, wait=True, progress=progress("base"))
+    assert base is not None
+    found = [Evaluated("base", base, store.base_file(base_key, "scores.parquet"))]
+    for folder in config.adapter:
+        key = mmlu.score_key(of_model, of_questions, adapter_hash(folder))
+        name = _adapter_name(folder)
+        path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
+        if not path.is_file():
+            examiner.loaded.attach_saved(folder)
+            try:
+                examiner.score(base_key, key, path, progress(name))
+            finally:
+                examiner.loaded.detach()
+        found.append(Evaluated(name, mmlu.load_score(path), path))
     return found
 
 

@@ -13,8 +13,9 @@ from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
 from raylora.mmlu.questions import find_dev_file, load_questions, questions_hash, select_questions
 from raylora.mmlu.scoring import evaluate, load_score, save_score
-from raylora.model import LoadedModel, context_window, load_model, load_tokenizer, model_hash
+from raylora.model import LoadedModel, context_window, load_model, load_tokenizer
 from raylora.records import SCHEMA_VERSION, Progress, Question, Score, UserError, digest, ignore_progress
+from raylora.sources import model_hash
 from raylora.store import Store, write_atomically
 
 DEMO_QUESTIONS = Path(__file__).parents[1] / "demo" / "questions.json"

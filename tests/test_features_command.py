@@ -1,0 +1,74 @@
+"""``python -m raylora.features``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from raylora.features.columns import FEATURE_NAMES
+from tests.test_features import make_records
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "raylora.features", *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folder, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"set_{i}.json").write_text(json.dumps(make_records(8, seed=i)))
+    (folder / "broken.json").write_text("[{")
+    csv = tmp_path / "features.csv"
+    arguments = [
+        "--data_folder", str(folder), "--model_path", str(tiny_model_folder), "--output_csv", str(csv),
+        "--sample_size", "6", "--batch_size", "1", "--probe-steps", "2", "--quantization", "none",
+        "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    first = run_command(*arguments)
+    assert first.returncode == 1, first.stdout + first.stderr
+    table = pd.read_csv(csv)
+    assert list(table["dataset"]) == ["broken", "set_0", "set_1", "set_2"]
+    assert list(table["status"]) == ["error", "ok", "ok", "ok"]
+    assert set(FEATURE_NAMES) <= set(table.columns)
+    assert table.loc[1:, "avg_param_change"].gt(0).all()
+    assert "3 of 4 datasets measured" in first.stdout
+    again = run_command(*arguments)
+    assert again.returncode == 1
+    pd.testing.assert_frame_equal(pd.read_csv(csv), table)
+    assert "worker" not in again.stdout, "finished datasets were measured again"
+    single = run_command("--single_dataset", str(folder / "set_1.json"), *arguments[2:])
+    assert single.returncode == 0, single.stdout + single.stderr
+    alone, among = pd.read_csv(csv).iloc[0], table.iloc[2]
+    for name in FEATURE_NAMES:
+        assert alone[name] == pytest.approx(among[name], rel=1e-4, nan_ok=True), name
+
+
+def test_the_command_describes_every_column():
+    described = run_command("--describe")
+    assert described.returncode == 0
+    assert all(f"| `{name}` |" in described.stdout for name in FEATURE_NAMES)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert described.stdout.strip() in readme, "README's table is older than the columns"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data_folder", "nowhere", "--model_path", "x"], "nowhere: no such folder"),
+        (["--sample_size", "-1"], "--sample-size"),
+        (["--sampl_size", "3"], "did you mean"),
+    ],
+)
+def test_wrong_use_of_the_command_is_one_line(arguments, expected):
+    result = run_command(*arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
