@@ -302,7 +302,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise UserError(f"--config {path}:{place} not YAML: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"--config {path}:{place} not YAML: {problem}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
