@@ -223,14 +223,13 @@ class LoadedModel:
     def relative_weight_update(self, name: str = "default") -> float:
         """Mean over adapted modules of the Frobenius norm of (alpha / r) B A over that of the frozen weight."""
         from peft.tuners.lora import LoraLayer
-        from peft.utils.integrations import dequantize_module_weight
 
         shares = []
         for key, module in self._peft.named_modules():
             if not isinstance(module, LoraLayer) or name not in module.lora_A:
                 continue
             if key not in self._weight_norms:
-                weight = dequantize_module_weight(module.get_base_layer())
+                weight = _plain_weight(module.get_base_layer())
                 self._weight_norms[key] = float(torch.linalg.vector_norm(weight.float()))
             a, b = module.lora_A[name].weight.detach().double(), module.lora_B[name].weight.detach().double()
             # The norm of B A from two matrices of r x r: the product itself has the weight's size.
@@ -245,6 +244,16 @@ class LoadedModel:
         with self.base(), torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits
         return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def _plain_weight(layer: Any) -> torch.Tensor:
+    """A linear layer's weight (out, in) as floating-point numbers."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    if type(layer.weight).__name__ not in {"Params4bit", "Int8Params"}:
+        return layer.weight
+    # Not peft's dequantize_module_weight: on a CPU it leaves an 8-bit layer behind that has lost its scales.
+    return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
 
 
 @contextlib.contextmanager

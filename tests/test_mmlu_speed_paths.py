@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from raylora import evaluate_mmlu, evaluate_mmlu_with_model, mmlu
 from raylora.config import Method, ModelOptions
 from raylora.mmlu import scoring
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
+from raylora.mmlu.journal import Journal
+from raylora.mmlu.scoring import answer
 from raylora.model import LoadedModel, load_model
 from raylora.records import Question, Score, UserError
 from tests.tiny import make_model
@@ -152,25 +155,27 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tiny_model, tokenizer, e
         if calls == num_batches:
             raise KeyboardInterrupt
 
-    ask = {"token_budget": 200, "journal": journal, "journal_key": "k"}
+    def ask(**more):
+        return mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=200, journal=Journal(journal, "k"), **more)
+
     with pytest.raises(KeyboardInterrupt):
-        mmlu.evaluate(tiny_model, tokenizer, encoded, progress=stop, **ask)
-    with journal.open("a") as file:
-        file.write('{"budget": 200, "answers": {"0": [[')  # the process died while it wrote
-    score = mmlu.evaluate(tiny_model, tokenizer, encoded, **ask)
+        ask(progress=stop)
+    with (journal / "answers-owner.jsonl").open("a") as file:
+        file.write('{"0": [[')  # the process died while it wrote
+    score = ask()
     assert 0 < score.info["num_resumed"] < len(encoded)
     pd.testing.assert_frame_equal(score.questions, expected.questions, check_exact=True)
-    whole = mmlu.evaluate(tiny_model, tokenizer, encoded, **ask)
+    whole = ask()
     assert whole.info["num_resumed"] == len(encoded)
     pd.testing.assert_frame_equal(whole.questions, expected.questions, check_exact=True)
 
 
 def test_a_journal_of_something_else_is_not_used(tiny_model, tokenizer, encoded, tmp_path):
     journal = tmp_path / "scores.journal"
-    mmlu.evaluate(tiny_model, tokenizer, encoded, journal=journal, journal_key="one")
-    score = mmlu.evaluate(tiny_model, tokenizer, encoded, journal=journal, journal_key="two")
+    mmlu.evaluate(tiny_model, tokenizer, encoded, journal=Journal(journal, "one"))
+    score = mmlu.evaluate(tiny_model, tokenizer, encoded, journal=Journal(journal, "two"))
     assert score.info["num_resumed"] == 0
-    assert json.loads(journal.read_text().splitlines()[0]) == "two"
+    assert json.loads((journal / "plan.json").read_text())["key"] == "two"
 
 
 def test_a_journal_keeps_the_budget_that_memory_allowed(tiny_model, tokenizer, encoded, tmp_path):
@@ -181,11 +186,49 @@ def test_a_journal_keeps_the_budget_that_memory_allowed(tiny_model, tokenizer, e
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     hook = tiny_model.register_forward_pre_hook(refuse, with_kwargs=True)
-    first = mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=400, journal=journal, journal_key="k")
+    first = mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=400, journal=Journal(journal, "k"))
     hook.remove()
-    again = mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=400, journal=journal, journal_key="k")
+    again = mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=400, journal=Journal(journal, "k"))
     assert first.info["num_oom_backoffs"] > 0
     assert again.info["token_budget"] == first.info["token_budget"] < 400
+
+
+@pytest.mark.parametrize("num_helpers", [1, 3])
+def test_helpers_ask_some_of_the_questions_and_nothing_changes(tiny_model, tokenizer, encoded, tmp_path, num_helpers):
+    expected = mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=100)
+    folder = tmp_path / "scores.journal"
+    owner = Journal(folder, "k")
+    helpers: list[int] = []
+
+    def help_out(stage, done, total):
+        """The owner's first batch is answered: helpers come, one stops midway, and another model's finds nothing."""
+        if helpers:
+            return
+        assert not Journal(folder, "another model's", helper="stranger").is_open
+        for k in range(num_helpers):
+            helper = Journal(folder, "k", helper=str(k))
+            num_known = len(helper.answers)
+            batches = 0
+
+            def stop(stage, done, total):
+                nonlocal batches
+                batches += 1
+                if batches == 2:
+                    raise KeyboardInterrupt
+
+            with contextlib.suppress(KeyboardInterrupt):
+                answer(tiny_model, tokenizer, encoded, helper, progress=stop)
+            helpers.append(len(helper.answers) - num_known)
+        assert helper.claim(0) is False
+        (folder / "claim-2").touch()  # whoever began this one has died
+
+    score = mmlu.evaluate(tiny_model, tokenizer, encoded, token_budget=100, journal=owner, progress=help_out)
+    assert all(helpers)
+    pd.testing.assert_frame_equal(score.questions, expected.questions, check_exact=True)
+    owner.remove()
+    late = Journal(folder, "k", helper="late")
+    assert not late.is_open
+    assert not folder.exists()
 
 
 def test_encoded_questions_come_back_from_their_file(encoded, tmp_path):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from raylora.config import Method
+from raylora.config import Method, ModelOptions
 from raylora.encoding import encode_example
 from raylora.features import dynamic
 from raylora.features.dynamic import ProbeObserver, _flatness
 from raylora.features.static import as_dataset
+from raylora.model import _plain_weight, load_model
 from raylora.train import example_losses, train_adapter
 from tests.test_features import features_of, make_records
 
@@ -90,6 +91,26 @@ def test_updates_are_those_of_whole_matrices(loaded):
         assert loaded.relative_weight_update() == pytest.approx(np.mean(expected), rel=1e-5)
     finally:
         loaded.detach()
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_measuring_updates_leaves_a_quantized_base_as_it_was(tiny_model_folder, quantization):
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
+    for evaluated_before in (False, True):
+        before = loaded.logits_hash() if evaluated_before else None
+        with torch.no_grad():
+            for p in loaded.attach(Method(), 0):
+                p.copy_(torch.randn_like(p))
+        share = loaded.relative_weight_update()
+        assert share > 0
+        loaded.detach()
+        assert before in {None, loaded.logits_hash()}
+    plain = load_model(ModelOptions(model=str(tiny_model_folder), quantization="none"))
+    weights = dict(plain.model.named_modules())
+    for name, module in loaded.model.named_modules():
+        if type(module).__name__ in {"Linear4bit", "Linear8bitLt"} and "lora" not in type(module).__module__:
+            expected = weights[name.removesuffix(".base_layer")].weight
+            assert (_plain_weight(module) - expected).norm() < 0.15 * expected.norm()
 
 
 def test_sharpness_by_hand(loaded, tokenizer):

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
+from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
 from raylora.mmlu.questions import find_dev_file, load_questions, questions_hash, select_questions
-from raylora.mmlu.scoring import evaluate, load_score, save_score
+from raylora.mmlu.scoring import answer, evaluate, load_score, save_score
 from raylora.model import LoadedModel, context_window, load_model, load_tokenizer
 from raylora.records import SCHEMA_VERSION, Progress, Question, Score, UserError, digest, ignore_progress
 from raylora.sources import model_hash
@@ -152,7 +153,7 @@ class Examiner:
             key: identity of the score; a half-done evaluation under the same one is gone on with.
             path: where the score is kept, as a Parquet file.
         """
-        journal = path.with_name(f"{path.stem}.journal")
+        journal = Journal(_journal_folder(path), key)
         score = evaluate(
             self.loaded.model,
             self.loaded.tokenizer,
@@ -161,11 +162,34 @@ class Examiner:
             self.config.token_budget,
             progress=progress,
             journal=journal,
-            journal_key=key,
         )
         write_atomically(path, lambda partial: save_score(score, partial))
-        journal.unlink()
+        journal.remove()
         return score
+
+    def help_score(self, base_key: str, key: str, path: Path, name: str, progress: Progress) -> int:
+        """Ask, for another process that is scoring the same model, questions it has not come to yet.
+
+        Args:
+            name: this process's name; no two helpers of a score have the same.
+
+        Returns:
+            The number of questions asked.
+        """
+        journal = Journal(_journal_folder(path), key, helper=name)
+        if not journal.is_open:
+            return 0
+        num_known = len(journal.answers)
+        answer(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            self.questions(base_key),
+            journal,
+            self.config.scoring,
+            self.config.token_budget,
+            lambda _, done, total: progress("helping mmlu", done, total),
+        )
+        return len(journal.answers) - num_known
 
     def base_score(self, key: str, wait: bool, progress: Progress = ignore_progress) -> Score | None:
         """The base's score of this run: made once by whichever process comes first.
@@ -180,3 +204,7 @@ class Examiner:
                     self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
             return load_score(path)
         return load_score(path) if path.is_file() else None
+
+
+def _journal_folder(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.journal")

@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ import torch
 
 from raylora.mmlu.answers import parse_answer, write_answers
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
+from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 from raylora.model import is_out_of_memory
@@ -40,15 +41,6 @@ MEMORY_SHARE = 0.8
 MIN_TOKENS_SPARED = 64
 """A prefix must spare this many tokens and half a batch: so much is lost by a pass of its own and torn batches."""
 _INFO_KEY = b"raylora"
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """Four log-likelihoods, the prediction (0 to 3, None if unparsed), and the text that was written."""
-
-    logprobs: list[float]
-    prediction: int | None
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,48 +66,6 @@ class _Budget:
             torch.cuda.empty_cache()
 
 
-@dataclass
-class _Journal:
-    """Answers as they come, a line a batch, so that an interrupted evaluation goes on where it was.
-
-    The first line holds a key: another one means other questions or another model, and everything starts anew. Batches
-    are cut the same way again, as what shares a batch moves an 8-bit model's numbers.
-    """
-
-    path: Path | None
-    key: str
-    answers: dict[int, _Answer] = field(default_factory=dict)
-    budget: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        first = json.dumps(self.key)
-        whole = self._read(lines[1:]) if lines and lines[0] == first else []
-        if [first, *whole] != lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("\n".join([first, *whole]) + "\n", encoding="utf-8")
-
-    def _read(self, lines: list[str]) -> list[str]:
-        """The lines up to the first torn one: a process may have died while it wrote."""
-        for k, line in enumerate(lines):
-            try:
-                saved = json.loads(line)
-                self.answers |= {int(i): _Answer(*a) for i, a in saved["answers"].items()}
-                self.budget = saved["budget"]
-            except (ValueError, KeyError, TypeError):
-                return lines[:k]
-        return lines
-
-    def add(self, answers: dict[int, _Answer], budget: int) -> None:
-        self.answers |= answers
-        if self.path:
-            plain = {i: [a.logprobs, a.prediction, a.text] for i, a in answers.items()}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"budget": budget, "answers": plain}) + "\n")
-
-
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -123,15 +73,14 @@ def evaluate(
     scoring: Literal["logits", "generate"] = "logits",
     token_budget: int | None = None,
     progress: Progress = ignore_progress,
-    journal: Path | None = None,
-    journal_key: str = "",
+    journal: Journal | None = None,
 ) -> Score:
     """Ask ``model``, as it is now, every question.
 
     Args:
         token_budget: padded tokens in a batch; None: 512 on a CPU, what the free memory holds on a GPU.
-        journal: a file where answers are kept as they come; one that is there under the same ``journal_key`` is gone on
-            with. It is the caller's to remove.
+        journal: where answers are kept as they come; what it knows already is not asked again. It is the caller's to
+            remove.
 
     Returns:
         The answers in the order of ``encoded``; ``info`` says how they came about.
@@ -139,24 +88,12 @@ def evaluate(
     Raises:
         torch.OutOfMemoryError: a single question does not fit.
     """
-    started = time.perf_counter()
-    done = _Journal(journal, journal_key)
-    num_resumed = len(done.answers)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with _for_inference(model):
-        budget = _Budget(done.budget or token_budget or find_token_budget(model, encoded, pad))
-        no_prefix = "answers are written, not chosen" if scoring == "generate" else why_no_prefix(model)
-        parts = _parts(encoded, math.inf if no_prefix else max(budget.tokens / 2, MIN_TOKENS_SPARED))
-        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad):
-            no_prefix = "the model answers differently behind a shared prefix"
-            parts = _parts(encoded, math.inf)
-        for part in parts:
-            for answers in _ask(model, tokenizer, encoded, part, scoring, pad, budget, done.answers):
-                done.add(answers, budget.tokens)
-                progress("mmlu", len(done.answers), len(encoded))
+    done = journal or Journal(None, "")
+    started, num_resumed = time.perf_counter(), len(done.answers)
+    asked = answer(model, tokenizer, encoded, done, scoring, token_budget, progress)
     seconds = time.perf_counter() - started
     rows = [_row(encoded[i], done.answers[i], written=scoring == "generate") for i in range(len(encoded))]
-    shared = [part for part in parts if part.prefix_length]
+    shared = [part for part in asked.parts if part.prefix_length]
     info = {
         "scoring": scoring,
         "mmlu_seconds": seconds,
@@ -165,40 +102,120 @@ def evaluate(
         "num_tokens": sum(len(e) for e in encoded),
         "num_tokens_spared": sum(p.prefix_length * (len(p.indices) - 1) for p in shared),
         "num_shared_prefixes": len(shared),
-        "no_prefix_because": no_prefix,
-        "token_budget": budget.tokens,
-        "num_oom_backoffs": budget.num_backoffs,
+        "no_prefix_because": asked.no_prefix,
+        "token_budget": asked.budget.tokens,
+        "num_oom_backoffs": asked.budget.num_backoffs,
         "num_truncated": sum(e.num_truncated > 0 for e in encoded),
         "num_unparsed": sum(not row["prediction"] for row in rows),
     }
     return Score(pd.DataFrame(rows), info)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """How questions were asked."""
+
+    parts: list[_Part]
+    budget: _Budget
+    no_prefix: str
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[EncodedQuestion],
+    journal: Journal,
+    scoring: Literal["logits", "generate"] = "logits",
+    token_budget: int | None = None,
+    progress: Progress = ignore_progress,
+) -> _Asked:
+    """Ask what the journal does not know yet: its owner until it knows everything, a helper while batches are free."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with _for_inference(model):
+        cut = journal.budget or token_budget or find_token_budget(model, encoded, pad)
+        budget = _Budget(journal.reduced or cut)
+        journal.open(cut, budget.tokens)
+        no_prefix = "answers are written, not chosen" if scoring == "generate" else why_no_prefix(model)
+        parts = _parts(encoded, math.inf if no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
+        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad):
+            no_prefix = "the model answers differently behind a shared prefix"
+            parts = _parts(encoded, math.inf)
+        batches = [batch for part in parts for batch in _batches(encoded, part, cut)]
+        prefix = _Prefix(model, encoded)
+        for batch in _in_turn(batches, journal):
+            for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
+                journal.add(answers)
+                progress("mmlu", len(journal.answers), len(encoded))
+            if budget.tokens != journal.reduced:
+                journal.open(cut, budget.tokens)
+    return _Asked(parts, budget, no_prefix)
+
+
+def _batches(encoded: Sequence[EncodedQuestion], part: _Part, budget: int) -> Iterator[_Part]:
+    """A part cut into batches, each as large as the budget allows."""
+    left = part.indices
+    while left:
+        width = max(1, len(encoded[left[0]]) - part.prefix_length)
+        num = max(1, budget // width)
+        yield _Part(left[:num], part.prefix_length)
+        left = left[num:]
+
+
+def _in_turn(batches: Sequence[_Part], journal: Journal) -> Iterator[_Part]:
+    """Batches for this process to ask: those nobody has begun, then, for the owner, those somebody left unfinished."""
+    numbers = range(len(batches))
+    for number in reversed(numbers) if journal.is_helper else numbers:
+        if not journal.knows(batches[number].indices) and journal.claim(number):
+            yield batches[number]
+    if journal.is_helper:
+        return
+    journal.read_others()
+    for number in reversed(numbers):
+        if not journal.knows(batches[number].indices):
+            journal.read_others()
+            if not journal.knows(batches[number].indices):
+                yield batches[number]
+
+
+class _Prefix:
+    """The keys and values of the prefix that was asked for last: batches of one part follow each other."""
+
+    def __init__(self, model: Any, encoded: Sequence[EncodedQuestion]) -> None:
+        self._model, self._encoded = model, encoded
+        self._ids: Sequence[int] = ()
+        self._shared: SharedPrefix | None = None
+
+    def of(self, batch: _Part) -> SharedPrefix | None:
+        ids = self._encoded[batch.indices[0]].context_ids[: batch.prefix_length]
+        if ids != self._ids:
+            self._shared = None  # the old one's memory is free before the new one is made
+            self._ids, self._shared = ids, SharedPrefix(self._model, ids) if ids else None
+        return self._shared if ids else None
+
+
 def _ask(
     model: Any,
     tokenizer: Any,
     encoded: Sequence[EncodedQuestion],
-    part: _Part,
+    batch: _Part,
     scoring: Literal["logits", "generate"],
     pad: int,
     budget: _Budget,
-    known: dict[int, _Answer],
-) -> Iterator[dict[int, _Answer]]:
-    """Answers of one part, a batch at a time. A batch that does not fit comes again, smaller."""
-    left = [i for i in part.indices if i not in known]
-    if not left:
-        return
-    prefix = SharedPrefix(model, encoded[left[0]].context_ids[: part.prefix_length]) if part.prefix_length else None
+    prefix: _Prefix,
+) -> Iterator[dict[int, Answer]]:
+    """Answers of a batch, in one piece if memory allows it."""
+    left = batch.indices
+    width = max(1, len(encoded[left[0]]) - batch.prefix_length)
     while left:
-        width = max(1, len(encoded[left[0]]) - part.prefix_length)
         indices = left[: max(1, budget.tokens // width)]
-        batch = [encoded[i] for i in indices]
+        asked = [encoded[i] for i in indices]
         try:
             if scoring == "generate":
-                texts = write_answers(model, tokenizer, batch, pad)
-                found = [_Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
+                texts = write_answers(model, tokenizer, asked, pad)
+                found = [Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
             else:
-                found = [_Answer(row, int(np.argmax(row))) for row in choice_logprobs(model, batch, pad, prefix)]
+                rows = choice_logprobs(model, asked, pad, prefix.of(batch))
+                found = [Answer(row, int(np.argmax(row))) for row in rows]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(indices) == 1:
                 raise
@@ -292,7 +309,7 @@ def _for_inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _row(encoded: EncodedQuestion, answer: _Answer, written: bool) -> dict[str, Any]:
+def _row(encoded: EncodedQuestion, answer: Answer, written: bool) -> dict[str, Any]:
     question, prediction = encoded.question, answer.prediction
     return {
         "subject": question.subject,
