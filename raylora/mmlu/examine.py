@@ -167,6 +167,10 @@ class Examiner:
         journal.remove()
         return score
 
+    def is_being_scored(self, key: str, path: Path) -> bool:
+        """Whether there is a half-done evaluation to help with."""
+        return Journal(_journal_folder(path), key, helper="looker").is_open
+
     def help_score(self, base_key: str, key: str, path: Path, name: str, progress: Progress) -> int:
         """Ask, for another process that is scoring the same model, questions it has not come to yet.
 
@@ -177,7 +181,7 @@ class Examiner:
             The number of questions asked.
         """
         journal = Journal(_journal_folder(path), key, helper=name)
-        if not journal.is_open:
+        if not journal.is_open:  # it was finished meanwhile
             return 0
         num_known = len(journal.answers)
         answer(
