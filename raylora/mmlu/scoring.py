@@ -29,6 +29,7 @@ from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 from raylora.model import is_out_of_memory
+from raylora.packed import packed_linears
 from raylora.records import Progress, Score, ignore_progress
 
 log = logging.getLogger("raylora.mmlu")
@@ -303,7 +304,7 @@ def _for_inference(model: Any) -> Iterator[None]:
     # What a GPU adapter computes in float32 goes through bfloat16, as it did in training.
     autocast = torch.autocast("cuda", dtype=model.dtype) if model.device.type == "cuda" else contextlib.nullcontext()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast, packed_linears(model, CPU_TOKEN_BUDGET):
             yield
     finally:
         model.train(was_training)
