@@ -76,12 +76,16 @@ def ask_by_writing(loaded: LoadedModel, questions: Sequence[Question], shots: di
     return texts
 
 
-def best_harness(loaded: LoadedModel, questions: Sequence[Question], shots: dict) -> tuple[Any, int]:
+def best_harness(
+    loaded: LoadedModel, questions: Sequence[Question], shots: dict, sizes: Sequence[int]
+) -> tuple[Any, int]:
     """The harness at the batch size that is fastest on a few of the questions."""
     from tests.harness import make_lm
 
     few = list(questions)[:: max(1, len(questions) // 24)]
-    sizes = (1, 2, 4, 8, 16) if loaded.device.type == "cpu" else (8, 16, 32, 64)
+    sizes = sizes or ((1, 2, 4, 8, 16) if loaded.device.type == "cpu" else (8, 16, 32, 64))
+    if len(sizes) == 1:
+        return make_lm(loaded.model, loaded.tokenizer, sizes[0]), sizes[0]
     lms = {size: make_lm(loaded.model, loaded.tokenizer, size) for size in sizes}
     seconds = {
         size: common.measure(lambda lm=lm: ask_harness(lm, few, shots), loaded.device).seconds
@@ -96,7 +100,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
     ways: dict[str, Callable[[], Any]] = {"raylora": lambda: ask_raylora(loaded, questions, shots)}
     names = {"raylora": "raylora"}
     if "lm_eval" in options.ways:
-        lm, size = best_harness(loaded, questions, shots)
+        lm, size = best_harness(loaded, questions, shots, options.batch_sizes)
         ways["lm_eval"] = lambda: ask_harness(lm, questions, shots)
         names["lm_eval"] = f"lm-eval, batch {size}"
     if "generate" in options.ways:
@@ -175,6 +179,7 @@ def main() -> None:
     parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="lm_eval,generate", help="what raylora is held against")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=(), help="lm-eval's, the fastest is taken")
     parser.add_argument("--flips", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Linear layers with their weights as oneDNN's kernels want them, while a model is evaluated on a CPU.
+"""Linear layers that multiply with oneDNN, their weights laid out as its kernels want them, on a CPU.
 
-PyTorch multiplies float32 matrices with MKL. oneDNN is faster where the weights lie in its own blocked layout, and
-putting them there takes a fraction of a second (benchmarks/NOTES.md). It has no backward pass: training does without.
+PyTorch multiplies float32 matrices with MKL. oneDNN is faster, most of all on weights in its own blocked layout, and
+putting them there takes half a second (benchmarks/NOTES.md). It has no backward pass: training does without.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ MEMORY_SHARE = 0.25
 def packed_linears(model: Any, num_tokens: int) -> Iterator[int]:
     """Inside, ``model`` multiplies with copies of its weights, which are gone afterwards; without gradients only.
 
+    Where the copies would not fit the memory the weights are used as they lie.
+
     Args:
         num_tokens: rows that are multiplied together most of the time: the layout is chosen for so many.
 
     Yields:
-        The number of layers; 0 on a GPU, for quantized layers, and where the copies would not fit the memory.
+        The number of such layers; 0 on a GPU and for quantized models.
     """
     layers = _layers(model) if torch.device(model.device).type == "cpu" else []
     size = sum(layer.weight.nbytes for layer in layers)
-    if size > MEMORY_SHARE * psutil.virtual_memory().available:
-        layers = []
+    room = size <= MEMORY_SHARE * psutil.virtual_memory().available
     try:
         for layer in layers:
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), num_tokens)
-            layer.forward = functools.partial(_multiply, packed, layer.bias)  # type: ignore[method-assign]
+            weight = layer.weight.detach()
+            if room:
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
+            layer.forward = functools.partial(_multiply, weight, layer.bias)  # type: ignore[method-assign]
         yield len(layers)
     finally:
         for layer in layers:

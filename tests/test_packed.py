@@ -57,9 +57,14 @@ def test_a_failure_inside_leaves_nothing_behind(model):
 
 
 def test_copies_that_do_not_fit_the_memory_are_not_made(model, monkeypatch):
+    before = logits(model)
+    with packed_linears(model, 64):
+        assert all(m.forward.args[0].is_mkldnn for m in model.modules() if "forward" in m.__dict__)
     monkeypatch.setattr(packed, "MEMORY_SHARE", 0.0)
     with packed_linears(model, 64) as num_layers:
-        assert num_layers == 0
+        assert num_layers == LAYERS
+        assert not any(m.forward.args[0].is_mkldnn for m in model.modules() if "forward" in m.__dict__)
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_that_are_not_plain_float32_are_left_alone(model):

@@ -138,11 +138,11 @@ def answer(
         journal.open(cut, budget.tokens)
         no_prefix = "answers are written, not chosen" if scoring == "generate" else why_no_prefix(model)
         parts = _parts(encoded, math.inf if no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
-        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad):
+        prefix = _Prefix(model, encoded)
+        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad, prefix):
             no_prefix = "the model answers differently behind a shared prefix"
             parts = _parts(encoded, math.inf)
         batches = [batch for part in parts for batch in _batches(encoded, part, cut)]
-        prefix = _Prefix(model, encoded)
         for batch in _in_turn(batches, journal):
             for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
                 journal.add(answers)
@@ -264,12 +264,13 @@ def _common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
     return min(length, min(len(e) for e in encoded) - 1)
 
 
-def _prefix_agrees(model: Any, encoded: Sequence[EncodedQuestion], parts: Sequence[_Part], pad: int) -> bool:
+def _prefix_agrees(
+    model: Any, encoded: Sequence[EncodedQuestion], parts: Sequence[_Part], pad: int, prefix: _Prefix
+) -> bool:
     """Whether one question gets the same answer with and without a shared prefix; a check of the model's own code."""
     part = next(p for p in parts if p.prefix_length)
-    question = encoded[part.indices[-1]]
-    prefix = SharedPrefix(model, question.context_ids[: part.prefix_length])
-    (shared,), (alone,) = choice_logprobs(model, [question], pad, prefix), choice_logprobs(model, [question], pad)
+    question = [encoded[part.indices[-1]]]
+    (shared,), (alone,) = choice_logprobs(model, question, pad, prefix.of(part)), choice_logprobs(model, question, pad)
     # Quantized and half-precision models move a little with a batch's shape; a wrong mask moves them by whole nats.
     return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if _is_exact(model) else 0.5))
 
