@@ -182,7 +182,7 @@ def mark_similar_rows(matrix: csr_matrix, marked: np.ndarray) -> None:
 
 
 class _Beginnings:
-    """What two rows' cosine can be at most, of what their rarer words alone make of it (after Anastasiu and Karypis 2014).
+    """The most that two rows' cosine can be, known their rarer words (after L2AP, Anastasiu and Karypis 2014).
 
         row i   common words | rarer words
         row j   common words       | rarer words
