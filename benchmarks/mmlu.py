@@ -147,6 +147,7 @@ def count_flips(loaded: LoadedModel, questions: Sequence[Question], shots: dict,
     for budget in (128, 512, 2048):
         score = mmlu.evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget)
         found[budget] = score.questions[LOGPROBS].to_numpy()
+        print(f"token budget {budget}: {score.info['mmlu_seconds']:.1f} s", flush=True)
     base = found[512]
     margins = np.diff(np.sort(base, axis=1)[:, -2:], axis=1)[:, 0]
     rows = []
