@@ -97,7 +97,7 @@ def compare(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for way, run in ways.items():
             taken[way].append(common.measure(run, loaded.device))
-            print(f"{way}: {taken[way][-1].seconds:.1f} s", flush=True)
+            print(f"{way}: {taken[way][-1].seconds:.1f} s, {taken[way][-1].cpu_seconds:.1f} CPU s", flush=True)
     per_step = method.batch_size * method.gradient_accumulation
     mean_length = sum(map(len, encoded)) / len(encoded)
     # In forward passes over a token; a backward pass through frozen weights costs one more, not two.
@@ -108,6 +108,7 @@ def compare(options: argparse.Namespace) -> None:
         {
             "way": way,
             "seconds": best[way],
+            "CPU seconds": min(m.cpu_seconds for m in runs),
             "times raylora": best[way] / best["raylora"],
             "bound from tokens": {"raylora": 1.0, "research code": theirs / ours}[way],
             "peak GB": max(m.peak_bytes for m in runs) / 1e9,

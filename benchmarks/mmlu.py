@@ -111,6 +111,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
     for _ in range(options.rounds):
         for way, run in ways.items():
             taken[way].append(common.measure(run, loaded.device))
+            print(f"{way}: {taken[way][-1].seconds:.1f} s, {taken[way][-1].cpu_seconds:.1f} CPU s", flush=True)
     prompts = mmlu.encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
     num_tokens = sum(len(e) for e in prompts)
     dtype = torch.bfloat16 if loaded.device.type == "cuda" else torch.float32
@@ -127,6 +128,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
                 "prompt tokens/s": num_tokens / seconds,
                 "share of matrix rate": common.forward_flops(loaded.model, num_tokens, len(prompts)) / seconds / limit,
                 "peak GB": max(m.peak_bytes for m in runs) / 1e9,
+                "CPU seconds": statistics.median(m.cpu_seconds for m in runs),
                 "all seconds": " ".join(f"{m.seconds:.1f}" for m in runs),
             }
         )
