@@ -153,13 +153,15 @@ def mark_similar_rows(matrix: csr_matrix, marked: np.ndarray) -> None:
 
     All-pairs similarity search with prefix filtering (Bayardo, Ma and Srikant 2007), exact: a row's most common words,
     as long as their part of the row is shorter than 0.8, cannot by themselves make a pair similar. A similar pair thus
-    shares one of the other, rarer words, of which few rows have any. Memory grows with the pairs looked at together,
-    not with the square of the number of rows; rows that are marked already are not looked up again.
+    shares one of the other, rarer words, of which few rows have any, and what it has in common there must be enough
+    (``_Beginnings``). Memory grows with the pairs looked at together, not with the square of the number of rows; rows
+    that are marked already are not looked up again.
     """
     frequency = np.bincount(matrix.indices, minlength=matrix.shape[1])
     matrix = matrix[:, np.argsort(-frequency, kind="stable")]
     matrix.sort_indices()
     rare = _without_common_words(matrix)
+    beginnings = _Beginnings(matrix, rare)
     columns = rare.T.tocsr()
     num_pairs = rare.astype(bool).astype(np.int64) @ np.diff(columns.indptr)
     rows = np.flatnonzero(~marked & (num_pairs > 0))
@@ -168,14 +170,53 @@ def mark_similar_rows(matrix: csr_matrix, marked: np.ndarray) -> None:
         block, rows = rows[:size], rows[size:]
         pairs = (rare[block] @ columns).tocoo()
         left, right = block[pairs.row], pairs.col
-        other = left != right
-        left, right = left[other], right[other]
+        possible = left != right
+        possible[possible] = beginnings.most(left[possible], right[possible], pairs.data[possible]) > DUPLICATE_COSINE
+        left, right = left[possible], right[possible]
         for start in range(0, len(left), PAIRS_AT_ONCE):
             i, j = left[start : start + PAIRS_AT_ONCE], right[start : start + PAIRS_AT_ONCE]
             cosines = np.asarray(matrix[i].multiply(matrix[j]).sum(axis=1)).ravel()
             similar = cosines > DUPLICATE_COSINE
             marked[i[similar]] = marked[j[similar]] = True
         rows = rows[~marked[rows]]
+
+
+class _Beginnings:
+    """The most that two rows' cosine can be, known their rarer words (after L2AP, Anastasiu and Karypis 2014).
+
+        row i   common words | rarer words
+        row j   common words       | rarer words
+                ---- u, v ---------|-- known --
+
+    Their products right of both borders are known. Left of the later border they are no more than the lengths of u and
+    v multiplied (Cauchy and Schwarz).
+    """
+
+    def __init__(self, matrix: csr_matrix, rare: csr_matrix) -> None:
+        self._num_words = matrix.shape[1]
+        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+        self._keys = rows * self._num_words + matrix.indices
+        self._squares = np.concatenate([[0.0], np.cumsum(matrix.data.astype(np.float64) ** 2)])
+        self._starts = matrix.indptr[:-1]
+        self._borders = np.full(matrix.shape[0], self._num_words, dtype=np.int64)
+        filled = np.diff(rare.indptr) > 0
+        self._borders[filled] = rare.indices[rare.indptr[:-1][filled]]
+        self._common = self._length(np.arange(matrix.shape[0]), self._borders)
+
+    def _length(self, rows: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Of each row's part before a word."""
+        ends = np.searchsorted(self._keys, rows.astype(np.int64) * self._num_words + words)
+        return np.sqrt(np.maximum(self._squares[ends] - self._squares[self._starts[rows]], 0))
+
+    def most(self, left: np.ndarray, right: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """An upper bound of the cosine of each pair, (N,); ``known`` are the products of their rarer words."""
+        later = self._borders[left] > self._borders[right]
+        early, late = np.where(later, right, left), np.where(later, left, right)
+        bound = known + self._common[late]  # no beginning is longer than 1
+        near = bound > DUPLICATE_COSINE
+        early, late = early[near], late[near]
+        bound[near] = known[near] + self._length(early, self._borders[late]) * self._common[late]
+        return bound + 1e-5  # the matrix is in single precision
 
 
 def _without_common_words(matrix: csr_matrix) -> csr_matrix:

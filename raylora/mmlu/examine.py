@@ -12,7 +12,7 @@ from typing import Any
 from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
-from raylora.mmlu.questions import find_dev_file, load_questions, questions_hash, select_questions
+from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
 from raylora.mmlu.scoring import answer, evaluate, load_score, save_score
 from raylora.model import LoadedModel, context_window, load_model, load_tokenizer
 from raylora.records import SCHEMA_VERSION, Progress, Question, Score, UserError, digest, ignore_progress
@@ -63,11 +63,11 @@ def load_question_set(config: EvaluationConfig) -> QuestionSet:
     questions = select_questions(everything, config.max_samples, config.seed)
     if config.num_fewshot == 0:
         return QuestionSet(questions, {}, notes)
-    dev = find_dev_file(path)
+    dev = load_dev_questions(path)
     if dev is None:
         raise UserError(f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)")
     subjects = sorted({q.subject for q in questions})
-    return QuestionSet(questions, build_shots(load_questions(dev), subjects, config.num_fewshot), notes)
+    return QuestionSet(questions, build_shots(dev, subjects, config.num_fewshot), notes)
 
 
 def _duplicates(path: Path, questions: list[Question]) -> list[str]:
