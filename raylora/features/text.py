@@ -192,7 +192,7 @@ def share_with_a_double(texts: Iterable[str]) -> float:
     doubled = weight > 1
     if words is not None:
         words.sort_indices()  # by word, so that the file's order does not move a sum of floats
-        mark_similar_rows(TfidfTransformer().fit_transform(words, copy=False), doubled)
+        mark_similar_rows(TfidfTransformer().fit(words).transform(words, copy=False), doubled)
     return float(weight[doubled].sum() / weight.sum())
 
 
