@@ -136,12 +136,11 @@ def _marked(
     rendered: _Rendered, input_ids: list[int], offsets: Sequence[tuple[int, int]], max_length: int
 ) -> EncodedExample:
     (question_start, question_end), (answer_start, answer_end) = rendered.question, rendered.answer
-    is_question, is_answer, is_text = [], [], []
-    for start, end in offsets:
-        # A token that begins in the answer is the answer's. An empty token (a special one put in front) is nobody's.
-        is_answer.append(start >= answer_start and end > start)
-        is_text.append(start < answer_end and end > max(start, answer_start))
-        is_question.append(start < question_end and end > max(question_start, start))
+    start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    # A token that begins in the answer is the answer's. An empty token (a special one put in front) is nobody's.
+    is_answer = ((start >= answer_start) & (end > start)).tolist()
+    is_text = ((start < answer_end) & (end > np.maximum(start, answer_start))).tolist()
+    is_question = ((start < question_end) & (end > np.maximum(start, question_start))).tolist()
     keep = _window(is_answer, max_length)
     return EncodedExample(input_ids[keep], is_question[keep], is_answer[keep], is_text[keep])
 
