@@ -10,6 +10,7 @@ Each measurement runs in a process of its own. ``--generate FOLDER`` writes the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -29,7 +30,7 @@ from raylora.datasets import list_dataset_files, load_dataset, survey
 from raylora.experiment import Workbench, run_experiment
 from raylora.features.text import text_features
 from raylora.plan import DEMO_FOLDER, make_plan
-from raylora.records import ResultRow, UserError
+from raylora.records import UserError
 
 CPU = torch.device("cpu")
 NUM_RARE = 200_000
@@ -113,6 +114,7 @@ def run_part(part: str, path: Path, folder: Path) -> dict[str, Any]:
 
 def run_worker(path: Path, folder: Path) -> list[dict[str, Any]]:
     """One whole experiment in this process, as a worker runs it: seconds and gigabytes of each stage."""
+    torch.set_num_threads(1)  # the matrices of a tiny model are too small to be shared out
     plan = make_plan(config_of(folder), [path], "load")
     bench = Workbench(plan.config, plan.store)
     bench.loaded  # noqa: B018 - the model is loaded before anything is measured
@@ -120,28 +122,28 @@ def run_worker(path: Path, folder: Path) -> list[dict[str, Any]]:
 
     def progress(stage: str, done: int, total: int) -> None:
         if not rows or rows[-1]["part"] != stage:
-            now = time.perf_counter()
-            peak = common.measure(lambda: None, CPU)  # the peak starts anew here
-            del peak
-            rows.append({"part": stage, "seconds": now, "GB": 0.0})
+            if rows:
+                rows[-1]["GB"] = max(rows[-1]["GB"], peak_gigabytes())
+            common.measure(lambda: None, CPU)  # the peak starts anew here
+            rows.append({"part": stage, "seconds": time.perf_counter(), "GB": 0.0})
         rows[-1]["GB"] = max(rows[-1]["GB"], peak_gigabytes())
-
-    def whole() -> ResultRow:
-        return run_experiment(bench, plan.experiments[0], progress)
 
     with plan.store.held(fresh=True):
         started = time.perf_counter()
-        row = whole()
-        rows.append({"part": "end", "seconds": time.perf_counter(), "GB": peak_gigabytes()})
+        row = run_experiment(bench, plan.experiments[0], progress)
+        progress("end", 0, 0)
     if not row.ok:
         raise UserError(row.values["error"])
     names = ("static_seconds", "probe_seconds", "features_seconds", "train_seconds", "mmlu_seconds", "total_seconds")
     print({name: round(row.values[name] or 0, 1) for name in names}, row.values["num_examples"])
-    ends = [r["seconds"] for r in rows[1:]]
+    parts = [
+        {"part": f"worker: {now['part']}", "seconds": after["seconds"] - now["seconds"], "GB": now["GB"]}
+        for now, after in itertools.pairwise(rows)
+    ]
     return [
-        {"part": f"worker, from {r['part']} on", "seconds": end - r["seconds"], "GB": max(r["GB"], after["GB"])}
-        for r, end, after in zip(rows, ends, rows[1:], strict=False)
-    ] + [{"part": "worker, all", "seconds": time.perf_counter() - started, "GB": max(r["GB"] for r in rows)}]
+        *parts,
+        {"part": "worker: all", "seconds": rows[-1]["seconds"] - started, "GB": max(p["GB"] for p in parts)},
+    ]
 
 
 def peak_gigabytes() -> float:
