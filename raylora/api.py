@@ -12,7 +12,7 @@ from rich.console import Console
 from raylora import datasets, mmlu
 from raylora.batch import run_plan
 from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
-from raylora.encoding import encode_example
+from raylora.encoding import StoredEncoded, encode_each
 from raylora.experiment import Workbench
 from raylora.experiment import run_experiment as run_planned_experiment
 from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
@@ -84,7 +84,7 @@ class FineTuner:
         ordered = datasets.sample_examples(dataset.examples, 0, seed)
         loaded.detach()
         parameters = loaded.attach(method, seed)
-        encoded = [encode_example(tokenizer, example, method.max_length) for example in ordered]
+        encoded = StoredEncoded(encode_each(tokenizer, ordered, method.max_length))
         result = train_adapter(loaded, parameters, encoded, method, seed)
         if output_dir is not None:
             loaded.save_adapter(Path(output_dir))

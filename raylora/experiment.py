@@ -18,7 +18,7 @@ import pandas as pd
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
-from raylora.encoding import EncodedExample, encode_example
+from raylora.encoding import StoredEncoded, encode_each
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
 from raylora.model import LoadedModel, adapter_hash
@@ -132,7 +132,7 @@ def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress:
     seed = (dataset.seed ^ bench.config.seed) % 2**62
     # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
     ordered = datasets.sample_examples(dataset.examples, 0, seed)
-    encoded: list[EncodedExample] = [encode_example(bench.loaded.tokenizer, e, method.max_length) for e in ordered]
+    encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
     parameters = bench.loaded.attach(method, seed)
     try:
         result = train_adapter(bench.loaded, parameters, encoded, method, seed, progress=progress)

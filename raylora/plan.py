@@ -66,19 +66,13 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
 def _experiments_of(
     path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], config: Config
 ) -> list[Experiment]:
-    data_hash, num_examples, num_chars, error = "", 0, 0, ""
-    try:
-        data_hash = datasets.file_hash(path)
-        dataset = datasets.load_dataset(path, config.salvage, config.max_records)
-        num_examples, num_chars = len(dataset.examples), dataset.total_chars
-    except UserError as bad_file:
-        error = str(bad_file)
+    found = datasets.survey(path, config.salvage, config.max_records)
     loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
         train = {
-            "data": digest([data_hash, config.salvage, config.max_records]),
+            "data": digest([found.data_hash, config.salvage, config.max_records]),
             "model": of_model["model"],
             "quantization": digest(loading),
             "hyperparameters": digest(settings),
@@ -97,13 +91,13 @@ def _experiments_of(
                 dataset=path.stem,
                 path=str(path.absolute()),
                 settings=settings,
-                identity=digest([origins, sorted(config.stages), error]),
+                identity=digest([origins, sorted(config.stages), found.error]),
                 origins=origins,
                 base_key=mmlu.score_key(of_model, of_questions),
-                data_hash=data_hash,
-                num_examples=num_examples,
-                num_chars=num_chars,
-                error=error,
+                data_hash=found.data_hash,
+                num_examples=found.num_examples,
+                num_chars=found.num_chars,
+                error=found.error,
             )
         )
     return experiments

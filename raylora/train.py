@@ -26,6 +26,7 @@ from raylora.encoding import (
     batches_by_budget,
     labels_of,
     pad_left,
+    supervised_counts,
 )
 from raylora.model import LoadedModel, is_out_of_memory, peak_memory_bytes
 from raylora.records import Progress, UserError, ignore_progress
@@ -211,7 +212,7 @@ def train_adapter(
         TrainingDivergedError: the loss became infinite or NaN.
         torch.OutOfMemoryError: a single example does not fit.
     """
-    num_supervised = [sum(t != IGNORE_INDEX for t in labels_of(e, method.train_on)) for e in examples]
+    num_supervised = supervised_counts(examples, method.train_on)
     usable = [i for i, count in enumerate(num_supervised) if count]
     if not usable:
         raise UserError("no supervised token: every answer is empty, or cut away by --max-length")
