@@ -113,8 +113,9 @@ def encode_example(tokenizer: Any, example: Example, max_length: int) -> Encoded
     input_ids: list[int] = list(encoded["input_ids"])
     is_question, is_answer, is_text = [], [], []
     for start, end in encoded["offset_mapping"]:
-        # A token that begins in the answer is the answer's. An empty token (a special one put in front) is nobody's.
-        is_answer.append(start >= answer_start and end > start)
+        # A token that reaches into the answer is the answer's: with the space that many templates put before it, its
+        # first word is one token. An empty token (a special one put in front) is nobody's.
+        is_answer.append(end > max(start, answer_start))
         is_text.append(start < answer_end and end > max(start, answer_start))
         is_question.append(question_start >= 0 and start < question_end and end > max(question_start, start))
     keep = _window(is_answer, max_length)

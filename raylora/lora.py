@@ -68,7 +68,7 @@ class AdapterPasses:
         self._num_tokens = 0
         self._names = list(names)
         self._generators: dict[torch.device, torch.Generator] = {}
-        adapted = [m for _, m in loaded.lora_modules() if any(n in m.lora_A for n in names)]
+        adapted = [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
         self._modules = [m for m in adapted if type(m).__name__ in LINEAR and not m.lora_variant]
         if len(names) > 1 and len(self._modules) < len(adapted):
             raise UserError("--target-modules: adapters of modules other than linear ones cannot share a pass")

@@ -188,8 +188,8 @@ class LoadedModel:
 
     def _activate(self, name: str, trainable: bool) -> list[torch.nn.Parameter]:
         self._peft.set_adapter(name)
-        marker = f".{name}."
-        named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in key)
+        marker = f".{name}."  # embeddings' names end in it
+        named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in f"{key}.")
         parameters = [p for _, p in named]
         for parameter in parameters:
             parameter.requires_grad_(trainable)

@@ -1,8 +1,8 @@
 """The gradient of an optimizer step, added up over minibatches that are as full as memory allows.
 
 A step's loss is the sum of its token losses over the number of its supervised tokens, whatever the minibatches it is
-cut into, and dropout is drawn example by example: smaller minibatches when memory runs out, and other adapters trained in
-the same passes, change nothing but float noise.
+cut into, and dropout is drawn example by example: smaller minibatches when memory runs out, and other adapters that
+are trained in the same passes, change nothing but float noise.
 """
 
 from __future__ import annotations

@@ -101,46 +101,6 @@ def train(loaded, encoded, method=METHOD, seed=0, **options):
     return train_adapter(loaded, parameters, encoded, method, seed, **options), parameters
 
 
-def test_steps_and_losses_are_those_of_the_transformers_trainer(loaded, encoded, tokenizer, tmp_path):
-    """The same batches in the same order through transformers.Trainer: the same losses and the same adapter."""
-    from transformers import Trainer, TrainingArguments
-
-    result, parameters = train(loaded, encoded, num_steps=3)
-    ours = [p.detach().clone() for p in parameters]
-    loaded.detach()
-    other = LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
-    theirs = other.attach(METHOD, 0)
-    import random
-
-    order = list(range(len(encoded)))
-    random.Random("0/0").shuffle(order)
-    second = list(range(len(encoded)))
-    random.Random("0/1").shuffle(second)
-    steps = [order[:8], order[8:], second[:8]]
-    losses = []
-
-    class Reference(Trainer):
-        def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=self._batch)
-
-        def _batch(self, indices):
-            chosen = [encoded[i] for i in indices]
-            batch = pad_left([e.input_ids for e in chosen], 0, "cpu", [labels_of(e, "answer") for e in chosen])
-            return {**batch.model_inputs(), "labels": batch.labels}
-
-        def log(self, logs, *args, **kwargs):
-            losses.extend([logs["loss"]] if "loss" in logs else [])
-
-    arguments = TrainingArguments(
-        tmp_path, max_steps=3, logging_steps=1, learning_rate=METHOD.learning_rate, max_grad_norm=METHOD.max_grad_norm,
-        lr_scheduler_type="cosine", warmup_steps=1, weight_decay=METHOD.weight_decay, report_to=[], save_strategy="no",
-        disable_tqdm=True, use_cpu=True, optim="adamw_torch",
-    )  # fmt: skip
-    Reference(other._peft, arguments).train()
-    assert [s.loss for s in result.steps] == pytest.approx(losses, abs=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
-
-
 def test_a_lora_learns_facts_that_its_base_does_not_know(tokenizer):
     """A tiny model trained on facts answers multiple-choice questions about them clearly better than its base."""
     options = ("red", "blue", "green", "white")
