@@ -53,7 +53,7 @@ def arguments_of(method: Method, folder: str, on_gpu: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_padded(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Method) -> None:
+def run_padded(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Method, detach: bool = True) -> None:
     """The research code's way: every example padded to the truncation's length, labels are the inputs."""
     from transformers import Trainer, TrainingArguments
 
@@ -68,7 +68,8 @@ def run_padded(loaded: LoadedModel, examples: Sequence[EncodedExample], method: 
             arguments = TrainingArguments(**arguments_of(method, folder, loaded.device.type == "cuda"))
             Trainer(loaded._peft, arguments, train_dataset=rows).train()
     finally:
-        loaded.detach("padded")
+        if detach:
+            loaded.detach("padded")
 
 
 def run_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Method, way: str) -> None:

@@ -4,10 +4,10 @@ The parameters are PEFT's own and are saved by it. While a training runs, this t
 
 - Every token belongs to one adapter. A minibatch holds the tokens of one adapter after those of another, so that an
   adapter's products are those of a slice. (PEFT's mixed batches are for inference.)
-- Dropout of an example in a module is drawn from a seed of its own. What is dropped does not depend on how a step is
-  cut into minibatches, on checkpoints, or on what other adapters are trained beside it.
-- torch draws dropout on a CPU at the cost of a 576 x 576 product, 7 times a layer: a third of the time of a step of
-  SmolLM2-135M (benchmarks/NOTES.md). 16 random bits a number are enough, and a byte a number is kept for the way back.
+- What dropout drops is a hash of the example's seed, the module, and the place in it. It does not depend on how a step
+  is cut into minibatches, on checkpoints, on the device, or on what other adapters are trained beside it.
+- torch draws dropout on a CPU at the cost of a 576 x 576 product, 7 times a layer of SmolLM2-135M; a hash takes a tenth
+  of that (benchmarks/NOTES.md). 16 bits a number are enough, and a byte a number is kept for the way back.
 """
 
 from __future__ import annotations
@@ -49,6 +49,21 @@ class _Slice:
     keep: torch.Tensor | None
 
 
+def _signed(number: int) -> int:
+    """The low 32 bits of ``number``, as torch's int32 has them."""
+    return (number & 0x7FFFFFFF) - (number & 0x80000000)
+
+
+def scramble(h: torch.Tensor) -> torch.Tensor:
+    """Hash each int32 of ``h`` in place: the finalizer of MurmurHash3 (Appleby 2011). torch's shifts keep the sign."""
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    h *= _signed(0x85EBCA6B)
+    h ^= (h >> 13).bitwise_and_(0x7FFFF)
+    h *= _signed(0xC2B2AE35)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h
+
+
 def mix(*numbers: int) -> int:
     """A 64-bit hash of numbers (the finalizer of SplitMix64, Steele et al. 2014): neighbours share no bits."""
     state = 0
@@ -67,7 +82,9 @@ class AdapterPasses:
         self._spans: list[Span] = []
         self._num_tokens = 0
         self._names = list(names)
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._device = loaded.device
+        self._rows = torch.zeros(0, dtype=torch.int32)
+        self._columns: dict[tuple[int, torch.device], torch.Tensor] = {}
         adapted = [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
         self._modules = [m for m in adapted if type(m).__name__ in LINEAR and not m.lora_variant]
         if len(names) > 1 and len(self._modules) < len(adapted):
@@ -87,6 +104,10 @@ class AdapterPasses:
     def expect(self, spans: Sequence[Span], num_tokens: int) -> None:
         """The next forward pass, of ``num_tokens``, holds these examples, those of one adapter side by side."""
         self._spans, self._num_tokens = list(spans), num_tokens
+        rows = torch.zeros(num_tokens, dtype=torch.int32)
+        for span in spans:
+            rows[span.start : span.stop] = _count(span.stop - span.start) + _signed(span.seed >> 32)
+        self._rows = scramble(rows).to(self._device, non_blocking=True)
 
     def _forward(self, module: Any, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -113,18 +134,23 @@ class AdapterPasses:
         first, last = spans[0].start, spans[-1].stop
         if dropout == 0:
             return _Slice(first, last, scaling, None)
-        # A number is dropped if its 16 bits are below this.
         threshold = round(dropout * 2**16)
-        keep = torch.zeros(last - first, rows.shape[1], dtype=torch.bool, device=rows.device)
-        generator = self._generators.setdefault(rows.device, torch.Generator(rows.device))
-        for span in spans:
-            generator.manual_seed(mix(span.seed, index) >> 32)  # a CPU's generator takes 32 bits
-            size = (span.stop - span.start) * rows.shape[1]
-            words = torch.empty(math.ceil(size / 4), dtype=torch.int64, device=rows.device)
-            bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:size]
-            own = keep[span.start - first : span.stop - first]
-            torch.ge(bits.view(own.shape), threshold - 2**15, out=own)
+        own = self._rows[first:last].to(rows.device) + _signed(mix(index))
+        words = scramble(scramble(own)[:, None] + self._column_hashes(rows.shape[1], rows.device))
+        # A number is dropped if its half of a word is among the lowest.
+        keep = words.view(torch.int16)[:, : rows.shape[1]] >= threshold - 2**15
         return _Slice(first, last, scaling / (1 - threshold / 2**16), keep.view(torch.uint8))
+
+    def _column_hashes(self, width: int, device: torch.device) -> torch.Tensor:
+        """A hash for every two columns, (1, width / 2)."""
+        if (width, device) not in self._columns:
+            self._columns[width, device] = scramble(_count(math.ceil(width / 2)))[None].to(device)
+        return self._columns[width, device]
+
+
+def _count(n: int) -> torch.Tensor:
+    """The numbers from 0, far apart."""
+    return torch.arange(n, dtype=torch.int32) * _signed(0x9E3779B9)
 
 
 class _AddProducts(torch.autograd.Function):

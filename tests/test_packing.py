@@ -344,3 +344,21 @@ def test_quantized_bases_are_trained_packed(tiny_model_folder, quantization):
     result = train_adapter(loaded, loaded.attach(DROPOUT, 0), encoded, DROPOUT, 0, 8)
     assert result.metrics.packed
     assert result.steps[-1].loss < result.steps[0].loss
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_on_a_gpu_packed_and_padded_agree_and_adapters_share_passes(tiny_model_folder, quantization):
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
+    assert loaded.device.type == "cuda"
+    encoded = [encode_example(loaded.tokenizer, e, 256) for e in make_examples(16)]
+    loss, gradients, _ = gradient_of(loaded, encoded, DROPOUT, packed=True)
+    expected, padded, _ = gradient_of(loaded, encoded, DROPOUT, packed=False)
+    assert loss == pytest.approx(expected, rel=1e-2)
+    ours, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, padded))
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+    plans = jobs_of(loaded, encoded)
+    solo = [alone(loaded, *plan, seed=i)[0] for i, plan in enumerate(plans)]
+    for result, other in zip(train_adapters(loaded, attach_all(loaded, plans)), solo, strict=True):
+        assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in other.steps], rel=2e-2)

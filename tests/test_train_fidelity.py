@@ -221,7 +221,12 @@ def test_draws_of_dropout_have_nothing_in_common(loaded, tokenizer):
         passes.backward({0: [0, 1]}, 0)
     passes.restore()
     halves = [half for part in drawn if part.keep.shape[1] == 64 for half in part.keep.float().chunk(2)]
+    assert len(halves) == 24  # 12 modules of this width, two examples that read the same
     masks = torch.stack([h.flatten() for h in halves]) * 2 - 1
     cosines = masks @ masks.T / masks.shape[1]
     cosines.fill_diagonal_(0)
     assert float(cosines.abs().max()) < 5 / masks.shape[1] ** 0.5
+    # Nor do a token's neighbours, or a number's.
+    for mask in (h * 2 - 1 for h in halves):
+        for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
+            assert abs(float((a * b).mean())) < 5 / a.numel() ** 0.5
