@@ -185,7 +185,8 @@ class _AddProducts(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         n, dtype = len(ctx.slices), ctx.dtype
         weights, inner, keeps = rest[: 2 * n], rest[2 * n : 3 * n], iter(rest[3 * n :])
-        d_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        alone = n == 1 and ctx.slices[0].stop - ctx.slices[0].start == len(x)
+        d_x = torch.zeros_like(x) if ctx.needs_input_grad[1] and not alone else None
         d_weights: list[torch.Tensor] = []
         for i, part in enumerate(ctx.slices):
             own = slice(part.start, part.stop)
@@ -194,7 +195,9 @@ class _AddProducts(torch.autograd.Function):
             d_h = (slope @ b.to(dtype)) * part.scale
             d_weights.append((d_h.t() @ _kept(x[own].to(dtype), part)).to(a.dtype))
             d_weights.append((slope.t() @ inner[i] * part.scale).to(b.dtype))
-            if d_x is not None:
+            if alone and ctx.needs_input_grad[1]:
+                d_x = _kept(d_h @ a.to(dtype), part).to(x.dtype)
+            elif d_x is not None:
                 d_x[own] = _kept(d_h @ a.to(dtype), part)
         return slopes[0], d_x, None, *d_weights
 
