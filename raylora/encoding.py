@@ -1,7 +1,7 @@
 """Examples as token ids: chat template, labels, and minibatches by token budget.
 
-Every minibatch is padded on the left. What is supervised or scored then stands at the end of each row, and
-``logits_to_keep`` spares the output head on everything before it.
+A minibatch is either rows padded on the left, so that what is scored stands at the end of each, or one row of several
+examples packed one after another.
 """
 
 from __future__ import annotations
@@ -45,19 +45,29 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Tensors of shape (B, T), padded on the left; ``labels`` is -100 wherever the loss must not look."""
+    """Tensors of shape (B, T), padded on the left or packed; ``labels`` is -100 wherever the loss must not look."""
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
+    """None where the row is packed."""
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
+    block_lengths: tuple[int, ...] = ()
+    """Tokens of each example of a packed row."""
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+    def model_inputs(self) -> dict[str, Any]:
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.attention_mask is None:
+            return {**inputs, "block_lengths": self.block_lengths}
+        return {**inputs, "attention_mask": self.attention_mask}
+
+    def spans(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Where each example, of these lengths, begins and ends among all B * T tokens in a row."""
+        width = self.input_ids.shape[1]
+        if self.attention_mask is None:
+            ends = list(itertools.accumulate(lengths))
+            return [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+        return [((row + 1) * width - n, (row + 1) * width) for row, n in enumerate(lengths)]
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -137,8 +147,9 @@ def _marked(
 ) -> EncodedExample:
     (question_start, question_end), (answer_start, answer_end) = rendered.question, rendered.answer
     start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    # A token that begins in the answer is the answer's. An empty token (a special one put in front) is nobody's.
-    is_answer = ((start >= answer_start) & (end > start)).tolist()
+    # A token that reaches into the answer is the answer's: with the space that many templates put before it, its first
+    # word is one token. An empty token (a special one put in front) is nobody's.
+    is_answer = (end > np.maximum(start, answer_start)).tolist()
     is_text = ((start < answer_end) & (end > np.maximum(start, answer_start))).tolist()
     is_question = ((start < question_end) & (end > np.maximum(start, question_start))).tolist()
     keep = _window(is_answer, max_length)
@@ -233,6 +244,22 @@ def pad_left(
     return Minibatch(
         ids.to(device), mask.to(device), positions.to(device), targets.to(device) if targets is not None else None
     )
+
+
+def pack_rows(
+    rows: Sequence[Sequence[int]], device: torch.device | str, labels: Sequence[Sequence[int]] | None = None
+) -> Minibatch:
+    """Rows of token ids one after another in a single one, for a model whose attention runs in blocks."""
+    lengths = tuple(len(row) for row in rows)
+
+    def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
+        tensor = torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
+        # From pinned memory a copy to the GPU does not wait for what the GPU is at.
+        on_gpu = torch.device(device).type == "cuda"
+        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+    positions = join(range(n) for n in lengths)
+    return Minibatch(join(rows), None, positions, join(labels) if labels is not None else None, lengths)
 
 
 def batches_by_budget(

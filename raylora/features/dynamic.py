@@ -21,9 +21,11 @@ from raylora.datasets import sample_examples
 from raylora.encoding import IGNORE_INDEX, EncodedExample, encode_example
 from raylora.features.columns import PROBE_NAMES
 from raylora.features.static import FeatureResult, OfLoadedModel, as_dataset, count_held_out, has_answer, join_notes
+from raylora.losses import example_losses
 from raylora.model import LoadedModel, as_loaded
+from raylora.passes import Step, StepGradient, separate_gradients
 from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
-from raylora.train import Step, example_losses, run_steps, separate_gradients, train_adapter
+from raylora.train import take_step, train_adapter
 
 GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json"
 SPARSE_BELOW = 0.01
@@ -324,17 +326,18 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             loss.backward()
             return float(loss.detach())
 
-        def gradient(k: int) -> tuple[float, int, int]:
+        def gradient(k: int) -> StepGradient:
             first = k * gradient_accumulation_steps
             batches = [known[(first + i) % len(known)] for i in range(gradient_accumulation_steps)]
             loss = separate_gradients(parameters, [functools.partial(backward, b) for b in batches], observer)
             num_tokens = sum(b["input_ids"].numel() for b in batches)
-            return loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches)
+            return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches))
 
         was_training = model.training
         model.train()
         try:
-            run_steps(parameters, optimizer, map(gradient, range(probe_steps)), max_grad_norm, observer=observer)
+            for k in range(probe_steps):
+                take_step(k, parameters, optimizer, gradient(k), max_grad_norm, observer=observer)
         finally:
             model.train(was_training)
         return {"losses": observer.losses, "grad_norms": observer.grad_norms, **_observed(observer)}
