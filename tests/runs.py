@@ -90,7 +90,7 @@ def make_training(seed: int, level: float, num_steps: int) -> TrainingResult:
 
 def make_features(seed: int, quality: float) -> dict[str, Any]:
     """A value for each column within its range; a few have to do with ``quality``."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, 1])  # not the draws that made the quality
     related = {"approximate_duplicates": -0.8, "base_model_perplexity": -0.7, "gradient_consistency": 0.6}
     values: dict[str, Any] = {}
     for column in COLUMNS:

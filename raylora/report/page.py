@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def render(run: Run, price: float | None = None) -> str:
         script_hash=digest,
         manifest=run.manifest,
         settings=settings_of(run),
+        facts=facts_of(run),
         generated=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         num_rows=len(run.table),
         num_good=int(run.ok.sum()),
@@ -121,13 +123,37 @@ def settings_of(run: Run) -> list[tuple[str, str, bool]]:
     if not isinstance(configuration, dict):
         return []
     defaults = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
+
+    def differs(name: str, value: Any) -> bool:
+        return name in defaults and value != defaults[name] and _shown(value) != _shown(defaults[name])
+
+    return [(str(name), _shown(value), differs(name, value)) for name, value in configuration.items()]
+
+
+def facts_of(run: Run) -> list[tuple[str, dict[str, str]]]:
+    """The rest of ``run.json``: versions, machine, hashes, each with its title."""
+    groups = {
+        "Versions": run.manifest.get("versions"),
+        "Machine": run.manifest.get("machine"),
+        "Hashes": run.manifest.get("hashes"),
+        "Hashes of the datasets": run.manifest.get("data_hashes"),
+    }
     return [
-        (str(name), _shown(value), name in defaults and _shown(value) != _shown(defaults[name]))
-        for name, value in configuration.items()
+        (title, {str(name): _fact(name, value) for name, value in group.items()})
+        for title, group in groups.items()
+        if isinstance(group, dict) and group
     ]
+
+
+def _fact(name: str, value: Any) -> str:
+    if name == "memory_bytes" and isinstance(value, int):
+        return f"{value / 2**30:,.0f} GiB"
+    if name == "gpus" and isinstance(value, list):
+        return ", ".join(f"{num} × {gpu}" for gpu, num in Counter(map(str, value)).items())
+    return _shown(value)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+    return "" if value is None or value == {} else str(value)

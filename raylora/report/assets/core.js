@@ -59,6 +59,13 @@ function duration(seconds) {
   if (seconds < 3600) return `${(seconds / 60).toFixed(1)} min`;
   return `${(seconds / 3600).toFixed(seconds < 36000 ? 2 : 1)} h`;
 }
+/** A name whose end is kept where it is too long: names of one chunk often differ in their ends alone. */
+function nameCell(name) {
+  const tail = Math.min(9, Math.floor(name.length / 2));
+  return el("span", { class: "name", title: name }, el("span", {}, name.slice(0, name.length - tail)), el("span", {}, name.slice(name.length - tail)));
+}
+const LONGEST_NAME = DATA.labels.reduce((most, name) => Math.max(most, name.length), 8);
+const nameWidth = (share) => (width) => Math.min(290, 7.6 * LONGEST_NAME + 26, share * width);
 const count = (num, what, many = `${what}s`) => `${num.toLocaleString("en")} ${num === 1 ? what : many}`;
 
 /** About `num` round numbers that span low to high. */
@@ -66,7 +73,7 @@ function ticks(low, high, num) {
   const span = high - low || Math.abs(high) || 1;
   const raw = span / Math.max(num, 1);
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((k) => k * power).find((s) => s >= raw * 0.999);
+  const step = [1, 2, 5, 10].map((k) => k * power).find((s) => s >= raw * 0.7);
   const found = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(Number((k * step).toPrecision(12)));
   return found;

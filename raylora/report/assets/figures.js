@@ -1,8 +1,8 @@
 // Figures of lines and points: training losses; a feature against the change.
 
 /** Axes of a plot: scales, rules and labels, drawn into `figure`. x and y: { low, high, log, title, tick } */
-function axes(figure, width, height, x, y) {
-  const margin = { left: 52, right: 14, top: 24, bottom: 44 };
+function axes(figure, width, height, x, y, right = 14) {
+  const margin = { left: 52, right, top: 24, bottom: 44 };
   const [w, h] = [width - margin.left - margin.right, height - margin.top - margin.bottom];
   const place = (a, length) => {
     const f = a.log ? Math.log10 : (v) => v;
@@ -13,9 +13,10 @@ function axes(figure, width, height, x, y) {
   const at = { x: (v) => margin.left + px(v), y: (v) => margin.top + h - py(v) };
   const marks = (a, num) => {
     if (!a.log) return ticks(a.low, a.high, num);
-    const few = ticks(Math.log10(a.low), Math.log10(a.high), num).filter(Number.isInteger).map((e) => 10 ** e);
-    if (few.length > 1) return few;
-    return [...few, a.low * 1.02, a.high * 0.98].map((v) => Number(v.toPrecision(2))).filter((v) => v >= a.low && v <= a.high);
+    const [first, last] = [Math.floor(Math.log10(a.low)), Math.ceil(Math.log10(a.high))];
+    const within = (digits) => Array.from({ length: last - first + 1 }, (_, e) => digits.map((d) => Number(`${d}e${first + e}`))).flat().filter((v) => v >= a.low && v <= a.high);
+    const choices = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 5], [1, 3], [1]].map(within);
+    return choices.find((found) => found.length <= num + 1) || choices[3].filter((_, k) => k % Math.ceil(choices[3].length / num) === 0);
   };
   const text = (attributes, words) => svg("text", attributes, words);
   for (const v of marks(y, 5)) {
@@ -58,6 +59,11 @@ function drawLosses() {
   host.append(el("div", { class: "tools" }, el("label", {}, "Over", unit), el("label", {}, log, "logarithmic loss")));
   const figure = svg("svg", { role: "img", "aria-label": "Training loss of every experiment" });
   host.append(el("div", { class: "figure" }, figure));
+  const labelOf = (i) => `${DATA.labels[i].length > 30 ? `${DATA.labels[i].slice(0, 18)}…${DATA.labels[i].slice(-11)}` : DATA.labels[i]} ${points(CHANGE[i])}`;
+  const coloured = [...up, ...down];
+  const longestLabel = Math.max(0, ...coloured.map((i) => labelOf(i).length));
+  const names = el("div", { class: "keys" }, ...coloured.map((i) => el("span", { class: `key ${up.has(i) ? "gain" : "loss"}` }, labelOf(i))));
+  host.append(names);
   let drawn = [];
   const paths = new Map();
 
@@ -73,7 +79,7 @@ function drawLosses() {
     const useLog = log.checked && positive.length > 0;
     const [low, high] = useLog ? extent(positive) : extent([0, ...everything]);
     const x = { low: share ? 0 : 1, high: share ? 1 : Math.max(2, ...lengths), title: share ? "share of the training" : "optimizer step", tick: share ? (v) => percent(v, 0) : null };
-    const at = axes(figure, width, height, x, { low, high: high * 1.03, log: useLog, zero: true, title: "loss (nats a token)" });
+    const at = axes(figure, width, height, x, { low, high: high * 1.03, log: useLog, zero: true, title: "loss (nats a token)" }, width < 700 ? 14 : Math.min(260, 6.6 * longestLabel + 40));
     drawn = [];
     paths.clear();
     const order = [...rows.filter((i) => !up.has(i) && !down.has(i)), ...down, ...up];
@@ -87,21 +93,21 @@ function drawLosses() {
       paths.set(i, path);
       figure.append(path);
     }
-    labels(at, width);
+    names.hidden = width >= 700;
+    if (width >= 700) labels(at);
     mark();
   }
 
-  /** Names at the ends of the coloured curves, moved apart where they would touch. */
-  function labels(at, width) {
-    const ends = [...up, ...down].map((i) => ({ i, ...drawn.findLast((p) => p.i === i) })).filter((e) => e.px !== undefined).sort((a, b) => a.py - b.py);
+  /** Names to the right of the plot, each tied to the end of its curve, moved apart where they would touch. */
+  function labels(at) {
+    const ends = coloured.map((i) => drawn.findLast((p) => p.i === i)).filter(Boolean).sort((a, b) => a.py - b.py);
+    const right = at.margin.left + at.w;
     let previous = -Infinity;
-    for (const end of ends) {
-      const y = Math.max(end.py - 8, previous + 15);
+    for (const { i, px, py } of ends) {
+      const y = Math.max(py, previous + 16);
       previous = y;
-      const longest = width < 500 ? 24 : 44;
-      const name = DATA.labels[end.i].length > longest ? `${DATA.labels[end.i].slice(0, longest - 1)}…` : DATA.labels[end.i];
-      const left = end.px < width / 2;
-      figure.append(svg("text", { class: `halo ${up.has(end.i) ? "up" : "down"}`, x: left ? end.px + 6 : Math.min(end.px, width - 16), y, "text-anchor": left ? "start" : "end" }, `${name} ${points(CHANGE[end.i])}`));
+      const classes = up.has(i) ? "up" : "down";
+      figure.append(svg("path", { class: `leader ${classes}`, d: `M${px + 3} ${py}L${right + 6} ${y}` }), svg("text", { class: classes, x: right + 12, y: y + 4 }, labelOf(i)));
     }
   }
 
@@ -155,13 +161,13 @@ function drawFeatures() {
   const spread = measured.map((f) => numbers(f.name).filter((v, i) => v !== null && DATA.ok[i]).sort((a, b) => a - b));
   const middle = (k) => spread[k][Math.floor((spread[k].length - 1) / 2)];
   const columns = [
-    { key: "name", title: "Feature", value: value("name"), text: (k) => measured[k].name, draw: (k) => el("span", { title: measured[k].definition }, measured[k].name), width: tested ? (w) => Math.min(220, 0.46 * w) : null },
+    { key: "name", title: "Feature", value: value("name"), draw: (k) => el("span", { title: measured[k].definition }, measured[k].name), width: tested ? (w) => Math.min(205, 0.52 * w) : null },
     ...(tested ? [
-      { key: "rho", title: "Rank correlation", hint: "Sort by its size", value: (k) => (measured[k].rho === null ? null : Math.abs(measured[k].rho)), draw: bar, num: false, first: "descending", head: () => el("div", { class: "axis" }, ...[["start", -1], [null, 0], ["end", 1]].map(([edge, v]) => el("span", { class: edge, style: { left: scale.left(v) } }, v > 0 ? `+${v}` : signed(String(v))))) },
-      { key: "sign", title: "ρ", value: value("rho"), text: (k) => (measured[k].rho === null ? "–" : signed(measured[k].rho.toFixed(2))), num: true, width: 58 },
-      { key: "p", title: "p", value: value("p_value"), text: (k) => pValue(measured[k].p_value), num: true, width: 64, from: 420, first: "ascending" },
-      { key: "q", title: "q", hint: "Benjamini-Hochberg adjusted p", value: value("q_value"), text: (k) => pValue(measured[k].q_value), num: true, width: 64, first: "ascending" },
-      { key: "n", title: "n", hint: "Datasets with both values", value: value("num"), text: (k) => String(measured[k].num), num: true, width: 48, from: 480 },
+      { key: "rho", title: "Rank correlation", brief: "ρ", hint: "Sort by its size", value: (k) => (measured[k].rho === null ? null : Math.abs(measured[k].rho)), draw: bar, num: false, first: "descending", head: () => el("div", { class: "axis" }, ...[["start", -1], [null, 0], ["end", 1]].map(([edge, v]) => el("span", { class: edge, style: { left: scale.left(v) } }, v > 0 ? `+${v}` : signed(String(v))))) },
+      { key: "sign", title: "ρ", value: value("rho"), text: (k) => (measured[k].rho === null ? "–" : signed(measured[k].rho.toFixed(2))), num: true, width: 56 },
+      { key: "p", title: "p", value: value("p_value"), text: (k) => pValue(measured[k].p_value), num: true, width: 72, from: 480, first: "ascending" },
+      { key: "q", title: "q", hint: "Benjamini-Hochberg adjusted p", value: value("q_value"), text: (k) => pValue(measured[k].q_value), num: true, width: 72, from: 420, first: "ascending" },
+      { key: "n", title: "n", hint: "Datasets with both values", value: value("num"), text: (k) => String(measured[k].num), num: true, width: 44, from: 540 },
     ] : [
       { key: "low", title: "Least", value: (k) => spread[k][0], text: (k) => short(spread[k][0]), num: true, width: 78 },
       { key: "median", title: "Median", value: middle, text: (k) => short(middle(k)), num: true, width: 78 },

@@ -50,7 +50,7 @@ function drawSubjects() {
 
   function layOut(width) {
     const wide = width >= 800;
-    const label = Math.round(Math.min(230, Math.max(96, width * 0.2)));
+    const label = Math.round(Math.min(230, 6.9 * LONGEST_NAME + 14, Math.max(104, width * 0.2)));
     const gap = wide ? 8 : 4; // between groups
     const numGroups = new Set(found.groups).size;
     const cell = (width - label - gap * (numGroups - 1) - 2) / order.length;
@@ -64,7 +64,7 @@ function drawSubjects() {
       x += cell;
     });
     const total = top + row + 6 + rows.length * row;
-    view = { width, label, cell, row, top, xs, total, first: top + row + 6, height: Math.min(total, 640) };
+    view = { width, label, cell, row, top, xs, total, first: top + row + 6, height: total <= 1000 ? total : 640 };
     scroller.style.height = `${view.height}px`;
     spacer.style.height = `${total}px`;
     canvas.style.width = `${width}px`;
@@ -99,7 +99,7 @@ function drawSubjects() {
       pen.font = font(row >= 16 ? 12 : 10.5, weight);
       pen.textAlign = "left";
       pen.textBaseline = "middle";
-      pen.fillText(fitText(pen, text, label - 8), 0, y + row / 2);
+      pen.fillText(fitText(pen, text, label - 8, true), 0, y + row / 2);
     };
     const start = Math.max(0, Math.floor(scroller.scrollTop / row));
     const end = Math.min(sorted.length, start + Math.ceil((height - first) / row) + 1);
@@ -173,15 +173,17 @@ function drawSubjects() {
   subjectTable(host, found, order, rows, change, real, mean);
 }
 
-function fitText(pen, text, width) {
+function fitText(pen, text, width, ends = false) {
   if (pen.measureText(text).width <= width) return text;
-  let [low, high] = [0, text.length];
+  const tail = ends ? Math.min(9, Math.floor(text.length / 2)) : 0; // the ends of names tell them apart
+  const cut = (num) => `${text.slice(0, num)}…${text.slice(text.length - tail)}`;
+  let [low, high] = [0, text.length - tail];
   while (low < high) {
     const middle = Math.ceil((low + high) / 2);
-    if (pen.measureText(`${text.slice(0, middle)}…`).width <= width) low = middle;
+    if (pen.measureText(cut(middle)).width <= width) low = middle;
     else high = middle - 1;
   }
-  return low ? `${text.slice(0, low)}…` : "";
+  return low ? cut(low) : "";
 }
 
 function subjectTable(host, found, order, rows, change, real, mean) {

@@ -70,8 +70,8 @@ function drawRanking() {
   const [p, accuracy] = [numbers("mcnemar_p_value"), numbers("overall_accuracy")];
   new Table(host, [
     { key: "rank", title: "#", hint: "Rank by change", value: (i) => rank.get(i), text: (i) => String(rank.get(i)), num: true, width: 44, from: 560, first: "ascending" },
-    { key: "name", title: "Dataset", value: (i) => DATA.labels[i], text: (i) => DATA.labels[i], width: (w) => Math.min(280, 0.33 * w) },
-    { key: "plot", title: "Points, with 95% interval", hint: "Sort by change", value: (i) => CHANGE[i], draw: plot, head: axis, first: "descending" },
+    { key: "name", title: "Dataset", value: (i) => DATA.labels[i], draw: (i) => nameCell(DATA.labels[i]), width: nameWidth(0.36) },
+    { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => CHANGE[i], draw: plot, head: axis, first: "descending" },
     { key: "change", title: "Change", hint: "Percentage points", value: (i) => CHANGE[i], text: (i) => points(CHANGE[i]), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
     { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => LOW[i], text: (i) => (LOW[i] === null ? "–" : `${points(LOW[i])} to ${points(HIGH[i])}`), num: true, width: 120, from: 760 },
     { key: "p", title: "p", hint: "McNemar's exact test, unadjusted", value: (i) => p[i], text: (i) => pValue(p[i]), num: true, width: 70, from: 960, first: "ascending" },

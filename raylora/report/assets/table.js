@@ -6,7 +6,7 @@ const MAX_WHOLE = 40; // a table of so few rows is shown whole where it may be
 class Table {
   /**
    * columns: { key, title, hint, value(i) for sorting, text(i), draw(i) -> Node, head(), num, width (px; the rest is
-   *   shared), from: the table's width from which it is shown, first: direction of its first sort }
+   *   shared), brief (its title where there is little room), from: the table's width from which it is shown, first: direction of its first sort }
    * options: rows, sort, height (px at most), search (what it looks through; none without), wrap, minWidth, onRow, name
    */
   constructor(host, columns, options) {
@@ -56,7 +56,7 @@ class Table {
 
   heading(c) {
     const sorted = c.key === this.sortKey ? (this.descending ? "descending" : "ascending") : "none";
-    const button = el("button", { type: "button", title: c.hint || c.title, onclick: () => this.sortBy(c) }, c.title);
+    const button = el("button", { type: "button", title: c.hint || c.title, onclick: () => this.sortBy(c) }, c.brief && this.scroller.clientWidth < 620 ? c.brief : c.title);
     return el("th", { class: c.num ? "num" : null, scope: "col", "aria-sort": c.value ? sorted : null }, c.value ? button : el("span", {}, c.title), c.head ? c.head() : null);
   }
 
