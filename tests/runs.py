@@ -2,8 +2,8 @@
 
     python -m tests.runs FOLDER 40         # a run to look at, of the size of the real MMLU
 
-What a model answers, and what is measured, is drawn at random; rows, scores, intervals and tables are made as a run makes
-them.
+What a model answers, and what is measured, is drawn at random; rows, scores, intervals and tables are made as a run
+makes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def make_score(seed: int, sizes: dict[str, int], base: Score | None, effect: flo
         skill = dict(zip(sizes, random.beta(8, 6, len(sizes)), strict=True))
         correct = random.random(len(ids)) < np.array([skill[s] for s in subjects])
     else:
-        group_effect = dict(zip(("stem", "humanities", "social_sciences", "other"), random.normal(0, 0.012, 4), strict=True))
+        group_effect = dict(
+            zip(("stem", "humanities", "social_sciences", "other"), random.normal(0, 0.012, 4), strict=True)
+        )
         pull = effect + np.array([group_effect[SUBJECT_GROUPS[s]] for s in subjects])
         before = base.questions["correct"].to_numpy()
         turned = random.random(len(ids)) < np.where(before, 0.06 - pull / 2, 0.07 + pull / 2).clip(0.005, 0.9)
@@ -160,7 +162,12 @@ def write_run(
             "hashes": {"model": digest("model"), "questions": digest("questions")},
             "data_hashes": {name: digest(name) for name in names},
             "versions": {"python": "3.11.9", **{name: _version(name) for name in PACKAGES}},
-            "machine": {"platform": "Linux-6.1-x86_64", "cores": 96, "memory_bytes": 2**40, "gpus": ["NVIDIA H100"] * 8},
+            "machine": {
+                "platform": "Linux-6.1-x86_64",
+                "cores": 96,
+                "memory_bytes": 2**40,
+                "gpus": ["NVIDIA H100"] * 8,
+            },
         }
     )
     return rows
@@ -192,15 +199,16 @@ def _stages(folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: d
     return {**values, "total_seconds": 9.0 + sum(values.get(name) or 0.0 for name in stage_names)}
 
 
-# The sizes of the real benchmark's subjects run from 100 to 1534; these do too, with its sum of 14,042.
-REAL_SIZES = {s: 100 for s in SUBJECT_GROUPS} | {
+# The sizes of the real benchmark's subjects run from 100 to 1534; these do too, with about its sum of 14,042.
+REAL_SIZES = dict.fromkeys(SUBJECT_GROUPS, 100) | {
     "professional_law": 1534, "moral_scenarios": 895, "miscellaneous": 783, "professional_psychology": 612,
     "high_school_psychology": 545, "high_school_macroeconomics": 390, "elementary_mathematics": 378,
     "moral_disputes": 346, "prehistory": 324, "philosophy": 311, "high_school_biology": 310, "nutrition": 306,
-    "professional_accounting": 282, "professional_medicine": 272, "high_school_mathematics": 270, "clinical_knowledge": 265,
-    "security_studies": 245, "high_school_microeconomics": 238, "high_school_world_history": 237, "conceptual_physics": 235,
-    "marketing": 234, "human_aging": 223, "high_school_statistics": 216, "high_school_us_history": 204,
-    "high_school_chemistry": 203, "sociology": 201, "high_school_geography": 198,
+    "professional_accounting": 282, "professional_medicine": 272, "high_school_mathematics": 270,
+    "clinical_knowledge": 265, "security_studies": 245, "high_school_microeconomics": 238,
+    "high_school_world_history": 237, "conceptual_physics": 235, "marketing": 234, "human_aging": 223,
+    "high_school_statistics": 216, "high_school_us_history": 204, "high_school_chemistry": 203, "sociology": 201,
+    "high_school_geography": 198,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@
 The page is ``report.html`` in the run's folder; every run writes it at its end.
 """
 
+from raylora.report.page import try_write_report, write_report
 from raylora.report.terminal import print_results
 
-__all__ = ["print_results"]
+__all__ = ["print_results", "try_write_report", "write_report"]

@@ -1,7 +1,7 @@
 """The page of a finished or half-finished run, written anew.
 
-    python -m raylora.report results/chunk_001
-    python -m raylora.report results/chunk_001 --price 2.5    # of a GPU-hour, for the costs
+python -m raylora.report results/chunk_001
+python -m raylora.report results/chunk_001 --price 2.5    # of a GPU-hour, for the costs
 """
 
 from __future__ import annotations

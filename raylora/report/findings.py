@@ -44,8 +44,8 @@ def ranking(run: Run) -> dict[str, Any]:
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
     known = np.flatnonzero(raw.notna() & change.notna())
-    adjusted = pd.Series(np.nan, index=run.table.index)
-    adjusted.iloc[known] = holm(raw.to_numpy()[known])
+    adjusted = np.full(len(run.table), np.nan)
+    adjusted[known] = holm(raw.to_numpy()[known])
     real = adjusted < ALPHA
     return {
         "rows": known.tolist(),
@@ -114,7 +114,7 @@ def features(run: Run) -> dict[str, Any]:
     hashes = pd.Series(run.texts("data_hash"))
     keys = (pd.Series(run.texts("dataset")) + "\0" + hashes)[run.ok]
     means = table.groupby(keys).mean()
-    found = []
+    found: list[dict[str, Any]] = []
     for column in (c for c in COLUMNS if c.name in names):
         pairs = means[[column.name, "accuracy_change"]].dropna()
         rho, p_value = spearman(pairs[column.name].to_numpy(), pairs["accuracy_change"].to_numpy())

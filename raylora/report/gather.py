@@ -67,7 +67,9 @@ class Run:
         varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
         texts = [", ".join(f"{name} {values[k]}" for name, values in varied.items()) for k in range(len(members))]
         if len(set(texts)) < len(texts):  # the same name twice: a .json beside a .jsonl, or another run's rows
-            texts = [f"{t}, {self.texts('experiment_id')[i][-8:]}".lstrip(", ") for t, i in zip(texts, members)]
+            texts = [
+                f"{t}, {self.texts('experiment_id')[i][-8:]}".lstrip(", ") for t, i in zip(texts, members, strict=True)
+            ]
         return texts
 
     def folder(self, row: int) -> Path | None:
@@ -129,7 +131,8 @@ def read_answers(path: Path) -> Answers | None:
     except UNREADABLE:
         return None
     table = table.sort_values("question_id", kind="stable")
-    return Answers(*(table[c].to_numpy() for c in ("question_id", "subject")), table["correct"].to_numpy(dtype=bool))
+    ids, subjects = table["question_id"].to_numpy(), table["subject"].to_numpy()
+    return Answers(ids, subjects, table["correct"].to_numpy(dtype=bool))
 
 
 def read_base(run: Run) -> dict[str, Answers]:

@@ -21,7 +21,7 @@ function drawTime() {
   const drawTotals = () => totalsHost.replaceChildren(
     stack(totals, sum),
     el("div", { class: "vt", style: { borderTop: "0", marginTop: "6px", maxWidth: "620px" } }, el("table", { "aria-label": "stages" },
-      el("thead", {}, el("tr", {}, ...["Stage", hours, "Share", "Cost"].map((t, k) => el("th", { scope: "col", class: k ? "num" : null }, t)))),
+      el("thead", {}, el("tr", {}, ...["Stage", hours, "Share", "Cost"].map((t, k) => el("th", { scope: "col", class: k ? "num" : null, style: k ? {} : { width: "44%" } }, t)))),
       el("tbody", {}, ...[...kinds.filter((k) => totals[k] > 0), -1].map((k) => {
         const value = k < 0 ? sum : totals[k];
         return el("tr", {}, el("td", {}, k < 0 ? el("b", {}, "all") : el("span", { class: "key" }, el("i", { class: "box", style: { background: paint(k) } }), stages[k])), el("td", { class: "num" }, (value / 3600).toPrecision(3)), el("td", { class: "num" }, percent(value / sum, 0)), el("td", { class: "num" }, money(cost(value))));

@@ -56,7 +56,7 @@ class Table {
 
   heading(c) {
     const sorted = c.key === this.sortKey ? (this.descending ? "descending" : "ascending") : "none";
-    const button = el("button", { type: "button", title: c.hint || c.title, onclick: () => this.sortBy(c) }, c.brief && this.scroller.clientWidth < 620 ? c.brief : c.title);
+    const button = el("button", { type: "button", title: c.hint || c.title, onclick: () => this.sortBy(c) }, c.brief && this.scroller.clientWidth < 480 ? c.brief : c.title);
     return el("th", { class: c.num ? "num" : null, scope: "col", "aria-sort": c.value ? sorted : null }, c.value ? button : el("span", {}, c.title), c.head ? c.head() : null);
   }
 
