@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import permutation_test, spearmanr
 
-from raylora.mmlu import compare_subjects
+from raylora.mmlu import SUBJECT_GROUPS, compare_subjects
 from raylora.mmlu.statistics import compare
 from raylora.records import Score
 from raylora.report import findings, try_write_report, write_report
@@ -41,7 +41,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs") / "chunk_042"
-    write_run(root, dataset_names(40), num_failed=3)
+    write_run(root, dataset_names(40), sizes=dict.fromkeys(SUBJECT_GROUPS, 30), num_failed=3)
     write_report(root)
     return root
 
@@ -408,7 +408,7 @@ def test_an_odd_run_has_its_page(open_page, odd_run, width, scheme):
         shown = page.locator("#table .name[title]").evaluate_all("cells => cells.map(cell => cell.title)")
         assert sorted(shown) == sorted(NASTY)
     elif name == "features only":
-        assert "Without the mmlu stage" in page.locator("#ranking").inner_text()
+        assert "without the mmlu stage" in page.locator("#ranking").inner_text()
         assert page.locator("#features circle").count() == 5
     elif name == "grid":
         assert "a · lora_r 8, learning_rate 0.0001" in names_of(page, "ranking")

@@ -76,7 +76,8 @@ class Run:
         """The folder of a row's experiment; None where there is none within the run's."""
         name = self.texts("experiment_id")[row]
         folder = self.root / "experiments" / name
-        return folder if name and Path(name).name == name and folder.is_dir() else None
+        plain = Path(name).name == name and name not in {"", ".", ".."}
+        return folder if plain and folder.is_dir() else None
 
 
 def load_run(root: Path) -> Run:
