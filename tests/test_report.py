@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from raylora.mmlu import SUBJECT_GROUPS, compare_subjects
 from raylora.mmlu.statistics import compare
 from raylora.records import Score
 from raylora.report import findings, try_write_report, write_report
-from raylora.report.gather import Answers, Run, load_run
+from raylora.report.gather import Answers, Run, load_run, loss_curve
 from tests.runs import dataset_names, make_score, write_run
 
 NASTY = [
@@ -158,9 +159,24 @@ def test_an_experiment_id_never_leads_out_of_the_folder(tmp_path):
 
 
 def test_answers_of_the_same_questions_only():
-    first = Answers(np.array(["a/0", "a/1"]), np.array(["a", "a"]), np.array([True, False]))
-    assert not first.same_questions(Answers(np.array(["a/0"]), np.array(["a"]), np.array([True])))
-    assert first.same_questions(Answers(first.question_ids.copy(), first.subjects, ~first.correct))
+    first = Answers(pa.chunked_array([["a/0", "a/1"]]), pa.chunked_array([["a", "a"]]), np.array([True, False]))
+    assert not first.same_questions(Answers(pa.chunked_array([["a/0"]]), pa.chunked_array([["a"]]), np.array([True])))
+    assert first.same_questions(Answers(pa.chunked_array([["a/0"], ["a/1"]]), first.subjects, ~first.correct))
+
+
+def test_a_long_loss_curve_becomes_means(tmp_path):
+    folder = tmp_path / "experiments" / "one"
+    folder.mkdir(parents=True)
+    run = Run(tmp_path, pd.DataFrame({"experiment_id": ["one"]}), {})
+    pd.DataFrame({"step": range(1, 801), "loss": [3.0, 1.0] * 400}).to_csv(folder / "loss_curve.csv")
+    steps, losses = loss_curve(run, 0)
+    assert len(steps) == 80
+    assert steps[0] == 5.5
+    assert losses == [2.0] * 80
+    pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, float("nan"), 1.0]}).to_csv(folder / "loss_curve.csv")
+    assert loss_curve(run, 0) == ([1.0, 3.0], [2.0, 1.0])
+    (folder / "loss_curve.csv").write_text("step,loss\n")
+    assert loss_curve(run, 0) is None
 
 
 def test_every_failure_has_a_cause_and_a_mend(forty):

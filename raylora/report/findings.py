@@ -74,7 +74,7 @@ def subjects(run: Run) -> dict[str, Any] | None:
         ours, base = found
         if reference is None:
             reference = base
-            names, codes = np.unique(base.subjects.astype(str), return_inverse=True)
+            names, codes = np.unique(base.subjects.to_numpy().astype(str), return_inverse=True)
         if base.same_questions(reference):
             rows[row] = _by_subject(ours.correct, base.correct, codes, len(names))
     if reference is None:

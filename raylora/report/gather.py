@@ -107,33 +107,35 @@ def loss_curve(run: Run, row: int) -> tuple[list[float], list[float]] | None:
         return None
     if curve is None or curve.empty:
         return None
-    curve = curve.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna()
-    bins = np.arange(len(curve)) * min(NUM_CURVE_POINTS, len(curve)) // max(len(curve), 1)
-    means = curve.groupby(bins).mean()
-    return (list(means["step"]), list(means["loss"])) if len(means) else None
+    values = curve[["step", "loss"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    values = values[np.isfinite(values).all(axis=1)]
+    if not len(values):
+        return None
+    starts = np.unique(np.arange(NUM_CURVE_POINTS) * len(values) // NUM_CURVE_POINTS)
+    means = np.add.reduceat(values, starts) / np.diff(starts, append=len(values))[:, None]
+    steps, losses = ([float(f"{v:.5g}") for v in column] for column in means.T)
+    return steps, losses
 
 
 @dataclass(frozen=True)
 class Answers:
     """Which questions a model got right, sorted by question id."""
 
-    question_ids: np.ndarray
-    subjects: np.ndarray
+    question_ids: pa.ChunkedArray
+    subjects: pa.ChunkedArray
     correct: np.ndarray
 
     def same_questions(self, other: Answers) -> bool:
-        return np.array_equal(self.question_ids, other.question_ids)
+        return bool(self.question_ids.equals(other.question_ids))
 
 
 def read_answers(path: Path) -> Answers | None:
     """The answers of a ``scores.parquet``; None where there is none that can be read."""
     try:
-        table = pq.read_table(path, columns=["question_id", "subject", "correct"]).to_pandas()
+        table = pq.read_table(path, columns=["question_id", "subject", "correct"]).sort_by("question_id")
     except UNREADABLE:
         return None
-    table = table.sort_values("question_id", kind="stable")
-    ids, subjects = table["question_id"].to_numpy(), table["subject"].to_numpy()
-    return Answers(ids, subjects, table["correct"].to_numpy(dtype=bool))
+    return Answers(table["question_id"], table["subject"], table["correct"].to_numpy().astype(bool))
 
 
 def read_base(run: Run) -> dict[str, Answers]:
