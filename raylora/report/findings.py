@@ -20,7 +20,7 @@ MIN_DATASETS = 4
 MAX_EXACT = 7
 """Up to so many datasets a p-value counts all orders (5040); with more, Student's t is close."""
 STAGES = {
-    "features without training": "static_seconds",
+    "static features": "static_seconds",
     "probe": "probe_seconds",
     "training": "train_seconds",
     "MMLU": "mmlu_seconds",

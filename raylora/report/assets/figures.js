@@ -23,7 +23,7 @@ function axes(figure, width, height, x, y, right = 14) {
     figure.append(svg("line", { class: v === 0 && y.zero ? "zero" : "rule", x1: margin.left, x2: margin.left + w, y1: at.y(v), y2: at.y(v) }));
     figure.append(text({ x: margin.left - 7, y: at.y(v) + 4, "text-anchor": "end" }, y.tick ? y.tick(v) : short(v)));
   }
-  for (const v of marks(x, Math.max(3, Math.floor(w / 80)))) figure.append(text({ x: at.x(v), y: margin.top + h + 17, "text-anchor": "middle" }, x.tick ? x.tick(v) : short(v)));
+  for (const v of marks(x, Math.max(4, Math.floor(w / 80)))) figure.append(text({ x: at.x(v), y: margin.top + h + 17, "text-anchor": "middle" }, x.tick ? x.tick(v) : short(v)));
   figure.append(text({ class: "strong", x: margin.left + w / 2, y: height - 6, "text-anchor": "middle" }, x.title));
   figure.append(text({ class: "strong", x: 2, y: 12 }, y.title));
   return { ...at, w, h, margin };
@@ -163,7 +163,7 @@ function drawFeatures() {
   const columns = [
     { key: "name", title: "Feature", value: value("name"), draw: (k) => el("span", { title: measured[k].definition }, measured[k].name), width: tested ? (w) => Math.min(205, 0.52 * w) : null },
     ...(tested ? [
-      { key: "rho", title: "Rank correlation", brief: "ρ", hint: "Sort by its size", value: (k) => (measured[k].rho === null ? null : Math.abs(measured[k].rho)), draw: bar, num: false, first: "descending", head: () => el("div", { class: "axis" }, ...[["start", -1], [null, 0], ["end", 1]].map(([edge, v]) => el("span", { class: edge, style: { left: scale.left(v) } }, v > 0 ? `+${v}` : signed(String(v))))) },
+      { key: "rho", title: "Correlation", brief: "ρ", hint: "Sort by its size", value: (k) => (measured[k].rho === null ? null : Math.abs(measured[k].rho)), draw: bar, num: false, first: "descending", head: () => el("div", { class: "axis" }, ...[["start", -1], [null, 0], ["end", 1]].map(([edge, v]) => el("span", { class: edge, style: { left: scale.left(v) } }, v > 0 ? `+${v}` : signed(String(v))))) },
       { key: "sign", title: "ρ", value: value("rho"), text: (k) => (measured[k].rho === null ? "–" : signed(measured[k].rho.toFixed(2))), num: true, width: 66 },
       { key: "p", title: "p", value: value("p_value"), text: (k) => pValue(measured[k].p_value), num: true, width: 72, from: 480, first: "ascending" },
       { key: "q", title: "q", hint: "Benjamini-Hochberg adjusted p", value: value("q_value"), text: (k) => pValue(measured[k].q_value), num: true, width: 72, from: 420, first: "ascending" },
