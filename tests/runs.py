@@ -199,7 +199,7 @@ def _stages(folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: d
     return {**values, "total_seconds": 9.0 + sum(values.get(name) or 0.0 for name in stage_names)}
 
 
-# The sizes of the real benchmark's subjects run from 100 to 1534; these do too, with about its sum of 14,042.
+# The sizes of the real benchmark's subjects run from 100 to 1534; these do too, with the largest as large as there.
 REAL_SIZES = dict.fromkeys(SUBJECT_GROUPS, 100) | {
     "professional_law": 1534, "moral_scenarios": 895, "miscellaneous": 783, "professional_psychology": 612,
     "high_school_psychology": 545, "high_school_macroeconomics": 390, "elementary_mathematics": 378,
