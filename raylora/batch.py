@@ -25,7 +25,7 @@ from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
 from raylora.experiment import ROW_COLUMNS, error_row
 from raylora.plan import Plan, find_files, make_plan
 from raylora.records import Experiment, ResultRow, UserError
-from raylora.report import print_results
+from raylora.report import print_results, try_write_report
 from raylora.store import write_legacy_results
 from raylora.watch import Watch
 
@@ -65,6 +65,7 @@ def run_plan(
                 _run_pending(plan, pending, rows, console, tables.row_came)
         finally:
             ordered = tables.write()
+            try_write_report(store.root, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 
@@ -184,6 +185,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "configuration": plan.config.model_dump(mode="json"),
         "hashes": plan.hashes,
+        "base_key": plan.experiments[0].base_key if plan.experiments else "",
         "data_hashes": {e.dataset: e.data_hash for e in plan.experiments},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": _machine(),
