@@ -60,14 +60,14 @@ def run_plan(
         store.write_manifest(_manifest(plan))
         try:
             if pending:
-                _run_pending(plan, pending, rows, console, write_tables)
+                run_pending(plan, pending, rows, console, write_tables)
         finally:
             ordered = write_tables()
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 
 
-def _run_pending(
+def run_pending(
     plan: Plan,
     pending: Sequence[Experiment],
     rows: dict[str, ResultRow],
@@ -83,6 +83,7 @@ def _run_pending(
                 rows[row.values["experiment_id"]] = row
                 write_tables()
                 watch.finished(row)
+                trackers.log_row(row)
         except scheduler.ClusterLostError as error:
             raise StoppedError(f"Ray broke down: {error}") from error
 

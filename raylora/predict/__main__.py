@@ -24,9 +24,10 @@ from rich.table import Table
 
 from raylora.config import Settings, load_settings, main_with_one_line_errors, split_commas
 from raylora.predict.predictor import Predictor, load_predictor
-from raylora.predict.tables import NAME_COLUMNS, Target, known_from_table, names_of, numbers_of, read_table
+from raylora.predict.tables import NAME_COLUMNS, Target, known_from_table, names_of, numbers_of
 from raylora.predict.validation import fit_predictor, scores
 from raylora.records import UserError
+from raylora.results import read_table
 from raylora.store import to_json, write_atomically, write_text
 
 PROG = "python -m raylora.predict"

@@ -1,7 +1,4 @@
-"""Tables of finished runs: read, checked by column name, and cut into what was known before training and what came out.
-
-A table is a run's ``results.csv`` or ``results.parquet``, its folder, or any CSV or Parquet file with the same names.
-"""
+"""Tables of finished runs: checked by column name, and cut into what was known before training and what came out."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -59,35 +55,6 @@ class Known:
     seconds: dict[str, float]
     """Mean seconds a dataset by ``static`` and ``probe``, where the table has them."""
     base_models: list[str]
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A table from a CSV or Parquet file, or from the folder of a run.
-
-    Raises:
-        UserError: it is not there, cannot be read, or has no row.
-    """
-    file = path
-    if path.is_dir():
-        found = [path / name for name in ("results.parquet", "results.csv") if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: no results.csv or results.parquet here; give a table or the folder of a run")
-        file = found[0]
-    try:
-        # Parquet is known by its first bytes: the ending of a user's file says little.
-        with file.open("rb") as stream:
-            is_parquet = stream.read(4) == b"PAR1"
-        table = pd.read_parquet(file) if is_parquet else pd.read_csv(file, encoding="utf-8-sig", low_memory=False)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}; give a table or the folder of a run") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; save the table as UTF-8 CSV or Parquet") from None
-    except (ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: no table can be read from it: {reason}") from None
-    if table.empty:
-        raise UserError(f"{file}: the table has no rows")
-    return table
 
 
 def known_from_table(
