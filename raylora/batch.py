@@ -25,6 +25,7 @@ from raylora.plan import Plan, find_files, make_plan
 from raylora.records import Experiment, ResultRow, UserError
 from raylora.report import print_results
 from raylora.store import write_legacy_results
+from raylora.trackers import tracking
 from raylora.watch import Watch
 
 PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
@@ -76,7 +77,11 @@ def run_pending(
 ) -> None:
     from raylora import scheduler  # starting Ray's client takes seconds, which a mistake need not wait for
 
-    with scheduler.cluster(plan.config) as dashboard, Watch(len(plan.experiments), len(rows), console) as watch:
+    with (
+        scheduler.cluster(plan.config) as dashboard,
+        Watch(len(plan.experiments), len(rows), console) as watch,
+        tracking(plan, console) as trackers,
+    ):
         console.print(dashboard, markup=False, soft_wrap=True)
         try:
             for row in scheduler.run_experiments(plan.config, plan.store, pending, watch.connect):

@@ -190,7 +190,7 @@ def trees_of(model: Any) -> list[Any]:
     if hasattr(model, "steps"):
         return [tree for _, step in model.steps for tree in trees_of(step)]
     if hasattr(model, "estimators_"):
-        return [tree for part in np.ravel(model.estimators_) for tree in trees_of(part)]
+        return [tree for part in model.estimators_ for tree in trees_of(part)]
     return [model.tree_] if hasattr(model, "tree_") else []
 
 
