@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from raylora import datasets, mmlu
@@ -18,6 +17,7 @@ from raylora.experiment import run_experiment as run_planned_experiment
 from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
+from raylora.results import load_results
 from raylora.store import legacy_result
 from raylora.train import train_adapter
 
@@ -187,18 +187,6 @@ def _evaluate(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str,
     encoded = mmlu.encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
     score = mmlu.evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
     return {**mmlu.summarize(score), "questions": score.questions}
-
-
-def load_results(folder: str | Path) -> pd.DataFrame:
-    """The table of a finished run's folder, such as ``results/chunk_001``.
-
-    Raises:
-        UserError: there is no table.
-    """
-    path = Path(folder) / "results.parquet"
-    if not path.is_file():
-        raise UserError(f"{path}: no such table; give the folder of a run, such as results/chunk_001")
-    return pd.read_parquet(path)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from raylora.plan import Plan, find_files, make_plan
 from raylora.records import Experiment, ResultRow, UserError
 from raylora.report import print_results, try_write_report
 from raylora.store import write_legacy_results
+from raylora.trackers import tracking
 from raylora.watch import Watch
 
 GRACE_SECONDS = 20
@@ -62,7 +63,7 @@ def run_plan(
         store.write_manifest(_manifest(plan))
         try:
             if pending:
-                _run_pending(plan, pending, rows, console, tables.row_came)
+                run_pending(plan, pending, rows, console, tables.row_came)
         finally:
             ordered = tables.write()
             try_write_report(store.root, console)
@@ -105,7 +106,7 @@ def _one_line_where_no_room(plan: Plan) -> Iterator[None]:
         raise
 
 
-def _run_pending(
+def run_pending(
     plan: Plan,
     pending: Sequence[Experiment],
     rows: dict[str, ResultRow],
@@ -118,6 +119,7 @@ def _run_pending(
         scheduler.cluster(plan.config) as dashboard,
         Watch(len(plan.experiments), len(rows), console) as watch,
         _Interrupts(console) as interrupts,
+        tracking(plan, console) as trackers,
     ):
         console.print(dashboard, markup=False, soft_wrap=True)
 
@@ -130,6 +132,7 @@ def _run_pending(
                 rows[row.values["experiment_id"]] = row
                 row_came()
                 watch.finished(row)
+                trackers.log_row(row)
         except scheduler.ClusterLostError as error:
             raise StoppedError(f"Ray broke down: {error}") from error
         if interrupts.came and any(e.experiment_id not in rows for e in pending):
