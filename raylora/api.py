@@ -15,6 +15,7 @@ from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_
 from raylora.encoding import encode_example
 from raylora.experiment import Workbench
 from raylora.experiment import run_experiment as run_planned_experiment
+from raylora.files import location, reading
 from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
@@ -47,7 +48,7 @@ class FineTuner:
         Raises:
             UserError: the file cannot be read, or holds no valid record.
         """
-        return datasets.load_dataset(Path(path), self.config.salvage, self.config.max_records)
+        return datasets.load_dataset(location(path), self.config.salvage, self.config.max_records)
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.
@@ -106,7 +107,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     Raises:
         UserError: it cannot be run.
     """
-    path = Path(dataset_path)
+    path = location(dataset_path)
     config = load_config(**_given(max_samples=max_samples, **options))
     plan = make_plan(config, [path], "single")
     with plan.store.held(config.fresh):
@@ -190,15 +191,17 @@ def _evaluate(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str,
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:
-    """The table of a finished run's folder, such as ``results/chunk_001``.
+    """The table of a finished run's folder, such as ``results/chunk_001`` or ``s3://bucket/results/chunk_001``.
 
     Raises:
         UserError: there is no table.
     """
-    path = Path(folder) / "results.parquet"
-    if not path.is_file():
-        raise UserError(f"{path}: no such table; give the folder of a run, such as results/chunk_001")
-    return pd.read_parquet(path)
+    path = location(folder) / "results.parquet"
+    with reading(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such table; give the folder of a run, such as results/chunk_001")
+        with path.open("rb") as file:
+            return pd.read_parquet(file)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raylora.files import reason
 from raylora.records import BadRecord, Dataset, Example, Message, UserError, digest
 
 MAX_KEPT_BAD_RECORDS = 100
@@ -69,7 +70,7 @@ def list_chunks(data_root: Path) -> list[Path]:
         folders = [p for p in data_root.iterdir() if p.name.startswith("chunk_") and p.is_dir()]
     except OSError as error:
         raise UserError(
-            f"--data-root {data_root}: {error.strerror}; it is the folder that holds the chunk_* folders"
+            f"--data-root {data_root}: {reason(error)}; it is the folder that holds the chunk_* folders"
         ) from None
     return sorted(folders, key=lambda p: _natural(p.name))
 
@@ -105,7 +106,7 @@ def list_dataset_files(chunk: Path) -> list[Path]:
         # Whatever ends in .json is a dataset that someone expects a row for, also where it cannot be read.
         files = [p for p in chunk.iterdir() if p.suffix.lower() in {".json", ".jsonl"} and not p.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{chunk}: {error.strerror}") from None
+        raise UserError(f"{chunk}: {reason(error)}") from None
     if not files:
         raise UserError(f"{chunk}: no dataset in it (*.json, *.jsonl)")
     return sorted(files)
@@ -121,7 +122,7 @@ def file_hash(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{_shown(path)}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{_shown(path)}: cannot be read: {reason(error)}") from None
 
 
 def sample_examples(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -197,7 +198,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{_shown(path)}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{_shown(path)}: cannot be read: {reason(error)}") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
