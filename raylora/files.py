@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar, cast
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
@@ -58,15 +57,15 @@ def location(text: str | Path) -> Path:
         return text
     if "://" not in text:
         return Path(text)
-    uri = urlsplit(text)
-    if uri.query or ":" in text.partition("://")[2].rpartition("@")[0]:
+    protocol, _, rest = text.partition("://")
+    if "?" in rest or ":" in rest.rpartition("@")[0]:
         raise UserError(
             f"{without_secrets(text)}: no password and no query may stand in it: they would end up in logs; give "
             "credentials in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS)"
         )
-    if uri.scheme == "file":
-        return Path(url2pathname(uri.path))
-    _check_protocol(text, uri.scheme)
+    if protocol == "file":
+        return Path(url2pathname(rest.removeprefix("localhost")))
+    _check_protocol(text, protocol)
     from upath import UPath
 
     return cast(Path, UPath(text.rstrip("/"), use_listings_cache=False))  # see Remote
