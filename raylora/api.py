@@ -14,6 +14,7 @@ from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_
 from raylora.encoding import StoredEncoded, encode_each
 from raylora.experiment import Workbench
 from raylora.experiment import run_experiment as run_planned_experiment
+from raylora.files import location
 from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
@@ -47,7 +48,7 @@ class FineTuner:
         Raises:
             UserError: the file cannot be read, or holds no valid record.
         """
-        return datasets.load_dataset(Path(path), self.config.salvage, self.config.max_records)
+        return datasets.load_dataset(location(path), self.config.salvage, self.config.max_records)
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.
@@ -106,7 +107,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     Raises:
         UserError: it cannot be run.
     """
-    path = Path(dataset_path)
+    path = location(dataset_path)
     config = load_config(**_given(max_samples=max_samples, **options))
     plan = make_plan(config, [path], "single")
     with plan.store.held(config.fresh):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raylora.examples import Chosen, digests_of, keep_examples, order_by_content
+from raylora.files import reading, reason
 from raylora.jsonstream import RecordStream, kind, short, shown
 from raylora.records import BadRecord, Dataset, Example, Message, UserError
 
@@ -69,7 +70,7 @@ def list_chunks(data_root: Path) -> list[Path]:
         folders = [p for p in data_root.iterdir() if p.name.startswith("chunk_") and p.is_dir()]
     except OSError as error:
         raise UserError(
-            f"--data-root {data_root}: {error.strerror}; it is the folder that holds the chunk_* folders"
+            f"--data-root {data_root}: {reason(error)}; it is the folder that holds the chunk_* folders"
         ) from None
     return sorted(folders, key=lambda p: _natural(p.name))
 
@@ -105,7 +106,7 @@ def list_dataset_files(chunk: Path) -> list[Path]:
         # Whatever ends in .json is a dataset that someone expects a row for, also where it cannot be read.
         files = [p for p in chunk.iterdir() if p.suffix.lower() in {".json", ".jsonl"} and not p.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{chunk}: {error.strerror}") from None
+        raise UserError(f"{chunk}: {reason(error)}") from None
     if not files:
         raise UserError(f"{chunk}: no dataset in it (*.json, *.jsonl)")
     return sorted(files)
@@ -138,7 +139,8 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
     reader = _Reader(path, salvage, limit)
     found = Survey()
     try:
-        found.num_examples = sum(1 for _ in reader)
+        with reading(path):
+            found.num_examples = sum(1 for _ in reader)
         found.num_chars = reader.num_chars
     except UserError as error:
         found = Survey(error=str(error))
@@ -157,7 +159,8 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
         UserError: the file cannot be read, is no JSON, breaks off, or holds no valid record.
     """
     reader = _Reader(path, salvage, limit)
-    examples = keep_examples(reader)
+    with reading(path):
+        examples = keep_examples(reader)
     return Dataset(
         path=str(path),
         examples=examples,

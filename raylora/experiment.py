@@ -21,10 +21,11 @@ from raylora.config import Config, FeatureOptions, Method, load_config, main_wit
 from raylora.encoding import StoredEncoded, encode_each
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
+from raylora.files import location
 from raylora.model import LoadedModel, adapter_hash
 from raylora.plan import make_plan, method_of
 from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, digest, ignore_progress
-from raylora.store import Store, write_atomically
+from raylora.store import LOG, Store, write_atomically
 from raylora.train import TrainingMetrics, train_adapter
 
 log = logging.getLogger("raylora.experiment")
@@ -76,7 +77,7 @@ def run_experiment(bench: Workbench, experiment: Experiment, progress: Progress 
     A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again.
     """
     started = time.perf_counter()
-    with _log_file(bench.store.log_path(experiment)):
+    with _at_hand(bench.store, experiment), _log_file(bench.store.folder(experiment) / LOG):
         try:
             values = _run_stages(bench, experiment, progress)
             row = make_row(bench.config, experiment, "ok", **values, total_seconds=time.perf_counter() - started)
@@ -93,7 +94,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
         raise UserError(experiment.error)
     stages = bench.config.stages
     progress("load", 0, 1)
-    dataset = datasets.load_dataset(Path(experiment.path), bench.config.salvage, bench.config.max_records)
+    dataset = datasets.load_dataset(location(experiment.path), bench.config.salvage, bench.config.max_records)
     values = _dataset_values(dataset)
     if "features" in stages:
         values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
@@ -237,6 +238,16 @@ def error_row(config: Config, experiment: Experiment, error: str, **values: Any)
 
 
 @contextlib.contextmanager
+def _at_hand(store: Store, experiment: Experiment) -> Iterator[None]:
+    """While an experiment runs, what is finished of it lies on this machine."""
+    store.take_out(experiment)
+    try:
+        yield
+    finally:
+        store.put_away(experiment)
+
+
+@contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """While an experiment runs, raylora's own log goes to its file too."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +273,7 @@ def main(argv: list[str]) -> int:
 
     if not argv or (argv[0].startswith("-") and argv[0] not in {"-h", "--help"}):
         raise UserError("name a dataset file first: python -m raylora.experiment FILE --model demo --mmlu demo")
-    file = Path(argv[0])
+    file = location(argv[0])
     config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
     plan = make_plan(config, [file], "single")
     with plan.store.held(config.fresh):

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from raylora.files import reason
 from raylora.records import UserError
 
 PIECE = 1 << 20
@@ -385,7 +386,7 @@ def short(value: Any) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{shown(path)}: cannot be read: {error.strerror}")
+    return UserError(f"{shown(path)}: cannot be read: {reason(error)}")
 
 
 def _not_utf8(path: Path) -> UserError:

@@ -11,7 +11,9 @@ import pandas as pd
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method
+from raylora.files import reading
 from raylora.records import Experiment, ResultRow, UserError, digest
+from raylora.remote_store import store_at
 from raylora.sources import quiet_libraries, resolve_model
 from raylora.store import Store, safe_name
 from raylora.trackers import check_trackers
@@ -36,8 +38,8 @@ class Plan:
         """Finished rows by experiment id: those of earlier runs that this one need not do again."""
         if self.config.fresh:
             return {}
-        rows = {e.experiment_id: self.store.read_row(e) for e in self.experiments}
-        return {key: row for key, row in rows.items() if row and (row.ok or not self.config.retry_failed)}
+        rows = self.store.read_rows(self.experiments)
+        return {key: row for key, row in rows.items() if row.ok or not self.config.retry_failed}
 
 
 def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
@@ -49,7 +51,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     quiet_libraries()
     check_trackers(config)
     source = resolve_model(config.model)
-    store = Store(config.output / safe_folder(chunk))
+    store = store_at(config.output / safe_folder(chunk))
     of_model = mmlu.model_key(config, source)
     hashes = {"model": of_model["model"]}
     of_questions: dict[str, Any] = {}
@@ -121,6 +123,11 @@ def find_files(config: Config) -> tuple[str, list[Path]]:
     Raises:
         UserError: no chunk is named, or there is none by that name; the line lists those there are.
     """
+    with reading(config.data_root):
+        return _find_files(config)
+
+
+def _find_files(config: Config) -> tuple[str, list[Path]]:
     if config.chunk is None:
         names = ", ".join(c.name for c in datasets.list_chunks(config.data_root)) or "none"
         raise UserError(f"--chunk: name one of {config.data_root}: {names} (or {DEMO_CHUNK})")

@@ -8,6 +8,7 @@ import pandas as pd
 
 from raylora.config import Config, Method
 from raylora.experiment import ROW_COLUMNS
+from raylora.files import location, one_line, reading, reason
 from raylora.records import UserError
 from raylora.train import TrainingMetrics
 
@@ -36,7 +37,7 @@ def load_results(place: str | Path) -> pd.DataFrame:
     Raises:
         UserError: there is no table, or none that can be read.
     """
-    path = Path(place)
+    path = location(place)
     if not path.exists():
         raise UserError(f"{path}: no such table; give the folder of a run, such as results/chunk_001")
     table = read_table(path)
@@ -73,16 +74,18 @@ def read_table(path: Path) -> pd.DataFrame:
         file = found[0]
     try:
         # Parquet is known by its first bytes: the ending of a user's file says little.
-        with file.open("rb") as stream:
+        with reading(file), file.open("rb") as stream:
             is_parquet = stream.read(4) == b"PAR1"
-        table = pd.read_parquet(file) if is_parquet else pd.read_csv(file, encoding="utf-8-sig", low_memory=False)
+            stream.seek(0)
+            table = (
+                pd.read_parquet(stream) if is_parquet else pd.read_csv(stream, encoding="utf-8-sig", low_memory=False)
+            )
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}; give a table or the folder of a run") from None
+        raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; save the table as UTF-8 CSV or Parquet") from None
     except (ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: no table can be read from it: {reason}") from None
+        raise UserError(f"{file}: no table can be read from it: {one_line(error)}") from None
     if table.empty:
         raise UserError(f"{file}: the table has no rows")
     return table

@@ -23,8 +23,9 @@ from raylora import mmlu
 from raylora.config import EvaluationConfig, load_settings, main_with_one_line_errors
 from raylora.model import adapter_hash, check_adapter
 from raylora.records import Score
+from raylora.remote_store import store_at
 from raylora.sources import quiet_libraries, resolve_model
-from raylora.store import Store, safe_name, write_atomically
+from raylora.store import Store, safe_name
 
 SIGNIFICANT = 0.05
 """An adjusted p-value below this is shown as a change."""
@@ -61,10 +62,10 @@ def evaluate_all(config: MmluConfig, console: Console) -> list[Evaluated]:
     source = resolve_model(config.model)
     of_model, of_questions = mmlu.model_key(config, source), mmlu.questions_key(config, asked)
     mmlu.check_prompt_style(config, source)
-    store = Store(config.output / "mmlu" / safe_name(str(config.model), of_model))
+    store = store_at(config.output / "mmlu" / safe_name(str(config.model), of_model))
     with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         found = _evaluate_all(config, store, of_model, of_questions, bar)
-        write_tables(store.root, found)
+        write_tables(store, found)
     return found
 
 
@@ -79,18 +80,20 @@ def _evaluate_all(
     base_key = mmlu.score_key(of_model, of_questions)
     base = examiner.base_score(base_key, wait=True, progress=progress("base"))
     assert base is not None
-    found = [Evaluated("base", base, store.base_file(base_key, "scores.parquet"))]
+    found = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
     for folder in config.adapter:
         key = mmlu.score_key(of_model, of_questions, adapter_hash(folder))
         name = _adapter_name(folder)
         path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
+        store.fetch(path)
         if not path.is_file():
             examiner.loaded.attach_saved(folder)
             try:
                 examiner.score(base_key, key, path, progress(name))
             finally:
                 examiner.loaded.detach()
-        found.append(Evaluated(name, mmlu.load_score(path), path))
+            store.share(path)
+        found.append(Evaluated(name, mmlu.load_score(path), store.shown(path)))
     return found
 
 
@@ -118,7 +121,7 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     }
 
 
-def write_tables(folder: Path, found: list[Evaluated]) -> None:
+def write_tables(store: Store, found: list[Evaluated]) -> None:
     base = found[0].score
     summary = pd.DataFrame([summary_row(e, base) for e in found])
     subjects = []
@@ -128,8 +131,8 @@ def write_tables(folder: Path, found: list[Evaluated]) -> None:
         subjects.append(accuracy.join(change).rename_axis("subject").reset_index().assign(model=e.name))
     table = pd.concat(subjects, ignore_index=True)
     table = table[["model", *table.columns.drop("model")]]
-    write_atomically(folder / "summary.csv", lambda p: summary.to_csv(p, index=False))
-    write_atomically(folder / "subjects.csv", lambda p: table.to_csv(p, index=False))
+    store.write_file("summary.csv", lambda p: summary.to_csv(p, index=False))
+    store.write_file("subjects.csv", lambda p: table.to_csv(p, index=False))
 
 
 def print_tables(found: list[Evaluated], console: Console) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
+from raylora.files import location, reading
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
 from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
@@ -45,7 +46,7 @@ def find_questions(config: EvaluationConfig) -> Path:
     """
     if config.mmlu == DEMO:
         return DEMO_QUESTIONS
-    path = Path(config.mmlu).expanduser() if config.mmlu else DEFAULT_QUESTIONS
+    path = location(config.mmlu).expanduser() if config.mmlu else DEFAULT_QUESTIONS
     if not path.exists():
         raise UserError(f"MMLU questions: {path} is missing: give --mmlu FILE, or try --mmlu demo")
     return path.absolute()
@@ -57,6 +58,11 @@ def load_question_set(config: EvaluationConfig) -> QuestionSet:
     Raises:
         UserError: the file is missing or bad, or a subject has too few solved questions.
     """
+    with reading(location(config.mmlu or "")):
+        return _load_question_set(config)
+
+
+def _load_question_set(config: EvaluationConfig) -> QuestionSet:
     path = find_questions(config)
     everything = load_questions(path)
     notes = _duplicates(path, everything)
@@ -203,9 +209,11 @@ class Examiner:
         """
         path = self.store.base_file(key, "scores.parquet")
         with contextlib.suppress(TimeoutError), self.store.base_lock(key, "scores").acquire(timeout=-1 if wait else 0):
+            self.store.fetch(path)
             if not path.is_file():
                 with self.loaded.base():
                     self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
+                self.store.share(path)
             return load_score(path)
         return load_score(path) if path.is_file() else None
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raylora.files import reason
 from raylora.records import Question, UserError, digest
 
 LETTERS = "ABCD"
@@ -105,7 +106,7 @@ def _read_raw(path: Path, split: Split) -> Iterator[Place]:
         else:
             yield from _read_json(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def _read_folder(folder: Path, split: Split) -> Iterator[Place]:
@@ -130,7 +131,8 @@ def _files_of(folder: Path, split: Split) -> list[Path]:
 
 def _read_parquet(path: Path) -> Iterator[Place]:
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:
+            table = pq.read_table(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: no Parquet file: {' '.join(str(error).split())[:200]}") from None
     for i, fields in enumerate(table.to_pylist(), 1):

@@ -22,7 +22,7 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(_ranking(good))
     for row in failed:
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", markup=False, soft_wrap=True)
-    console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.root}", markup=False, soft_wrap=True)
+    console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", markup=False, soft_wrap=True)
     console.print("  results.csv, results.parquet   one row a dataset", markup=False)
     if (store.root / "report.html").is_file():
         console.print("  report.html                    figures, for a browser", markup=False)
