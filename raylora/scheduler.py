@@ -259,7 +259,9 @@ def cluster(config: Config) -> Iterator[str]:
     if config.address:
         context = _join(config.address, quiet)
     else:
-        context = ray.init(dashboard_host="127.0.0.1", include_dashboard=True, num_gpus=_visible_gpus(), **quiet)
+        # A Ray of its own, whatever else runs on this machine.
+        own = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
+        context = ray.init(num_gpus=_visible_gpus(), **own, **quiet)
     try:
         url = getattr(context, "dashboard_url", None)
         yield f"Ray dashboard: http://{url} (token: ray get-auth-token)" if url else "Ray dashboard: not running"
