@@ -116,13 +116,13 @@ def around_store(module: Any) -> None:
 
 
 def around_batches(module: Any) -> None:
-    """An allocation that fails for every minibatch of more rows than one."""
+    """An allocation that fails for every minibatch of more examples than one."""
     token_losses = module.token_losses
 
-    def losses(model: Any, batch: Any) -> Any:
-        if len(batch.input_ids) > 1:
+    def losses(loaded: Any, batch: Any) -> Any:
+        if max(len(batch.input_ids), len(batch.block_lengths)) > 1:
             reach("minibatch")
-        return token_losses(model, batch)
+        return token_losses(loaded, batch)
 
     module.token_losses = losses
 
@@ -131,7 +131,7 @@ PATCHES = {
     "raylora.experiment": around_experiments,
     "raylora.model": around_models,
     "raylora.store": around_store,
-    "raylora.train": around_batches,
+    "raylora.losses": around_batches,
 }
 
 
