@@ -175,6 +175,8 @@ def _train(
         with passes.ready(), torch.random.fork_rng(devices=[loaded.device] if on_gpu else []):
             for k in range(num_steps):
                 busy = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
+                if not busy:
+                    break
                 for i, gradient in passes.backward(busy, k).items():
                     trainees[i].step(gradient, observer)
                 progress("train", k + 1, num_steps)
