@@ -17,7 +17,7 @@ import torch
 from raylora.config import Method
 from raylora.encoding import EncodedExample
 from raylora.model import LoadedModel, peak_memory_bytes
-from raylora.passes import Job, Observer, Passes, Step, StepGradient, count_labels
+from raylora.passes import GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
 
 
@@ -126,6 +126,23 @@ def train_adapters(
         torch.OutOfMemoryError: a single example does not fit.
     """
     return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
+
+
+def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job]) -> int:
+    """How many of ``jobs``, all attached, are worth training at once.
+
+    On a GPU as many as fill a minibatch with the tokens of a step, if half of what memory is free holds them: four
+    bytes each for a parameter, its gradient and AdamW's two moments. On a CPU one: its products are as fast on the
+    tokens of one adapter (benchmarks/NOTES.md).
+    """
+    if loaded.device.type != "cuda":
+        return 1
+    job = max(jobs, key=lambda job: sum(p.numel() for p in job.parameters))
+    per_step = job.method.batch_size * job.method.gradient_accumulation
+    tokens = min(per_step, len(job.examples)) * sum(map(len, job.examples)) / len(job.examples)
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
+    return max(1, min(len(jobs), int(GPU_TOKEN_BUDGET / tokens), int(fitting)))
 
 
 class _Trainee:
