@@ -27,14 +27,16 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from raylora.files import Location, LocationText, without_secrets
 from raylora.records import UserError
 
 Stage = Literal["features", "train", "mmlu"]
+TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEMO = "demo"
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -62,7 +64,7 @@ class Method(BaseModel):
     max_length: int = Field(1024, ge=16, description="tokens of an example; the front of a longer one is cut")
     train_on: Literal["answer", "all"] = Field("answer", description="where the loss looks: the answers, or everything")
 
-    _split = field_validator("target_modules", mode="before")(_split_commas)
+    _split = field_validator("target_modules", mode="before")(split_commas)
 
 
 class ModelOptions(BaseModel):
@@ -83,9 +85,10 @@ class ModelOptions(BaseModel):
 class MmluOptions(BaseModel):
     """Which questions are asked, and how."""
 
-    mmlu: str | None = Field(
+    mmlu: LocationText | None = Field(
         None,
-        description="questions: JSON, Parquet, CSV folder, or demo (without one: mmlu_dataset/test_all_subjects.json)",
+        description="questions: JSON, Parquet, CSV folder (a path, or s3://...), or demo "
+        "(without one: mmlu_dataset/test_all_subjects.json)",
     )
     max_samples: int | None = Field(None, ge=1, description="questions asked: a seeded sample stratified by subject")
     num_fewshot: int = Field(0, ge=0, le=100, description="solved questions shown before each one")
@@ -108,7 +111,7 @@ class FeatureOptions(BaseModel):
 class CommonOptions(BaseModel):
     """What every command needs to know."""
 
-    output: Path = Field(Path("results"), description="folder for the results")
+    output: Location = Field(Path("results"), description="folder for the results, or s3://bucket/folder")
     threads: int | None = Field(None, ge=1, description="CPU threads a worker (default: cores / workers)")
     seed: int = Field(0, ge=0, description="mixed with the dataset's content into every seed")
     fresh: bool = Field(False, description="throw away what earlier runs finished")
@@ -118,7 +121,9 @@ class RunOptions(BaseModel):
     """What is run, and where."""
 
     chunk: str | None = Field(None, description="chunk folder by name, or by its number in the list")
-    data_root: Path = Field(Path("train_data/merged_datasets"), description="folder that holds the chunk_* folders")
+    data_root: Location = Field(
+        Path("train_data/merged_datasets"), description="folder that holds the chunk_* folders, or s3://bucket/folder"
+    )
     stages: Annotated[tuple[Stage, ...], NoDecode] = Field(
         ("features", "train", "mmlu"), min_length=1, description="stages to run, separated by commas"
     )
@@ -133,8 +138,12 @@ class RunOptions(BaseModel):
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or ray://host:10001")
+    order: Path | None = Field(None, description="CSV that says what to run first, such as ranking.csv of raylora.rank")
+    trackers: Annotated[tuple[TrackerName, ...], NoDecode] = Field(
+        (), description="told of every row, separated by commas: mlflow, tensorboard, wandb"
+    )
 
-    _split = field_validator("stages", mode="before")(_split_commas)
+    _split = field_validator("stages", "trackers", mode="before")(split_commas)
 
 
 class _ModelNameEnv(EnvSettingsSource):
@@ -323,7 +332,8 @@ def _explain(settings: type[Settings], error: ValidationError, yaml_path: Path |
         return f"unknown option {name}{f' in {yaml_path}' if yaml_path else ''}: {_closest(settings, name)}"
     flag = "--" + name.replace("_", "-")
     message = first["msg"].removeprefix("Value error, ")
-    return " ".join(f"{flag}: {message[0].lower() + message[1:]}, got {str(first['input'])[:80]!r}".split())
+    given = without_secrets(str(first["input"]))[:80]
+    return " ".join(f"{flag}: {message[0].lower() + message[1:]}, got {given!r}".split())
 
 
 def _explain_settings_error(settings: type[Settings], error: SettingsError) -> str:

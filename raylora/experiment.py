@@ -18,13 +18,14 @@ import pandas as pd
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
-from raylora.encoding import EncodedExample, encode_example
+from raylora.encoding import StoredEncoded, encode_each
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
+from raylora.files import location
 from raylora.model import LoadedModel, adapter_hash
 from raylora.plan import make_plan, method_of
 from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, digest, ignore_progress
-from raylora.store import Store, write_atomically
+from raylora.store import LOG, Store, write_atomically
 from raylora.train import TrainingMetrics, train_adapter
 
 log = logging.getLogger("raylora.experiment")
@@ -58,6 +59,12 @@ class Workbench(mmlu.Examiner):
         super().__init__(config, store, loaded)
         self.config: Config = config
 
+    def run(self, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
+        return run_experiment(self, experiment, progress)
+
+    def help(self, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
+        return help_experiment(self, experiment, name, progress)
+
     @property
     def feature_token_budget(self) -> int:
         """Padded tokens in a batch. On a CPU small ones are faster: they stay in its caches (benchmarks/NOTES.md)."""
@@ -70,7 +77,7 @@ def run_experiment(bench: Workbench, experiment: Experiment, progress: Progress 
     A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again.
     """
     started = time.perf_counter()
-    with _log_file(bench.store.log_path(experiment)):
+    with _at_hand(bench.store, experiment), _log_file(bench.store.folder(experiment) / LOG):
         try:
             values = _run_stages(bench, experiment, progress)
             row = make_row(bench.config, experiment, "ok", **values, total_seconds=time.perf_counter() - started)
@@ -87,7 +94,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
         raise UserError(experiment.error)
     stages = bench.config.stages
     progress("load", 0, 1)
-    dataset = datasets.load_dataset(Path(experiment.path), bench.config.salvage, bench.config.max_records)
+    dataset = datasets.load_dataset(location(experiment.path), bench.config.salvage, bench.config.max_records)
     values = _dataset_values(dataset)
     if "features" in stages:
         values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
@@ -126,7 +133,7 @@ def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress:
     seed = (dataset.seed ^ bench.config.seed) % 2**62
     # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
     ordered = datasets.sample_examples(dataset.examples, 0, seed)
-    encoded: list[EncodedExample] = [encode_example(bench.loaded.tokenizer, e, method.max_length) for e in ordered]
+    encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
     parameters = bench.loaded.attach(method, seed)
     try:
         result = train_adapter(bench.loaded, parameters, encoded, method, seed, progress=progress)
@@ -139,12 +146,40 @@ def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress:
     return dict(vars(result.metrics))
 
 
+def help_experiment(bench: Workbench, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
+    """Ask questions for the process that evaluates this experiment, or the base for it, from the last one backwards.
+
+    Args:
+        name: this process's name; no two helpers of an evaluation have the same.
+
+    Returns:
+        The number of questions asked: 0 where there is nothing to help with.
+    """
+    base_path = bench.store.base_file(experiment.base_key, "scores.parquet")
+    if bench.is_being_scored(experiment.base_key, base_path):
+        with bench.loaded.base():
+            return bench.help_score(experiment.base_key, experiment.base_key, base_path, name, progress)
+    folder, path = bench.store.adapter_folder(experiment), bench.store.scores_path(experiment)
+    if not folder.is_dir() or not bench.is_being_scored(key := _score_key(bench, experiment), path):
+        return 0
+    bench.loaded.attach_saved(folder)
+    try:
+        return bench.help_score(experiment.base_key, key, path, name, progress)
+    finally:
+        bench.loaded.detach()
+
+
+def _score_key(bench: Workbench, experiment: Experiment) -> str:
+    return digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
+
+
 def _evaluate(bench: Workbench, experiment: Experiment, progress: Progress) -> dict[str, Any]:
     base = bench.base_score(experiment.base_key, wait=False, progress=progress)
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
     try:
-        key = digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
-        score = bench.score(experiment.base_key, key, bench.store.scores_path(experiment), progress)
+        score = bench.score(
+            experiment.base_key, _score_key(bench, experiment), bench.store.scores_path(experiment), progress
+        )
     finally:
         bench.loaded.detach()
     if base is None:  # another worker was at it when this one began
@@ -203,6 +238,16 @@ def error_row(config: Config, experiment: Experiment, error: str, **values: Any)
 
 
 @contextlib.contextmanager
+def _at_hand(store: Store, experiment: Experiment) -> Iterator[None]:
+    """While an experiment runs, what is finished of it lies on this machine."""
+    store.take_out(experiment)
+    try:
+        yield
+    finally:
+        store.put_away(experiment)
+
+
+@contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """While an experiment runs, raylora's own log goes to its file too."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +273,7 @@ def main(argv: list[str]) -> int:
 
     if not argv or (argv[0].startswith("-") and argv[0] not in {"-h", "--help"}):
         raise UserError("name a dataset file first: python -m raylora.experiment FILE --model demo --mmlu demo")
-    file = Path(argv[0])
+    file = location(argv[0])
     config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
     plan = make_plan(config, [file], "single")
     with plan.store.held(config.fresh):

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from raylora.config import Method
-from raylora.encoding import IGNORE_INDEX, EncodedExample, batches_by_budget, labels_of
+from raylora.encoding import EncodedExample, batches_by_budget, labels_of, supervised_counts
 from raylora.lora import AdapterPasses, Span, mix
 from raylora.losses import head_is_plain, token_losses
 from raylora.model import LoadedModel, is_out_of_memory
@@ -85,7 +85,7 @@ class Job:
 
 def count_labels(job: Job) -> list[int]:
     """Supervised tokens of each example."""
-    return [sum(t != IGNORE_INDEX for t in labels_of(e, job.method.train_on)) for e in job.examples]
+    return supervised_counts(job.examples, job.method.train_on)
 
 
 def separate_gradients(

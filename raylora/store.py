@@ -8,7 +8,9 @@ product whose key does not match is made anew.
       results.csv  results.parquet  run.json  batch_mmlu_results_<chunk>_<time>.json
       base/<key>/scores.parquet                the base's answers, shared by all experiments
       experiments/<experiment_id>/
-        result.json  features.json  adapter/  adapter.json  loss_curve.csv  scores.parquet  scores.json  log.txt
+        result.json  features.json  train.json  adapter/  loss_curve.csv  mmlu.json  scores.parquet  log.txt
+
+``remote_store.py`` keeps the same on an object store.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ from filelock import FileLock, Timeout
 from raylora.records import Experiment, ResultRow, UserError, digest
 
 PARTIAL = ".partial-"
+LOG = "log.txt"
+ROW = "result.json"
+PRODUCTS = {"features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",)}
+"""What lies beside a stage's JSON file."""
 
 
 def safe_name(name: str, *identity: Any) -> str:
@@ -84,17 +90,29 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object that was written here; None where there is none, or none that can be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_json(path.read_bytes())
+    except OSError:
+        return None
+
+
+def parse_json(data: bytes) -> dict[str, Any] | None:
+    """A JSON object; None where it is none."""
+    try:
+        value = json.loads(data)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
 
 class Store:
-    """The folder of one chunk's results. Plain paths inside, so that it travels to workers."""
+    """The folder of one chunk's results. Plain paths inside, so that it travels to workers.
+
+    ``root`` is where files are made; ``place`` is where people find them, which is the same on a file system.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.place = self.root
 
     def open(self, fresh: bool) -> None:
         """Make the folder, throw away what a killed run left half-written, and with ``fresh`` everything.
@@ -112,11 +130,11 @@ class Store:
             write_text(self.root / ".writable", "")
             (self.root / ".writable").unlink()
         except OSError as error:
-            raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
+            raise UserError(f"--output {self.place}: cannot be written to: {error.strerror}") from error
 
     @contextlib.contextmanager
     def held(self, fresh: bool) -> Iterator[None]:
-        """Open the folder and keep other runs out of it until the end. The system lets go when this process dies.
+        """Open the folder and keep other runs out of it until the end. It is free again when this process dies.
 
         Raises:
             UserError: another run holds it, or it cannot be written to.
@@ -144,27 +162,42 @@ class Store:
     def folder(self, experiment: Experiment) -> Path:
         return self.root / "experiments" / experiment.experiment_id
 
+    def shown(self, path: Path) -> Path:
+        """Where people find what is made at ``path``."""
+        return self.place / path.relative_to(self.root).as_posix()
+
     def log_path(self, experiment: Experiment) -> Path:
-        return self.folder(experiment) / "log.txt"
+        """Where people find an experiment's log."""
+        return self.shown(self.folder(experiment) / LOG)
+
+    def take_out(self, experiment: Experiment) -> None:
+        """Have what is finished of an experiment at hand. On a file system it always is."""
+
+    def put_away(self, experiment: Experiment) -> None:
+        """Nobody works on the experiment any more, for now."""
+
+    def _read(self, experiment: Experiment, name: str) -> dict[str, Any] | None:
+        return read_json(self.folder(experiment) / name)
 
     # One experiment's row
 
     def read_row(self, experiment: Experiment) -> ResultRow | None:
         """The finished row of an experiment, if it came from the same data, model and settings."""
-        saved = read_json(self.folder(experiment) / "result.json")
-        if saved is None or saved.get("identity") != experiment.identity or not isinstance(saved.get("row"), dict):
-            return None
-        return ResultRow(saved["row"])
+        return row_of(experiment, self._read(experiment, ROW))
+
+    def read_rows(self, experiments: Iterable[Experiment]) -> dict[str, ResultRow]:
+        """The finished rows by experiment id."""
+        rows = {e.experiment_id: self.read_row(e) for e in experiments}
+        return {key: row for key, row in rows.items() if row}
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
-        path = self.folder(experiment) / "result.json"
-        write_text(path, to_json({"identity": experiment.identity, "row": row.values}))
+        write_text(self.folder(experiment) / ROW, to_json({"identity": experiment.identity, "row": row.values}))
 
     # One stage's product: a JSON file with the key it was made under, written after whatever lies beside it
 
     def read_stage(self, experiment: Experiment, stage: str) -> dict[str, Any] | None:
         """A stage's values, if they came from what the experiment is now."""
-        saved = read_json(self.folder(experiment) / f"{stage}.json")
+        saved = self._read(experiment, f"{stage}.json")
         return saved["values"] if saved and saved.get("origin") == experiment.origins[stage] else None
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
@@ -173,7 +206,7 @@ class Store:
 
     def why_not_done(self, experiment: Experiment, stage: str) -> str:
         """Why a stage must be run: ``new``, or what has changed since it was; empty where it is done."""
-        saved = read_json(self.folder(experiment) / f"{stage}.json")
+        saved = self._read(experiment, f"{stage}.json")
         if saved is None or not isinstance(saved.get("origin"), dict):
             return "new"
         now, before = experiment.origins[stage], saved["origin"]
@@ -197,17 +230,47 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
-    # Tables of the whole run
+    def fetch(self, path: Path) -> None:
+        """Have a shared file at hand, if another machine made it. Called with its lock held."""
+
+    def share(self, path: Path) -> None:
+        """A shared file is made: others may have it."""
+
+    def collect(self) -> None:
+        """Have the scores and loss curves of all experiments at hand, for a report."""
+
+    # Files of the whole run
+
+    def write_file(self, name: str, write: Callable[[Path], None]) -> None:
+        """A file of the folder's top, whole and in place of the old one."""
+        write_atomically(self.root / name, write)
+        self.publish(name)
+
+    def publish(self, name: str) -> None:
+        """A file of the folder's top was made in ``root``: put it where people find it."""
 
     def write_tables(self, rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
         """``results.csv`` and ``results.parquet``, whole and in place of the old ones."""
         table = rows_to_table(rows, columns)
-        write_atomically(self.root / "results.csv", lambda p: table.to_csv(p, index=False))
-        write_atomically(self.root / "results.parquet", lambda p: table.to_parquet(p, index=False))
+        self.write_file("results.csv", lambda p: table.to_csv(p, index=False))
+        self.write_file("results.parquet", lambda p: table.to_parquet(p, index=False))
         return table
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_text(self.root / "run.json", to_json(manifest))
+        self.write_json("run.json", manifest)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        def write(partial: Path) -> None:
+            partial.write_text(to_json(value), encoding="utf-8")
+
+        self.write_file(name, write)
+
+
+def row_of(experiment: Experiment, saved: dict[str, Any] | None) -> ResultRow | None:
+    """A stored row, if it is of what the experiment is now."""
+    if saved is None or saved.get("identity") != experiment.identity or not isinstance(saved.get("row"), dict):
+        return None
+    return ResultRow(saved["row"])
 
 
 def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
@@ -236,9 +299,9 @@ def write_legacy_results(store: Store, chunk: str, max_samples: int | None, rows
         "max_samples": max_samples,
         "results": [legacy_result(row) for row in rows],
     }
-    path = store.root / f"{safe_prefix(chunk)}_{stamp}.json"
-    write_text(path, to_json(report))
-    return path
+    name = f"{safe_prefix(chunk)}_{stamp}.json"
+    store.write_json(name, report)
+    return store.place / name
 
 
 def safe_prefix(chunk: str) -> str:

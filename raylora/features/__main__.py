@@ -19,6 +19,7 @@ from raylora.batch import StoppedError, run_plan
 from raylora.config import Config, Method, load_settings, main_with_one_line_errors
 from raylora.datasets import list_dataset_files
 from raylora.features.columns import FEATURE_NAMES, describe_columns
+from raylora.files import Location, reading
 from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
 from raylora.store import rows_to_table, write_atomically
@@ -34,9 +35,11 @@ RENAMED = {"--model-path": "--model", "--data-dir": "--data-folder"}
 class FeaturesConfig(Config):
     """Measure the features of every dataset of a folder."""
 
-    output: Path = Field(Path("results/features"), description="folder for rows, logs and what a rerun goes on with")
-    data_folder: Path | None = Field(None, description="folder of dataset files (or name a --chunk)")
-    single_dataset: Path | None = Field(None, description="one dataset file in place of a folder")
+    output: Location = Field(
+        Path("results/features"), description="folder for rows, logs and what a rerun goes on with"
+    )
+    data_folder: Location | None = Field(None, description="folder of dataset files (or name a --chunk)")
+    single_dataset: Location | None = Field(None, description="one dataset file in place of a folder")
     output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
     describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
 
@@ -51,9 +54,10 @@ def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
         return "single", [config.single_dataset]
     if config.data_folder is None:
         return find_files(config)
-    if not config.data_folder.is_dir():
-        raise UserError(f"--data-folder {config.data_folder}: no such folder")
-    return config.data_folder.resolve().name, list_dataset_files(config.data_folder)[: config.limit]
+    with reading(config.data_folder):
+        if not config.data_folder.is_dir():
+            raise UserError(f"--data-folder {config.data_folder}: no such folder")
+        return config.data_folder.resolve().name, list_dataset_files(config.data_folder)[: config.limit]
 
 
 def print_summary(rows: Sequence[ResultRow], console: Console) -> None:
@@ -95,7 +99,7 @@ def main(argv: list[str]) -> int:
         )
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_summary(rows, console)
-    console.print(f"Files: {config.output_csv or plan.store.root}", markup=False, soft_wrap=True)
+    console.print(f"Files: {config.output_csv or plan.store.place}", markup=False, soft_wrap=True)
     return 0 if all(row.ok for row in rows) else 1
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,11 +160,15 @@ def run_probe(
         general = example_losses(loaded, _general_examples(loaded.tokenizer), "answer", token_budget)
         values["catastrophic_forgetting"] = _mean(general) / _mean(general_before) - 1
     except UserError as error:
-        return _nothing(str(error))
+        return _nothing(str(error), initial_loss=_mean(before))  # it was measured before anything went wrong
     finally:
         loaded.detach("probe")
-    values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+    values = _finite(values)
     return FeatureResult(values, {k: _reason(k) for k, v in values.items() if v is None})
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float | None]:
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
 def _reason(name: str) -> str:
@@ -253,8 +257,9 @@ def loss_stability(losses: Sequence[float]) -> float | None:
     return float(1 / (1 + residuals.std()))
 
 
-def _nothing(reason: str) -> FeatureResult:
-    return FeatureResult(dict.fromkeys(PROBE_NAMES), dict.fromkeys(PROBE_NAMES, reason))
+def _nothing(reason: str, **known: float) -> FeatureResult:
+    values = {**dict.fromkeys(PROBE_NAMES), **_finite(dict(known))}
+    return FeatureResult(values, {name: reason for name, value in values.items() if value is None})
 
 
 class DynamicProbeAnalyzer(OfLoadedModel):
@@ -293,7 +298,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         self,
         model: Any,
         optimizer: torch.optim.Optimizer,
-        train_batches: Sequence[Mapping[str, torch.Tensor]],
+        train_batches: Iterable[Mapping[str, torch.Tensor]],
         probe_steps: int,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 0.3,
@@ -302,7 +307,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
 
         Args:
             model: with trainable parameters, those of ``optimizer``.
-            train_batches: what the model's forward takes, ``labels`` among it.
+            train_batches: what the model's forward takes, ``labels`` among it; a list or a DataLoader.
 
         Returns:
             ``losses`` and ``grad_norms`` (lists, a number a step, norms before clipping), ``avg_grad_norm``,
@@ -313,6 +318,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         observer = ProbeObserver(parameters)
+        known = list(train_batches)
 
         def backward(batch: Mapping[str, torch.Tensor]) -> float:
             on_device = {key: value.to(model.device) for key, value in batch.items()}
@@ -322,7 +328,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
 
         def gradient(k: int) -> StepGradient:
             first = k * gradient_accumulation_steps
-            batches = [train_batches[(first + i) % len(train_batches)] for i in range(gradient_accumulation_steps)]
+            batches = [known[(first + i) % len(known)] for i in range(gradient_accumulation_steps)]
             loss = separate_gradients(parameters, [functools.partial(backward, b) for b in batches], observer)
             num_tokens = sum(b["input_ids"].numel() for b in batches)
             return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches))
