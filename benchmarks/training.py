@@ -128,9 +128,9 @@ def compare(loaded: LoadedModel, examples: list[EncodedExample], method: Method,
         costs["Trainer, padded"] = cost(loaded, padded, padded)
     if "trl" in options.ways:
         other = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source, loaded.quantization)
-        way = options.trl_way or fastest_of_trl(other, examples[:16], method)
-        ways[f"TRL, {way}"] = lambda: run_trl(other, examples, method, way)
-        costs[f"TRL, {way}"] = costs["raylora"]  # at best
+        best = options.trl_way or fastest_of_trl(other, examples[:16], method)
+        ways[f"TRL, {best}"] = lambda: run_trl(other, examples, method, best)
+        costs[f"TRL, {best}"] = costs["raylora"]  # if it did no more than it must
     few = Method(**{**method.model_dump(), "gradient_accumulation": 1})
     run_raylora(loaded, examples[:4], few)  # warm
     taken: dict[str, list[common.Measured]] = {way: [] for way in ways}

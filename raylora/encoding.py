@@ -262,9 +262,7 @@ def pack_rows(
     return Minibatch(join(rows), None, positions, join(labels) if labels is not None else None, lengths)
 
 
-def batches_by_budget(
-    items: Iterable[T], length: Callable[[T], int], token_budget: int, max_items: int | None = None
-) -> Iterator[list[T]]:
+def batches_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
     """Minibatches of at most ``token_budget`` padded tokens, longest first, so that memory runs out at once or never.
 
     A single item longer than the budget goes alone.
@@ -272,7 +270,7 @@ def batches_by_budget(
     batch: list[T] = []
     for item in sorted(items, key=length, reverse=True):
         width = length(batch[0]) if batch else length(item)
-        if batch and (width * (len(batch) + 1) > token_budget or (max_items and len(batch) >= max_items)):
+        if batch and width * (len(batch) + 1) > token_budget:
             yield batch
             batch = []
         batch.append(item)

@@ -23,9 +23,9 @@ from raylora.model import LoadedModel, is_out_of_memory
 from raylora.packing import attention_in_blocks, can_pack, collate, packs_by_budget, window_of
 
 log = logging.getLogger("raylora")
-CPU_TOKEN_BUDGET = 1024
-"""Tokens in a minibatch on a CPU, where no allocation fails before the system kills: 4 examples of 1024 tokens
-took 10 GB with a model of 135 million parameters (benchmarks/NOTES.md)."""
+CPU_TOKEN_BUDGET = 512
+"""Tokens in a minibatch on a CPU, where no allocation fails before the system kills. More are no faster and take more
+memory: 2 GB for each 1000 tokens of a model of 135 million parameters (benchmarks/NOTES.md)."""
 GPU_TOKEN_BUDGET = 16384
 
 

@@ -17,7 +17,7 @@ import torch
 from raylora.config import Method
 from raylora.encoding import EncodedExample
 from raylora.model import LoadedModel, peak_memory_bytes
-from raylora.passes import Job, Observer, Passes, Step, StepGradient, count_labels
+from raylora.passes import GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
 
 
@@ -128,6 +128,23 @@ def train_adapters(
     return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
 
 
+def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job]) -> int:
+    """How many of ``jobs``, all attached, are worth training at once.
+
+    On a GPU as many as fill a minibatch with the tokens of a step, if half of what memory is free holds them: four
+    bytes each for a parameter, its gradient and AdamW's two moments. On a CPU one: its products are as fast on the
+    tokens of one adapter (benchmarks/NOTES.md).
+    """
+    if loaded.device.type != "cuda":
+        return 1
+    job = max(jobs, key=lambda job: sum(p.numel() for p in job.parameters))
+    per_step = job.method.batch_size * job.method.gradient_accumulation
+    tokens = min(per_step, len(job.examples)) * sum(map(len, job.examples)) / len(job.examples)
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
+    return max(1, min(len(jobs), int(GPU_TOKEN_BUDGET / tokens), int(fitting)))
+
+
 class _Trainee:
     """One adapter on its way: what is left of its steps, and those it has made."""
 
@@ -175,6 +192,8 @@ def _train(
         with passes.ready(), torch.random.fork_rng(devices=[loaded.device] if on_gpu else []):
             for k in range(num_steps):
                 busy = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
+                if not busy:
+                    break
                 for i, gradient in passes.backward(busy, k).items():
                     trainees[i].step(gradient, observer)
                 progress("train", k + 1, num_steps)
