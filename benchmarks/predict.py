@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,12 @@ SAMPLE = SHARED / "tuneahead_metadataset_sample.csv"
 TARGET = "overall_accuracy"
 
 
-def coverage_in_splits(path: Path, num_splits: int, coverage: float = 0.9, seed: int = 0) -> dict[str, list[float]]:
-    """``coverage``, ``width`` and ``rmse`` on the held-out fifth of each split."""
+def coverage_in_splits(path: Path, splits: Iterable[int], coverage: float = 0.9) -> dict[str, list[float]]:
+    """``coverage``, ``width`` and ``rmse`` on the held-out fifth of each split, by the splits' seeds."""
     table = read_table(path)
     found: dict[str, list[float]] = {"coverage": [], "width": [], "rmse": []}
-    for split in range(num_splits):
-        order = np.random.default_rng([seed, split]).permutation(len(table))
+    for split in splits:
+        order = np.random.default_rng(split).permutation(len(table))
         rest, train = np.split(order, [len(table) // 5])
         predictor, _ = fit_predictor(
             known_from_table(table.iloc[train], TARGET), TARGET, coverage, seed=split, explain=False
@@ -40,6 +41,7 @@ def coverage_in_splits(path: Path, num_splits: int, coverage: float = 0.9, seed:
         found["coverage"].append(float(measured.between(predicted["low"], predicted["high"]).mean()))
         found["width"].append(float((predicted["high"] - predicted["low"]).mean()))
         found["rmse"].append(scores(measured.to_numpy(), predicted["prediction"].to_numpy())["rmse"])
+        print(json.dumps({"split": split, **{name: values[-1] for name, values in found.items()}}), flush=True)
     return found
 
 
@@ -53,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, default=SAMPLE)
     parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument("--first-split", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -60,9 +63,9 @@ def main() -> None:
     print(
         json.dumps({"five_fold_rmse": [round(r, 5) for r in rmse], "seconds": time.monotonic() - started}), flush=True
     )
-    found = coverage_in_splits(arguments.table, arguments.splits)
-    means = {f"mean_{k}": float(np.mean(v)) for k, v in found.items()}
-    print(json.dumps({**found, **means, "seconds": time.monotonic() - started}))
+    found = coverage_in_splits(arguments.table, range(arguments.first_split, arguments.first_split + arguments.splits))
+    means = {f"mean_{name}": float(np.mean(values)) for name, values in found.items() if values}
+    print(json.dumps({**means, "seconds": time.monotonic() - started}))
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class _ModelNameEnv(EnvSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         values = super().__call__()
-        if name := self.env_vars.get("model_name"):
+        if "model" in self.settings_cls.model_fields and (name := self.env_vars.get("model_name")):
             values.setdefault("model", name)
         return values
 
@@ -162,7 +162,7 @@ class _ModelNameDotEnv(DotEnvSettingsSource):
     def __call__(self) -> dict[str, Any]:
         fields = self.settings_cls.model_fields
         values = {key: value for key, value in super().__call__().items() if key in fields}
-        if name := self.env_vars.get("model_name"):
+        if "model" in self.settings_cls.model_fields and (name := self.env_vars.get("model_name")):
             values.setdefault("model", name)
         return values
 

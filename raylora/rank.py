@@ -137,7 +137,7 @@ def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
 
 
 def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
-    card, notes = predictor.card, []
+    card, notes = predictor.card, predictor.notes
     if card["needs_probe"]:
         notes.append(
             f"the predictor uses dynamic features: a probe of {config.probe_steps} steps is run on each dataset"

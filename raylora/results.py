@@ -50,12 +50,12 @@ def tidy_column(name: str, column: pd.Series) -> pd.Series:
         return column.astype("string").astype("category")
     if name in TEXTS:
         return column.astype("string").fillna("")
+    there = column.dropna()
+    if len(there) and there.astype(str).isin(["True", "False"]).all():
+        return column.map(lambda v: str(v) == "True", na_action="ignore").astype("boolean")
     numbers = pd.to_numeric(column, errors="coerce")
-    if numbers.notna().sum() < column.notna().sum():  # words: a column of another raylora's
-        is_flag = column.dropna().astype(str).isin(["True", "False"]).all()
-        return column.map({"True": True, "False": False}).astype("boolean") if is_flag else column.astype("string")
-    if pd.api.types.is_bool_dtype(column):
-        return column.astype("boolean")
+    if numbers.notna().sum() < len(there):  # words: a column of another raylora's
+        return column.astype("string")
     numbers = numbers.astype("float64")
     return numbers.astype("Int64") if name in COUNTS and numbers.dropna().mod(1).eq(0).all() else numbers
 
@@ -77,8 +77,11 @@ def read_table(path: Path) -> pd.DataFrame:
         with reading(file), file.open("rb") as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
+            words = dict.fromkeys(TEXTS, "string")  # a dataset called 007 keeps its zeros
             table = (
-                pd.read_parquet(stream) if is_parquet else pd.read_csv(stream, encoding="utf-8-sig", low_memory=False)
+                pd.read_parquet(stream)
+                if is_parquet
+                else pd.read_csv(stream, encoding="utf-8-sig", low_memory=False, dtype=words)
             )
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None

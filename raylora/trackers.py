@@ -43,7 +43,7 @@ class Tracker(Protocol):
 
 def settings_and_numbers(row: ResultRow) -> tuple[dict[str, Any], dict[str, float]]:
     """A row as trackers want it: what was chosen, and what was measured. Null values are left out."""
-    values = {name: value for name, value in row.values.items() if value is not None and value != ""}
+    values = {name: value for name, value in row.values.items() if value not in (None, "") and value == value}
     numbers = {
         name: float(value)
         for name, value in values.items()
@@ -69,7 +69,7 @@ class MlflowTracker:
         settings, numbers = settings_and_numbers(row)
         run = self._client.create_run(self._experiment, run_name=str(row.values["dataset"])).info.run_id
         metrics = [Metric(name, value, 0, 0) for name, value in numbers.items()]
-        metrics += [Metric(name, value, 0, step) for name, step, value in points_of(loss_curve)]
+        metrics += [Metric(f"train/{name}", value, 0, step) for name, step, value in points_of(loss_curve)]
         params = [Param(name, str(value)[:500]) for name, value in settings.items()]
         for i in range(0, max(len(metrics), 1), 900):  # the server takes 1000 at a time
             self._client.log_batch(run, metrics[i : i + 900], params if i == 0 else [])
@@ -163,7 +163,7 @@ class Trackers:
         if self._thread.is_alive():
             self._thread.join(timeout=CLOSING_SECONDS)
         if self._thread.is_alive():
-            names = ", ".join(self._trackers)
+            names = ", ".join(self._trackers or self._plan.config.trackers)
             self._console.print(f"Warning: {names} took too long: the last rows may be missing there", markup=False)
 
     def _send(self) -> None:

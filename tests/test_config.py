@@ -106,3 +106,14 @@ def test_wrong_use_exits_with_2_and_no_traceback():
     assert result.returncode == 2
     assert result.stderr.startswith("raylora: --data-root")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(monkeypatch, tmp_path):
+    """``.env`` and MODEL_NAME are shared by all commands, also by those that load no model."""
+    from raylora.config import load_settings
+    from raylora.predict.__main__ import FitConfig
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODEL_NAME", "demo")
+    (tmp_path / ".env").write_text("MODEL_NAME=demo\n")
+    assert load_settings(FitConfig, [], "fit").folds == 5

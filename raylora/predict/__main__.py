@@ -90,6 +90,8 @@ def predict(argv: list[str], console: Console) -> None:
     (path, table_path), argv = _take_paths(argv, "predict", "PREDICTOR", "TABLE")
     config = load_settings(PredictConfig, argv, f"{PROG} predict PREDICTOR TABLE")
     predictor, table = load_predictor(path), read_table(table_path)
+    for note in predictor.notes:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
     found = predictor.predict(table, config.coverage, str(table_path))
     named = [name for name in NAME_COLUMNS if name in table]
     full = pd.concat([table[named], found], axis=1) if named else found

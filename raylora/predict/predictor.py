@@ -7,7 +7,6 @@ of the file is built, so that a predictor from elsewhere cannot run code.
 from __future__ import annotations
 
 import math
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,16 @@ class Predictor:
     @property
     def columns(self) -> list[str]:
         return list(self.card["columns"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before trusting it here."""
+        made = self.card["scikit_learn"]
+        if made == sklearn.__version__:
+            return []
+        return [
+            f"the predictor was made with scikit-learn {made}, this is {sklearn.__version__}: fit it again to be sure"
+        ]
 
     def features_of(self, table: pd.DataFrame, place: str = "TABLE") -> pd.DataFrame:
         """The columns it uses, as floats.
@@ -157,10 +166,7 @@ def load_predictor(path: Path) -> Predictor:
         strange = sorted(set(skops.io.get_untrusted_types(file=file)) - set(TRUSTED_TYPES))
         if strange:
             raise UserError(f"{file}: holds types that no predictor needs, and is not opened: {', '.join(strange)}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # another version of scikit-learn: said below where it matters
-            content = skops.io.load(file, trusted=TRUSTED_TYPES)
-        return _checked(content)
+        return _checked(skops.io.load(file, trusted=TRUSTED_TYPES))
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 a file that anyone may have written fails in any way
