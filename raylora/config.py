@@ -136,9 +136,21 @@ class RunOptions(BaseModel):
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
-    address: str | None = Field(None, description="Ray cluster to join: auto, or ray://host:10001")
+    address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
 
     _split = field_validator("stages", mode="before")(_split_commas)
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        """Ray Data does not run over Ray's client connection; and a run must not end with a laptop's network."""
+        if address and address.startswith("ray://"):
+            host = address.removeprefix("ray://").partition(":")[0] or "HOST"
+            raise ValueError(
+                f"a run must be on the cluster, not beside it: ray job submit --address http://{host}:8265 -- "
+                "python -m raylora.batch --address auto and the other options"
+            )
+        return address
 
 
 class _ModelNameEnv(EnvSettingsSource):
