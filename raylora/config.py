@@ -27,7 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from raylora.files import Location, LocationText, without_secrets
+from raylora.files import Location, LocationText, RemoteError, without_secrets
 from raylora.records import UserError
 
 Stage = Literal["features", "train", "mmlu"]
@@ -355,11 +355,14 @@ def _explain_settings_error(settings: type[Settings], error: SettingsError) -> s
 
 
 def main_with_one_line_errors(main: Any, argv: list[str] | None = None) -> None:
-    """Run a command: a user's mistake ends in one line on stderr and exit code 2."""
+    """Run a command: a user's mistake, or an object store that says no, ends in one line on stderr and exit code 2."""
     try:
         code = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"raylora: {error}", file=sys.stderr)
+        code = 2
+    except RemoteError as error:
+        print(f"raylora: {error.strerror}", file=sys.stderr)
         code = 2
     except BrokenPipeError:
         code = 1
