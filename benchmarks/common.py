@@ -85,7 +85,10 @@ def forward_flops(model: Any, num_tokens: int, num_head_positions: int = 0) -> f
 
 @dataclass(frozen=True)
 class Measured:
+    """``cpu_seconds`` are those of all threads: with OMP_NUM_THREADS=1 they hold on a busy machine too."""
+
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     result: Any
 
@@ -98,15 +101,15 @@ def measure(run: Callable[[], Any], device: torch.device) -> Measured:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the process' high-water mark starts anew
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     result = run()
     synchronize(device)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     if device.type == "cuda":
-        return Measured(seconds, torch.cuda.max_memory_allocated(device), result)
+        return Measured(seconds, cpu_seconds, torch.cuda.max_memory_allocated(device), result)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return Measured(seconds, peak * 1024, result)
+    return Measured(seconds, cpu_seconds, peak * 1024, result)
 
 
 def machine() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def research_way(loaded: LoadedModel, encoded: list[EncodedExample], method: Met
     for k in range(steps):
         for start in range(k * per_step, (k + 1) * per_step, MICRO_BATCH):
             batch = padded(loaded, order[start : start + MICRO_BATCH], PROBE_WIDTH)
-            loss = loaded.model(**batch).loss / (per_step // MICRO_BATCH)
+            loss = loaded.model(**batch).loss / max(1, per_step // MICRO_BATCH)
             if torch.isfinite(loss):
                 loss.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace) -> None:
     loaded = common.load(options.model, options.quantization, options.shape)
     path = sorted((common.SHARED / "chunk_001").iterdir())[options.file]
     dataset = load_dataset(path, limit=options.max_records)
-    method = Method(max_length=STATIC_WIDTH, lora_dropout=0.0)
+    method = Method(max_length=STATIC_WIDTH, lora_dropout=0.0, batch_size=options.batch_size)
     sample = sample_examples(dataset.examples, options.sample_size, dataset.seed)
     encoded = [encode_example(loaded.tokenizer, e, STATIC_WIDTH) for e in sample]
     budget = 8192 if loaded.device.type == "cuda" else 512
@@ -97,6 +97,7 @@ def compare(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for way, run in ways.items():
             taken[way].append(common.measure(run, loaded.device))
+            print(f"{way}: {taken[way][-1].seconds:.1f} s, {taken[way][-1].cpu_seconds:.1f} CPU s", flush=True)
     per_step = method.batch_size * method.gradient_accumulation
     mean_length = sum(map(len, encoded)) / len(encoded)
     # In forward passes over a token; a backward pass through frozen weights costs one more, not two.
@@ -107,6 +108,7 @@ def compare(options: argparse.Namespace) -> None:
         {
             "way": way,
             "seconds": best[way],
+            "CPU seconds": min(m.cpu_seconds for m in runs),
             "times raylora": best[way] / best["raylora"],
             "bound from tokens": {"raylora": 1.0, "research code": theirs / ours}[way],
             "peak GB": max(m.peak_bytes for m in runs) / 1e9,
@@ -120,7 +122,8 @@ def compare(options: argparse.Namespace) -> None:
         "raylora, probe seconds": round(values["probe_seconds"], 1),
     }
     title = (
-        f"sample {options.sample_size}, {options.steps} steps, {options.shape or options.model}, {options.quantization}"
+        f"sample {options.sample_size}, {options.steps} steps of {per_step} examples, "
+        f"{options.shape or options.model}, {options.quantization}"
     )
     common.report(title, rows, options.json, extra)
 
@@ -168,6 +171,7 @@ def main() -> None:
     parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit"))
     parser.add_argument("--sample-size", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=1, help="examples in a micro-batch, four of them in a step")
     parser.add_argument("--file", type=int, default=0, help="which dataset of the chunk")
     parser.add_argument("--max-records", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=1)

@@ -76,12 +76,16 @@ def ask_by_writing(loaded: LoadedModel, questions: Sequence[Question], shots: di
     return texts
 
 
-def best_harness(loaded: LoadedModel, questions: Sequence[Question], shots: dict) -> tuple[Any, int]:
+def best_harness(
+    loaded: LoadedModel, questions: Sequence[Question], shots: dict, sizes: Sequence[int]
+) -> tuple[Any, int]:
     """The harness at the batch size that is fastest on a few of the questions."""
     from tests.harness import make_lm
 
     few = list(questions)[:: max(1, len(questions) // 24)]
-    sizes = (1, 2, 4, 8, 16) if loaded.device.type == "cpu" else (8, 16, 32, 64)
+    sizes = sizes or ((1, 2, 4, 8, 16) if loaded.device.type == "cpu" else (8, 16, 32, 64))
+    if len(sizes) == 1:
+        return make_lm(loaded.model, loaded.tokenizer, sizes[0]), sizes[0]
     lms = {size: make_lm(loaded.model, loaded.tokenizer, size) for size in sizes}
     seconds = {
         size: common.measure(lambda lm=lm: ask_harness(lm, few, shots), loaded.device).seconds
@@ -96,7 +100,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
     ways: dict[str, Callable[[], Any]] = {"raylora": lambda: ask_raylora(loaded, questions, shots)}
     names = {"raylora": "raylora"}
     if "lm_eval" in options.ways:
-        lm, size = best_harness(loaded, questions, shots)
+        lm, size = best_harness(loaded, questions, shots, options.batch_sizes)
         ways["lm_eval"] = lambda: ask_harness(lm, questions, shots)
         names["lm_eval"] = f"lm-eval, batch {size}"
     if "generate" in options.ways:
@@ -107,6 +111,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
     for _ in range(options.rounds):
         for way, run in ways.items():
             taken[way].append(common.measure(run, loaded.device))
+            print(f"{way}: {taken[way][-1].seconds:.1f} s, {taken[way][-1].cpu_seconds:.1f} CPU s", flush=True)
     prompts = mmlu.encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
     num_tokens = sum(len(e) for e in prompts)
     dtype = torch.bfloat16 if loaded.device.type == "cuda" else torch.float32
@@ -123,6 +128,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
                 "prompt tokens/s": num_tokens / seconds,
                 "share of matrix rate": common.forward_flops(loaded.model, num_tokens, len(prompts)) / seconds / limit,
                 "peak GB": max(m.peak_bytes for m in runs) / 1e9,
+                "CPU seconds": statistics.median(m.cpu_seconds for m in runs),
                 "all seconds": " ".join(f"{m.seconds:.1f}" for m in runs),
             }
         )
@@ -143,6 +149,7 @@ def count_flips(loaded: LoadedModel, questions: Sequence[Question], shots: dict,
     for budget in (128, 512, 2048):
         score = mmlu.evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget)
         found[budget] = score.questions[LOGPROBS].to_numpy()
+        print(f"token budget {budget}: {score.info['mmlu_seconds']:.1f} s", flush=True)
     base = found[512]
     margins = np.diff(np.sort(base, axis=1)[:, -2:], axis=1)[:, 0]
     rows = []
@@ -175,6 +182,7 @@ def main() -> None:
     parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="lm_eval,generate", help="what raylora is held against")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=(), help="lm-eval's, the fastest is taken")
     parser.add_argument("--flips", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

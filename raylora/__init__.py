@@ -14,7 +14,7 @@ _PUBLIC = {
     "evaluate_mmlu_with_model": "raylora.api",
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
-    "load_results": "raylora.api",
+    "load_results": "raylora.results",
     "DynamicProbeAnalyzer": "raylora.features.dynamic",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
     "HyperParams": "raylora.features.dynamic",

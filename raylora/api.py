@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from raylora import datasets, mmlu
 from raylora.batch import run_plan
 from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
-from raylora.encoding import encode_example
+from raylora.encoding import StoredEncoded, encode_each
 from raylora.experiment import Workbench
 from raylora.experiment import run_experiment as run_planned_experiment
-from raylora.files import location, reading
+from raylora.files import location
 from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
+from raylora.results import load_results
 from raylora.store import legacy_result
 from raylora.train import train_adapter
 
@@ -85,7 +85,7 @@ class FineTuner:
         ordered = datasets.sample_examples(dataset.examples, 0, seed)
         loaded.detach()
         parameters = loaded.attach(method, seed)
-        encoded = [encode_example(tokenizer, example, method.max_length) for example in ordered]
+        encoded = StoredEncoded(encode_each(tokenizer, ordered, method.max_length))
         result = train_adapter(loaded, parameters, encoded, method, seed)
         if output_dir is not None:
             loaded.save_adapter(Path(output_dir))
@@ -188,20 +188,6 @@ def _evaluate(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str,
     encoded = mmlu.encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
     score = mmlu.evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
     return {**mmlu.summarize(score), "questions": score.questions}
-
-
-def load_results(folder: str | Path) -> pd.DataFrame:
-    """The table of a finished run's folder, such as ``results/chunk_001`` or ``s3://bucket/results/chunk_001``.
-
-    Raises:
-        UserError: there is no table.
-    """
-    path = location(folder) / "results.parquet"
-    with reading(path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such table; give the folder of a run, such as results/chunk_001")
-        with path.open("rb") as file:
-            return pd.read_parquet(file)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -7,11 +7,13 @@ Exit code 0: all rows are good; 1: some failed (they have rows too); 2: wrong us
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,10 +25,13 @@ from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
 from raylora.experiment import ROW_COLUMNS, error_row
 from raylora.plan import Plan, find_files, make_plan
 from raylora.records import Experiment, ResultRow, UserError
-from raylora.report import print_results
+from raylora.report import print_results, try_write_report
 from raylora.store import write_legacy_results
+from raylora.trackers import tracking
 from raylora.watch import Watch
 
+GRACE_SECONDS = 20
+"""After Ctrl-C, the time in which experiments that are nearly done may finish."""
 PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
 
 
@@ -39,19 +44,17 @@ def run_plan(
 ) -> list[ResultRow]:
     """Run what is not done yet; the rows of all experiments, in the plan's order.
 
-    The tables are written anew with every row that comes in, and once more at the end, however it comes; ``on_rows``
-    is called with the rows they hold.
+    The tables are written as rows come in, and once more at the end, however it comes; ``on_rows`` is called with the
+    rows they hold.
+
+    Raises:
+        StoppedError: the run ended early; one line says why.
+        KeyboardInterrupt: Ctrl-C, with experiments left.
     """
-
-    def write_tables() -> list[ResultRow]:
-        ordered = _in_order(plan, rows)
-        store.write_tables(ordered, ROW_COLUMNS)
-        on_rows(ordered)
-        return ordered
-
-    rows = plan.done()
     store, config = plan.store, plan.config
-    with store.held(config.fresh):
+    with store.held(config.fresh), _one_line_where_no_room(plan):
+        rows = plan.done()
+        tables = _Tables(plan, rows, on_rows)
         for experiment in plan.experiments:
             if experiment.error:
                 rows[experiment.experiment_id] = error_row(config, experiment, experiment.error)
@@ -60,31 +63,117 @@ def run_plan(
         store.write_manifest(_manifest(plan))
         try:
             if pending:
-                _run_pending(plan, pending, rows, console, write_tables)
+                run_pending(plan, pending, rows, console, tables.row_came)
         finally:
-            ordered = write_tables()
+            ordered = tables.write()
+            try_write_report(store, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 
 
-def _run_pending(
+class _Tables:
+    """The tables of a run, in place from the first row on. Writing them takes a tenth of the time at most."""
+
+    def __init__(self, plan: Plan, rows: dict[str, ResultRow], on_rows: Callable[[Sequence[ResultRow]], None]) -> None:
+        self._plan, self._rows, self._on_rows = plan, rows, on_rows
+        self._not_before = 0.0
+
+    def write(self) -> list[ResultRow]:
+        started = time.monotonic()
+        ordered = _in_order(self._plan, self._rows)
+        self._plan.store.write_tables(ordered, ROW_COLUMNS)
+        self._on_rows(ordered)
+        now = time.monotonic()
+        self._not_before = now + 10 * (now - started)
+        return ordered
+
+    def row_came(self) -> None:
+        if time.monotonic() >= self._not_before:
+            self.write()
+
+
+@contextlib.contextmanager
+def _one_line_where_no_room(plan: Plan) -> Iterator[None]:
+    from raylora.foreman import StoreFailedError, store_failure
+
+    try:
+        yield
+    except StoreFailedError as error:
+        raise StoppedError(f"{error}.") from error
+    except OSError as error:
+        if failure := store_failure(error, plan.store):
+            raise StoppedError(f"{failure}.") from error
+        raise
+
+
+def run_pending(
     plan: Plan,
     pending: Sequence[Experiment],
     rows: dict[str, ResultRow],
     console: Console,
-    write_tables: Callable[[], object],
+    row_came: Callable[[], None],
 ) -> None:
     from raylora import scheduler  # starting Ray's client takes seconds, which a mistake need not wait for
 
-    with scheduler.cluster(plan.config) as dashboard, Watch(len(plan.experiments), len(rows), console) as watch:
+    with (
+        scheduler.cluster(plan.config) as dashboard,
+        Watch(len(plan.experiments), len(rows), console) as watch,
+        _Interrupts(console) as interrupts,
+        tracking(plan, console) as trackers,
+    ):
         console.print(dashboard, markup=False, soft_wrap=True)
+
+        def on_start(run: scheduler.Run) -> None:
+            watch.connect(run.read)
+            interrupts.begin_no_more = run.begin_no_more
+
         try:
-            for row in scheduler.run_experiments(plan.config, plan.store, pending, watch.connect):
+            for row in scheduler.run_experiments(plan.config, plan.store, pending, on_start):
                 rows[row.values["experiment_id"]] = row
-                write_tables()
+                row_came()
                 watch.finished(row)
+                trackers.log_row(row)
         except scheduler.ClusterLostError as error:
             raise StoppedError(f"Ray broke down: {error}") from error
+        if interrupts.came and any(e.experiment_id not in rows for e in pending):
+            raise KeyboardInterrupt
+
+
+class _Interrupts:
+    """Ctrl-C, once: nothing new is begun, and what is nearly done may finish. Twice, or some time later: stop now."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.begin_no_more: Callable[[], None] = lambda: None
+        self.came = False
+        self._over = threading.Event()
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self._former: Any = None
+
+    def __enter__(self) -> _Interrupts:
+        if self._in_main_thread:  # no other may handle signals
+            self._former = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._in_main_thread:
+            signal.signal(signal.SIGINT, self._former)
+
+    def _handle(self, *_: object) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+        # Not from in here: the signal may have come in the middle of a call to Ray.
+        threading.Thread(target=self._finish, daemon=True).start()
+
+    def _finish(self) -> None:
+        self._console.print(
+            f"Stopping: what is done within {GRACE_SECONDS} s is kept; Ctrl-C again stops now.", markup=False
+        )
+        self.begin_no_more()
+        if not self._over.wait(GRACE_SECONDS):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _in_order(plan: Plan, rows: dict[str, ResultRow]) -> list[ResultRow]:
@@ -99,6 +188,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "configuration": plan.config.model_dump(mode="json"),
         "hashes": plan.hashes,
+        "base_key": plan.experiments[0].base_key if plan.experiments else "",
         "data_hashes": {e.dataset: e.data_hash for e in plan.experiments},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": _machine(),

@@ -31,11 +31,12 @@ from raylora.files import Location, LocationText, RemoteError, without_secrets
 from raylora.records import UserError
 
 Stage = Literal["features", "train", "mmlu"]
+TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEMO = "demo"
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -63,7 +64,7 @@ class Method(BaseModel):
     max_length: int = Field(1024, ge=16, description="tokens of an example; the front of a longer one is cut")
     train_on: Literal["answer", "all"] = Field("answer", description="where the loss looks: the answers, or everything")
 
-    _split = field_validator("target_modules", mode="before")(_split_commas)
+    _split = field_validator("target_modules", mode="before")(split_commas)
 
 
 class ModelOptions(BaseModel):
@@ -137,8 +138,12 @@ class RunOptions(BaseModel):
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
+    order: Path | None = Field(None, description="CSV that says what to run first, such as ranking.csv of raylora.rank")
+    trackers: Annotated[tuple[TrackerName, ...], NoDecode] = Field(
+        (), description="told of every row, separated by commas: mlflow, tensorboard, wandb"
+    )
 
-    _split = field_validator("stages", mode="before")(_split_commas)
+    _split = field_validator("stages", "trackers", mode="before")(split_commas)
 
     @field_validator("address")
     @classmethod

@@ -7,8 +7,10 @@ while a run goes on is used, and one that leaves is not waited for.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,14 +19,16 @@ from typing import Any
 log = logging.getLogger("raylora.crew")
 
 REFRESH_SECONDS = 2.0
-"""How often somebody who waits looks whether GPUs came or went."""
+"""How often it is looked whether GPUs came or went."""
+AVOID_SECONDS = 60.0
+"""How long somebody waits for a worker elsewhere before taking one where things went wrong."""
 MAX_FAILURES_IN_A_ROW = 3
 """So many different experiments that failed on a GPU one after another, and did not fail elsewhere, condemn it."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A GPU, or a machine without any: what it says of itself where people read it, and what Ray calls it."""
+    """A GPU, or a machine without any: what it says of itself where people read it, and what Ray calls its node."""
 
     host: str
     gpu: str
@@ -34,20 +38,33 @@ class Place:
         return f"GPU {self.gpu} of {self.host}" if self.gpu else self.host
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What there is to work with now: how many workers there may be, and the nodes that are alive."""
+
+    num_workers: int
+    nodes: frozenset[str]
+
+
 @dataclass(eq=False)
 class Member:
-    """A worker that was started, and where."""
+    """A worker that was started, where, and by what number people know it."""
 
     worker: Any
     place: Place
+    number: int = 0
 
 
 @dataclass(eq=False)
 class _Waiter:
     rank: float
     avoid: Place | None
-    arrived: threading.Event = field(default_factory=threading.Event)
+    since: float
+    served: threading.Event = field(default_factory=threading.Event)
     member: Member | None = None
+
+    def wants(self, member: Member) -> bool:
+        return member.place != self.avoid or time.monotonic() - self.since > AVOID_SECONDS
 
 
 class Crew:
@@ -56,45 +73,60 @@ class Crew:
     Args:
         start: starts a worker and says where it is. Called in a thread of its own; may take minutes, and may raise.
         stop: ends a worker, whatever it is doing.
-        num_wanted: how many workers there may be now; asked often.
+        survey: looks at what there is; asked every ``REFRESH_SECONDS``.
+        on_set_aside: told the GPU that is used no more, in one line.
     """
 
     def __init__(
-        self, start: Callable[[], Member], stop: Callable[[Member], None], num_wanted: Callable[[], int]
+        self,
+        start: Callable[[], Member],
+        stop: Callable[[Member], None],
+        survey: Callable[[], Survey],
+        on_set_aside: Callable[[str], None] = log.error,
     ) -> None:
-        self._start, self._stop, self._num_wanted = start, stop, num_wanted
+        self._start, self._stop, self._survey, self._on_set_aside = start, stop, survey, on_set_aside
+        self._there = survey()
         self._lock = threading.Lock()
-        self._waiting: list[_Waiter] = []
+        self._waiting: list[_Waiter] = []  # by rank
         self._idle: list[Member] = []
         self._busy: set[Member] = set()
         self._held: list[Member] = []
         self._num_starting = 0
         self._failed: dict[Place, set[str]] = defaultdict(set)
-        self.set_aside: dict[Place, str] = {}
-        """GPUs that are used no more, each with the last thing that went wrong there."""
+        self._set_aside: set[Place] = set()
+        self._closed = threading.Event()
+        threading.Thread(target=self._refresh, daemon=True).start()
 
-    def take(self, rank: float = 0.0, avoid: Place | None = None) -> Member:
-        """Wait for a worker; those of a lower rank come first. ``avoid``: one elsewhere, if there is an elsewhere."""
-        waiter = _Waiter(rank, avoid)
+    def take(self, rank: float = 0.0, avoid: Place | None = None) -> Member | None:
+        """Wait for a worker; those of a lower rank come first. ``avoid``: one elsewhere, if there is an elsewhere.
+
+        Returns:
+            None where no work is begun any more.
+        """
+        waiter = _Waiter(rank, avoid, time.monotonic())
         with self._lock:
-            self._waiting.append(waiter)
+            if self._closed.is_set():
+                return None
+            bisect.insort(self._waiting, waiter, key=lambda w: w.rank)
             self._assign()
-        while not waiter.arrived.wait(REFRESH_SECONDS):
-            with self._lock:
-                self._assign()
-        assert waiter.member
+        waiter.served.wait()
         return waiter.member
 
-    def take_spare(self) -> Member | None:
-        """A worker that nobody else wants now; None where there is none. One may be started for the next call."""
+    def take_spare(self, may_start: bool) -> Member | None:
+        """A worker that nobody else wants now; None where there is none.
+
+        Args:
+            may_start: start one, for a later call, where a GPU has none.
+        """
         with self._lock:
-            if self._waiting:
+            if self._waiting or self._closed.is_set():
                 return None
             if self._idle:
                 member = self._idle.pop()
                 self._busy.add(member)
                 return member
-            self._start_up_to(1)
+            if may_start and self._num_starting == 0:
+                self._start_more(1)
         return None
 
     def give_back(self, member: Member, well: bool = True) -> None:
@@ -102,8 +134,9 @@ class Crew:
         with self._lock:
             if well:
                 self._failed.pop(member.place, None)
-            self._busy.discard(member)
-            self._idle.append(member)
+            if member in self._busy:  # else its node went away meanwhile
+                self._busy.discard(member)
+                self._idle.append(member)
             self._assign()
 
     def lost(self, member: Member) -> None:
@@ -114,19 +147,20 @@ class Crew:
             self._assign()
 
     def blame(self, place: Place, experiment: str, cause: str) -> None:
-        """An experiment failed at ``place`` and went well elsewhere, or was not tried there.
+        """An experiment failed at ``place`` and went well elsewhere.
 
         Too many of them one after another, and the GPU is set aside, unless it is the last one.
         """
         with self._lock:
             self._failed[place].add(experiment)
-            if len(self._failed[place]) < MAX_FAILURES_IN_A_ROW or place in self.set_aside or self._num_usable() <= 1:
+            num_failed = len(self._failed[place])
+            if num_failed < MAX_FAILURES_IN_A_ROW or place in self._set_aside or self._num_usable() <= 1:
                 return
-            self.set_aside[place] = cause
-            log.error("%s is set aside: %d experiments failed there in a row", place, len(self._failed[place]))
+            self._set_aside.add(place)
             for member in [m for m in self._idle if m.place == place]:
                 self._idle.remove(member)
                 self._held.append(member)
+        self._on_set_aside(f"{place} is set aside: {num_failed} experiments failed there in a row; the last: {cause}")
 
     def acquit(self, places: Iterable[Place], experiment: str) -> None:
         """It was the experiment, not the GPUs."""
@@ -134,36 +168,66 @@ class Crew:
             for place in places:
                 self._failed[place].discard(experiment)
 
+    def begin_no_more(self) -> None:
+        """Whoever waits, or comes from now on, gets no worker. Those who have one go on."""
+        with self._lock:
+            self._closed.set()
+            for waiter in self._waiting:
+                waiter.served.set()
+            self._waiting = []
+
     def close(self) -> None:
+        """Stop every worker."""
+        self.begin_no_more()
         with self._lock:
             members = [*self._idle, *self._busy, *self._held]
             self._idle, self._busy, self._held = [], set(), []
         for member in members:
             self._stop(member)
 
+    def _refresh(self) -> None:
+        while not self._closed.wait(REFRESH_SECONDS):
+            try:
+                there = self._survey()
+            except Exception:  # the cluster is busy, or about to go: whoever runs something there will know
+                log.exception("the cluster does not answer")
+                continue
+            with self._lock:
+                self._there = there
+                for members in (self._idle, self._held):
+                    members[:] = [m for m in members if m.place.node in there.nodes]
+                self._busy = {m for m in self._busy if m.place.node in there.nodes}
+                self._set_aside = {p for p in self._set_aside if p.node in there.nodes}
+                self._assign()
+
     # All below is called with the lock held
 
     def _num_usable(self) -> int:
-        return self._num_wanted() - len(self.set_aside)
+        return self._there.num_workers - len(self._set_aside)
 
     def _assign(self) -> None:
         """Free workers to those who wait; then as many new ones as are still wanted and allowed."""
-        for waiter in sorted(self._waiting, key=lambda w: w.rank):
-            there = [m for m in self._idle if m.place != waiter.avoid]
-            if not there and self._num_usable() <= 1:
-                there = self._idle
-            if there:
-                waiter.member = there[0]
-                self._idle.remove(there[0])
-                self._busy.add(there[0])
-                self._waiting.remove(waiter)
-                waiter.arrived.set()
-        self._start_up_to(len(self._waiting))
+        unserved: list[_Waiter] = []
+        anywhere = self._num_usable() <= 1
+        for k, waiter in enumerate(self._waiting):
+            if not self._idle:
+                unserved += self._waiting[k:]
+                break
+            member = next((m for m in self._idle if anywhere or waiter.wants(m)), None)
+            if member is None:
+                unserved.append(waiter)
+                continue
+            waiter.member = member
+            self._idle.remove(member)
+            self._busy.add(member)
+            waiter.served.set()
+        self._waiting = unserved
+        self._start_more(len(unserved))
 
-    def _start_up_to(self, num: int) -> None:
+    def _start_more(self, num: int) -> None:
         # A place that is set aside is kept occupied, as nothing else keeps its GPU from being given out again.
         num_there = len(self._idle) + len(self._busy) + len(self._held) + self._num_starting
-        for _ in range(min(num - self._num_starting, self._num_wanted() - num_there)):
+        for _ in range(min(num - self._num_starting, self._there.num_workers - num_there)):
             self._num_starting += 1
             threading.Thread(target=self._start_one, daemon=True).start()
 
@@ -171,10 +235,14 @@ class Crew:
         member = None
         try:
             member = self._start()
-        except Exception:
+        except Exception:  # its node may be gone by now; the next look at the cluster starts another one
             log.exception("a worker did not start")
         with self._lock:
             self._num_starting -= 1
-            if member:
-                (self._held if member.place in self.set_aside else self._idle).append(member)
+            if member is None:
+                return
+            if not self._closed.is_set():
+                (self._held if member.place in self._set_aside else self._idle).append(member)
                 self._assign()
+                return
+        self._stop(member)

@@ -7,16 +7,16 @@ a bad file is one line that names the file, the place and the mend. What is aske
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylora.files import reason
-from raylora.records import BadRecord, Dataset, Example, Message, UserError, digest
+from raylora.examples import Chosen, digests_of, keep_examples, order_by_content
+from raylora.files import reading, reason
+from raylora.jsonstream import RecordStream, kind, short, shown
+from raylora.records import BadRecord, Dataset, Example, Message, UserError
 
 MAX_KEPT_BAD_RECORDS = 100
 ROLES = {
@@ -112,43 +112,44 @@ def list_dataset_files(chunk: Path) -> list[Path]:
     return sorted(files)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes.
+def sample_examples(examples: Sequence[Example], size: int, seed: int) -> Sequence[Example]:
+    """A seeded draw of ``size`` examples (0: all), in an order by content: a file's own order changes nothing.
 
-    Raises:
-        UserError: it cannot be read.
+    Only what is drawn is read where examples lie on disk.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{_shown(path)}: cannot be read: {reason(error)}") from None
-
-
-def sample_examples(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
-    """A seeded draw of ``size`` examples (0: all), in an order by content: a file's own order changes nothing."""
-    ordered = sorted(examples, key=lambda e: digest([seed, e.digest]))
-    return ordered[:size] if size else ordered
+    order = order_by_content(digests_of(examples), seed)
+    return list(Chosen(examples, order[:size])) if size else Chosen(examples, order)
 
 
 # Files
 
 
-@dataclass(frozen=True)
-class _Record:
-    place: str
-    value: Any
+@dataclass
+class Survey:
+    """What a dataset file holds, without its examples; ``error`` says why it cannot be used."""
+
+    data_hash: str = ""
+    num_examples: int = 0
+    num_chars: int = 0
     error: str = ""
 
 
-@dataclass(frozen=True)
-class _Records:
-    records: list[_Record]
-    num_lost: int = 0
+def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Survey:
+    """Look a dataset file through as ``load_dataset`` does, and keep nothing of it. A bad file is no exception."""
+    reader = _Reader(path, salvage, limit)
+    found = Survey()
+    try:
+        with reading(path):
+            found.num_examples = sum(1 for _ in reader)
+        found.num_chars = reader.num_chars
+    except UserError as error:
+        found = Survey(error=str(error))
+    found.data_hash = reader.records.hash
+    return found
 
 
 def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) -> Dataset:
-    """Read a dataset file.
+    """Read a dataset file. Examples of a large one lie on disk (``examples.MEMORY_CHARS``).
 
     Args:
         salvage: keep the complete leading records of a file that breaks off.
@@ -157,138 +158,57 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
     Raises:
         UserError: the file cannot be read, is no JSON, breaks off, or holds no valid record.
     """
-    text = _read_text(path)
-    try:
-        found = _split_records(path, text, salvage)
-    except RecursionError:
-        raise UserError(f"{_shown(path)}: nested too deeply to be a dataset") from None
-    records = found.records[:limit]
-    examples: list[Example] = []
-    bad: list[BadRecord] = []
-    num_chars = 0
-    for record in records:
-        if record.error:
-            bad.append(BadRecord(record.place, record.error))
-            continue
-        num_chars += sum(len(s) for s in _strings(record.value))
-        parsed, errors = parse_record(record.value)
-        examples += parsed
-        bad += [BadRecord(f"{record.place}{error.place}", str(error)) for error in errors]
-    if not examples:
-        why = f"; the first: {bad[0].place}: {bad[0].reason}" if bad else ""
-        raise UserError(f"{_shown(path)}: none of its {len(records)} records is valid{why}")
+    reader = _Reader(path, salvage, limit)
+    with reading(path):
+        examples = keep_examples(reader)
     return Dataset(
         path=str(path),
-        examples=tuple(examples),
-        num_items=len(records),
-        total_chars=num_chars,
-        bad_records=tuple(bad[:MAX_KEPT_BAD_RECORDS]),
-        num_bad_records=len(bad),
-        num_lost_records=found.num_lost,
+        examples=examples,
+        num_items=reader.num_items,
+        total_chars=reader.num_chars,
+        bad_records=tuple(reader.bad),
+        num_bad_records=reader.num_bad,
+        num_lost_records=reader.records.num_lost,
     )
 
 
-def _shown(path: Path) -> str:
-    """A path on one line, whatever its name holds."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+class _Reader:
+    """The examples of a file, good for one pass, which counts what it meets.
 
+    Iteration raises:
+        UserError: as ``load_dataset`` does.
+    """
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{_shown(path)}: cannot be read: {reason(error)}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise UserError(
-            f"{_shown(path)}: line {line}, column {column}: not UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from None
-    if not text.strip():
-        raise UserError(f"{_shown(path)}: line 1: empty; delete the file or write it again")
-    return text
+    def __init__(self, path: Path, salvage: bool, limit: int | None) -> None:
+        self.path, self.limit = path, limit
+        self.records = RecordStream(path, _is_record, salvage)
+        self.num_items = self.num_chars = self.num_bad = 0
+        self.bad: list[BadRecord] = []
+        """The first ones."""
 
+    def __iter__(self) -> Iterator[Example]:
+        num_examples = 0
+        for record in self.records:
+            if self.limit is not None and self.num_items >= self.limit:
+                continue  # the file is still read to its end: it may turn out to be broken
+            self.num_items += 1
+            if record.error:
+                self._leave_out(record.place, record.error)
+                continue
+            self.num_chars += sum(len(s) for s in _strings(record.value))
+            examples, errors = parse_record(record.value)
+            num_examples += len(examples)
+            yield from examples
+            for error in errors:
+                self._leave_out(f"{record.place}{error.place}", str(error))
+        if not num_examples:
+            why = f"; the first: {self.bad[0].place}: {self.bad[0].reason}" if self.bad else ""
+            raise UserError(f"{shown(self.path)}: none of its {self.num_items} records is valid{why}")
 
-def _split_records(path: Path, text: str, salvage: bool) -> _Records:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if _looks_like_lines(text, path):
-            return _Records(list(_json_lines(text)))
-        return _broken_list(path, text, error, salvage)
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise UserError(f"{_shown(path)}: {_short(error)}") from None
-    return _Records(_records_of(path, value))
-
-
-def _records_of(path: Path, value: Any) -> list[_Record]:
-    if isinstance(value, dict) and not _is_record(value):
-        lists = [v for v in value.values() if isinstance(v, list)]
-        if len(lists) == 1:
-            value = lists[0]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise UserError(f"{_shown(path)}: line 1: expected a list of records, found {_kind(value)}")
-    if not value:
-        raise UserError(f"{_shown(path)}: line 1: an empty list; a dataset needs at least one record")
-    return [_Record(f"record {i}", record) for i, record in enumerate(value, 1)]
-
-
-def _looks_like_lines(text: str, path: Path) -> bool:
-    """Whether the first line that is not blank is a whole JSON object, or the name says that lines are meant."""
-    first = next(line for line in text.split("\n") if line.strip())
-    try:
-        return isinstance(json.loads(first), dict)
-    except ValueError:
-        return path.suffix.lower() == ".jsonl" and not text.lstrip().startswith("[")
-
-
-def _json_lines(text: str) -> Iterator[_Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield _Record(f"line {number}", json.loads(line))
-        except json.JSONDecodeError as error:
-            yield _Record(f"line {number}", None, f"column {error.colno}: not JSON: {error.msg}")
-        except ValueError as error:
-            yield _Record(f"line {number}", None, _short(error))
-
-
-def _broken_list(path: Path, text: str, error: json.JSONDecodeError, salvage: bool) -> _Records:
-    """What to do with a file that is no JSON: the complete leading records of its list, or one line that says so."""
-    records, end = _leading_records(text)
-    place = f"{_shown(path)}: line {error.lineno}, column {error.colno}"
-    breaks_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-    if not salvage or not records:
-        what = "the file breaks off here" if breaks_off else f"not JSON: {error.msg}"
-        mend = f"; --salvage keeps the {len(records)} complete records before it" if records else ""
-        raise UserError(f"{place}: {what}{mend}")
-    # The record in which the file breaks off is lost; how many more there were behind other damage, no one can know.
-    num_lost = (1 if text[end:].strip(" \t\r\n,") else 0) if breaks_off else -1
-    return _Records([_Record(f"record {i}", record) for i, record in enumerate(records, 1)], num_lost)
-
-
-def _leading_records(text: str) -> tuple[list[Any], int]:
-    decoder = json.JSONDecoder()
-    records: list[Any] = []
-    start = len(text) - len(text.lstrip())
-    if not text.startswith("[", start):
-        return [], 0
-    end = start + 1
-    while True:
-        begin = end
-        while begin < len(text) and text[begin] in " \t\r\n,":
-            begin += 1
-        try:
-            record, end = decoder.raw_decode(text, begin)
-        except ValueError:
-            return records, begin
-        records.append(record)
+    def _leave_out(self, place: str, reason: str) -> None:
+        self.num_bad += 1
+        if self.num_bad <= MAX_KEPT_BAD_RECORDS:
+            self.bad.append(BadRecord(place, reason))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -306,16 +226,17 @@ def _strings(value: Any) -> Iterator[str]:
 # Records
 
 
-def _is_record(value: dict[str, Any]) -> bool:
+def _is_record(value: Collection[str]) -> bool:
+    """By an object's keys."""
     known = {"messages", "conversations", "qa_pairs"}
-    return bool(known & value.keys()) or any(q in value and a in value for q, a in PAIRS)
+    return any(key in value for key in known) or any(q in value and a in value for q, a in PAIRS)
 
 
 def parse_record(record: Any) -> tuple[list[Example], list[BadRecordError]]:
     """The examples of one record, and what is wrong with those parts of it that make none."""
     try:
         if not isinstance(record, dict):
-            raise BadRecordError(f"expected an object, found {_kind(record)}")
+            raise BadRecordError(f"expected an object, found {kind(record)}")
         for key in ("messages", "conversations"):
             if key in record:
                 return _parse_conversation(record[key]), []
@@ -348,11 +269,11 @@ def _parse_conversation(turns: Any) -> list[Example]:
 
 def _parse_turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
-        raise BadRecordError(f"turn {number}: expected an object, found {_kind(turn)}")
+        raise BadRecordError(f"turn {number}: expected an object, found {kind(turn)}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise BadRecordError(f"turn {number}: role {_short(role)}; known are {', '.join(ROLES)}")
+        raise BadRecordError(f"turn {number}: role {short(role)}; known are {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _join_parts(content, number)
     return Message(known, _text(content, f"turn {number}"))
@@ -383,7 +304,7 @@ def _parse_qa_pairs(record: dict[str, Any]) -> tuple[list[Example], list[BadReco
     for number, pair in enumerate(pairs, 1):
         try:
             if not isinstance(pair, dict):
-                raise BadRecordError(f"expected an object, found {_kind(pair)}")
+                raise BadRecordError(f"expected an object, found {kind(pair)}")
             inner = {"context": context, **pair} if context else pair
             examples.append(_parse_pair(inner))
         except BadRecordError as error:
@@ -396,7 +317,7 @@ def _parse_pair(record: dict[str, Any]) -> Example:
         if question_key in record and answer_key in record:
             break
     else:
-        raise BadRecordError(f"its keys are {_short(', '.join(map(str, record)))}; known are {KNOWN}")
+        raise BadRecordError(f"its keys are {short(', '.join(map(str, record)))}; known are {KNOWN}")
     question, answer = _text(record[question_key], question_key), _text(record[answer_key], answer_key)
     system = _optional(record, ("system",))
     extra = _optional(record, ("input",)) if question_key == "instruction" else ""
@@ -423,7 +344,7 @@ def _text(value: Any, name: str) -> str:
         BadRecordError: it is none.
     """
     if not isinstance(value, str):
-        raise BadRecordError(f"{name}: expected text, found {_kind(value)}")
+        raise BadRecordError(f"{name}: expected text, found {kind(value)}")
     if not value.strip():
         raise BadRecordError(f"{name} is empty")
     try:
@@ -431,13 +352,3 @@ def _text(value: Any, name: str) -> str:
     except UnicodeEncodeError:
         raise BadRecordError(f"{name}: holds half a character (a lone surrogate)") from None
     return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _short(value: Any) -> str:
-    text = ascii(str(value))[1:-1] if not str(value).isprintable() else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

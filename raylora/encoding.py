@@ -1,20 +1,26 @@
 """Examples as token ids: chat template, labels, and minibatches by token budget.
 
-Every minibatch is padded on the left. What is supervised or scored then stands at the end of each row, and
-``logits_to_keep`` spares the output head on everything before it.
+A minibatch is either rows padded on the left, so that what is scored stands at the end of each, or one row of several
+examples packed one after another.
 """
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
+import numpy as np
 import torch
 
 from raylora.records import Example, Message, UserError
+from raylora.spool import Spool
 
 IGNORE_INDEX = -100
+ENCODED_TOGETHER = 512
+"""Examples tokenised together."""
 T = TypeVar("T")
 TrainOn = Literal["answer", "all"]
 
@@ -39,19 +45,29 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Tensors of shape (B, T), padded on the left; ``labels`` is -100 wherever the loss must not look."""
+    """Tensors of shape (B, T), padded on the left or packed; ``labels`` is -100 wherever the loss must not look."""
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
+    """None where the row is packed."""
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
+    block_lengths: tuple[int, ...] = ()
+    """Tokens of each example of a packed row."""
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+    def model_inputs(self) -> dict[str, Any]:
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.attention_mask is None:
+            return {**inputs, "block_lengths": self.block_lengths}
+        return {**inputs, "attention_mask": self.attention_mask}
+
+    def spans(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Where each example, of these lengths, begins and ends among all B * T tokens in a row."""
+        width = self.input_ids.shape[1]
+        if self.attention_mask is None:
+            ends = list(itertools.accumulate(lengths))
+            return [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+        return [((row + 1) * width - n, (row + 1) * width) for row, n in enumerate(lengths)]
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -81,6 +97,34 @@ def encode_example(tokenizer: Any, example: Example, max_length: int) -> Encoded
     Longer than ``max_length`` tokens: the front is cut, as the answer and the question nearest to it matter most; an
     answer that is longer by itself loses its end.
     """
+    return next(encode_each(tokenizer, [example], max_length))
+
+
+def encode_each(tokenizer: Any, examples: Iterable[Example], max_length: int) -> Iterator[EncodedExample]:
+    """``encode_example`` of each, tokenised ``ENCODED_TOGETHER`` at a time."""
+    left = iter(examples)
+    while part := [_render(tokenizer, example) for example in itertools.islice(left, ENCODED_TOGETHER)]:
+        encoded = tokenizer(
+            [rendered.text for rendered in part],
+            add_special_tokens=not tokenizer.chat_template,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+        )
+        for rendered, ids, offsets in zip(part, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield _marked(rendered, ids, offsets, max_length)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """An example as text, and where in it, in characters, its question and its answer begin and end."""
+
+    text: str
+    question: tuple[int, int]
+    answer: tuple[int, int]
+
+
+def _render(tokenizer: Any, example: Example) -> _Rendered:
     prompt = render_chat(tokenizer, example.messages, add_generation_prompt=True)
     whole = render_chat(tokenizer, [*example.messages, Message("assistant", example.answer)], False)
     if not tokenizer.chat_template:
@@ -94,18 +138,20 @@ def encode_example(tokenizer: Any, example: Example, max_length: int) -> Encoded
     whole = whole[:answer_end] + whole[answer_end:].rstrip()  # the line break behind the end mark teaches nothing
     last_user = example.messages[-1].content.strip()
     question_start = whole.rfind(last_user, 0, answer_start) if last_user else -1
-    question_end = question_start + len(last_user)
+    question = (question_start, question_start + len(last_user)) if question_start >= 0 else (0, 0)
+    return _Rendered(whole, question, (answer_start, answer_end))
 
-    encoded = tokenizer(
-        whole, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, truncation=False
-    )
-    input_ids: list[int] = list(encoded["input_ids"])
-    is_question, is_answer, is_text = [], [], []
-    for start, end in encoded["offset_mapping"]:
-        # A token that begins in the answer is the answer's. An empty token (a special one put in front) is nobody's.
-        is_answer.append(start >= answer_start and end > start)
-        is_text.append(start < answer_end and end > max(start, answer_start))
-        is_question.append(question_start >= 0 and start < question_end and end > max(question_start, start))
+
+def _marked(
+    rendered: _Rendered, input_ids: list[int], offsets: Sequence[tuple[int, int]], max_length: int
+) -> EncodedExample:
+    (question_start, question_end), (answer_start, answer_end) = rendered.question, rendered.answer
+    start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    # A token that reaches into the answer is the answer's: with the space that many templates put before it, its first
+    # word is one token. An empty token (a special one put in front) is nobody's.
+    is_answer = (end > np.maximum(start, answer_start)).tolist()
+    is_text = ((start < answer_end) & (end > np.maximum(start, answer_start))).tolist()
+    is_question = ((start < question_end) & (end > np.maximum(start, question_start))).tolist()
     keep = _window(is_answer, max_length)
     return EncodedExample(input_ids[keep], is_question[keep], is_answer[keep], is_text[keep])
 
@@ -124,6 +170,58 @@ def labels_of(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
     supervised = [train_on == "all" or of_answer for of_answer in encoded.is_answer]
     labels = [t if wanted else IGNORE_INDEX for t, wanted in zip(encoded.input_ids, supervised, strict=True)]
     return [IGNORE_INDEX, *labels[1:]]
+
+
+def supervised_counts(examples: Sequence[EncodedExample], train_on: TrainOn) -> list[int]:
+    """How many tokens of each example the loss looks at."""
+    if isinstance(examples, StoredEncoded):
+        return examples.supervised_counts(train_on)
+    return [sum(t != IGNORE_INDEX for t in labels_of(e, train_on)) for e in examples]
+
+
+class StoredEncoded(Sequence[EncodedExample]):
+    """Encoded examples packed as bytes, in memory while they are few and on disk where they are many.
+
+    A token takes five bytes: its id, and what it is of.
+    """
+
+    def __init__(self, examples: Iterable[EncodedExample]) -> None:
+        """Raises UserError where the disk is full."""
+        self._spool = Spool()
+        self._lengths = array("i")
+        self._num_answer = array("i")
+        for e in examples:
+            marks = np.array([e.is_question, e.is_answer, e.is_answer_text], dtype=np.uint8)  # (3, T)
+            packed = marks[0] | marks[1] << 1 | marks[2] << 2
+            self._spool.append(np.array(e.input_ids, dtype="<i4").tobytes() + packed.astype(np.uint8).tobytes())
+            self._lengths.append(len(e))
+            self._num_answer.append(int(marks[1, 1:].sum()))
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example, known without reading it."""
+        return self._lengths
+
+    def supervised_counts(self, train_on: TrainOn) -> list[int]:
+        if train_on == "all":
+            return [max(length - 1, 0) for length in self._lengths]
+        return self._num_answer.tolist()
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
+    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        data, length = self._spool[number], self._lengths[number]
+        marks = np.frombuffer(data, dtype=np.uint8, offset=4 * length)
+        parts = [(marks & bit).astype(bool).tolist() for bit in (1, 2, 4)]
+        return EncodedExample(np.frombuffer(data, dtype="<i4", count=length).tolist(), *parts)
 
 
 def pad_left(
@@ -146,6 +244,22 @@ def pad_left(
     return Minibatch(
         ids.to(device), mask.to(device), positions.to(device), targets.to(device) if targets is not None else None
     )
+
+
+def pack_rows(
+    rows: Sequence[Sequence[int]], device: torch.device | str, labels: Sequence[Sequence[int]] | None = None
+) -> Minibatch:
+    """Rows of token ids one after another in a single one, for a model whose attention runs in blocks."""
+    lengths = tuple(len(row) for row in rows)
+
+    def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
+        tensor = torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
+        # From pinned memory a copy to the GPU does not wait for what the GPU is at.
+        on_gpu = torch.device(device).type == "cuda"
+        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+    positions = join(range(n) for n in lengths)
+    return Minibatch(join(rows), None, positions, join(labels) if labels is not None else None, lengths)
 
 
 def batches_by_budget(

@@ -18,7 +18,7 @@ import pandas as pd
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
-from raylora.encoding import EncodedExample, encode_example
+from raylora.encoding import StoredEncoded, encode_each
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
 from raylora.files import location
@@ -58,6 +58,12 @@ class Workbench(mmlu.Examiner):
     def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
         super().__init__(config, store, loaded)
         self.config: Config = config
+
+    def run(self, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
+        return run_experiment(self, experiment, progress)
+
+    def help(self, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
+        return help_experiment(self, experiment, name, progress)
 
     @property
     def feature_token_budget(self) -> int:
@@ -127,7 +133,7 @@ def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress:
     seed = (dataset.seed ^ bench.config.seed) % 2**62
     # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
     ordered = datasets.sample_examples(dataset.examples, 0, seed)
-    encoded: list[EncodedExample] = [encode_example(bench.loaded.tokenizer, e, method.max_length) for e in ordered]
+    encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
     parameters = bench.loaded.attach(method, seed)
     try:
         result = train_adapter(bench.loaded, parameters, encoded, method, seed, progress=progress)
@@ -140,12 +146,40 @@ def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress:
     return dict(vars(result.metrics))
 
 
+def help_experiment(bench: Workbench, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
+    """Ask questions for the process that evaluates this experiment, or the base for it, from the last one backwards.
+
+    Args:
+        name: this process's name; no two helpers of an evaluation have the same.
+
+    Returns:
+        The number of questions asked: 0 where there is nothing to help with.
+    """
+    base_path = bench.store.base_file(experiment.base_key, "scores.parquet")
+    if bench.is_being_scored(experiment.base_key, base_path):
+        with bench.loaded.base():
+            return bench.help_score(experiment.base_key, experiment.base_key, base_path, name, progress)
+    folder, path = bench.store.adapter_folder(experiment), bench.store.scores_path(experiment)
+    if not folder.is_dir() or not bench.is_being_scored(key := _score_key(bench, experiment), path):
+        return 0
+    bench.loaded.attach_saved(folder)
+    try:
+        return bench.help_score(experiment.base_key, key, path, name, progress)
+    finally:
+        bench.loaded.detach()
+
+
+def _score_key(bench: Workbench, experiment: Experiment) -> str:
+    return digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
+
+
 def _evaluate(bench: Workbench, experiment: Experiment, progress: Progress) -> dict[str, Any]:
     base = bench.base_score(experiment.base_key, wait=False, progress=progress)
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
     try:
-        key = digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
-        score = bench.score(experiment.base_key, key, bench.store.scores_path(experiment), progress)
+        score = bench.score(
+            experiment.base_key, _score_key(bench, experiment), bench.store.scores_path(experiment), progress
+        )
     finally:
         bench.loaded.detach()
     if base is None:  # another worker was at it when this one began

@@ -123,6 +123,7 @@ class LoadedModel:
     quantization: str
     _peft: Any = field(default=None, repr=False)
     _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
+    _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
     general_losses: list[tuple[float, int]] | None = field(default=None, repr=False)
     """The base's losses on general knowledge, measured once."""
 
@@ -177,10 +178,18 @@ class LoadedModel:
             raise UserError(f"{folder}: no adapter of {self.source}: {one_line(error)}") from error
         self._activate(name, trainable=False)
 
+    @property
+    def active_adapter(self) -> str:
+        return str(self._peft.active_adapter)
+
+    def activate(self, name: str) -> None:
+        """Of several attached adapters, the one that the model answers with; not trainable."""
+        self._activate(name, trainable=False)
+
     def _activate(self, name: str, trainable: bool) -> list[torch.nn.Parameter]:
         self._peft.set_adapter(name)
-        marker = f".{name}."
-        named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in key)
+        marker = f".{name}."  # embeddings' names end in it
+        named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in f"{key}.")
         parameters = [p for _, p in named]
         for parameter in parameters:
             parameter.requires_grad_(trainable)
@@ -205,6 +214,24 @@ class LoadedModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def lora_modules(self) -> list[tuple[str, Any]]:
+        """Every module that has an adapter, with its name, in the model's order."""
+        from peft.tuners.lora import LoraLayer
+
+        return [(key, module) for key, module in self._peft.named_modules() if isinstance(module, LoraLayer)]
+
+    def allows(self, trial: Callable[[Any], bool]) -> bool:
+        """What ``trial`` says of the bare base in eval mode; it is tried once in the life of the model."""
+        if trial not in self._allowed:
+            training = self.model.training
+            self.model.eval()
+            try:
+                with self.base(), self.autocast():
+                    self._allowed[trial] = trial(self.model)
+            finally:
+                self.model.train(training)
+        return self._allowed[trial]
+
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """Inside, the model answers as the base, whatever adapter is attached."""
@@ -222,11 +249,9 @@ class LoadedModel:
 
     def relative_weight_update(self, name: str = "default") -> float:
         """Mean over adapted modules of the Frobenius norm of (alpha / r) B A over that of the frozen weight."""
-        from peft.tuners.lora import LoraLayer
-
         shares = []
-        for key, module in self._peft.named_modules():
-            if not isinstance(module, LoraLayer) or name not in module.lora_A:
+        for key, module in self.lora_modules():
+            if name not in module.lora_A:
                 continue
             if key not in self._weight_norms:
                 weight = _plain_weight(module.get_base_layer())

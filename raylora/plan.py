@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method
 from raylora.files import reading
@@ -14,6 +16,7 @@ from raylora.records import Experiment, ResultRow, UserError, digest
 from raylora.remote_store import store_at
 from raylora.sources import quiet_libraries, resolve_model
 from raylora.store import Store, safe_name
+from raylora.trackers import check_trackers
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CHUNK = "chunk_demo"
@@ -46,6 +49,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         UserError: nothing can be run. A single bad dataset file is no reason: its experiment carries the error.
     """
     quiet_libraries()
+    check_trackers(config)
     source = resolve_model(config.model)
     store = store_at(config.output / safe_folder(chunk))
     of_model = mmlu.model_key(config, source)
@@ -62,26 +66,21 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that the last worker is not busy alone; names break ties, so that the order is always the same.
     experiments.sort(key=lambda e: (-e.num_chars * float(e.settings["num_epochs"]), e.experiment_id))
+    if place := read_order(config.order):
+        experiments.sort(key=lambda e: place.get(e.experiment_id, place.get(e.dataset, len(place))))
     return Plan(config, chunk, store, tuple(experiments), hashes, notes)
 
 
 def _experiments_of(
     path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], config: Config
 ) -> list[Experiment]:
-    data_hash, num_examples, num_chars, error = "", 0, 0, ""
-    try:
-        with reading(path):
-            data_hash = datasets.file_hash(path)
-            dataset = datasets.load_dataset(path, config.salvage, config.max_records)
-        num_examples, num_chars = len(dataset.examples), dataset.total_chars
-    except UserError as bad_file:
-        error = str(bad_file)
+    found = datasets.survey(path, config.salvage, config.max_records)
     loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
         train = {
-            "data": digest([data_hash, config.salvage, config.max_records]),
+            "data": digest([found.data_hash, config.salvage, config.max_records]),
             "model": of_model["model"],
             "quantization": digest(loading),
             "hyperparameters": digest(settings),
@@ -100,13 +99,13 @@ def _experiments_of(
                 dataset=path.stem,
                 path=str(path.absolute()),
                 settings=settings,
-                identity=digest([origins, sorted(config.stages), error]),
+                identity=digest([origins, sorted(config.stages), found.error]),
                 origins=origins,
                 base_key=mmlu.score_key(of_model, of_questions),
-                data_hash=data_hash,
-                num_examples=num_examples,
-                num_chars=num_chars,
-                error=error,
+                data_hash=found.data_hash,
+                num_examples=found.num_examples,
+                num_chars=found.num_chars,
+                error=found.error,
             )
         )
     return experiments
@@ -136,7 +135,29 @@ def _find_files(config: Config) -> tuple[str, list[Path]]:
         folder = DEMO_FOLDER / DEMO_CHUNK
     else:
         folder = datasets.find_chunk(config.data_root, config.chunk)
-    return folder.name, datasets.list_dataset_files(folder)[: config.limit]
+    files = datasets.list_dataset_files(folder)
+    if place := read_order(config.order):
+        files.sort(key=lambda path: place.get(path.stem, len(place)))
+    return folder.name, files[: config.limit]
+
+
+def read_order(path: Path | None) -> dict[str, int]:
+    """Places by dataset and by experiment, from a CSV with these columns; what is not in it comes last.
+
+    Raises:
+        UserError: it cannot be read, or has no column ``dataset``.
+    """
+    if path is None:
+        return {}
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        raise UserError(f"--order {path}: no CSV table can be read from it: {reason}") from None
+    if "dataset" not in table:
+        raise UserError(f"--order {path}: no column dataset; it is made by python -m raylora.rank")
+    names = [table[column] for column in ("experiment_id", "dataset") if column in table]
+    return {name: place for column in names for place, name in reversed(list(enumerate(column)))}
 
 
 def method_of(experiment: Experiment) -> Method:

@@ -1,34 +1,45 @@
 """Experiments on all GPUs of a Ray cluster. The only module that imports ray.
 
-A Ray Dataset maps each experiment through a supervisor, a light actor without a GPU. Each supervisor owns one worker,
-an actor in its own process that holds one GPU and the base model. The supervisor sees its worker die, hang or raise,
-starts a new one, tries once more, and then returns an error row with the cause: the pipeline itself never fails.
+A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
+holds the crew: workers, each an actor in its own process with one GPU and the base model. The supervisor sees a worker
+die, hang or raise and tries again with another one; it always returns a row, so the pipeline itself never fails.
+
+    experiments -> Ray Dataset -> supervisor (crew.py, foreman.py) -> rows
+                                   |- worker on GPU 0     |
+                                   '- worker on GPU 1     '-> board: who does what, notes <- the command reads
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from raylora.config import Config
-from raylora.experiment import Workbench, error_row, run_experiment
-from raylora.records import Experiment, ResultRow
-from raylora.sources import quiet_libraries
+from raylora.crew import Crew, Member, Place, Survey
+from raylora.experiment import Workbench
+from raylora.foreman import Calls, Foreman, NodeLostError, StoreFailedError, WorkerFailedError, store_failure
+from raylora.records import Experiment, ResultRow, UserError
+from raylora.sources import one_line, quiet_libraries
 from raylora.store import Store
 
-MAX_ATTEMPTS = 2
 PROGRESS_SECONDS = 0.5
 """At most one progress message a worker in this time."""
+MAX_THREADS = 1024
+"""Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
+EVALUATING = {"base mmlu", "mmlu"}
+"""Stages whose questions can be shared out."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Progress:
     """What a worker is doing: ``done`` of ``total`` in ``stage`` of ``dataset``, since ``started`` (Unix seconds)."""
 
     worker: int
+    experiment_id: str
     dataset: str
     stage: str
     done: int
@@ -43,20 +55,26 @@ class Progress:
     started: float
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What the board shows: every worker's progress, and notes in the order in which they came."""
+
+    progress: list[Progress] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    stopping: bool = False
+
+
 class ClusterLostError(RuntimeError):
     """Ray itself went away, or parts of it that no retry brings back. What is stored is not lost."""
 
 
 class Board:
-    """Where workers write what they are doing, and the command reads it."""
+    """Where workers write what they are doing and the command what it wants; both read it."""
 
     def __init__(self) -> None:
         self._progress: dict[int, Progress] = {}
-        self._num_workers = 0
-
-    def next_worker(self) -> int:
-        self._num_workers += 1
-        return self._num_workers - 1
+        self._notes: list[str] = []
+        self._stopping = False
 
     def write(self, progress: Progress) -> None:
         self._progress[progress.worker] = progress
@@ -64,23 +82,55 @@ class Board:
     def clear(self, worker: int) -> None:
         self._progress.pop(worker, None)
 
-    def read(self) -> list[Progress]:
-        return [self._progress[key] for key in sorted(self._progress)]
+    def note(self, text: str) -> None:
+        self._notes.append(text)
+
+    def begin_no_more(self) -> None:
+        self._stopping = True
+
+    def read(self) -> Sight:
+        return Sight([self._progress[key] for key in sorted(self._progress)], [*self._notes], self._stopping)
 
 
 class Worker:
-    """One GPU and one base model, in a process of its own. Runs one experiment after another."""
+    """One GPU and one base model, in a process of its own. Runs one experiment after another.
 
-    def __init__(self, config: Config, store: Store, board: Any, number: int, num_threads: int) -> None:
+    Args:
+        make_bench: makes what experiments are run with (``Workbench``), of the configuration and the store.
+    """
+
+    def __init__(
+        self, make_bench: Callable[..., Any], config: Config, store: Store, board: Any, number: int, num_threads: int
+    ) -> None:
         quiet_libraries()
         import torch
 
         torch.set_num_threads(num_threads)
-        self._bench = Workbench(config, store)
+        self._bench = make_bench(config, store)
         self._board, self._number = board, number
+
+    def where(self) -> Place:
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return Place(socket.gethostname(), ",".join(map(str, gpus)), context.get_node_id())
 
     def run(self, experiment: Experiment) -> dict[str, Any]:
         """The values of the experiment's row."""
+        try:
+            row: ResultRow = self._bench.run(experiment, self._reporter(experiment))
+            return row.values
+        finally:
+            self._board.clear.remote(self._number)
+
+    def help(self, experiment: Experiment) -> int:
+        """Questions of the experiment's evaluation that were asked for the worker that runs it."""
+        try:
+            asked: int = self._bench.help(experiment, f"helper-{self._number}", self._reporter(experiment))
+            return asked
+        finally:
+            self._board.clear.remote(self._number)
+
+    def _reporter(self, experiment: Experiment) -> Callable[[str, int, int], None]:
         stage_now, started, written = "", 0.0, 0.0
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -90,78 +140,103 @@ class Worker:
                 stage_now, started, written = stage, now, 0.0
             if now - written >= PROGRESS_SECONDS:
                 written = now
-                self._board.write.remote(Progress(self._number, experiment.dataset, stage, done, total, started))
+                self._board.write.remote(
+                    Progress(self._number, experiment.experiment_id, experiment.dataset, stage, done, total, started)
+                )
 
-        return run_experiment(self._bench, experiment, progress).values
+        return progress
 
 
 class Supervisor:
-    """Sees to it that every experiment gets a row, whatever becomes of the worker."""
+    """Holds the crew of a run. Called by many threads at once, each with an experiment."""
 
-    def __init__(self, config: Config, store: Store, board: Any, resources: dict[str, float], num_threads: int) -> None:
-        self._config, self._store, self._board = config, store, board
-        self._resources, self._num_threads = resources, num_threads
-        self._number = ray.get(board.next_worker.remote())
-        self._worker: Any = None
+    def __init__(
+        self, make_bench: Callable[..., Any], config: Config, store: Store, board: Any, resources: dict[str, Any]
+    ) -> None:
+        self._make_bench, self._config, self._store, self._board = make_bench, config, store, board
+        self._resources = resources
+        self._numbers = itertools.count()
+        num_workers = max(1, self._survey().num_workers)
+        self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
+        self._crew = Crew(self._start, self._stop, self._survey, self._note)
+        calls = Calls(self._run, self._help, self._being_evaluated)
+        self._foreman = Foreman(config, store, self._crew, calls, "num_gpus" in resources, self._note)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        experiment = Experiment(**json.loads(item["experiment"]))
-        # A row that is there already was made by this supervisor's predecessor, which was killed before it said so.
-        row = self._store.read_row(experiment) if item["resume"] else None
-        values = row.values if row else self._run(experiment)
-        self._board.clear.remote(self._number)
-        return {"row": json.dumps(values)}
+        try:
+            values = self._foreman.run(Experiment(**json.loads(item["experiment"])))
+        except StoreFailedError as error:
+            self._crew.begin_no_more()
+            return {"row": "null", "stop": str(error)}
+        return {"row": json.dumps(values), "stop": ""}
 
-    def _run(self, experiment: Experiment) -> dict[str, Any]:
-        cause = ""
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                values = ray.get(self._started_worker().run.remote(experiment), timeout=self._config.timeout)
-                if attempt > 1:
-                    values["num_attempts"] = attempt
-                    self._store.write_row(experiment, ResultRow(values))
-                return values
-            except GetTimeoutError:
-                cause = f"gave up after --timeout {self._config.timeout:g} s"
-            except RayTaskError as error:
-                cause = f"{type(error.cause).__name__}: {error.cause}"
-            except RayActorError as error:
-                cause = f"its worker process died ({_death_cause(error)})"
-            except RayError as error:
-                cause = f"{type(error).__name__}: {error}"
-            # Whatever happened, the process may be harmed: a memory leak, a half-attached adapter, a lost GPU context.
-            self._stop_worker()
-        text = f"{experiment.dataset}: {cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"
-        row = error_row(self._config, experiment, text, num_attempts=MAX_ATTEMPTS)
-        self._store.write_row(experiment, row)
-        return row.values
+    def _note(self, text: str) -> None:
+        self._board.note.remote(text)
 
-    def _started_worker(self) -> Any:
-        if self._worker is None:
-            options = {**self._resources, "max_restarts": 0}
-            actor = ray.remote(Worker).options(**options)
-            self._worker = actor.remote(self._config, self._store, self._board, self._number, self._num_threads)
-        return self._worker
+    # What the crew asks for
 
-    def _stop_worker(self) -> None:
-        if self._worker is not None:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(self._worker, no_restart=True)
-            self._worker = None
+    def _survey(self) -> Survey:
+        nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        wanted = self._config.num_workers
+        if "num_gpus" in self._resources:
+            return Survey(min(wanted or num_gpus, num_gpus), nodes)
+        return Survey(wanted or 1, nodes)
 
+    def _start(self) -> Member:
+        number = next(self._numbers)
+        actor: Any = ray.remote(Worker).options(max_restarts=0, **self._resources)
+        worker = actor.remote(self._make_bench, self._config, self._store, self._board, number, self._num_threads)
+        return Member(worker, ray.get(worker.where.remote()), number)
 
-def _death_cause(error: RayActorError) -> str:
-    """The one line of Ray's long message that says why."""
-    text = str(error)
-    for mark, meaning in {
-        "SIGKILL": "killed, or out of memory",
-        "memory": "out of memory",
-        "SYSTEM_ERROR": "killed or crashed",
-        "node": "its node is gone",
-    }.items():
-        if mark in text:
-            return meaning
-    return "killed or crashed"
+    def _stop(self, member: Member) -> None:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(member.worker, no_restart=True)
+            self._board.clear.remote(member.number)
+
+    # What the foreman asks for
+
+    def _run(self, member: Member, experiment: Experiment) -> dict[str, Any]:
+        values: dict[str, Any] = self._ask(member, member.worker.run.remote(experiment), self._config.timeout)
+        return values
+
+    def _help(self, member: Member, experiment: Experiment) -> int:
+        return int(self._ask(member, member.worker.help.remote(experiment), None))
+
+    def _ask(self, member: Member, answer: Any, timeout: float | None) -> Any:
+        try:
+            return ray.get(answer, timeout=timeout)
+        except GetTimeoutError as error:
+            raise WorkerFailedError(f"gave up after --timeout {timeout:g} s") from error
+        except RayTaskError as error:
+            if failure := store_failure(error.cause, self._store):
+                raise failure from error
+            raise WorkerFailedError(f"{type(error.cause).__name__}: {one_line(error.cause)}") from error
+        except OutOfMemoryError as error:
+            raise WorkerFailedError("its worker process was killed: the node ran out of memory") from error
+        except RayActorError as error:
+            if isinstance(error, NodeDiedError) or self._is_lost(member):
+                raise NodeLostError(f"the node {member.place.host} is gone") from error
+            raise WorkerFailedError("its worker process died: it crashed or was killed, perhaps for memory") from error
+        except RayError as error:
+            raise WorkerFailedError(f"{type(error).__name__}: {one_line(error)}") from error
+
+    def _is_lost(self, member: Member) -> bool:
+        """Whether the member's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
+        node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == member.place.node), None)
+        if node is None or not node["Alive"]:
+            return True
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=5).close()
+        except OSError:
+            return True
+        return False
+
+    def _being_evaluated(self) -> set[str]:
+        sight: Sight = ray.get(self._board.read.remote(), timeout=60)
+        if sight.stopping:
+            self._crew.begin_no_more()
+        return {p.experiment_id for p in sight.progress if p.stage in EVALUATING}
 
 
 @contextlib.contextmanager
@@ -170,6 +245,9 @@ def cluster(config: Config) -> Iterator[str]:
 
     Yields:
         One line that says how to open its dashboard.
+
+    Raises:
+        UserError: there is no cluster at the address, or it does not let us in.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
@@ -179,14 +257,28 @@ def cluster(config: Config) -> Iterator[str]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core writes warnings of its own to the terminal
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address:
-        context = ray.init(address=config.address, **quiet)
+        context = _join(config.address, quiet)
     else:
-        context = ray.init(dashboard_host="127.0.0.1", include_dashboard=True, num_gpus=_visible_gpus(), **quiet)
+        # A Ray of its own, whatever else runs on this machine.
+        own = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
+        context = ray.init(num_gpus=_visible_gpus(), **own, **quiet)
     try:
         url = getattr(context, "dashboard_url", None)
         yield f"Ray dashboard: http://{url} (token: ray get-auth-token)" if url else "Ray dashboard: not running"
     finally:
         ray.shutdown()
+
+
+def _join(address: str, options: dict[str, Any]) -> Any:
+    try:
+        return ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        if "token" in f"{error} {error.__cause__}".lower():
+            raise UserError(
+                f"--address {address}: the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what "
+                "`ray get-auth-token` prints on its head node"
+            ) from None
+        raise UserError(f"--address {address}: no Ray cluster there ({one_line(error)})") from None
 
 
 def _visible_gpus() -> int:
@@ -195,54 +287,90 @@ def _visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the command can do with a run that goes on: look at it, and have it begin nothing new."""
+
+    board: Any
+
+    def read(self) -> Sight:
+        sight: Sight = ray.get(self.board.read.remote(), timeout=10)
+        return sight
+
+    def begin_no_more(self) -> None:
+        self.board.begin_no_more.remote()
+
+
 def run_experiments(
-    config: Config, store: Store, experiments: Sequence[Experiment], on_board: Any = None
+    config: Config,
+    store: Store,
+    experiments: Sequence[Experiment],
+    on_start: Callable[[Run], None] = lambda _: None,
+    make_bench: Callable[..., Any] = Workbench,
 ) -> Iterator[ResultRow]:
-    """Rows as they finish, one for each experiment, in the running Ray.
+    """Rows as they finish, one for each experiment that was begun, in the running Ray.
 
     Args:
-        on_board: called with a function that reads every worker's ``Progress``.
+        on_start: told of the run before its first row.
+        make_bench: makes what a worker runs experiments with.
+
+    Raises:
+        StoreFailedError: results cannot be kept.
+        ClusterLostError: Ray broke down.
     """
     if not experiments:
         return
-    num_workers, resources = _workers_and_resources(config, len(experiments))
-    num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
-    board = ray.remote(Board).options(num_cpus=0).remote()
-    if on_board:
-        on_board(lambda: ray.get(board.read.remote(), timeout=10))
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    resume = not (config.fresh or config.retry_failed)
-    items = [{"experiment": json.dumps(asdict(e)), "resume": resume} for e in experiments]
-    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        Supervisor,
-        fn_constructor_args=(config, store, board, resources, num_threads),
-        # One experiment in hand and none in line behind it, so that the last ones go to whoever is free.
-        compute=ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=0,
-    )
+    board = ray.remote(Board).options(num_cpus=0, label_selector=_this_node()).remote()
+    on_start(Run(board))
     seen: set[str] = set()
     try:
-        for item in rows.iter_rows():
-            row = ResultRow(json.loads(item["row"]))
+        for item in _map_experiments(config, store, experiments, board, make_bench).iter_rows():
+            values = json.loads(item["row"])
+            if item["stop"]:
+                raise StoreFailedError(item["stop"])
             # A supervisor that was killed is run again by Ray; its row may come twice.
-            if row.values["experiment_id"] not in seen:
-                seen.add(row.values["experiment_id"])
-                yield row
+            if values and values["experiment_id"] not in seen:
+                seen.add(values["experiment_id"])
+                yield ResultRow(values)
     except RayError as error:
         raise ClusterLostError(_first_line(error)) from error
 
 
+def _map_experiments(
+    config: Config, store: Store, experiments: Sequence[Experiment], board: Any, make_bench: Callable[..., Any]
+) -> Any:
+    """The Ray Dataset of the rows: lazy, and streaming."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    items = [{"experiment": json.dumps(asdict(e))} for e in experiments]
+    num_threads = min(len(items), MAX_THREADS)
+    return ray.data.from_items(items, override_num_blocks=len(items)).map(
+        Supervisor,
+        fn_constructor_args=(make_bench, config, store, board, _resources_of_a_worker()),
+        compute=ActorPoolStrategy(
+            size=1,
+            max_tasks_in_flight_per_actor=num_threads,
+            max_concurrent_calls_per_actor=num_threads,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=0,
+        label_selector=_this_node(),
+    )
+
+
+def _this_node() -> dict[str, str]:
+    """What holds a run together lives where the command lives: no other node can take it away."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
+def _resources_of_a_worker() -> dict[str, Any]:
+    """A GPU where the cluster has any; else nothing that Ray counts, spread over the nodes."""
+    if ray.cluster_resources().get("GPU", 0):
+        return {"num_gpus": 1, "num_cpus": 0}
+    return {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+
+
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-def _workers_and_resources(config: Config, num_experiments: int) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each one asks of Ray: a GPU where the cluster has any."""
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    wanted = config.num_workers or num_gpus or 1
-    if num_gpus:
-        return min(wanted, num_gpus, num_experiments), {"num_gpus": 1, "num_cpus": 0}
-    return min(wanted, num_experiments), {"num_cpus": 0}

@@ -1,72 +1,28 @@
-"""The training loop of a LoRA adapter. The probe of the dynamic features runs the same loop with an observer.
+"""The training loop of LoRA adapters. The probe of the dynamic features runs the same loop with an observer.
 
-A step's loss is the sum of its token losses over the number of its supervised tokens, whatever the minibatches it is
-cut into: halving them when memory runs out changes no result but float noise and dropout's draw.
+Several adapters are trained beside each other over the same passes through the base, or one alone; it is the same code.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from raylora.config import Method
-from raylora.encoding import (
-    IGNORE_INDEX,
-    EncodedExample,
-    Minibatch,
-    TrainOn,
-    batches_by_budget,
-    labels_of,
-    pad_left,
-)
-from raylora.model import LoadedModel, is_out_of_memory, peak_memory_bytes
+from raylora.encoding import EncodedExample
+from raylora.model import LoadedModel, peak_memory_bytes
+from raylora.passes import Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
-
-CPU_TOKEN_BUDGET = 1024
-"""Padded tokens in a minibatch on a CPU, where no allocation fails before the system kills: 4 examples of 1024 tokens
-took 10 GB with a model of 135 million parameters (benchmarks/NOTES.md)."""
-GPU_TOKEN_BUDGET = 16384
 
 
 class TrainingDivergedError(UserError):
     """The loss is no number any more."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did. ``grad_norm`` is the global L2 norm before clipping."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    num_supervised: int
-
-
-class Observer(Protocol):
-    """Looks on while the loop runs; the probe measures its features this way.
-
-    A step is cut into micro-batches of ``batch_size`` examples; after each one its gradient alone is in the parameters.
-    """
-
-    def begin_step(self) -> None:
-        """Also after running out of memory, when the step begins again."""
-
-    def after_micro_batch(self) -> None: ...
-
-    def before_clipping(self) -> None:
-        """The whole step's gradient is in the parameters."""
-
-    def after_step(self, step: Step) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +42,10 @@ class TrainingMetrics:
     train_tokens_per_second: float
     peak_memory_bytes: int
     micro_batch_size: int
+    """Examples in the fullest minibatch."""
     num_oom_backoffs: int
+    packed: bool
+    """Whether minibatches held no padding."""
 
 
 @dataclass(frozen=True)
@@ -107,66 +66,6 @@ def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
     if method.lr_scheduler == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress if method.lr_scheduler == "linear" else 1.0
-
-
-def token_losses(model: Any, batch: Minibatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of each label of a left-padded minibatch: losses (B, K) in float32, and labels (B, K).
-
-    K spans the positions from the first label of any row to the end; the output head runs on those alone.
-    """
-    assert batch.labels is not None
-    supervised = (batch.labels != IGNORE_INDEX).any(0).nonzero()
-    width = batch.labels.shape[1]
-    span = min(width - 1, width - int(supervised[0])) if len(supervised) else 1
-    logits = model(**batch.model_inputs(), logits_to_keep=span + 1, use_cache=False).logits[:, :-1]
-    labels = batch.labels[:, -span:]
-    losses = F.cross_entropy(
-        logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return losses.view_as(labels), labels
-
-
-def example_losses(
-    loaded: LoadedModel,
-    examples: Sequence[EncodedExample],
-    train_on: TrainOn,
-    token_budget: int,
-    with_gradient: bool = False,
-) -> list[tuple[float, int]]:
-    """Each example's summed loss and its number of supervised tokens, without dropout.
-
-    With ``with_gradient`` that of the mean loss over all supervised tokens is added to the trainable parameters'.
-    """
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    num_supervised = sum(t != IGNORE_INDEX for e in examples for t in labels_of(e, train_on))
-    left = list(range(len(examples)))
-    with torch.inference_mode(not with_gradient), loaded.autocast():
-        while left:
-            part = next(batches_by_budget(left, lambda i: len(examples[i]), token_budget))
-            try:
-                losses, labels = token_losses(loaded.model, _collate(loaded, [examples[i] for i in part], train_on))
-                if with_gradient:
-                    (losses.sum() / max(num_supervised, 1)).backward()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(part) == 1:
-                    raise
-                token_budget = len(part) * max(len(examples[i]) for i in part) // 2
-                continue
-            sums, counts = losses.detach().double().sum(1).tolist(), (labels != IGNORE_INDEX).sum(1).tolist()
-            for i, total, count in zip(part, sums, counts, strict=True):
-                results[i] = (total, count)
-            done = set(part)
-            left = [i for i in left if i not in done]
-    return results
-
-
-def _collate(loaded: LoadedModel, examples: Sequence[EncodedExample], train_on: TrainOn) -> Minibatch:
-    return pad_left(
-        [e.input_ids for e in examples],
-        loaded.tokenizer.pad_token_id,
-        loaded.device,
-        [labels_of(e, train_on) for e in examples],
-    )
 
 
 def _steps_of_examples(num_examples: int, method: Method, num_steps: int, seed: int) -> Iterator[list[int]]:
@@ -200,88 +99,125 @@ def train_adapter(
     observer: Observer | None = None,
     progress: Progress = ignore_progress,
 ) -> TrainingResult:
-    """Train the attached adapter's ``parameters`` in place.
-
-    Args:
-        examples: in an order that does not depend on the file's, so that the seed alone decides.
-        num_steps: optimizer steps; by default those of ``method.num_epochs``.
+    """Train the active adapter's ``parameters`` in place; see ``Job`` for the arguments.
 
     Raises:
         UserError: there is no supervised token.
         TrainingDivergedError: the loss became infinite or NaN.
         torch.OutOfMemoryError: a single example does not fit.
     """
-    num_supervised = [sum(t != IGNORE_INDEX for t in labels_of(e, method.train_on)) for e in examples]
-    usable = [i for i, count in enumerate(num_supervised) if count]
-    if not usable:
-        raise UserError("no supervised token: every answer is empty, or cut away by --max-length")
-    num_steps = num_steps if num_steps is not None else count_steps(len(usable), method)
-    optimizer = _make_optimizer(parameters, method, loaded.device)
-    batch_size = min(method.batch_size, len(usable))
-    micro = _MicroBatches(loaded, examples, num_supervised, parameters, method, batch_size, observer)
-    if loaded.device.type == "cuda":
+    job = Job(parameters, examples, method, seed, loaded.active_adapter, num_steps)
+    (result,) = _train(loaded, [_Trainee(job, loaded.device)], observer, progress)
+    if isinstance(result, TrainingDivergedError):
+        raise result
+    return result
+
+
+def train_adapters(
+    loaded: LoadedModel, jobs: Sequence[Job], progress: Progress = ignore_progress
+) -> list[TrainingResult | TrainingDivergedError]:
+    """Train several attached adapters, step by step beside each other over the same passes through the base.
+
+    Each becomes what it would become alone, but for float noise: it has its own steps, optimizer, clipping and
+    dropout. One that diverges stops alone. Seconds, rates and memory are those of all of them together.
+
+    Raises:
+        UserError: an adapter has no supervised token, or is of modules that cannot share a pass.
+        torch.OutOfMemoryError: a single example does not fit.
+    """
+    return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
+
+
+class _Trainee:
+    """One adapter on its way: what is left of its steps, and those it has made."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        usable = [i for i, count in enumerate(count_labels(job)) if count]
+        if not usable:
+            raise UserError("no supervised token: every answer is empty, or cut away by --max-length")
+        self.num_steps = job.num_steps if job.num_steps is not None else count_steps(len(usable), job.method)
+        orders = _steps_of_examples(len(usable), job.method, self.num_steps, job.seed)
+        self.order = ([usable[i] for i in indices] for indices in orders)
+        self.optimizer = _make_optimizer(job.parameters, job.method, device)
+        self.steps: list[Step] = []
+        self.num_examples = 0
+        self.diverged: TrainingDivergedError | None = None
+
+    @property
+    def is_training(self) -> bool:
+        return self.diverged is None and len(self.steps) < self.num_steps
+
+    def step(self, gradient: StepGradient, observer: Observer | None) -> None:
+        self.num_examples += gradient.num_examples
+        k, method = len(self.steps), self.job.method
+        rate = method.learning_rate * learning_rate_factor(k, self.num_steps, method)
+        try:
+            self.steps.append(
+                take_step(k, self.job.parameters, self.optimizer, gradient, method.max_grad_norm, rate, observer)
+            )
+        except TrainingDivergedError as error:
+            self.diverged = error
+
+
+def _train(
+    loaded: LoadedModel, trainees: Sequence[_Trainee], observer: Observer | None, progress: Progress
+) -> list[TrainingResult | TrainingDivergedError]:
+    passes = Passes(loaded, [t.job for t in trainees], observer)
+    num_steps, on_gpu = max(t.num_steps for t in trainees), loaded.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(loaded.device)
+    for parameter in (p for t in trainees for p in t.job.parameters):
+        parameter.requires_grad_(True)  # PEFT lets one adapter learn at a time
     started = time.perf_counter()
     loaded.model.train()
     try:
-        with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
-            # Dropout is seeded a step at a time: a step that is repeated after running out of memory is the same.
-            gradients = (
-                micro.backward([usable[i] for i in indices], (seed + k) % 2**63)
-                for k, indices in enumerate(_steps_of_examples(len(usable), method, num_steps, seed))
-            )
-            steps = run_steps(
-                parameters,
-                optimizer,
-                gradients,
-                method.max_grad_norm,
-                lambda k: method.learning_rate * learning_rate_factor(k, num_steps, method),
-                observer,
-                lambda done: progress("train", done, num_steps),
-            )
+        with passes.ready(), torch.random.fork_rng(devices=[loaded.device] if on_gpu else []):
+            for k in range(num_steps):
+                busy = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
+                for i, gradient in passes.backward(busy, k).items():
+                    trainees[i].step(gradient, observer)
+                progress("train", k + 1, num_steps)
     finally:
         loaded.model.eval()
-        micro.restore()
+        passes.restore()
     seconds = time.perf_counter() - started
-    return TrainingResult(_summarize(steps, micro, seconds, loaded.device), steps)
+    return [t.diverged or TrainingResult(_summarize(t, passes, seconds, loaded.device), t.steps) for t in trainees]
 
 
-def run_steps(
+def take_step(
+    k: int,
     parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    gradients: Iterable[tuple[float, int, int]],
+    gradient: StepGradient,
     max_grad_norm: float,
-    learning_rate: Callable[[int], float] | None = None,
+    learning_rate: float | None = None,
     observer: Observer | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> list[Step]:
-    """Optimizer steps, one for each of ``gradients``: what puts a step's gradient into the parameters when it is asked,
-    and says its loss, tokens and supervised tokens.
+) -> Step:
+    """Optimizer step ``k``, from 0, with the gradient that is in the parameters.
 
     Args:
-        learning_rate: of each step, from 0; by default the optimizer's own.
+        gradient: what it comes from.
+        learning_rate: by default the optimizer's own.
 
     Raises:
         TrainingDivergedError: the loss or the gradient became infinite or NaN.
     """
-    steps: list[Step] = []
-    for k, (loss, num_tokens, num_labels) in enumerate(gradients):
-        if observer:
-            observer.before_clipping()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingDivergedError(f"the loss became {loss} at step {k + 1}: lower --learning-rate")
-        if learning_rate:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(k)
-        optimizer.step()
-        rate = float(optimizer.param_groups[0]["lr"])
-        steps.append(Step(k + 1, loss, norm, rate, num_tokens, num_labels))
-        if observer:
-            observer.after_step(steps[-1])
-        optimizer.zero_grad(set_to_none=True)
-        progress(k + 1)
-    return steps
+    if observer:
+        observer.before_clipping()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(gradient.loss) or not math.isfinite(norm):
+        raise TrainingDivergedError(f"the loss became {gradient.loss} at step {k + 1}: lower --learning-rate")
+    if learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    optimizer.step()
+    rate = float(optimizer.param_groups[0]["lr"])
+    step = Step(k + 1, gradient.loss, norm, rate, gradient.num_tokens, gradient.num_supervised)
+    if observer:
+        observer.after_step(step)
+    optimizer.zero_grad(set_to_none=True)
+    return step
 
 
 def _make_optimizer(
@@ -296,122 +232,23 @@ def _make_optimizer(
     )
 
 
-def separate_gradients(
-    parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], float]], observer: Observer
-) -> float:
-    """Run the backward pass of each micro-batch of a step, and show its gradient alone to ``observer``.
-
-    Returns:
-        The sum of what ``passes`` return, their losses; the sum of their gradients is in ``parameters``.
-    """
-    observer.begin_step()
-    total = 0.0
-    sums = [torch.zeros_like(p) for p in parameters]
-    for run in passes:
-        total += run()
-        observer.after_micro_batch()
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            if parameter.grad is not None:
-                gradient += parameter.grad
-            parameter.grad = None
-    for parameter, gradient in zip(parameters, sums, strict=True):
-        parameter.grad = gradient
-    return total
-
-
-class _MicroBatches:
-    """Gradients of one step, in minibatches that shrink when memory runs out."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        examples: Sequence[EncodedExample],
-        num_supervised: list[int],
-        parameters: Sequence[torch.nn.Parameter],
-        method: Method,
-        batch_size: int,
-        observer: Observer | None,
-    ) -> None:
-        self.loaded, self.examples, self.parameters = loaded, examples, parameters
-        self.num_supervised, self.method, self.observer = num_supervised, method, observer
-        self.token_budget = GPU_TOKEN_BUDGET if loaded.device.type == "cuda" else CPU_TOKEN_BUDGET
-        self.batch_size = batch_size
-        self.num_backoffs = 0
-        self.num_examples = 0
-        self._checkpointing = False
-
-    def backward(self, indices: list[int], dropout_seed: int) -> tuple[float, int, int]:
-        """Loss, tokens and supervised tokens of a step; its gradients are in the parameters afterwards."""
-        while True:
-            try:
-                torch.manual_seed(dropout_seed)
-                result = self._backward_once(indices)
-                self.num_examples += len(indices)
-                return result
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or not self._back_off():
-                    raise
-            for parameter in self.parameters:
-                parameter.grad = None
-
-    def _backward_once(self, indices: list[int]) -> tuple[float, int, int]:
-        num_supervised = sum(self.num_supervised[i] for i in indices)
-        num_tokens = sum(len(self.examples[i]) for i in indices)
-        if self.observer is None:
-            # Neighbours of like length share a minibatch, so that little is padding; a step's sum has no order.
-            return self._accumulate(sorted(indices), num_supervised), num_tokens, num_supervised
-        groups = [indices[i : i + self.method.batch_size] for i in range(0, len(indices), self.method.batch_size)]
-        passes = [functools.partial(self._accumulate, group, num_supervised) for group in groups]
-        return separate_gradients(self.parameters, passes, self.observer), num_tokens, num_supervised
-
-    def _accumulate(self, indices: list[int], num_supervised: int) -> float:
-        """Add the gradient of these examples' part of the step's loss; that part."""
-        total = 0.0
-        for part in batches_by_budget(indices, lambda i: len(self.examples[i]), self.token_budget, self.batch_size):
-            batch = _collate(self.loaded, [self.examples[i] for i in part], self.method.train_on)
-            with self.loaded.autocast():
-                losses, _ = token_losses(self.loaded.model, batch)
-            loss = losses.sum() / num_supervised
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    def _back_off(self) -> bool:
-        """Use less memory next time: first checkpoint activations, then halve the minibatch. False: nothing is left."""
-        self.num_backoffs += 1
-        if self.loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if not self._checkpointing:
-            self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self._checkpointing = True
-            return True
-        if self.batch_size == 1:
-            return False
-        self.batch_size //= 2
-        return True
-
-    def restore(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-        if self._checkpointing:
-            self.loaded.model.gradient_checkpointing_disable()
-
-
-def _summarize(steps: list[Step], micro: _MicroBatches, seconds: float, device: torch.device) -> TrainingMetrics:
+def _summarize(trainee: _Trainee, passes: Passes, seconds: float, device: torch.device) -> TrainingMetrics:
+    steps = trainee.steps
     num_tokens = sum(s.num_tokens for s in steps)
     return TrainingMetrics(
         train_initial_loss=steps[0].loss,
         train_final_loss=steps[-1].loss,
         train_loss=sum(s.loss for s in steps) / len(steps),
         train_seconds=seconds,
-        num_train_examples=micro.num_examples,
+        num_train_examples=trainee.num_examples,
         num_train_steps=len(steps),
         num_train_tokens=num_tokens,
         num_supervised_tokens=sum(s.num_supervised for s in steps),
-        train_samples_per_second=micro.num_examples / seconds,
+        train_samples_per_second=trainee.num_examples / seconds,
         train_steps_per_second=len(steps) / seconds,
         train_tokens_per_second=num_tokens / seconds,
         peak_memory_bytes=peak_memory_bytes(device),
-        micro_batch_size=micro.batch_size,
-        num_oom_backoffs=micro.num_backoffs,
+        micro_batch_size=passes.fullest,
+        num_oom_backoffs=passes.num_backoffs,
+        packed=passes.packed,
     )

@@ -26,14 +26,15 @@ class Watch:
         self.num_total, self.num_done, self.num_failed = num_total, num_done, 0
         self.num_before = num_done
         self.started = time.monotonic()
-        self._read: Callable[[], list[Any]] = list
+        self._read: Callable[[], Any] | None = None
+        self._num_notes = 0
         self._live: Live | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._shown: dict[int, tuple[str, str]] = {}
 
-    def connect(self, read: Callable[[], list[Any]]) -> None:
-        """``read`` returns every worker's progress from now on."""
+    def connect(self, read: Callable[[], Any]) -> None:
+        """``read`` returns a ``Sight`` of the run from now on: every worker's progress, and notes."""
         self._read = read
 
     def __enter__(self) -> Watch:
@@ -59,10 +60,16 @@ class Watch:
 
     def _poll(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
+            if self._read is None:
+                continue
             try:
-                progress = self._read()
+                sight = self._read()
             except Exception:  # noqa: BLE001 - the cluster may be going away; what is shown is not worth failing for
                 continue
+            progress = sight.progress
+            for note in sight.notes[self._num_notes :]:
+                self.console.print(f"Note: {note}", markup=False, soft_wrap=True)
+            self._num_notes = len(sight.notes)
             if self._live:
                 self._live.update(self._table(progress))
             else:

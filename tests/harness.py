@@ -52,11 +52,11 @@ def write_tasks(folder: Path, questions: Sequence[Question], dev: dict[str, list
     return tasks
 
 
-def make_lm(model: Any, tokenizer: Any, batch_size: int = 4) -> Any:
+def make_lm(model: Any, tokenizer: Any, batch_size: int = 4, **options: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **options)
 
 
 def run_harness(lm: Any, tasks: Path, num_fewshot: int) -> tuple[dict[str, list[float]], dict[str, Any]]:

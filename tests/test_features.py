@@ -23,7 +23,7 @@ from raylora.features.columns import COLUMNS, FEATURE_NAMES, STATIC_NAMES
 from raylora.features.dynamic import loss_stability
 from raylora.features.forward import sentence_slices
 from raylora.features.pipeline import extract_features
-from raylora.features.static import as_dataset, extract_static
+from raylora.features.static import as_dataset, count_held_out, extract_static
 from raylora.model import LoadedModel
 from raylora.records import UserError
 from tests.tiny import make_model
@@ -73,6 +73,16 @@ def test_the_file_order_changes_nothing_and_twice_is_the_same(loaded):
     assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in two.items() if k not in TIMES}
     assert_same_row(one, features_of(loaded, records[::-1]))
     assert loaded.logits_hash() == before, "the probe changed the base"
+
+
+def test_after_the_probe_every_weight_is_bit_for_bit_what_it_was(loaded):
+    before = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    row = features_of(loaded, make_records(10), probe_steps=4, learning_rate=1e-2)
+    assert row["avg_param_change"] > 0
+    after = {name.replace(".base_layer", ""): p for name, p in loaded.model.named_parameters()}
+    assert {name.replace(".base_layer", "") for name in before} == set(after)
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name.replace(".base_layer", "")]), name
 
 
 def test_every_example_twice_is_all_duplicates(loaded):
@@ -279,6 +289,79 @@ def test_a_model_that_gives_no_numbers_gives_nulls(tokenizer):
     assert "base_model_perplexity: the model gave no finite number" in row["feature_notes"]
 
 
+@pytest.fixture
+def loaded_without_zebras(tokenizer):
+    """A model that has no number for one token, which stands in one word alone."""
+    model = make_model().requires_grad_(False)
+    odd = next(t for t in tokenizer("zebra", add_special_tokens=False)["input_ids"] if t not in seen_ids(tokenizer))
+    table = model.get_input_embeddings().weight.data.clone()
+    table[odd] = math.nan
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone(), requires_grad=False)  # no longer tied
+    model.get_input_embeddings().weight = torch.nn.Parameter(table, requires_grad=False)
+    return LoadedModel(model, tokenizer, "tiny", "none")
+
+
+def test_an_example_without_numbers_leaves_the_others_theirs(loaded_without_zebras):
+    records = make_records(6)
+    row = features_of(loaded_without_zebras, [*records, {"question": "zebra", "answer": "It is."}], probe_steps=0)
+    assert row["static_valid_count"] == 6
+    assert row["static_skipped_count"] == 1
+    expected = features_of(loaded_without_zebras, records, probe_steps=0)
+    for name in ("base_model_perplexity", "reference_perplexity", "semantic_diversity", "avg_activation_sparsity"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_a_probe_whose_loss_is_no_number_keeps_what_was_measured_before_it(loaded_without_zebras):
+    for i in range(20):  # until the odd one is not among those held out
+        records = [*make_records(6), {"question": "zebra", "answer": f"It is{'.' * i}"}]
+        dataset = as_dataset(records)
+        sample = sample_examples(dataset.examples, 0, dataset.seed)
+        if all("zebra" not in e.question for e in sample[: count_held_out(len(sample))]):
+            break
+    row = features_of(loaded_without_zebras, records, probe_steps=2, batch_size=8)
+    assert row["initial_loss"] > 0
+    assert row["loss_decay_rate"] is None
+    assert "loss_decay_rate: the loss became nan" in row["feature_notes"]
+    assert not any(p.requires_grad for p in loaded_without_zebras.model.parameters()), "the adapter was left behind"
+
+
+def seen_ids(tokenizer):
+    texts = [" ".join(r.values()) for r in make_records(6)] + [" ".join(WORDS), " ".join(WORDS).title(), "It is."]
+    return {i for t in tokenizer(texts)["input_ids"] for i in t}
+
+
+def test_answers_that_are_empty_are_counted_and_skipped(loaded):
+    from raylora.records import Example, Message
+
+    known = list(as_dataset(make_records(4)).examples)
+    empty = Example((Message("user", "Why?"),), "", "Why?")
+    row = features_of(loaded, [*known, empty, empty])
+    assert row["static_valid_count"] == 4
+    assert row["static_skipped_count"] == 2
+    nothing = features_of(loaded, [empty, empty])
+    assert nothing["base_model_perplexity"] is None
+    assert "base_model_perplexity: no example of the sample has an answer" in nothing["feature_notes"]
+    for name in FEATURE_NAMES:
+        assert nothing[name] is not None or f"{name}: " in nothing["feature_notes"], name
+
+
+def test_characters_are_those_of_the_records(tmp_path, loaded):
+    import json
+
+    from raylora.datasets import load_dataset
+
+    records = [
+        {
+            "messages": [{"role": r, "content": "x" * n} for r, n in (("user", 3), ("assistant", 5)) * 2],
+            "source": "abcd",
+        }
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    from_file, from_memory = load_dataset(tmp_path / "a.json"), as_dataset(records)
+    assert from_memory.total_chars == from_file.total_chars
+    assert from_memory.num_items == from_file.num_items == 1
+
+
 def test_memory_that_runs_out_halves_the_batch(loaded, tokenizer):
     def refuse(module, args, kwargs):
         if len(kwargs["input_ids"]) > 2:
@@ -333,7 +416,7 @@ def test_every_column_differs_between_real_datasets_and_none_is_a_function_of_an
     before = smollm2.logits_hash()
     rows = []
     for path in sorted((shared_data / "chunk_001").iterdir()):
-        dataset = load_dataset(path, limit=120)
+        dataset = load_dataset(path)
         method = Method(batch_size=2, gradient_accumulation=1, max_length=192)
         rows.append(
             extract_features(smollm2, dataset, method, FeatureOptions(sample_size=12, probe_steps=3), 512, seed=0)
@@ -341,7 +424,6 @@ def test_every_column_differs_between_real_datasets_and_none_is_a_function_of_an
     assert len(rows) == 4
     assert smollm2.logits_hash() == before
     constant = {
-        "dataset_num_items",
         "static_valid_count",
         "static_skipped_count",
         "static_imputed_count",

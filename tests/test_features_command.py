@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +52,38 @@ def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folde
     for name in FEATURE_NAMES:
         expected = among[name] if isinstance(among[name], str) else pytest.approx(among[name], rel=1e-4, nan_ok=True)
         assert alone[name] == expected, name
+
+
+def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder, tmp_path):
+    """Ctrl-C after the first rows, in a run of the first three files of four."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"set_{i}.json").write_text(json.dumps(make_records(40, seed=i)))
+    csv = tmp_path / "deep" / "features.csv"
+    arguments = [
+        "--data_folder", str(folder), "--model_path", str(tiny_model_folder), "--output_csv", str(csv), "--limit", "3",
+        "--sample_size", "40", "--probe_steps", "8", "--quantization", "none", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "raylora.features", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not csv.is_file() or pd.read_csv(csv).empty:
+            assert process.poll() is None, "it was done before it could be stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+    early = pd.read_csv(csv)
+    assert 1 <= len(early) < 3
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = pd.read_csv(csv)
+    assert list(table["dataset"]) == ["set_0", "set_1", "set_2"]
+    kept = table[table["dataset"].isin(early["dataset"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, early, check_dtype=False)
 
 
 def test_the_command_describes_every_column():

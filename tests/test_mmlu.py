@@ -114,15 +114,49 @@ def test_bad_question_files_are_one_line(tmp_path, name, content):
     assert "\n" not in str(raised.value)
 
 
-def test_dev_files_are_found_beside_the_questions(tmp_path):
-    for name in ("test_all_subjects.json", "dev_all_subjects.json", "questions.json", "dev_questions.json", "x.json"):
-        (tmp_path / name).touch()
-    (tmp_path / "csv" / "dev").mkdir(parents=True)
-    find = mmlu.find_dev_file
-    assert find(tmp_path / "test_all_subjects.json").name == "dev_all_subjects.json"
-    assert find(tmp_path / "questions.json").name == "dev_questions.json"
-    assert find(tmp_path / "csv") == tmp_path / "csv" / "dev"
+def test_solved_questions_are_found_beside_the_others(tmp_path):
+    def write(name, num):
+        (tmp_path / name).write_text(json.dumps(as_dicts(make_questions(num))))
+
+    for name, num in {"test_q.json": 3, "dev_q.json": 2, "questions.json": 3, "dev_questions.json": 1}.items():
+        write(name, num)
+    write("x.json", 3)
+    find = mmlu.load_dev_questions
+    assert len(find(tmp_path / "test_q.json")) == 2 * len(SUBJECTS)
+    assert len(find(tmp_path / "questions.json")) == len(SUBJECTS)
     assert find(tmp_path / "x.json") is None
+
+
+def write_parquet(path, num):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(as_dicts(make_questions(num))).to_parquet(path)
+
+
+@pytest.mark.parametrize("layout", ["all/{}-00000-of-00001.parquet", "{}-00000-of-00001.parquet", "{}/x.parquet"])
+def test_folders_as_they_are_on_the_hub(tmp_path, layout):
+    """With the other splits beside it, which are not asked."""
+    for split, num in {"test": 3, "dev": 2, "validation": 1, "auxiliary_train": 4}.items():
+        write_parquet(tmp_path / layout.format(split), num)
+    assert mmlu.load_questions(tmp_path) == make_questions(3)
+    assert mmlu.load_dev_questions(tmp_path) == make_questions(2)
+
+
+def test_a_folder_for_each_subject_and_the_original_archive(tmp_path):
+    for split, num in {"test": 3, "dev": 2, "val": 1}.items():
+        for subject in SUBJECTS:
+            records = [r for r in as_dicts(make_questions(num)) if r["subject"] == subject]
+            for root in ("hub", "archive"):
+                (tmp_path / root / (subject if root == "hub" else split)).mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(records).to_parquet(tmp_path / "hub" / subject / f"{split}-00000-of-00001.parquet")
+            with (tmp_path / "archive" / split / f"{subject}_{split}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([r["question"], *r["choices"], "ABCD"[r["answer"]]] for r in records)
+    for folder in (tmp_path / "hub", tmp_path / "archive"):
+        assert mmlu.load_questions(folder) == make_questions(3)
+        assert mmlu.load_dev_questions(folder) == make_questions(2)
+    assert mmlu.load_dev_questions(tmp_path / "archive" / "test") == make_questions(2)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no test questions in it"):
+        mmlu.load_questions(tmp_path / "empty")
 
 
 def test_packaged_questions_are_whole():
@@ -248,7 +282,7 @@ def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("scoring", ["logits", "generate"])
 def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_model, tokenizer, scoring):
-    limit, calls = 2, []
+    limit, calls = 1, []
 
     def refuse_large_batches(module, args, kwargs):
         calls.append(len(kwargs["input_ids"]))
@@ -256,10 +290,10 @@ def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_mode
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     encoded = encode(tokenizer)
-    expected = mmlu.evaluate(tiny_model, tokenizer, encoded, scoring)
+    expected = mmlu.evaluate(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
     hook = tiny_model.register_forward_pre_hook(refuse_large_batches, with_kwargs=True)
     try:
-        score = mmlu.evaluate(tiny_model, tokenizer, encoded, scoring)
+        score = mmlu.evaluate(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
     finally:
         hook.remove()
     assert score.info["num_oom_backoffs"] >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import nullcontext
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from raylora import mmlu
+from raylora.mmlu.prompts import chat_prompt, harness_prompt
 from tests import harness
 
 LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
@@ -64,6 +66,50 @@ def test_accuracies_and_standard_errors_are_the_harness_own(tiny_model, tokenize
     for name, mine in pairs.items():
         assert mine["accuracy"] == pytest.approx(results[name]["acc,none"], abs=1e-12), name
         assert mine["stderr"] == pytest.approx(results[name]["acc_stderr,none"], abs=1e-12), name
+
+
+def with_bos(tokenizer, in_template: bool):
+    """A copy that puts a token in front of every text, as Llama's does; its chat template may do so too."""
+    from tokenizers.processors import TemplateProcessing
+
+    other = copy.deepcopy(tokenizer)
+    bos = ("<|endoftext|>", other.convert_tokens_to_ids("<|endoftext|>"))
+    other.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    other.bos_token = bos[0]
+    if in_template:
+        other.chat_template = "{{ bos_token }}" + other.chat_template
+    return other
+
+
+@pytest.mark.parametrize("style", ["harness", "chat"])
+@pytest.mark.parametrize("bos", ["none", "tokenizer", "template"])
+@pytest.mark.parametrize("window", [2048, 40])
+def test_token_ids_are_the_harness_own(tiny_model, tokenizer, reference_set, style, bos, window):
+    """With and without a token that begins every text; a prompt longer than the window loses its front."""
+    pytest.importorskip("lm_eval")
+    tokenizer = tokenizer if bos == "none" else with_bos(tokenizer, in_template=bos == "template")
+    lm = harness.make_lm(tiny_model, tokenizer)
+    questions, dev = reference_set
+    shots = {subject: group[:1] for subject, group in dev.items()}
+    encoded = mmlu.encode_questions(tokenizer, questions[::8], shots, style, window)
+    assert all(e.num_truncated for e in encoded) == (window == 40)
+    for e in encoded:
+        shown = shots[e.question.subject]
+        text = chat_prompt(tokenizer, e.question, shown) if style == "chat" else harness_prompt(e.question, shown)
+        for letter, continuation in zip("ABCD", e.continuations, strict=True):
+            context, answer = lm._encode_pair(text, letter if style == "chat" else f" {letter}")
+            assert continuation == answer
+            assert e.context_ids == (context + answer)[-(window + 1) :][: -len(answer)]
+
+
+def test_a_prompt_longer_than_the_window_scores_as_in_the_harness(tiny_model, tokenizer, reference_set):
+    pytest.importorskip("lm_eval")
+    questions, _ = reference_set
+    lm = harness.make_lm(tiny_model, tokenizer, max_length=60)
+    found = harness.score_strings(lm, questions, [f"{harness_prompt(q, [])} " for q in questions])
+    encoded = mmlu.encode_questions(tokenizer, questions, {}, "harness", 60)
+    assert sum(e.num_truncated > 0 for e in encoded) > 50
+    assert_agrees(mmlu.evaluate(tiny_model, tokenizer, encoded), found)
 
 
 def test_zero_shot_agrees_with_what_was_recorded(smollm2, recorded, reference_set):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -284,17 +286,19 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapter_folder, question_file, tmp_path):
     arguments = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(question_file)]
-    arguments += ["--num-fewshot", "2", "--output", str(tmp_path), "--adapter", str(adapter_folder)]
+    other_folder = shutil.copytree(adapter_folder, tmp_path / "other" / "adapter")  # named after what holds it
+    arguments += ["--adapter", str(adapter_folder), str(other_folder)]
+    arguments += ["--num-fewshot", "2", "--output", str(tmp_path / "out")]
     result = run_command(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "my_adapter" in result.stdout
+    assert "my_adapter: none of 2 subjects changed" in result.stdout
     assert "1 questions stand there again" in result.stdout
-    (folder,) = (tmp_path / "mmlu").iterdir()
+    (folder,) = (tmp_path / "out" / "mmlu").iterdir()
     summary = pd.read_csv(folder / "summary.csv")
-    assert list(summary["model"]) == ["base", "my_adapter"]
+    assert list(summary["model"]) == ["base", "my_adapter", "other"]
     assert summary["total_questions"].eq(13).all()
     subjects = pd.read_csv(folder / "subjects.csv")
-    assert len(subjects) == 4
+    assert len(subjects) == 6
     assert (subjects["holm_p_value"] >= subjects["mcnemar_p_value"]).all()
     scores = pd.read_parquet(summary["scores"][1])
     wanted = {"subject", "question_id", "question", "answer", "prediction", *LOGPROBS, "correct"}
@@ -308,6 +312,37 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     modified = [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))]
     assert run_command(*arguments).returncode == 0
     assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):
+    """SIGKILL, as the system does it when memory is short; the answers so far are on disk."""
+    file = tmp_path / "q.json"
+    questions = make_questions(200)
+    file.write_text(json.dumps([{**vars(q), "question": q.question[:200]} for q in questions]))
+    arguments = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(file)]
+    arguments += ["--output", str(tmp_path / "out"), "--token-budget", "64"]
+    process = subprocess.Popen([sys.executable, "-m", "raylora.mmlu", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        answers: list = []
+        while not answers or answers[0].read_text().count("\n") < 5:
+            assert process.poll() is None, "it was done before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            answers = list((tmp_path / "out").rglob("answers-owner.jsonl"))
+    finally:
+        process.kill()
+        process.wait()
+    assert not list((tmp_path / "out").rglob("scores.parquet"))
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (tmp_path / "out").rglob("scores.parquet")
+    score = mmlu.load_score(path)
+    assert score.info["num_resumed"] >= 5
+    assert len(score.questions) == len(questions)
+    assert not list((tmp_path / "out").rglob("*.journal"))
+    whole = evaluate_mmlu(str(tiny_model_folder), None, file, quantization="none", token_budget=64)
+    pd.testing.assert_frame_equal(score.questions, whole["questions"], check_exact=True)
 
 
 def test_a_model_that_is_loaded_already_is_evaluated_as_it_is(tiny_model, tokenizer, question_file):

@@ -15,8 +15,9 @@ from raylora.encoding import encode_example
 from raylora.features import dynamic
 from raylora.features.dynamic import ProbeObserver, _flatness
 from raylora.features.static import as_dataset
+from raylora.losses import example_losses
 from raylora.model import _plain_weight, load_model
-from raylora.train import example_losses, train_adapter
+from raylora.train import train_adapter
 from tests.test_features import features_of, make_records
 
 

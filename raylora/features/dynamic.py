@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from raylora.datasets import sample_examples
 from raylora.encoding import IGNORE_INDEX, EncodedExample, encode_example
 from raylora.features.columns import PROBE_NAMES
 from raylora.features.static import FeatureResult, OfLoadedModel, as_dataset, count_held_out, has_answer, join_notes
+from raylora.losses import example_losses
 from raylora.model import LoadedModel, as_loaded
+from raylora.passes import Step, StepGradient, separate_gradients
 from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
-from raylora.train import Step, example_losses, run_steps, separate_gradients, train_adapter
+from raylora.train import take_step, train_adapter
 
 GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json"
 SPARSE_BELOW = 0.01
@@ -158,11 +160,15 @@ def run_probe(
         general = example_losses(loaded, _general_examples(loaded.tokenizer), "answer", token_budget)
         values["catastrophic_forgetting"] = _mean(general) / _mean(general_before) - 1
     except UserError as error:
-        return _nothing(str(error))
+        return _nothing(str(error), initial_loss=_mean(before))  # it was measured before anything went wrong
     finally:
         loaded.detach("probe")
-    values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+    values = _finite(values)
     return FeatureResult(values, {k: _reason(k) for k, v in values.items() if v is None})
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float | None]:
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
 def _reason(name: str) -> str:
@@ -251,8 +257,9 @@ def loss_stability(losses: Sequence[float]) -> float | None:
     return float(1 / (1 + residuals.std()))
 
 
-def _nothing(reason: str) -> FeatureResult:
-    return FeatureResult(dict.fromkeys(PROBE_NAMES), dict.fromkeys(PROBE_NAMES, reason))
+def _nothing(reason: str, **known: float) -> FeatureResult:
+    values = {**dict.fromkeys(PROBE_NAMES), **_finite(dict(known))}
+    return FeatureResult(values, {name: reason for name, value in values.items() if value is None})
 
 
 class DynamicProbeAnalyzer(OfLoadedModel):
@@ -291,7 +298,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         self,
         model: Any,
         optimizer: torch.optim.Optimizer,
-        train_batches: Sequence[Mapping[str, torch.Tensor]],
+        train_batches: Iterable[Mapping[str, torch.Tensor]],
         probe_steps: int,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 0.3,
@@ -300,7 +307,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
 
         Args:
             model: with trainable parameters, those of ``optimizer``.
-            train_batches: what the model's forward takes, ``labels`` among it.
+            train_batches: what the model's forward takes, ``labels`` among it; a list or a DataLoader.
 
         Returns:
             ``losses`` and ``grad_norms`` (lists, a number a step, norms before clipping), ``avg_grad_norm``,
@@ -311,6 +318,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         observer = ProbeObserver(parameters)
+        known = list(train_batches)
 
         def backward(batch: Mapping[str, torch.Tensor]) -> float:
             on_device = {key: value.to(model.device) for key, value in batch.items()}
@@ -318,17 +326,18 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             loss.backward()
             return float(loss.detach())
 
-        def gradient(k: int) -> tuple[float, int, int]:
+        def gradient(k: int) -> StepGradient:
             first = k * gradient_accumulation_steps
-            batches = [train_batches[(first + i) % len(train_batches)] for i in range(gradient_accumulation_steps)]
+            batches = [known[(first + i) % len(known)] for i in range(gradient_accumulation_steps)]
             loss = separate_gradients(parameters, [functools.partial(backward, b) for b in batches], observer)
             num_tokens = sum(b["input_ids"].numel() for b in batches)
-            return loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches)
+            return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches))
 
         was_training = model.training
         model.train()
         try:
-            run_steps(parameters, optimizer, map(gradient, range(probe_steps)), max_grad_norm, observer=observer)
+            for k in range(probe_steps):
+                take_step(k, parameters, optimizer, gradient(k), max_grad_norm, observer=observer)
         finally:
             model.train(was_training)
         return {"losses": observer.losses, "grad_norms": observer.grad_norms, **_observed(observer)}

@@ -31,6 +31,7 @@ from raylora.encoding import (
 )
 from raylora.features.text import words_of
 from raylora.model import at_output_head, is_out_of_memory
+from raylora.packed import packed_linears
 from raylora.records import Example, Progress
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
@@ -64,6 +65,11 @@ class Measured:
     answer_loss: float
     labels: tuple[float, int]
     activation_sparsity: float | None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model had numbers for it: half-precision models overflow on some texts."""
+        return bool(np.isfinite([self.loss, self.answer_loss, *self.embedding]).all())
 
 
 def make_item(tokenizer: Any, example: Example, max_length: int) -> Item:
@@ -241,7 +247,7 @@ def in_batches(model: Any, lengths: Sequence[int], token_budget: int, run: Calla
     model.eval()
     left = list(range(len(lengths)))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), packed_linears(model, token_budget):
             while left:
                 left, token_budget = _run_until_full(lengths, left, token_budget, run)
     finally:

@@ -18,8 +18,6 @@ from raylora.features.columns import STATIC_NAMES
 from raylora.features.forward import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
 from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
 
-MAX_LOSS = 700.0
-"""exp of more than this is no float."""
 HELD_OUT_SHARE = 0.2
 MAX_HELD_OUT = 32
 
@@ -103,18 +101,27 @@ def as_dataset(dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]
     if isinstance(dataset, Dataset):
         return dataset
     examples: list[Example] = []
-    num_bad = 0
+    num_bad = num_chars = 0
     for record in dataset:
         if isinstance(record, Example):
             examples.append(record)
+            num_chars += sum(len(m.content) for m in record.messages) + len(record.answer)
         else:
             parsed, errors = parse_record(dict(record))
             examples += parsed
             num_bad += len(errors)
+            num_chars += _num_chars(record)
     if not examples:
         raise UserError("the dataset has no valid example")
-    num_chars = sum(len(m.content) for e in examples for m in e.messages) + sum(len(e.answer) for e in examples)
     return Dataset("", tuple(examples), len(dataset), num_chars, num_bad_records=num_bad)
+
+
+def _num_chars(value: Any) -> int:
+    """Characters over all strings of a record."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(_num_chars(part) for part in parts)
 
 
 def join_notes(notes: Mapping[str, str]) -> str:
@@ -147,33 +154,41 @@ def extract_static(
     words, notes = text.text_features(dataset.examples, tokenizer)
     values |= words
     held_out_losses: list[tuple[float, int]] = []
+    num_valid = 0
     if usable:
         first = measure_all(model, tokenizer, held_out, train_on, token_budget, progress)
         held_out_losses = [m.labels for m in first]
         measured = [*first, *measure_all(model, tokenizer, others, train_on, token_budget, progress)]
         alone = answers_alone(model, tokenizer, usable, token_budget)
-        values |= _semantic(measured) | _perplexity(measured, alone) | _activations(measured)
+        # One example that the model has no number for must not take those of all others with it.
+        numbers = [i for i, m in enumerate(measured) if m.is_finite and math.isfinite(alone[i])]
+        measured, alone = [measured[i] for i in numbers], [alone[i] for i in numbers]
+        num_valid = len(numbers)
+        if measured:
+            values |= _semantic(measured) | _perplexity(measured, alone) | _activations(measured)
     for name in STATIC_NAMES:
         if values[name] is None:
-            notes.setdefault(name, _reason(name, len(usable)))
+            notes.setdefault(name, _reason(name, len(usable), num_valid))
     num_null = sum(values[name] is None for name in STATIC_NAMES)
     values |= {
-        "static_valid_count": len(usable),
-        "static_skipped_count": len(items) - len(usable),
+        "static_valid_count": num_valid,
+        "static_skipped_count": len(items) - num_valid,
         "static_imputed_count": 0,
         "static_coverage": 1 - num_null / len(STATIC_NAMES),
     }
     return StaticResult(values, notes, [i.encoded for i in items], held_out_losses)
 
 
-def _reason(name: str, num_usable: int) -> str:
+def _reason(name: str, num_usable: int, num_valid: int) -> str:
     if num_usable == 0:
         return "no example of the sample has an answer within --max-length"
+    if num_valid == 0:
+        return "the model gave no finite number"
     if name == "semantic_consistency":
         return "no answer has two sentences"
     if name == "avg_activation_sparsity":
         return "the model names its MLPs in a way that is not known here"
-    if name in {"semantic_diversity", "embedding_outlier_ratio"} and num_usable < 2:
+    if name in {"semantic_diversity", "embedding_outlier_ratio"} and num_valid < 2:
         return "needs two examples"
     return "the model gave no finite number"
 
@@ -183,8 +198,7 @@ def _reason(name: str, num_usable: int) -> str:
 
 def _semantic(measured: Sequence[Measured]) -> dict[str, float | None]:
     unit = np.stack([m.embedding for m in measured])
-    finite = bool(np.isfinite(unit).all())
-    several = len(unit) > 1 and finite
+    several = len(unit) > 1
     return {
         "semantic_diversity": 1 - mean_pairwise_cosine(unit) if several else None,
         "io_similarity": _finite_mean([m.similarity for m in measured if m.similarity is not None]),
@@ -199,14 +213,14 @@ def _outlier_ratio(unit: np.ndarray) -> float:
 
 
 def _perplexity(measured: Sequence[Measured], alone: Sequence[float]) -> dict[str, float | None]:
-    whole = [math.exp(m.loss) for m in measured if m.loss < MAX_LOSS]
-    answers = [math.exp(m.answer_loss) for m in measured if m.answer_loss < MAX_LOSS]
+    with np.errstate(over="ignore"):  # a perplexity beyond floats makes the mean infinite, and so null
+        whole, answers = np.exp([m.loss for m in measured]), np.exp([m.answer_loss for m in measured])
     ratios = [m.answer_loss / loss for m, loss in zip(measured, alone, strict=True) if loss > 0]
     return {
         "reference_perplexity": _finite_mean(whole),
-        "reference_perplexity_std": float(np.std(whole)) if _finite_mean(whole) is not None else None,
+        "reference_perplexity_std": _finite_std(whole),
         "base_model_perplexity": _finite_mean(answers),
-        "base_perplexity_std": float(np.std(answers)) if _finite_mean(answers) is not None else None,
+        "base_perplexity_std": _finite_std(answers),
         "instruction_following_difficulty": _finite_mean(ratios),
     }
 
@@ -216,6 +230,10 @@ def _activations(measured: Sequence[Measured]) -> dict[str, float | None]:
     return {"avg_activation_sparsity": _finite_mean(shares)}
 
 
-def _finite_mean(values: Sequence[float]) -> float | None:
-    mean = float(np.mean(values)) if values else math.nan
+def _finite_mean(values: Sequence[float] | np.ndarray) -> float | None:
+    mean = float(np.mean(values)) if len(values) else math.nan
     return mean if math.isfinite(mean) else None
+
+
+def _finite_std(values: np.ndarray) -> float | None:
+    return float(np.std(values)) if _finite_mean(values) is not None else None

@@ -27,11 +27,14 @@ from raylora.remote_store import store_at
 from raylora.sources import quiet_libraries, resolve_model
 from raylora.store import Store, safe_name
 
+SIGNIFICANT = 0.05
+"""An adjusted p-value below this is shown as a change."""
+
 
 class MmluConfig(EvaluationConfig):
     """Evaluate a model and its adapters on MMLU."""
 
-    adapter: list[Path] = Field(default_factory=list, description="folder of a PEFT adapter; may be given again")
+    adapter: list[Path] = Field(default_factory=list, description="folders of PEFT adapters")
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,15 @@ def write_tables(store: Store, found: list[Evaluated]) -> None:
 def print_tables(found: list[Evaluated], console: Console) -> None:
     base = found[0].score
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    names = ("model", "accuracy", "stderr", *mmlu.SHORT_GROUPS.values(), "change", "95% interval")
+    names = ("model", "accuracy", "stderr", "macro", *mmlu.SHORT_GROUPS.values(), "change", "95% interval", "p")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, overflow="ellipsis")
     for e in found:
         v = summary_row(e, base)
-        cells = [v["overall_accuracy"], v["overall_stderr"], *(v[f"accuracy_{group}"] for group in mmlu.SHORT_GROUPS)]
+        cells = [v["overall_accuracy"], v["overall_stderr"], v["macro_accuracy"]]
+        cells += [v[f"accuracy_{group}"] for group in mmlu.SHORT_GROUPS]
         change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"]
+        change.append(f"{v['mcnemar_p_value']:.2g}")
         table.add_row(e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else []))
     console.print(table)
     for e in found:
@@ -152,10 +157,37 @@ def print_tables(found: list[Evaluated], console: Console) -> None:
                 console.print(f"{e.name}: {count} of {summary['total_questions']} {what}", markup=False)
         if info.get("no_prefix_because") and info["scoring"] == "logits":
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", markup=False, soft_wrap=True)
+    for e in found[1:]:
+        print_changed_subjects(e, base, console)
+
+
+def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:
+    """The subjects that an adapter moved, by what their p-values say together; ``subjects.csv`` has them all."""
+    table = mmlu.compare_subjects(evaluated.score, base)
+    moved = table[table["holm_p_value"] < SIGNIFICANT].sort_values("difference")
+    for row in moved.itertuples():
+        text = f"{evaluated.name}: {row.subject} {row.difference:+.3f} (Holm-adjusted p {row.holm_p_value:.2g})"
+        console.print(text, markup=False, soft_wrap=True)
+    if moved.empty:
+        text = f"{evaluated.name}: none of {len(table)} subjects changed (Holm-adjusted p < {SIGNIFICANT})"
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _one_adapter_each(argv: list[str]) -> list[str]:
+    """``--adapter A B`` as ``--adapter A --adapter B``."""
+    words: list[str] = []
+    of_adapter = False
+    for word in argv:
+        if of_adapter and not word.startswith("-") and words[-1] != "--adapter":
+            words.append("--adapter")
+        of_adapter = word == "--adapter" or (of_adapter and not word.startswith("-"))
+        words.append(word)
+    return words
 
 
 def main(argv: list[str]) -> int:
     argv = [word.replace("--questions", "--mmlu", 1) if word.startswith("--questions") else word for word in argv]
+    argv = _one_adapter_each(argv)
     config = load_settings(MmluConfig, argv, "python -m raylora.mmlu")
     if config.threads:
         import torch

@@ -13,7 +13,7 @@ from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.files import location, reading
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
-from raylora.mmlu.questions import find_dev_file, load_questions, questions_hash, select_questions
+from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
 from raylora.mmlu.scoring import answer, evaluate, load_score, save_score
 from raylora.model import LoadedModel, context_window, load_model, load_tokenizer
 from raylora.records import SCHEMA_VERSION, Progress, Question, Score, UserError, digest, ignore_progress
@@ -69,11 +69,11 @@ def _load_question_set(config: EvaluationConfig) -> QuestionSet:
     questions = select_questions(everything, config.max_samples, config.seed)
     if config.num_fewshot == 0:
         return QuestionSet(questions, {}, notes)
-    dev = find_dev_file(path)
+    dev = load_dev_questions(path)
     if dev is None:
         raise UserError(f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)")
     subjects = sorted({q.subject for q in questions})
-    return QuestionSet(questions, build_shots(load_questions(dev), subjects, config.num_fewshot), notes)
+    return QuestionSet(questions, build_shots(dev, subjects, config.num_fewshot), notes)
 
 
 def _duplicates(path: Path, questions: list[Question]) -> list[str]:
@@ -173,6 +173,10 @@ class Examiner:
         journal.remove()
         return score
 
+    def is_being_scored(self, key: str, path: Path) -> bool:
+        """Whether there is a half-done evaluation to help with."""
+        return Journal(_journal_folder(path), key, helper="looker").is_open
+
     def help_score(self, base_key: str, key: str, path: Path, name: str, progress: Progress) -> int:
         """Ask, for another process that is scoring the same model, questions it has not come to yet.
 
@@ -183,7 +187,7 @@ class Examiner:
             The number of questions asked.
         """
         journal = Journal(_journal_folder(path), key, helper=name)
-        if not journal.is_open:
+        if not journal.is_open:  # it was finished meanwhile
             return 0
         num_known = len(journal.answers)
         answer(

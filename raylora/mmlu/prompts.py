@@ -80,7 +80,9 @@ def encode_questions(
         chunk = questions[start : start + CHUNK]
         if prompt_style == "chat":
             contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in chunk]
-            parts = _split(tokenizer, contexts, LETTERS, add_special_tokens=False)
+            parts = _split(
+                tokenizer, contexts, LETTERS, add_special_tokens=not _begins_with_bos(tokenizer, contexts[0])
+            )
         else:
             contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in chunk]
             parts = _split(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
@@ -131,6 +133,12 @@ def _split(
     return [
         [(whole[:length], whole[length:]) for whole in ids[i * n : (i + 1) * n]] for i, length in enumerate(lengths)
     ]
+
+
+def _begins_with_bos(tokenizer: Any, context: str) -> bool:
+    """Whether a chat template has put the token that begins a text there already."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return first is not None and context.startswith(tokenizer.decode(first))
 
 
 def _truncate(question: Question, parts: list[tuple[list[int], list[int]]], max_length: int) -> EncodedQuestion:

@@ -9,7 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,19 +45,20 @@ SHORT_GROUPS = {"stem": "STEM", "humanities": "hum.", "social_sciences": "social
 SUBJECT_GROUPS = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
 """The group of each of the 57 subjects."""
 
+Split = Literal["test", "dev"]
 Place = tuple[str, dict[str, Any]]
 """Where a raw question stands, and its fields."""
 
 
-def load_questions(path: Path) -> list[Question]:
-    """Read a file or folder of questions, in its order.
+def load_questions(path: Path, split: Split = "test") -> list[Question]:
+    """Read a file or folder of questions, in its order; of a folder that holds several splits, ``split``.
 
     Raises:
         UserError: one line that names the file, the question and what is wrong with it.
     """
     counts: Counter[str] = Counter()
     questions = []
-    for place, fields in _read_raw(path):
+    for place, fields in _read_raw(path, split):
         question = _parse(f"{path}: {place}", fields, counts)
         counts[question.subject] += 1
         questions.append(question)
@@ -94,10 +95,10 @@ def _parse_letter(place: str, answer: Any) -> int:
     raise UserError(f"{place}: answer {str(answer)[:40]!r}; expected 0 to 3 or A to D")
 
 
-def _read_raw(path: Path) -> Iterator[Place]:
+def _read_raw(path: Path, split: Split) -> Iterator[Place]:
     try:
         if path.is_dir():
-            yield from _read_folder(path)
+            yield from _read_folder(path, split)
         elif path.suffix == ".parquet":
             yield from _read_parquet(path)
         elif path.suffix == ".csv":
@@ -108,17 +109,24 @@ def _read_raw(path: Path) -> Iterator[Place]:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
-def _read_folder(folder: Path) -> Iterator[Place]:
-    """The hub's Parquet files or the original CSV files; the test split where there are several."""
-    if (folder / "test").is_dir():
-        folder = folder / "test"
-    files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.csv"))
-    files = [f for f in files if "test" in f.name] or files
+def _read_folder(folder: Path, split: Split) -> Iterator[Place]:
+    files = _files_of(folder, split)
+    if split == "test" and not files:  # nothing is named for a split: all of it are the questions
+        files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.csv"))
     if not files:
-        raise UserError(f"{folder}: no questions in it (*.parquet, *_test.csv)")
+        raise UserError(f"{folder}: no {split} questions in it ({split}/*, all/{split}-*.parquet, *_{split}.csv)")
     for file in files:
         for place, fields in _read_parquet(file) if file.suffix == ".parquet" else _read_csv(file):
-            yield f"{file.name}: {place}", fields
+            yield f"{file.relative_to(folder)}: {place}", fields
+
+
+def _files_of(folder: Path, split: Split) -> list[Path]:
+    """Where a split lies: as on the hub (all subjects together, or a folder each), or as in the original archive."""
+    for pattern in ("*.parquet", "*.csv"):
+        for place in (f"{split}/{pattern}", f"all/{split}-{pattern}", f"{split}-{pattern}", f"*_{split}{pattern[1:]}"):
+            if files := sorted(folder.glob(place)):
+                return files
+    return sorted(folder.glob(f"*/{split}-*.parquet"))
 
 
 def _read_parquet(path: Path) -> Iterator[Place]:
@@ -184,13 +192,20 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
                 raise UserError(f"{path}: line {number}: not JSON: {str(error)[:200]}") from None
 
 
-def find_dev_file(path: Path) -> Path | None:
-    """The solved questions that belong to a set of questions: ``dev`` in place of ``test``, or in front of its name."""
-    names = [path.name.replace("test", "dev"), f"dev_{path.name}"]
-    candidates = [path.with_name(name) for name in names if name != path.name]
-    if path.is_dir():
-        candidates = [path / "dev", path.parent / "dev", *candidates]
-    return next((c for c in candidates if c.exists() and c != path), None)
+def load_dev_questions(path: Path) -> list[Question] | None:
+    """The solved questions that belong to ``path``'s: of the same folder, or of what is named alike beside it.
+
+    Returns:
+        None where there are none.
+
+    Raises:
+        UserError: they are there, and bad.
+    """
+    if path.is_dir() and _files_of(path, "dev"):
+        return load_questions(path, "dev")
+    names = [path.name.replace("test", "dev"), f"dev_{path.name}", *(["dev"] if path.is_dir() else [])]
+    found = [path.with_name(name) for name in names if name != path.name and path.with_name(name).exists()]
+    return load_questions(found[0]) if found else None
 
 
 def select_questions(questions: Sequence[Question], max_samples: int | None, seed: int) -> list[Question]:

@@ -29,6 +29,7 @@ from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 from raylora.model import is_out_of_memory
+from raylora.packed import packed_linears
 from raylora.records import Progress, Score, ignore_progress
 
 log = logging.getLogger("raylora.mmlu")
@@ -137,11 +138,11 @@ def answer(
         journal.open(cut, budget.tokens)
         no_prefix = "answers are written, not chosen" if scoring == "generate" else why_no_prefix(model)
         parts = _parts(encoded, math.inf if no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
-        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad):
+        prefix = _Prefix(model, encoded)
+        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad, prefix):
             no_prefix = "the model answers differently behind a shared prefix"
             parts = _parts(encoded, math.inf)
         batches = [batch for part in parts for batch in _batches(encoded, part, cut)]
-        prefix = _Prefix(model, encoded)
         for batch in _in_turn(batches, journal):
             for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
                 journal.add(answers)
@@ -263,12 +264,13 @@ def _common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
     return min(length, min(len(e) for e in encoded) - 1)
 
 
-def _prefix_agrees(model: Any, encoded: Sequence[EncodedQuestion], parts: Sequence[_Part], pad: int) -> bool:
+def _prefix_agrees(
+    model: Any, encoded: Sequence[EncodedQuestion], parts: Sequence[_Part], pad: int, prefix: _Prefix
+) -> bool:
     """Whether one question gets the same answer with and without a shared prefix; a check of the model's own code."""
     part = next(p for p in parts if p.prefix_length)
-    question = encoded[part.indices[-1]]
-    prefix = SharedPrefix(model, question.context_ids[: part.prefix_length])
-    (shared,), (alone,) = choice_logprobs(model, [question], pad, prefix), choice_logprobs(model, [question], pad)
+    question = [encoded[part.indices[-1]]]
+    (shared,), (alone,) = choice_logprobs(model, question, pad, prefix.of(part)), choice_logprobs(model, question, pad)
     # Quantized and half-precision models move a little with a batch's shape; a wrong mask moves them by whole nats.
     return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if _is_exact(model) else 0.5))
 
@@ -303,7 +305,7 @@ def _for_inference(model: Any) -> Iterator[None]:
     # What a GPU adapter computes in float32 goes through bfloat16, as it did in training.
     autocast = torch.autocast("cuda", dtype=model.dtype) if model.device.type == "cuda" else contextlib.nullcontext()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast, packed_linears(model, CPU_TOKEN_BUDGET):
             yield
     finally:
         model.train(was_training)

@@ -88,16 +88,22 @@ def compare(score: Score, base: Score, seed: int = 0) -> dict[str, Any]:
 def compare_subjects(score: Score, base: Score, seed: int = 0) -> pd.DataFrame:
     """``compare`` for every subject, a row each, and ``holm_p_value``.
 
-    The McNemar p-values of m subjects are adjusted together (Holm 1979): sorted, the k-th smallest times m - k + 1,
-    never smaller than the one before, at most 1. Below 0.05, the chance of even one false finding is at most 5%.
+    Below 0.05, the chance of even one false finding among the subjects is at most 5%.
     """
     rows = []
     for subject, part in score.questions.groupby("subject"):
         theirs = base.questions[base.questions["subject"] == subject]
         rows.append({"subject": subject, "num_questions": len(part), **compare(Score(part), Score(theirs), seed)})
     table = pd.DataFrame(rows)
-    order = np.argsort(table["mcnemar_p_value"].to_numpy(), kind="stable")
-    factors = np.arange(len(table), 0, -1)
-    adjusted = np.empty(len(table))
-    adjusted[order] = np.maximum.accumulate(table["mcnemar_p_value"].to_numpy()[order] * factors).clip(max=1.0)
-    return table.assign(holm_p_value=adjusted)
+    return table.assign(holm_p_value=holm(table["mcnemar_p_value"].to_numpy()))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values (m,) adjusted together (Holm 1979).
+
+    Sorted, the k-th smallest times m - k + 1, never smaller than the one before, at most 1.
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1.0)
+    return adjusted

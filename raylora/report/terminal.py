@@ -1,4 +1,4 @@
-"""What a run found, for people to read."""
+"""What a run found, on the terminal."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", markup=False, soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", markup=False, soft_wrap=True)
     console.print("  results.csv, results.parquet   one row a dataset", markup=False)
+    if (store.root / "report.html").is_file():
+        console.print("  report.html                    figures, for a browser", markup=False)
     console.print("  run.json                       settings, versions, hashes", markup=False)
     console.print("  experiments/                   adapter, scores, loss curve and log of each", markup=False)
 

@@ -1,0 +1,222 @@
+"""What scheduling costs, and how near a run comes to the shortest possible one.
+
+    python -m benchmarks.scheduling                # overhead and scaling on a real Ray with logical GPUs
+    python -m benchmarks.scheduling --simulate     # 10,000 datasets on 1,000 GPUs with failures, in threads
+
+Stages sleep in place of computing; everything else is raylora's own: Ray, supervisor, crew, foreman, store, tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from benchmarks import common
+from raylora import batch
+from raylora.config import Config, load_config
+from raylora.crew import Crew, Member, Place, Survey
+from raylora.experiment import make_row
+from raylora.foreman import Calls, Foreman, NodeLostError, WorkerFailedError
+from raylora.plan import Plan
+from raylora.records import Experiment, Progress, ResultRow
+from raylora.scheduler import run_experiments
+from raylora.store import Store
+
+STAGES = ("features", "train", "mmlu")
+GPUS_A_NODE = 8
+
+
+def make_experiments(num: int, seconds: float, seed: int = 0) -> list[Experiment]:
+    """Of log-normal lengths, as dataset sizes are, longest first; ``seconds`` is their mean."""
+    rng = random.Random(seed)
+    lengths = sorted((rng.lognormvariate(0, 0.8) for _ in range(num)), reverse=True)
+    mean = sum(lengths) / num
+    return [
+        Experiment(
+            f"data_{i:05d}",
+            f"data_{i:05d}",
+            "",
+            {"seconds": seconds * n / mean},
+            str(i),
+            {key: {} for key in STAGES},
+            "",
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+class SleepingBench:
+    """Runs an experiment by sleeping through its stages."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config, self.store = config, store
+
+    def run(self, experiment: Experiment, progress: Progress) -> ResultRow:
+        for stage in STAGES:
+            progress(stage, 0, 1)
+            time.sleep(experiment.settings["seconds"] / len(STAGES))
+        row = make_row(self.config, experiment, "ok")
+        self.store.write_row(experiment, row)
+        return row
+
+    def help(self, experiment: Experiment, name: str, progress: Progress) -> int:
+        return 0
+
+
+def shortest(experiments: list[Experiment], num_workers: int) -> float:
+    """No schedule ends sooner: all workers busy all the time, or the longest one alone."""
+    seconds = [float(e.settings["seconds"]) for e in experiments]
+    return max(sum(seconds) / num_workers, max(seconds))
+
+
+def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, float]:
+    """Seconds from the first moment at which all workers are warm to the last row."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(model="demo", num_workers=num_workers, output=Path(folder))
+        store = Store(Path(folder))
+        store.open(fresh=True)
+        # Workers start while the first experiments wait; as many long ones as workers make them all warm.
+        warm_up = make_experiments(num_workers, 3.0, seed=1)
+        warm = [Experiment(**{**vars(e), "experiment_id": f"warm_{e.dataset}"}) for e in warm_up]
+        rows: dict[str, ResultRow] = {}
+        tables = batch._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
+        started = 0.0
+        num_warm = 0
+        for row in run_experiments(config, store, [*warm, *experiments], make_bench=SleepingBench):
+            name = row.values["experiment_id"]
+            if name.startswith("warm_"):
+                num_warm += 1
+                started = time.perf_counter()
+                continue
+            rows[name] = row
+            tables.row_came()
+        seconds = time.perf_counter() - started
+        tables.write()
+        return {"seconds": seconds, "rows": len(rows)}
+
+
+def measure_on_ray(options: argparse.Namespace) -> None:
+    ray.init(num_gpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    rows = []
+    for num_workers in (1, 2, 4, 8, 16):
+        nothing = make_experiments(options.num, 0.0)
+        overhead = run_on_ray(num_workers, nothing)["seconds"] / options.num * num_workers
+        experiments = make_experiments(6 * num_workers, 3.0)
+        taken = run_on_ray(num_workers, experiments)["seconds"]
+        bound = shortest(experiments, num_workers)
+        rows.append(
+            {
+                "workers": num_workers,
+                "overhead, ms an experiment and worker": 1000 * overhead,
+                "experiments": len(experiments),
+                "seconds": taken,
+                "shortest possible": bound,
+                "over it": f"{taken / bound - 1:.1%}",
+            }
+        )
+        print(rows[-1], flush=True)
+    ray.shutdown()
+    common.report("scheduling on Ray with logical GPUs, stages that sleep", rows, options.json, {})
+
+
+class Failing:
+    """Workers of a cluster in which things go wrong, as threads that sleep."""
+
+    def __init__(self, num_gpus: int, store: Store, config: Config, worker_dies: float, node_dies: float) -> None:
+        self.bench = SleepingBench(config, store)
+        self.num_gpus, self.worker_dies, self.node_dies = num_gpus, worker_dies, node_dies
+        self.lock = threading.Lock()
+        self.random = random.Random(0)
+        self.free = [
+            Place(f"node-{i // GPUS_A_NODE}", str(i % GPUS_A_NODE), f"{i // GPUS_A_NODE}") for i in range(num_gpus)
+        ]
+        self.num_deaths = self.num_lost = 0
+        self.seconds_lost = 0.0
+
+    def start(self) -> Member:
+        with self.lock:
+            place = self.free.pop(0)
+        time.sleep(0.02)  # at the scale of the simulation, the minute in which a model is loaded
+        return Member(None, place)
+
+    def stop(self, member: Member) -> None:
+        with self.lock:
+            self.free.append(member.place)
+
+    def survey(self) -> Survey:
+        return Survey(self.num_gpus, frozenset(str(i) for i in range(self.num_gpus // GPUS_A_NODE + 1)))
+
+    def run(self, member: Member, experiment: Experiment) -> dict[str, Any]:
+        with self.lock:
+            fate, when = self.random.random(), self.random.random()
+        if fate < self.worker_dies + self.node_dies:
+            time.sleep(when * experiment.settings["seconds"])
+            with self.lock:
+                self.seconds_lost += when * experiment.settings["seconds"]
+                self.num_deaths += fate < self.worker_dies
+                self.num_lost += fate >= self.worker_dies
+            if fate < self.worker_dies:
+                raise WorkerFailedError("its worker process died")
+            raise NodeLostError("its node is gone")
+        return self.bench.run(experiment, lambda *_: None).values
+
+
+def simulate(options: argparse.Namespace) -> None:
+    """Half a second stands for half an hour."""
+    rows = []
+    for num, num_gpus in ((1_000, 100), (10_000, 1_000)):
+        experiments = make_experiments(num, 0.5 * options.scale)
+        with tempfile.TemporaryDirectory() as folder:
+            config, store = load_config(model="demo"), Store(Path(folder))
+            site = Failing(num_gpus, store, config, worker_dies=0.01, node_dies=0.002)
+            crew = Crew(site.start, site.stop, site.survey)
+            calls = Calls(site.run, lambda *_: 0, set)
+            foreman = Foreman(config, store, crew, calls, may_start_helpers=False)
+            process = psutil.Process()
+            memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
+            started = time.perf_counter()
+            with ThreadPoolExecutor(1024) as threads:
+                done = [v for v in threads.map(foreman.run, experiments) if v]
+            seconds = time.perf_counter() - started
+            foreman.close()
+            bound = shortest(experiments, num_gpus)
+            rows.append(
+                {
+                    "datasets": num,
+                    "GPUs": num_gpus,
+                    "rows": len({v["experiment_id"] for v in done}),
+                    "error rows": sum(v["status"] == "error" for v in done),
+                    "workers died": site.num_deaths,
+                    "nodes lost": site.num_lost,
+                    "seconds": seconds,
+                    "shortest possible": bound,
+                    "lost to failures": site.seconds_lost / num_gpus,
+                    "CPU ms a dataset": 1000 * (sum(process.cpu_times()[:2]) - cpu) / num,
+                    "MB more": (process.memory_info().rss - memory) / 1e6,
+                }
+            )
+        print(rows[-1], flush=True)
+    common.report("the same crew and foreman, workers that are threads", rows, options.json, {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--num", type=int, default=200, help="experiments that take no time, for the overhead")
+    parser.add_argument("--scale", type=float, default=4.0, help="of the simulation's clock")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    (simulate if options.simulate else measure_on_ray)(options)
+
+
+if __name__ == "__main__":
+    main()

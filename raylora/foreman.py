@@ -1,0 +1,182 @@
+"""Sees to it that every experiment gets a row, whatever becomes of its worker. Knows nothing of Ray.
+
+An experiment whose worker dies, hangs or raises is tried once more, elsewhere where there is an elsewhere, and then
+gets an error row with the cause. A node that went away is nobody's fault and costs no try. While fewer experiments are
+left than there are workers, the idle ones help with the questions of those that are being evaluated.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raylora.config import Config
+from raylora.crew import Crew, Member, Place
+from raylora.experiment import error_row
+from raylora.files import RemoteError
+from raylora.records import Experiment, ResultRow
+from raylora.store import Store
+
+log = logging.getLogger("raylora.foreman")
+
+MAX_ATTEMPTS = 2
+MAX_MOVES = 10
+"""Nodes that an experiment may lose before it counts as its own fault."""
+LOOK_SECONDS = 1.0
+"""How often it is looked whether somebody can be helped."""
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""What the system says where no result can be kept."""
+
+
+class WorkerFailedError(Exception):
+    """A worker died, hung or raised; the text says how, in one line."""
+
+
+class NodeLostError(WorkerFailedError):
+    """A worker's node is gone, and the worker with it."""
+
+
+class StoreFailedError(Exception):
+    """Results cannot be kept: trying again is of no use before somebody makes room."""
+
+
+def store_failure(error: BaseException, store: Store) -> StoreFailedError | None:
+    """What an error says of the store; None where it says nothing of it."""
+    if isinstance(error, RemoteError):
+        return StoreFailedError(error.strerror)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return StoreFailedError(f"{store.root}: {error.strerror}: make room")
+    return None
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a worker is told to do something. Each raises ``WorkerFailedError`` or ``StoreFailedError``.
+
+    ``run(member, experiment)`` returns the values of its row. ``help(member, experiment)`` returns the number of
+    questions that were asked. ``being_evaluated()`` returns the ids of the experiments whose questions are being asked.
+    """
+
+    run: Callable[[Member, Experiment], dict[str, Any]]
+    help: Callable[[Member, Experiment], int]
+    being_evaluated: Callable[[], set[str]]
+
+
+class Foreman:
+    """Runs experiments with the workers of a crew, each in the thread that calls ``run``.
+
+    Args:
+        may_start_helpers: whether a worker may be started only to help, on a GPU that nobody uses.
+        on_retry: told what went wrong and is tried again, in one line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        crew: Crew,
+        calls: Calls,
+        may_start_helpers: bool,
+        on_retry: Callable[[str], None] = log.warning,
+    ) -> None:
+        self._on_retry = on_retry
+        self._config, self._store, self._crew, self._calls = config, store, crew, calls
+        self._may_start_helpers = may_start_helpers
+        self._ranks = itertools.count()
+        self._at_work: dict[str, Experiment] = {}
+        self._stopped = threading.Event()
+        threading.Thread(target=self._send_helpers, daemon=True).start()
+
+    def run(self, experiment: Experiment) -> dict[str, Any] | None:
+        """The values of the experiment's row; None where nothing new is begun any more.
+
+        Raises:
+            StoreFailedError: results cannot be kept.
+        """
+        row = self._store.read_row(experiment)
+        if row and (row.ok or not self._config.retry_failed):
+            # Made by this foreman's predecessor, which was killed before it said so.
+            return row.values
+        try:
+            return self._try(experiment)
+        except OSError as error:
+            raise store_failure(error, self._store) or error from error
+
+    def _try(self, experiment: Experiment) -> dict[str, Any] | None:
+        failures: list[tuple[Place, str]] = []
+        num_moves, rank = 0, next(self._ranks)
+        while len(failures) < MAX_ATTEMPTS:
+            member = self._crew.take(rank, avoid=_elsewhere(failures))
+            if member is None:
+                return None
+            self._at_work[experiment.experiment_id] = experiment
+            try:
+                values = self._calls.run(member, experiment)
+            except WorkerFailedError as error:
+                # Whatever happened, the process may be harmed: a leak, a half-attached adapter, a lost GPU context.
+                self._crew.lost(member)
+                num_moves += isinstance(error, NodeLostError)
+                if not isinstance(error, NodeLostError) or num_moves > MAX_MOVES:
+                    failures.append((member.place, str(error)))
+                if len(failures) < MAX_ATTEMPTS:
+                    self._on_retry(f"{experiment.dataset} is tried again: on {member.place}, {error}")
+                continue
+            finally:
+                self._at_work.pop(experiment.experiment_id, None)
+            self._crew.give_back(member)
+            return self._finish(experiment, values, failures)
+        self._crew.acquit([place for place, _ in failures], experiment.experiment_id)
+        return self._give_up(experiment, failures[-1][1])
+
+    def _finish(
+        self, experiment: Experiment, values: dict[str, Any], failures: list[tuple[Place, str]]
+    ) -> dict[str, Any]:
+        for place, cause in failures:
+            if place.gpu:
+                self._crew.blame(place, experiment.experiment_id, cause)
+        if failures:
+            values["num_attempts"] = len(failures) + 1
+            self._store.write_row(experiment, ResultRow(values))
+        return values
+
+    def _give_up(self, experiment: Experiment, cause: str) -> dict[str, Any]:
+        text = f"{experiment.dataset}: {cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"
+        row = error_row(self._config, experiment, text, num_attempts=MAX_ATTEMPTS)
+        self._store.write_row(experiment, row)
+        return row.values
+
+    def _send_helpers(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            try:
+                evaluated = self._calls.being_evaluated()
+            except Exception:  # whoever runs something will know what is wrong with the cluster
+                log.exception("nobody says who is being evaluated")
+                continue
+            # Those that began last have most left to ask.
+            for experiment in [e for key, e in reversed([*self._at_work.items()]) if key in evaluated]:
+                if member := self._crew.take_spare(self._may_start_helpers):
+                    threading.Thread(target=self._help, args=(member, experiment), daemon=True).start()
+
+    def _help(self, member: Member, experiment: Experiment) -> None:
+        try:
+            num_asked = self._calls.help(member, experiment)
+        except (WorkerFailedError, StoreFailedError) as error:
+            log.warning("%s could not help with %s: %s", member.place, experiment.dataset, error)
+            self._crew.lost(member)
+            return
+        log.info("%s asked %d questions of %s", member.place, num_asked, experiment.dataset)
+        self._crew.give_back(member, well=False)
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._crew.close()
+
+
+def _elsewhere(failures: list[tuple[Place, str]]) -> Place | None:
+    """Where not to try again: on the GPU that may be at fault. A machine without GPUs is not doubted."""
+    return failures[-1][0] if failures and failures[-1][0].gpu else None

@@ -1,0 +1,68 @@
+"""Linear layers that multiply with oneDNN, their weights laid out as its kernels want them, on a CPU.
+
+PyTorch multiplies float32 matrices with MKL. oneDNN is faster, most of all on weights in its own blocked layout, and
+putting them there takes half a second (benchmarks/NOTES.md). It has no backward pass: training does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+
+MIN_FEATURES = 128
+"""Smaller layers, such as those of adapters, gain nothing."""
+MEMORY_SHARE = 0.25
+"""Of the free memory, what the copies of the weights may take."""
+
+
+@contextlib.contextmanager
+def packed_linears(model: Any, num_tokens: int) -> Iterator[int]:
+    """Inside, ``model`` multiplies with copies of its weights, which are gone afterwards; without gradients only.
+
+    Where the copies would not fit the memory the weights are used as they lie.
+
+    Args:
+        num_tokens: rows that are multiplied together most of the time: the layout is chosen for so many.
+
+    Yields:
+        The number of such layers; 0 on a GPU and for quantized models.
+    """
+    layers = _layers(model) if torch.device(model.device).type == "cpu" else []
+    size = sum(layer.weight.nbytes for layer in layers)
+    room = size <= MEMORY_SHARE * psutil.virtual_memory().available
+    try:
+        for layer in layers:
+            weight = layer.weight.detach()
+            if room:
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
+            layer.forward = functools.partial(_multiply, weight, layer.bias)  # type: ignore[method-assign]
+        yield len(layers)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _layers(model: Any) -> list[torch.nn.Linear]:
+    """Frozen float32 layers that nothing else stands in front of, the output head left out: it sees too few rows."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return []
+    return [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear
+        and module is not model.get_output_embeddings()
+        and module.weight.dtype == torch.float32
+        and not module.weight.requires_grad
+        and min(module.weight.shape) >= MIN_FEATURES
+        and "forward" not in module.__dict__  # accelerate's hooks, where weights lie on several devices
+    ]
+
+
+def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    return product

@@ -1,0 +1,181 @@
+"""Which datasets of a chunk are worth training on? Features only, no training: a prediction for each, and an order.
+
+    python -m raylora.rank --chunk chunk_002 --predictor results/predictor --budget 5
+    python -m raylora.batch --chunk chunk_002 --order results/chunk_002/ranking.csv --limit 5
+
+The features go to the folder of the chunk's results, as the batch command's do: it does not measure them again, given
+the same options. A predictor of dynamic features needs the probe (a training of a few steps, thrown away); for any
+other the probe is left out. Writes ``ranking.csv`` there: rows in the order in which they should be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from raylora.batch import StoppedError, run_pending
+from raylora.config import Config, load_settings, main_with_one_line_errors
+from raylora.plan import Plan, find_files, make_plan
+from raylora.predict.predictor import Predictor, load_predictor
+from raylora.records import Experiment, ResultRow, UserError
+from raylora.store import write_atomically
+
+NUM_DRAWS = 4000
+RULE = (
+    "Order: each next one raises most how good the best of those trained is expected to be (in draws from the "
+    "predictor's held-out errors), so that a budget is not spent on several that are good or bad together."
+)
+
+
+class RankConfig(Config):
+    """Predict what training on each dataset would do, and in which order to train."""
+
+    predictor: Path = Field(Path("results/predictor"), description="folder or file that raylora.predict fit wrote")
+    budget: int | None = Field(None, ge=1, description="trainings that can be paid for (default: all)")
+    coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: the predictor's)")
+
+
+def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
+    """A row for each experiment: what it is, its features where they can be measured, and ``error`` where not.
+
+    No table of the run is touched: only features that are not there yet are measured and put into the store.
+
+    Raises:
+        StoppedError, KeyboardInterrupt: as ``run_plan``.
+    """
+    rows: dict[str, ResultRow] = {}
+    with plan.store.held(plan.config.fresh):
+        pending = [e for e in plan.experiments if not e.error and plan.store.read_stage(e, "features") is None]
+        if pending:
+            run_pending(plan, pending, rows, console, lambda: None)
+        return pd.DataFrame([_features_row(plan, e, rows.get(e.experiment_id)) for e in plan.experiments])
+
+
+def _features_row(plan: Plan, experiment: Experiment, row: ResultRow | None) -> dict[str, Any]:
+    measured = plan.store.read_stage(experiment, "features") if not experiment.error else None
+    failed = experiment.error or ("" if measured else (row.values.get("error") if row else "") or "not measured")
+    known = {"dataset": experiment.dataset, "experiment_id": experiment.experiment_id, "error": failed}
+    return {**known, **experiment.settings, **(measured or {})}
+
+
+def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage: float | None, seed: int) -> Any:
+    """The table's good rows in the order in which to train them, then those that failed.
+
+    Returns:
+        ``rank`` (from 1), ``dataset``, ``experiment_id``, ``prediction``, ``low``, ``high``, ``chance_best`` (share of
+        draws in which it is the best of all), ``expected_best`` (of the trainings up to this one), ``train`` (within
+        the budget), ``outside``, ``error``.
+    """
+    bad = table["error"] != ""
+    good = table[~bad].reset_index(drop=True)
+    if good.empty:
+        raise UserError(f"no dataset could be measured; the first: {table['error'].iloc[0]}")
+    found = predictor.predict(good, coverage, "the chunk's features")
+    draws = predictor.draw(good, NUM_DRAWS, seed, "the chunk's features")
+    order, expected = order_by_expected_best(draws, found["prediction"].to_numpy())
+    ranking = pd.concat([good[["dataset", "experiment_id"]], found], axis=1)
+    best = np.bincount(draws.argmax(axis=1), minlength=len(good))
+    ranking.insert(5, "chance_best", best / len(draws))
+    ranking = ranking.iloc[order].assign(error="")
+    ranking.insert(6, "expected_best", expected)
+    ranking = pd.concat([ranking, table.loc[bad, ["dataset", "experiment_id", "error"]]], ignore_index=True)
+    ranking.insert(0, "rank", pd.Series(range(1, len(ranking) + 1)).where(ranking["error"] == "").astype("Int64"))
+    last = len(good) if budget is None else budget
+    ranking.insert(7, "train", ranking["rank"].le(last).fillna(False).astype(bool))
+    return ranking
+
+
+def order_by_expected_best(draws: np.ndarray, predictions: np.ndarray) -> tuple[list[int], list[float]]:
+    """Columns of ``draws`` (draws x datasets), each next one the one that adds most to the mean of the best so far.
+
+    The greedy choice of N is within 1 - 1/e of the best N (Nemhauser et al. 1978: the mean of a maximum is submodular).
+    Where none adds anything that draws can show, the higher prediction comes first.
+
+    Returns:
+        The order, and the mean of the best up to each place.
+    """
+    left = list(range(draws.shape[1]))
+    best = np.full(len(draws), -np.inf)
+    order, expected = [], []
+    while left:
+        gains = np.maximum(best[:, None], draws[:, left]).mean(axis=0)
+        chosen = left[max(range(len(left)), key=lambda i: (round(float(gains[i]), 9), predictions[left[i]]))]
+        left.remove(chosen)
+        best = np.maximum(best, draws[:, chosen])
+        order.append(chosen)
+        expected.append(float(best.mean()))
+    return order, expected
+
+
+def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
+    table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("train", "dataset", "prediction", "interval", "best of all", "best so far"):
+        table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
+    for _, row in ranking[ranking["error"] == ""].iterrows():
+        numbers = [f"{row.prediction:.4f}", f"{row.low:.4f} {row.high:.4f}", f"{row.chance_best:.0%}"]
+        table.add_row(str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:.4f}")
+    console.print(table)
+    for _, row in ranking[ranking["error"] != ""].iterrows():
+        console.print(f"FAILED {row.dataset}: {row.error}", markup=False, soft_wrap=True)
+    strange = ranking[ranking["outside"].fillna("") != ""]
+    if len(strange):
+        console.print(
+            f"Note: {len(strange)} datasets have features beyond all that the predictor was fitted on "
+            "(column outside): their intervals may be too narrow.",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(RULE, markup=False, soft_wrap=True)
+
+
+def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
+    card, notes = predictor.card, []
+    if card["needs_probe"]:
+        notes.append(
+            f"the predictor uses dynamic features: a probe of {config.probe_steps} steps is run on each dataset"
+        )
+    else:
+        notes.append("the predictor uses no dynamic features: no probe is run")
+    if card["base_models"] and config.model not in card["base_models"]:
+        notes.append(f"the predictor was fitted on runs of {', '.join(card['base_models'])}, this is {config.model}")
+    return notes
+
+
+def main(argv: list[str]) -> int:
+    console = Console(highlight=False)
+    config = load_settings(RankConfig, argv, "python -m raylora.rank")
+    predictor = load_predictor(config.predictor)
+    steps = config.probe_steps if predictor.card["needs_probe"] else 0
+    if predictor.card["needs_probe"] and steps == 0:
+        raise UserError("--probe-steps 0: the predictor uses dynamic features; give steps, or fit --leave-out dynamic")
+    config = config.model_copy(update={"stages": ("features",), "probe_steps": steps, "trackers": ()})
+    for note in _notes(predictor, config):
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    try:
+        table = measure_features(plan, console)
+    except (KeyboardInterrupt, StoppedError) as stop:
+        console.print(f"{stop or 'Stopped.'} What is measured is kept: the same command goes on.", markup=False)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
+    path = plan.store.root / "ranking.csv"
+    write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
+    plan.store.publish("ranking.csv")
+    print_ranking(ranking, predictor.card["target"], console)
+    console.print(f"Files: {path}", markup=False, soft_wrap=True)
+    limit = f" --limit {config.budget}" if config.budget else ""
+    console.print(f"Next: python -m raylora.batch --chunk {chunk} --order {path}{limit}", markup=False, soft_wrap=True)
+    return 0 if (ranking["error"] == "").all() else 1
+
+
+if __name__ == "__main__":
+    main_with_one_line_errors(main)

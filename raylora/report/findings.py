@@ -1,0 +1,230 @@
+"""What the page shows, as plain values: which changes are real, subjects, features, time, failures."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom, false_discovery_control, rankdata, spearmanr
+
+from raylora.features.columns import COLUMNS
+from raylora.mmlu.questions import SUBJECT_GROUPS
+from raylora.mmlu.statistics import holm
+from raylora.report.gather import Answers, Run, answers_of, loss_curve, read_base
+
+ALPHA = 0.05
+MIN_DATASETS = 4
+"""Fewer say nothing about a rank correlation: even a perfect one of three has p = 1/3."""
+MAX_EXACT = 7
+"""Up to so many datasets a p-value counts all orders (5040); with more, Student's t is close."""
+STAGES = {
+    "static features": "static_seconds",
+    "probe": "probe_seconds",
+    "training": "train_seconds",
+    "MMLU": "mmlu_seconds",
+}
+MENDS = {
+    "out of memory": "lower --batch-size or --max-length, or quantize to 4 bits; then the same command with "
+    "--retry-failed",
+    "outofmemory": "lower --batch-size or --max-length, or quantize to 4 bits; then the same command with "
+    "--retry-failed",
+    "gave up after --timeout": "raise --timeout; then the same command with --retry-failed",
+    "the loss became": "lower --learning-rate; the same command then runs it anew",
+    "its worker process died": "look at the end of its log; then the same command with --retry-failed",
+    "tried ": "look at the end of its log; then the same command with --retry-failed",
+    "no trained adapter": "add train to --stages",
+    "no supervised token": "raise --max-length, or look at the dataset's answers",
+}
+
+
+def ranking(run: Run) -> dict[str, Any]:
+    """Holm-adjusted McNemar p-values by row (None where MMLU was not asked), and counts of what they find."""
+    raw = run.numbers("mcnemar_p_value").where(run.ok)
+    change = run.numbers("accuracy_change").where(run.ok)
+    known = np.flatnonzero(raw.notna() & change.notna())
+    adjusted = np.full(len(run.table), np.nan)
+    adjusted[known] = holm(raw.to_numpy()[known])
+    real = adjusted < ALPHA
+    return {
+        "rows": known.tolist(),
+        "holm": adjusted.tolist(),
+        "num_gains": int((real & (change > 0)).sum()),
+        "num_losses": int((real & (change < 0)).sum()),
+        "num_raw": int((raw < ALPHA).sum()),
+        "alpha": ALPHA,
+    }
+
+
+def subjects(run: Run) -> dict[str, Any] | None:
+    """Questions gained and lost by experiment and subject, with p-values adjusted over an experiment's subjects.
+
+    Returns:
+        ``names``, ``groups``, ``sizes``, ``base`` (accuracies), each (S,); ``rows``: by row number, ``gained``,
+        ``lost``, ``holm``, each (S,); ``num_left_out``: rows with MMLU whose answers are missing. None without any.
+    """
+    bases, asked = read_base(run), np.flatnonzero(run.numbers("accuracy_change").notna() & run.ok)
+    reference: Answers | None = None
+    rows: dict[int, dict[str, list[float]]] = {}
+    for row in asked.tolist():
+        found = answers_of(run, row, bases)
+        if found is None:
+            continue
+        ours, base = found
+        if reference is None:
+            reference = base
+            names, codes = np.unique(base.subjects.to_numpy().astype(str), return_inverse=True)
+        if base.same_questions(reference):
+            rows[row] = _by_subject(ours.correct, base.correct, codes, len(names))
+    if reference is None:
+        return None
+    sizes = np.bincount(codes, minlength=len(names))
+    right = np.bincount(codes, weights=reference.correct, minlength=len(names))
+    return {
+        "names": names.tolist(),
+        "groups": [SUBJECT_GROUPS.get(name, "other") for name in names],
+        "sizes": sizes.tolist(),
+        "base": (right / sizes).tolist(),
+        "rows": rows,
+        "num_left_out": len(asked) - len(rows),
+    }
+
+
+def _by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, num: int) -> dict[str, list[float]]:
+    gained = np.bincount(codes[ours & ~base], minlength=num)
+    lost = np.bincount(codes[base & ~ours], minlength=num)
+    # The exact McNemar test (as in mmlu.statistics) of all subjects at once: the binomial at 1/2 is symmetric.
+    p_values = np.minimum(1.0, 2 * binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))
+    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": holm(p_values).tolist()}
+
+
+def features(run: Run) -> dict[str, Any]:
+    """Spearman's rank correlation of every feature with the change in accuracy, over datasets.
+
+    Experiments of one dataset (a grid) count once, by their means: they share their data and are not independent.
+
+    Returns:
+        ``columns``: of each feature ``name, group, unit, definition, rho, p_value, q_value`` (Benjamini and Hochberg
+        1995), ``num`` datasets with both values; ``num_tested``; ``num_expected``: p-values below ``ALPHA`` if no
+        feature had anything to do with the change; ``num_raw`` and ``num_adjusted``: how many are.
+    """
+    names = [column.name for column in COLUMNS if column.unit != "text" and column.group != "bookkeeping"]
+    table = pd.DataFrame({name: run.numbers(name) for name in [*names, "accuracy_change"]})[run.ok]
+    hashes = pd.Series(run.texts("data_hash"))
+    keys = (pd.Series(run.texts("dataset")) + "\0" + hashes)[run.ok]
+    means = table.groupby(keys).mean()
+    found: list[dict[str, Any]] = []
+    for column in (c for c in COLUMNS if c.name in names):
+        pairs = means[[column.name, "accuracy_change"]].dropna()
+        rho, p_value = spearman(pairs[column.name].to_numpy(), pairs["accuracy_change"].to_numpy())
+        found.append(
+            {
+                "name": column.name,
+                "group": column.group,
+                "unit": column.unit,
+                "definition": column.definition,
+                "rho": rho,
+                "p_value": p_value,
+                "q_value": None,
+                "num": len(pairs),
+                "num_measured": int(means[column.name].notna().sum()),
+            }
+        )
+    tested = [f for f in found if f["p_value"] is not None]
+    if tested:
+        adjusted = false_discovery_control([f["p_value"] for f in tested])
+        for f, q_value in zip(tested, adjusted, strict=True):
+            f["q_value"] = float(q_value)
+    return {
+        "columns": found,
+        "num_datasets": len(means),
+        "grouped": len(means) < len(table),
+        "num_tested": len(tested),
+        "num_expected": ALPHA * len(tested),
+        "num_raw": sum(f["p_value"] < ALPHA for f in tested),
+        "num_adjusted": sum(f["q_value"] < ALPHA for f in tested),
+    }
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
+    """Rank correlation and its two-sided p-value: exact for few datasets. None where there is nothing to correlate."""
+    if len(x) < MIN_DATASETS or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None, None
+    result = spearmanr(x, y)
+    rho = float(result.statistic)
+    if len(x) > MAX_EXACT:
+        return rho, float(result.pvalue)
+    ranks, others = rankdata(x), rankdata(y)
+    orders = others[np.array(list(permutations(range(len(y)))))]
+    products = (orders - orders.mean(axis=1, keepdims=True)) @ (ranks - ranks.mean())
+    observed = (others - others.mean()) @ (ranks - ranks.mean())
+    return rho, float((np.abs(products) >= abs(observed) - 1e-9).mean())
+
+
+def curves(run: Run) -> dict[int, dict[str, list[float]]]:
+    """Loss curves by row number: ``steps`` and ``losses``."""
+    found = {row: loss_curve(run, row) for row in range(len(run.table))}
+    return {row: {"steps": c[0], "losses": c[1]} for row, c in found.items() if c}
+
+
+def costs(run: Run) -> dict[str, Any]:
+    """Seconds of a worker by row and stage. What is in no stage (loading, waiting, writing) is ``other``.
+
+    A row that was taken up from earlier stages has a total that leaves them out: then nothing is other.
+    """
+    seconds = pd.DataFrame({stage: run.numbers(column) for stage, column in STAGES.items()})
+    other = (run.numbers("total_seconds") - seconds.sum(axis=1)).clip(lower=0)
+    seconds["other"] = other
+    machine = run.manifest.get("machine")
+    gpus = machine.get("gpus") if isinstance(machine, dict) else None
+    return {
+        "stages": list(seconds.columns),
+        "seconds": [seconds[stage].tolist() for stage in seconds.columns],
+        "totals": seconds.sum().tolist(),
+        "gpus": [str(gpu) for gpu in gpus] if isinstance(gpus, list) else [],
+    }
+
+
+def failures(run: Run) -> list[dict[str, Any]]:
+    """Of each row that is not good: ``row``, ``cause``, ``mend``."""
+    texts = run.texts("error")
+    return [
+        {"row": row, "cause": texts[row] or "no cause was written down", "mend": mend_of(texts[row])}
+        for row in np.flatnonzero(~run.ok).tolist()
+    ]
+
+
+def mend_of(error: str) -> str:
+    """What to do about an error: by what it says."""
+    known = next((mend for mark, mend in MENDS.items() if mark in error.lower()), "")
+    return known or "mend the file where the cause points; the same command then runs it anew"
+
+
+def oddities(run: Run) -> list[dict[str, Any]]:
+    """What is no failure and yet worth a look: ``row`` and ``what``, one for each of a row's oddities."""
+    found = []
+    unparsed, asked = run.numbers("num_unparsed"), run.numbers("total_questions")
+    counts = {
+        "num_bad_records": "{:.0f} records left out",
+        "num_lost_records": "{:.0f} records lost behind the place where the file breaks off",
+        "num_truncated": "{:.0f} questions with a cut prompt",
+        "num_oom_backoffs": "training halved its minibatch {:.0f} times: out of memory",
+        "mmlu_oom_backoffs": "MMLU halved its batch {:.0f} times: out of memory",
+    }
+    columns = {name: run.numbers(name) for name in counts}
+    reasons, notes = run.texts("bad_records"), run.texts("feature_notes")
+    for row in np.flatnonzero(run.ok).tolist():
+        for name, text in counts.items():
+            value = columns[name][row]
+            if value == -1:  # of num_lost_records
+                found.append({"row": row, "what": "records lost behind the place where the file breaks off"})
+            elif value > 0:
+                why = f": {reasons[row]}" if name == "num_bad_records" and reasons[row] else ""
+                found.append({"row": row, "what": text.format(value) + why})
+        if unparsed[row] > 0:
+            share = unparsed[row] / asked[row] if asked[row] > 0 else 1
+            found.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
+        if notes[row]:
+            found.append({"row": row, "what": f"not measured: {notes[row]}"})
+    return found

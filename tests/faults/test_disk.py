@@ -1,0 +1,48 @@
+"""Disks that are full or cannot be written to: one line, nothing torn, and the same command goes on with more room."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.runs import assert_equal_rows
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def small_disk(shared_site) -> Iterator[object]:
+    """The results lie on a disk of their own, of three MiB."""
+    shared_site.results.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(shared_site.results)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield shared_site
+    subprocess.run(["umount", "-l", str(shared_site.results)], check=True)
+
+
+def remount(site, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(site.results)], check=True)
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_loses_nothing(small_disk, undisturbed):
+    shown = small_disk.run(expect=1)
+    last = shown.strip().splitlines()[-1]
+    assert "No space left on device" in last
+    assert "the same command goes on from here" in last
+    num_done = small_disk.num_done()
+    assert 0 < num_done < len(undisturbed)
+    remount(small_disk, "size=300m")
+    small_disk.run()
+    print(f"{num_done} rows before the disk was full, {len(small_disk.rows())} in the end")
+    assert_equal_rows(small_disk.rows(), undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(small_disk):
+    remount(small_disk, "ro")
+    told = small_disk.run(expect=2)
+    assert told.count("\n") == 1
+    assert "cannot be written to: Read-only file system" in told

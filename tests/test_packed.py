@@ -1,0 +1,73 @@
+"""Packed layers multiply as plain ones do, and nothing stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raylora import packed
+from raylora.config import Method
+from raylora.model import LoadedModel
+from raylora.packed import packed_linears
+from tests.tiny import make_model
+
+LAYERS = 2 * 7
+
+
+@pytest.fixture
+def model():
+    return make_model(hidden_size=256).requires_grad_(False)
+
+
+def logits(model):
+    ids = torch.arange(60).reshape(3, 20)
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def test_the_model_answers_the_same_inside_and_afterwards(model):
+    before = logits(model)
+    with packed_linears(model, 64) as num_layers:
+        assert num_layers == LAYERS
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(model), before)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_an_adapter_above_packed_layers_has_its_say(model, tokenizer):
+    loaded = LoadedModel(model, tokenizer, "tiny", "none")
+    base = logits(model)
+    parameters = loaded.attach(Method(lora_dropout=0.0), 0)
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_()
+    plain = logits(model)
+    assert (plain - base).abs().max() > 0.1
+    with packed_linears(model, 64) as num_layers:
+        assert num_layers == LAYERS, "the frozen layers alone"
+        torch.testing.assert_close(logits(model), plain, atol=1e-4, rtol=1e-4)
+    loaded.detach()
+    assert torch.equal(logits(model), base)
+
+
+def test_a_failure_inside_leaves_nothing_behind(model):
+    with pytest.raises(KeyboardInterrupt), packed_linears(model, 64):
+        raise KeyboardInterrupt
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_copies_that_do_not_fit_the_memory_are_not_made(model, monkeypatch):
+    before = logits(model)
+    with packed_linears(model, 64):
+        assert all(m.forward.args[0].is_mkldnn for m in model.modules() if "forward" in m.__dict__)
+    monkeypatch.setattr(packed, "MEMORY_SHARE", 0.0)
+    with packed_linears(model, 64) as num_layers:
+        assert num_layers == LAYERS
+        assert not any(m.forward.args[0].is_mkldnn for m in model.modules() if "forward" in m.__dict__)
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_are_not_plain_float32_are_left_alone(model):
+    model.bfloat16()
+    with packed_linears(model, 64) as num_layers:
+        assert num_layers == 0
