@@ -66,7 +66,7 @@ def run_plan(
                 run_pending(plan, pending, rows, console, tables.row_came)
         finally:
             ordered = tables.write()
-            try_write_report(store.root, console)
+            try_write_report(store, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 

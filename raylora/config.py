@@ -27,7 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from raylora.files import Location, LocationText, without_secrets
+from raylora.files import Location, LocationText, RemoteError, without_secrets
 from raylora.records import UserError
 
 Stage = Literal["features", "train", "mmlu"]
@@ -137,13 +137,25 @@ class RunOptions(BaseModel):
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
-    address: str | None = Field(None, description="Ray cluster to join: auto, or ray://host:10001")
+    address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
     order: Path | None = Field(None, description="CSV that says what to run first, such as ranking.csv of raylora.rank")
     trackers: Annotated[tuple[TrackerName, ...], NoDecode] = Field(
         (), description="told of every row, separated by commas: mlflow, tensorboard, wandb"
     )
 
     _split = field_validator("stages", "trackers", mode="before")(split_commas)
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        """Ray Data does not run over Ray's client connection; and a run must not end with a laptop's network."""
+        if address and address.startswith("ray://"):
+            host = address.removeprefix("ray://").partition(":")[0] or "HOST"
+            raise ValueError(
+                f"a run must be on the cluster, not beside it: ray job submit --address http://{host}:8265 -- "
+                "python -m raylora.batch --address auto and the other options"
+            )
+        return address
 
 
 class _ModelNameEnv(EnvSettingsSource):
@@ -348,11 +360,14 @@ def _explain_settings_error(settings: type[Settings], error: SettingsError) -> s
 
 
 def main_with_one_line_errors(main: Any, argv: list[str] | None = None) -> None:
-    """Run a command: a user's mistake ends in one line on stderr and exit code 2."""
+    """Run a command: a user's mistake, or an object store that says no, ends in one line on stderr and exit code 2."""
     try:
         code = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"raylora: {error}", file=sys.stderr)
+        code = 2
+    except RemoteError as error:
+        print(f"raylora: {error.strerror}", file=sys.stderr)
         code = 2
     except BrokenPipeError:
         code = 1

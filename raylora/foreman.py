@@ -18,6 +18,7 @@ from typing import Any
 from raylora.config import Config
 from raylora.crew import Crew, Member, Place
 from raylora.experiment import error_row
+from raylora.files import RemoteError
 from raylora.records import Experiment, ResultRow
 from raylora.store import Store
 
@@ -46,6 +47,8 @@ class StoreFailedError(Exception):
 
 def store_failure(error: BaseException, store: Store) -> StoreFailedError | None:
     """What an error says of the store; None where it says nothing of it."""
+    if isinstance(error, RemoteError):
+        return StoreFailedError(error.strerror)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return StoreFailedError(f"{store.root}: {error.strerror}: make room")
     return None

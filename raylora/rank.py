@@ -169,6 +169,7 @@ def main(argv: list[str]) -> int:
     ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
     path = plan.store.root / "ranking.csv"
     write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
+    plan.store.publish("ranking.csv")
     print_ranking(ranking, predictor.card["target"], console)
     console.print(f"Files: {path}", markup=False, soft_wrap=True)
     limit = f" --limit {config.budget}" if config.budget else ""

@@ -211,6 +211,21 @@ def test_an_error_says_where_and_why_and_travels(objects):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_an_output_that_cannot_be_reached_is_one_line(objects, tiny_model_folder, more):
+    objects.put("data/chunk_1/a.json", RECORDS)
+    words = ["--chunk", "chunk_1", "--data-root", f"s3://{BUCKET}/data", "--output", "s3://no-such-bucket-here/out"]
+    words += ["--model", str(tiny_model_folder), "--stages", "train", "--quantization", "none", *more]
+    done = subprocess.run([sys.executable, "-m", "raylora.batch", *words], capture_output=True, text=True)
+    if more:  # nothing can be there yet, and nothing is written
+        assert done.returncode == 0
+        assert "1 experiments, 0 done" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("raylora: --output s3://no-such-bucket-here/out")
+
+
 # One run at a time
 
 

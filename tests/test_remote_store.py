@@ -86,6 +86,7 @@ def stages_logged(objects: Objects, folder: str) -> list[str]:
     return [line.partition(" INFO ")[2] for line in objects.get(f"{folder}/log.txt").decode().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     ray_on_s3, objects, options, tmp_path, capsys
 ):
@@ -228,24 +229,34 @@ def test_reports_find_what_other_machines_made(objects, options, tmp_path):
     assert objects.get(f"{OUT}/report.html") == b"<p>"
 
 
+def wait_for(condition) -> None:
+    for _ in range(1800):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_gone_on_with_and_a_second_one_is_told(objects, options, tmp_path):
+    num_datasets = 24  # so many that the first run is not done before it is killed
+    for i in range(NUM_DATASETS, num_datasets):
+        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+        objects.put(f"data/chunk_1/{path.name}", path.read_bytes())
     words = command(options, "--num-workers", "1")
     first = only_process(words, tmp_path / "first")
-    for _ in range(1200):
-        if objects.names(f"{OUT}/experiments/") and any(n.endswith("result.json") for n in objects.names(OUT)):
-            break
-        time.sleep(0.1)
+    wait_for(lambda: objects.names(f"{OUT}/run.lock"))
     told = pytest.raises(UserError, match="another run is writing here")
     with on_machine(tmp_path / "second"), told, plan_of(options).store.held(False):
         pass
+    wait_for(lambda: [n for n in objects.names(OUT) if n.endswith("result.json")])
     first.send_signal(signal.SIGKILL)
     first.wait()
     rows_before = {n: objects.get(n) for n in objects.names(OUT) if n.endswith("result.json")}
-    assert 1 <= len(rows_before) < NUM_DATASETS
+    assert 1 <= len(rows_before) < num_datasets
     second = only_process(words, tmp_path / "second", text=True)
     output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
-    assert len(api.load_results(f"s3://{BUCKET}/{OUT}")) == NUM_DATASETS
+    assert len(api.load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets
     assert {n: objects.get(n) for n in rows_before} == rows_before, "what was finished is not done again"
     assert f"s3://{BUCKET}/{OUT}" in output

@@ -24,6 +24,7 @@ from raylora.mmlu.statistics import compare
 from raylora.records import Score
 from raylora.report import findings, try_write_report, write_report
 from raylora.report.gather import Answers, Run, load_run, loss_curve
+from raylora.store import Store
 from tests.runs import dataset_names, make_score, write_run
 
 NASTY = [
@@ -284,7 +285,7 @@ def test_a_report_that_fails_is_one_line_and_no_more(tmp_path):
     (tmp_path / "results.csv").write_text("dataset\nx\n")
     (tmp_path / "report.html").mkdir()
     (tmp_path / "report.html" / "file").touch()
-    try_write_report(tmp_path, Console(file=out, width=300))
+    try_write_report(Store(tmp_path), Console(file=out, width=300))
     assert out.getvalue().startswith("Warning: no report.html (")
     assert len(out.getvalue().splitlines()) == 1
     assert not list(tmp_path.glob(".partial-*"))

@@ -23,7 +23,7 @@ from rich.console import Console
 from raylora.config import Config
 from raylora.report import findings
 from raylora.report.gather import Run, load_run
-from raylora.store import write_text
+from raylora.store import Store, write_text
 
 SCRIPTS = ("core.js", "table.js", "ranking.js", "figures.js", "heatmap.js", "sections.js")
 
@@ -42,10 +42,12 @@ def write_report(root: Path, price: float | None = None) -> Path:
     return path
 
 
-def try_write_report(root: Path, console: Console) -> None:
+def try_write_report(store: Store, console: Console) -> None:
     """The same, at the end of a run whose rows must not be lost to it: what goes wrong is one line."""
     try:
-        write_report(root)
+        store.collect()
+        write_report(store.root)
+        store.publish("report.html")
     except Exception as error:  # noqa: BLE001 - whatever it is, the tables are written and worth more than the page
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         console.print(f"Warning: no report.html ({cause})", markup=False, soft_wrap=True)

@@ -1,0 +1,70 @@
+"""``--address``: runs on a cluster that is there already. Real Ray, two nodes, token authentication."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import psutil
+import pytest
+
+from tests.local_cluster import ROOT, TOKEN, LocalCluster, local_cluster
+from tests.test_batch import OPTIONS, command, write_dataset
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with local_cluster() as cluster:
+        yield cluster
+        processes = psutil.Process().children(recursive=True)
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def options(tmp_path, tiny_model_folder):
+    for i in range(3):
+        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+    return {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "results"}
+
+
+def test_a_submitted_job_runs_on_both_nodes(cluster: LocalCluster, options, tmp_path):
+    done = cluster.submit(*command(options, "--address", "auto"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    table = pd.read_csv(tmp_path / "results" / "chunk_1" / "results.csv")
+    assert list(table["status"]) == ["ok"] * 3
+    assert {"worker 0", "worker 1"} <= {line.partition(":")[0] for line in done.stdout.splitlines()}
+    again = cluster.submit(*command(options, "--address", "auto"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "worker" not in again.stdout, "all rows are there"
+
+
+def test_a_job_whose_rows_failed_is_a_failed_job(cluster: LocalCluster, options, tmp_path):
+    (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
+    done = cluster.submit(*command(options, "--address", "auto", "--stages", "train"))
+    assert done.returncode != 0
+    assert "bad.json: line 1" in done.stdout
+
+
+def test_the_dashboard_wants_the_token(cluster: LocalCluster):
+    assert cluster.status("/api/jobs/", None) == 401
+    assert cluster.status("/api/jobs/", "another-token-0123456789abcdef-xyz") in {401, 403}
+    assert cluster.status("/api/jobs/", TOKEN) == 200
+
+
+def test_a_client_connection_is_refused_with_what_to_do(cluster: LocalCluster, options):
+    words = command(options, "--address", cluster.client)
+    done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "ray job submit" in done.stderr
+
+
+def test_asking_for_gpus_says_what_is_there(cluster: LocalCluster):
+    words = [sys.executable, "cluster/request_gpus.py", "2"]
+    environment = {**cluster.environment, "RAY_ADDRESS": cluster.gcs}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert "2 GPUs are wanted, 2 are there" in done.stdout, done.stderr
