@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.runs import assert_equal_rows
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.runs import DATASETS, NUM_DATASETS, assert_equal_rows, wait_until_gone
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 NUM_KILLS = 20
 
 
@@ -48,12 +48,10 @@ def test_a_driver_killed_three_times_goes_on(shared_site, undisturbed):
     check_that_it_goes_on(shared_site, undisturbed, kill_at_random_moments(shared_site, 3, seed=1))
 
 
-@pytest.mark.slow
 def test_a_driver_killed_at_twenty_random_moments_goes_on(shared_site, undisturbed):
     check_that_it_goes_on(shared_site, undisturbed, kill_at_random_moments(shared_site, NUM_KILLS, seed=2))
 
 
-@pytest.mark.slow
 def test_a_driver_killed_with_a_ray_of_its_own_leaves_no_process(site, undisturbed):
     counts = kill_at_random_moments(site, 1, seed=3)
     wait_until_gone(site)

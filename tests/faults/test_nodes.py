@@ -21,7 +21,7 @@ from raylora.config import load_config
 from raylora.plan import find_files, make_plan
 from tests.faults.runs import DATASETS, OPTIONS, still, write_chunk
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

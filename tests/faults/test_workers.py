@@ -20,6 +20,7 @@ def test_workers_killed_once_in_every_stage_change_no_row(shared_site, undisturb
     check_kills(shared_site, undisturbed, len(STAGES) + 1)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_scores_the_base_changes_no_row(shared_site, undisturbed):
     shared_site.strike({"stage": "base mmlu", "what": "kill"})
     check_kills(shared_site, undisturbed, 1)
@@ -35,6 +36,7 @@ def check_kills(site, undisturbed, num_kills: int) -> None:
     assert sum(n - 1 for n in attempts) == num_kills
 
 
+@pytest.mark.slow
 def test_experiments_that_cannot_be_run_get_error_rows_and_cost_no_others(shared_site, undisturbed):
     bad = {DATASETS[1]: "kill", DATASETS[4]: "hang", DATASETS[6]: "raise", DATASETS[9]: "gpu memory"}
     shared_site.strike(*({"datasets": [d], "stage": "train", "what": what, "times": 99} for d, what in bad.items()))
@@ -58,6 +60,7 @@ def test_experiments_that_cannot_be_run_get_error_rows_and_cost_no_others(shared
     assert_equal_rows(shared_site.rows(), undisturbed)
 
 
+@pytest.mark.slow
 def test_an_allocation_that_fails_makes_minibatches_smaller(shared_site, undisturbed):
     name = DATASETS[2]
     shared_site.strike({"datasets": [name], "stage": "minibatch", "what": "gpu memory", "times": 1000})
@@ -79,6 +82,7 @@ def test_an_allocation_that_fails_makes_minibatches_smaller(shared_site, undistu
     assert_equal_rows(rows, undisturbed, but=[name])
 
 
+@pytest.mark.slow
 def test_a_gpu_that_keeps_failing_is_set_aside_and_named(shared_site):
     """Experiments long enough that the bad GPU is given three of them before the good one has done all."""
     shared_site.strike({"stage": "train", "what": "raise", "gpu": "1", "times": 999})
