@@ -17,7 +17,6 @@ from typing import Any
 
 from raylora.config import Config
 from raylora.crew import Crew, Member, Place
-from raylora.experiment import error_row
 from raylora.files import RemoteError
 from raylora.records import Experiment, ResultRow
 from raylora.store import Store
@@ -145,6 +144,8 @@ class Foreman:
         return values
 
     def _give_up(self, experiment: Experiment, cause: str) -> dict[str, Any]:
+        from raylora.experiment import error_row  # seconds and half a GB, which a supervisor seldom needs
+
         text = f"{experiment.dataset}: {cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"
         row = error_row(self._config, experiment, text, num_attempts=MAX_ATTEMPTS)
         self._store.write_row(experiment, row)

@@ -28,10 +28,9 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 
 from raylora.config import Config
 from raylora.crew import Crew, Member, Place, Survey
-from raylora.experiment import Workbench
+from raylora.files import one_line
 from raylora.foreman import Calls, Foreman, NodeLostError, StoreFailedError, WorkerFailedError, store_failure
 from raylora.records import Experiment, ResultRow, UserError
-from raylora.sources import one_line, quiet_libraries
 from raylora.store import Store
 
 PROGRESS_SECONDS = 0.5
@@ -96,17 +95,27 @@ class Worker:
     """One GPU and one base model, in a process of its own. Runs one experiment after another.
 
     Args:
-        make_bench: makes what experiments are run with (``Workbench``), of the configuration and the store.
+        make_bench: makes what experiments are run with, of the configuration and the store; a ``Workbench`` if None.
     """
 
     def __init__(
-        self, make_bench: Callable[..., Any], config: Config, store: Store, board: Any, number: int, num_threads: int
+        self,
+        make_bench: Callable[..., Any] | None,
+        config: Config,
+        store: Store,
+        board: Any,
+        number: int,
+        num_threads: int,
     ) -> None:
-        quiet_libraries()
+        # Not at the top: what the supervisor and the board need of this module is there in a second, without torch.
         import torch
 
+        from raylora.experiment import Workbench
+        from raylora.sources import quiet_libraries
+
+        quiet_libraries()
         torch.set_num_threads(num_threads)
-        self._bench = make_bench(config, store)
+        self._bench = (make_bench or Workbench)(config, store)
         self._board, self._number = board, number
 
     def where(self) -> Place:
@@ -151,7 +160,7 @@ class Supervisor:
     """Holds the crew of a run. Called by many threads at once, each with an experiment."""
 
     def __init__(
-        self, make_bench: Callable[..., Any], config: Config, store: Store, board: Any, resources: dict[str, Any]
+        self, make_bench: Callable[..., Any] | None, config: Config, store: Store, board: Any, resources: dict[str, Any]
     ) -> None:
         self._make_bench, self._config, self._store, self._board = make_bench, config, store, board
         self._resources = resources
@@ -306,13 +315,13 @@ def run_experiments(
     store: Store,
     experiments: Sequence[Experiment],
     on_start: Callable[[Run], None] = lambda _: None,
-    make_bench: Callable[..., Any] = Workbench,
+    make_bench: Callable[..., Any] | None = None,
 ) -> Iterator[ResultRow]:
     """Rows as they finish, one for each experiment that was begun, in the running Ray.
 
     Args:
         on_start: told of the run before its first row.
-        make_bench: makes what a worker runs experiments with.
+        make_bench: makes what a worker runs experiments with; a ``Workbench`` if None.
 
     Raises:
         StoreFailedError: results cannot be kept.
@@ -337,7 +346,7 @@ def run_experiments(
 
 
 def _map_experiments(
-    config: Config, store: Store, experiments: Sequence[Experiment], board: Any, make_bench: Callable[..., Any]
+    config: Config, store: Store, experiments: Sequence[Experiment], board: Any, make_bench: Callable[..., Any] | None
 ) -> Any:
     """The Ray Dataset of the rows: lazy, and streaming."""
     context = DataContext.get_current()

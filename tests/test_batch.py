@@ -282,22 +282,6 @@ def test_at_a_terminal_the_chunks_are_listed_and_one_is_asked_for(options, tmp_p
     assert b"data_of_three" not in shown
 
 
-def test_ctrl_c_writes_the_tables_and_says_how_to_go_on(options, tmp_path):
-    for i in range(4):
-        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
-    process = subprocess.Popen(command(options), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[1/4]"):
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 130
-    assert "the same command goes on from here" in rest
-    assert "Traceback" not in rest
-    assert 1 <= len(pd.read_csv(tmp_path / "results" / "chunk_1" / "results.csv")) < 4
-
-
 def test_without_a_chunk_or_a_model_one_line_says_what_there_is(options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_7", "data")
     with pytest.raises(UserError, match=r"--chunk: name one of .*chunk_7"):

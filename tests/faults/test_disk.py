@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def small_disk(shared_site) -> Iterator[object]:
-    """The results lie on a disk of their own, of three MiB."""
+    """The results lie on a disk of their own, of about a MiB."""
     shared_site.results.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(shared_site.results)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(shared_site.results)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("only root can mount a small disk")
     yield shared_site

@@ -65,7 +65,7 @@ def test_nodes_that_leave_and_join_cost_no_row_and_no_attempt(cluster, tmp_path,
     cluster.add_node(num_cpus=1, num_gpus=1)
     leaving = cluster.add_node(num_cpus=1, num_gpus=1)
     console = recorder(tmp_path)
-    more = {"num_epochs": 20}
+    more = {"num_epochs": 60}
     with ThreadPoolExecutor(1) as thread:  # nodes can be added in the main thread only
         running = thread.submit(run, cluster, data, results, tiny_model_folder, console, **more)
         wait_for_rows(results, 2)
