@@ -162,6 +162,7 @@ def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_pa
     assert len({r.values["train_final_loss"] for r in rows}) == 4
 
 
+@pytest.mark.slow
 def test_a_worker_killed_midway_costs_no_row(ray_with_gpus, options, tmp_path):
     for i in range(4):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i, num=24)
@@ -195,6 +196,7 @@ def wait_for_workers(parent: int, num: int, timeout: float = 90) -> list[psutil.
     raise AssertionError(f"{num} workers were not seen at work")
 
 
+@pytest.mark.slow
 def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "slow", num=400)
     write_dataset(tmp_path / "data" / "chunk_1", "quick", num=2)
@@ -240,6 +242,7 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_experiment_is_tried_again_only_when_asked(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     assert run(options, timeout=0.01)["data"]["status"] == "error"
