@@ -1,8 +1,8 @@
 """How good are predictors on the published sample? RMSE of 5 folds, and coverage of intervals in repeated splits.
 
-    python -m benchmarks.predict [--splits 20] [--table ../shared/data/tuneahead_metadataset_sample.csv]
+    python -m benchmarks.predict [--repeats 2] [--table ../shared/data/tuneahead_metadataset_sample.csv]
 
-A split draws four fifths of the rows, fits a predictor to them alone, and counts the others that lie in its intervals.
+A split fits a predictor to four fifths of the rows alone, and counts those of the last fifth that lie in its intervals.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from sklearn.model_selection import RepeatedKFold
 
 from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor, scores
@@ -25,16 +25,17 @@ SAMPLE = SHARED / "tuneahead_metadataset_sample.csv"
 TARGET = "overall_accuracy"
 
 
-def coverage_in_splits(path: Path, splits: Iterable[int], coverage: float = 0.9) -> dict[str, list[float]]:
-    """``coverage``, ``width`` and ``rmse`` on the held-out fifth of each split, by the splits' seeds."""
+def coverage_in_splits(path: Path, repeats: int, coverage: float = 0.9) -> dict[str, list[float]]:
+    """``coverage``, ``width`` and ``rmse`` on the held-out fifth of each split; a repeat holds every row out once.
+
+    Fifths drawn freely meet some rows often and others never: eight such splits gave 94%, and forty 91.8%.
+    """
     table = read_table(path)
     found: dict[str, list[float]] = {"coverage": [], "width": [], "rmse": []}
-    for split in splits:
-        order = np.random.default_rng(split).permutation(len(table))
-        rest, train = np.split(order, [len(table) // 5])
-        predictor, _ = fit_predictor(
-            known_from_table(table.iloc[train], TARGET), TARGET, coverage, seed=split, explain=False
-        )
+    folds = RepeatedKFold(n_splits=5, n_repeats=repeats, random_state=0)
+    for split, (train, rest) in enumerate(folds.split(table)):
+        known = known_from_table(table.iloc[train], TARGET)
+        predictor, _ = fit_predictor(known, TARGET, coverage, seed=split, explain=False)
         held_out = table.iloc[rest]
         predicted = predictor.predict(held_out)
         measured = held_out[TARGET]
@@ -54,8 +55,7 @@ def five_fold_rmse(path: Path, seeds: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, default=SAMPLE)
-    parser.add_argument("--splits", type=int, default=20)
-    parser.add_argument("--first-split", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -63,7 +63,7 @@ def main() -> None:
     print(
         json.dumps({"five_fold_rmse": [round(r, 5) for r in rmse], "seconds": time.monotonic() - started}), flush=True
     )
-    found = coverage_in_splits(arguments.table, range(arguments.first_split, arguments.first_split + arguments.splits))
+    found = coverage_in_splits(arguments.table, arguments.repeats)
     means = {f"mean_{name}": float(np.mean(values)) for name, values in found.items() if values}
     print(json.dumps({**means, "seconds": time.monotonic() - started}))
 
