@@ -117,11 +117,16 @@ def _stop(started: list[subprocess.Popen[bytes]], folder: Path) -> None:
     for process in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-    left = [p for p in psutil.process_iter() if p.pid != os.getpid() and _works_in(p, folder)]
+    left = works_in(folder)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(left, 10)
+
+
+def works_in(folder: Path) -> list[psutil.Process]:
+    """The processes of the cluster that keeps its files there."""
+    return [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and _works_in(p, folder)]
 
 
 def _works_in(process: psutil.Process, folder: Path) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 
-from tests.local_cluster import ROOT, TOKEN, LocalCluster, local_cluster
+from tests.local_cluster import ROOT, TOKEN, LocalCluster, local_cluster, works_in
 from tests.test_batch import OPTIONS, command, write_dataset
 
 pytestmark = pytest.mark.slow
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.slow
 def cluster():
     with local_cluster() as cluster:
         yield cluster
-        processes = psutil.Process().children(recursive=True)
-    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not works_in(Path(cluster.environment["RAY_TMPDIR"])), "no process is left behind"
 
 
 @pytest.fixture
@@ -31,11 +30,15 @@ def options(tmp_path, tiny_model_folder):
 
 
 def test_a_submitted_job_runs_on_both_nodes(cluster: LocalCluster, options, tmp_path):
+    num_datasets = 8
+    options["num_epochs"] = 60  # so that the first worker is at it when the second one has started
+    for i in range(3, num_datasets):
+        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
     done = cluster.submit(*command(options, "--address", "auto"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     table = pd.read_csv(tmp_path / "results" / "chunk_1" / "results.csv")
-    assert list(table["status"]) == ["ok"] * 3
+    assert list(table["status"]) == ["ok"] * num_datasets
     assert {"worker 0", "worker 1"} <= {line.partition(":")[0] for line in done.stdout.splitlines()}
     again = cluster.submit(*command(options, "--address", "auto"))
     assert again.returncode == 0, again.stdout + again.stderr
