@@ -185,7 +185,7 @@ def simulate(options: argparse.Namespace) -> None:
             memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
             started = time.perf_counter()
             with ThreadPoolExecutor(1024) as threads:
-                done = [v for v in threads.map(foreman.run, experiments) if v]
+                done = [v for v in threads.map(foreman.run, experiments, range(num)) if v]
             seconds = time.perf_counter() - started
             foreman.close()
             bound = shortest(experiments, num_gpus)

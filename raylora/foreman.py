@@ -8,7 +8,6 @@ left than there are workers, the idle ones help with the questions of those that
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -26,8 +25,8 @@ log = logging.getLogger("raylora.foreman")
 MAX_ATTEMPTS = 2
 MAX_MOVES = 10
 """Nodes that an experiment may lose before it counts as its own fault."""
-LOOK_SECONDS = 1.0
-"""How often it is looked whether somebody can be helped."""
+LOOK_SECONDS = 0.3
+"""How often it is looked whether somebody can be helped, or nothing new is to be begun."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What the system says where no result can be kept."""
 
@@ -86,13 +85,15 @@ class Foreman:
         self._on_retry = on_retry
         self._config, self._store, self._crew, self._calls = config, store, crew, calls
         self._may_start_helpers = may_start_helpers
-        self._ranks = itertools.count()
         self._at_work: dict[str, Experiment] = {}
         self._stopped = threading.Event()
         threading.Thread(target=self._send_helpers, daemon=True).start()
 
-    def run(self, experiment: Experiment) -> dict[str, Any] | None:
+    def run(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         """The values of the experiment's row; None where nothing new is begun any more.
+
+        Args:
+            rank: its place among those that wait for a worker; the lowest comes first.
 
         Raises:
             StoreFailedError: results cannot be kept.
@@ -102,13 +103,13 @@ class Foreman:
             # Made by this foreman's predecessor, which was killed before it said so.
             return row.values
         try:
-            return self._try(experiment)
+            return self._try(experiment, rank)
         except OSError as error:
             raise store_failure(error, self._store) or error from error
 
-    def _try(self, experiment: Experiment) -> dict[str, Any] | None:
+    def _try(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         failures: list[tuple[Place, str]] = []
-        num_moves, rank = 0, next(self._ranks)
+        num_moves = 0
         while len(failures) < MAX_ATTEMPTS:
             member = self._crew.take(rank, avoid=_elsewhere(failures))
             if member is None:

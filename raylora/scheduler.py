@@ -173,7 +173,7 @@ class Supervisor:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
-            values = self._foreman.run(Experiment(**json.loads(item["experiment"])))
+            values = self._foreman.run(Experiment(**json.loads(item["experiment"])), item["rank"])
         except StoreFailedError as error:
             self._crew.begin_no_more()
             return {"row": "null", "stop": str(error)}
@@ -353,7 +353,8 @@ def _map_experiments(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"experiment": json.dumps(asdict(e))} for e in experiments]
+    # The supervisor's threads come in any order: the rank keeps the largest first.
+    items = [{"experiment": json.dumps(asdict(e)), "rank": rank} for rank, e in enumerate(experiments)]
     num_threads = min(len(items), MAX_THREADS)
     return ray.data.from_items(items, override_num_blocks=len(items)).map(
         Supervisor,

@@ -45,6 +45,7 @@ def s3_server() -> Iterator[tuple[str, Objects]]:
     import logging
 
     import boto3
+    import s3fs
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -59,6 +60,7 @@ def s3_server() -> Iterator[tuple[str, Objects]]:
             "AWS_EC2_METADATA_DISABLED": "true",
         }.items():
             patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # instances are kept, and with them an earlier server's address
         client = boto3.client("s3")
         client.create_bucket(Bucket=BUCKET)
         yield f"http://{host}:{port}", Objects(client)

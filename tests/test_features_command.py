@@ -55,15 +55,15 @@ def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folde
 
 
 def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder, tmp_path):
-    """Ctrl-C after the first rows, in a run of the first three files of four."""
+    """Ctrl-C after the first rows, in a run of the first eight files of nine."""
     folder = tmp_path / "data"
     folder.mkdir()
-    for i in range(4):
+    for i in range(9):
         (folder / f"set_{i}.json").write_text(json.dumps(make_records(40, seed=i)))
     csv = tmp_path / "deep" / "features.csv"
     arguments = [
-        "--data_folder", str(folder), "--model_path", str(tiny_model_folder), "--output_csv", str(csv), "--limit", "3",
-        "--sample_size", "40", "--probe_steps", "80", "--quantization", "none", "--output", str(tmp_path / "out"),
+        "--data_folder", str(folder), "--model_path", str(tiny_model_folder), "--output_csv", str(csv), "--limit", "8",
+        "--sample_size", "40", "--probe_steps", "20", "--quantization", "none", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "raylora.features", *arguments], stdout=subprocess.DEVNULL)
     try:
@@ -77,11 +77,11 @@ def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder,
     finally:
         process.kill()
     early = pd.read_csv(csv)
-    assert 1 <= len(early) < 3
+    assert 1 <= len(early) < 8
     result = run_command(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     table = pd.read_csv(csv)
-    assert list(table["dataset"]) == ["set_0", "set_1", "set_2"]
+    assert list(table["dataset"]) == [f"set_{i}" for i in range(8)]
     kept = table[table["dataset"].isin(early["dataset"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(kept, early, check_dtype=False)
 
