@@ -71,7 +71,7 @@ def measure(num: int, num_questions: int, browser: Any, folder: Path) -> dict[st
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    from tests.test_report import CHROMIUM, FLAGS
+    from tests.report.chromium import CHROMIUM, FLAGS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--datasets", type=int, nargs="+", default=[40, 500])

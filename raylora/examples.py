@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
@@ -24,8 +25,9 @@ MEMORY_CHARS = 16_000_000
 class _Examples(Sequence[Example]):
     """A sequence by what it can read one at a time."""
 
+    @abstractmethod
     def _read(self, number: int) -> Example:
-        raise NotImplementedError
+        """The example at ``number``, which is one of 0 to ``len(self) - 1``."""
 
     @overload
     def __getitem__(self, index: int) -> Example: ...

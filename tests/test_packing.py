@@ -332,16 +332,21 @@ def test_modules_that_are_no_matrices_cannot_share_a_pass(loaded, encoded):
     assert len(train_adapter(loaded, jobs[1].parameters, encoded, method, 0, 1).steps) == 1
 
 
+def assert_packed_agrees(loaded, encoded, of_loss: float, of_gradient: float) -> None:
+    """One step packed and padded: the loss and the whole gradient, each within its relative tolerance."""
+    loss, gradients, _ = gradient_of(loaded, encoded, DROPOUT, packed=True)
+    expected, padded, _ = gradient_of(loaded, encoded, DROPOUT, packed=False)
+    assert loss == pytest.approx(expected, rel=of_loss)
+    ours, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, padded))
+    assert float((ours - theirs).norm() / theirs.norm()) < of_gradient
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_quantized_bases_are_trained_packed(tiny_model_folder, quantization):
     """A quantized product depends a little on its neighbours: the same within a percent, and it learns."""
     loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
     encoded = [encode_example(loaded.tokenizer, e, 256) for e in make_examples(16)]
-    loss, gradients, _ = gradient_of(loaded, encoded, DROPOUT, packed=True)
-    expected, padded, _ = gradient_of(loaded, encoded, DROPOUT, packed=False)
-    assert loss == pytest.approx(expected, rel=1e-3)
-    ours, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, padded))
-    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+    assert_packed_agrees(loaded, encoded, of_loss=1e-3, of_gradient=0.02)
     result = train_adapter(loaded, loaded.attach(DROPOUT, 0), encoded, DROPOUT, 0, 8)
     assert result.metrics.packed
     assert result.steps[-1].loss < result.steps[0].loss
@@ -354,11 +359,7 @@ def test_on_a_gpu_packed_and_padded_agree_and_adapters_share_passes(tiny_model_f
     loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
     assert loaded.device.type == "cuda"
     encoded = [encode_example(loaded.tokenizer, e, 256) for e in make_examples(16)]
-    loss, gradients, _ = gradient_of(loaded, encoded, DROPOUT, packed=True)
-    expected, padded, _ = gradient_of(loaded, encoded, DROPOUT, packed=False)
-    assert loss == pytest.approx(expected, rel=1e-2)
-    ours, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, padded))
-    assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+    assert_packed_agrees(loaded, encoded, of_loss=1e-2, of_gradient=0.05)
     plans = jobs_of(loaded, encoded)
     solo = [alone(loaded, *plan, seed=i)[0] for i, plan in enumerate(plans)]
     for result, other in zip(train_adapters(loaded, attach_all(loaded, plans)), solo, strict=True):

@@ -1,0 +1,169 @@
+"""What the report's figures say, as numbers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import permutation_test, spearmanr
+
+from raylora.mmlu import compare_subjects
+from raylora.mmlu.statistics import compare
+from raylora.records import Score
+from raylora.report import findings
+from raylora.report.gather import Answers, Run, load_run, loss_curve
+from tests.runs import make_score, write_run
+
+
+def test_a_subjects_p_values_are_those_of_mmlu():
+    sizes = {"anatomy": 40, "virology": 25, "philosophy": 60, "sociology": 1}
+    base = make_score(1, sizes, None, 0.0)
+    score = make_score(2, sizes, base, 0.4)
+    expected = compare_subjects(score, base).set_index("subject")
+    names, codes = np.unique(base.questions["subject"], return_inverse=True)
+    ours, theirs = (s.questions["correct"].to_numpy() for s in (score, base))
+    found = findings._by_subject(ours, theirs, codes, len(names))
+    for k, name in enumerate(names):
+        assert found["gained"][k] == expected.loc[name, "num_gained"]
+        assert found["lost"][k] == expected.loc[name, "num_lost"]
+        assert found["holm"][k] == pytest.approx(expected.loc[name, "holm_p_value"], rel=1e-9)
+    assert expected["num_gained"].sum() > expected["num_lost"].sum()
+
+
+def test_changes_are_marked_over_all_datasets_together(forty):
+    run = load_run(forty)
+    found = findings.ranking(run)
+    raw = run.table["mcnemar_p_value"].dropna().sort_values()
+    assert len(found["rows"]) == 37
+    first = raw.index[0]
+    assert found["holm"][first] == pytest.approx(min(1.0, 37 * raw.iloc[0]))
+    marked = [i for i in found["rows"] if found["holm"][i] < 0.05]
+    assert found["num_gains"] + found["num_losses"] == len(marked) <= found["num_raw"]
+    assert all(np.isnan(found["holm"][i]) for i in np.flatnonzero(~run.ok))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=4, max_size=6))
+def test_few_datasets_have_an_exact_p_value(pairs):
+    x, y = np.array(pairs, dtype=float).T
+    rho, p_value = findings.spearman(x, y)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert rho is None
+        assert p_value is None
+        return
+    exact = permutation_test(
+        (x,), lambda a: spearmanr(a, y).statistic, permutation_type="pairings", n_resamples=10_000, vectorized=False
+    )
+    # Two-sided there: twice the smaller tail. Here: all orders as far from zero; the same where the null is symmetric.
+    orders = exact.null_distribution
+    assert p_value == pytest.approx((np.abs(orders) >= abs(rho) - 1e-9).mean())
+    assert rho == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_features_that_have_to_do_with_the_change_are_found(forty):
+    found = findings.features(load_run(forty))
+    by_name = {f["name"]: f for f in found["columns"]}
+    assert by_name["approximate_duplicates"]["rho"] < -0.4
+    assert by_name["approximate_duplicates"]["q_value"] < 0.05
+    assert found["num_datasets"] == 37
+    assert found["num_expected"] == pytest.approx(0.05 * found["num_tested"])
+    assert found["num_adjusted"] <= found["num_raw"] < found["num_tested"]
+    assert all(f["q_value"] >= f["p_value"] for f in found["columns"] if f["p_value"] is not None)
+
+
+def test_experiments_of_one_dataset_are_named_by_what_varies_and_count_once(tmp_path):
+    write_run(tmp_path / "grid", ["one", "two", "three", "four", "five"], grid={"lora_r": [8, 16], "num_epochs": [1]})
+    run = load_run(tmp_path / "grid")
+    assert sorted(run.labels)[:2] == ["five · lora_r 16", "five · lora_r 8"]
+    assert len(set(run.labels)) == 10
+    found = findings.features(run)
+    assert found["grouped"]
+    assert {f["num"] for f in found["columns"]} == {5}
+
+
+@given(st.lists(st.text(max_size=4), min_size=1, max_size=12))
+def test_every_experiment_has_a_name_of_its_own(names):
+    table = pd.DataFrame({"dataset": names, "experiment_id": [f"x-{i:08d}" for i in range(len(names))]})
+    assert len(set(Run(Path("nowhere"), table, {}).labels)) == len(names)
+
+
+def test_scores_of_another_run_are_left_out(forty, tmp_path):
+    root = shutil.copytree(forty, tmp_path / "chunk_042")
+    run = load_run(root)
+    assert findings.subjects(run)["num_left_out"] == 0
+    folder = run.folder(0)
+    shutil.copy(run.folder(1) / "scores.parquet", folder / "scores.parquet")
+    (run.folder(2) / "scores.parquet").write_bytes(b"no parquet")
+    (run.folder(3) / "scores.parquet").unlink()
+    found = findings.subjects(run)
+    assert found["num_left_out"] == 3
+    assert not {0, 2, 3} & set(found["rows"])
+    row = found["rows"][5]
+    sizes = np.array(found["sizes"])
+    change = (np.array(row["gained"]) - np.array(row["lost"])).sum() / sizes.sum()
+    assert change == pytest.approx(run.table["accuracy_change"][5])
+
+
+def test_of_several_bases_the_runs_own_is_taken(tmp_path):
+    root = tmp_path / "run"
+    write_run(root, ["one"])
+    run = load_run(root)
+    (key,) = [p.name for p in (root / "base").iterdir()]
+    shutil.copytree(root / "base" / key, root / "base" / ("0" * 64))
+    assert findings.subjects(run)["rows"]
+    (root / "run.json").unlink()
+    assert findings.subjects(load_run(root)) is None, "two bases fit, and nothing says which one it was"
+
+
+def test_an_experiment_id_never_leads_out_of_the_folder(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "run" / "experiments").mkdir(parents=True)
+    ids = ["../../secret", "..", ".", "", "/etc"]
+    run = Run(tmp_path / "run", pd.DataFrame({"experiment_id": ids}), {})
+    assert [run.folder(i) for i in range(len(ids))] == [None] * len(ids)
+
+
+def test_answers_of_the_same_questions_only():
+    first = Answers(pa.chunked_array([["a/0", "a/1"]]), pa.chunked_array([["a", "a"]]), np.array([True, False]))
+    assert not first.same_questions(Answers(pa.chunked_array([["a/0"]]), pa.chunked_array([["a"]]), np.array([True])))
+    assert first.same_questions(Answers(pa.chunked_array([["a/0"], ["a/1"]]), first.subjects, ~first.correct))
+
+
+def test_a_long_loss_curve_becomes_means(tmp_path):
+    folder = tmp_path / "experiments" / "one"
+    folder.mkdir(parents=True)
+    run = Run(tmp_path, pd.DataFrame({"experiment_id": ["one"]}), {})
+    pd.DataFrame({"step": range(1, 801), "loss": [3.0, 1.0] * 400}).to_csv(folder / "loss_curve.csv")
+    steps, losses = loss_curve(run, 0)
+    assert len(steps) == 80
+    assert steps[0] == 5.5
+    assert losses == [2.0] * 80
+    pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, float("nan"), 1.0]}).to_csv(folder / "loss_curve.csv")
+    assert loss_curve(run, 0) == ([1.0, 3.0], [2.0, 1.0])
+    (folder / "loss_curve.csv").write_text("step,loss\n")
+    assert loss_curve(run, 0) is None
+
+
+def test_every_failure_has_a_cause_and_a_mend(forty):
+    found = findings.failures(load_run(forty))
+    assert len(found) == 3
+    assert all(f["cause"] and f["mend"] for f in found)
+    assert "--retry-failed" in findings.mend_of("x: its worker process died (killed, or out of memory); tried 2 times")
+    assert "--learning-rate" in findings.mend_of("x: the loss became nan at step 3: lower --learning-rate")
+    assert "--timeout" in findings.mend_of("x: gave up after --timeout 5 s; tried 2 times, see log.txt")
+    assert "file" in findings.mend_of("x.json: line 1: empty")
+
+
+def test_two_scores_are_compared_as_a_run_compares_them():
+    """The helper that writes these runs makes real differences: the paired test sees them."""
+    sizes = {"anatomy": 300, "virology": 300}
+    base = make_score(1, sizes, None, 0.0)
+    up, same = make_score(2, sizes, base, 0.12), Score(base.questions)
+    assert compare(up, base)["mcnemar_p_value"] < 0.05
+    assert compare(same, base)["difference"] == 0
