@@ -11,14 +11,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
 from raylora.encoding import StoredEncoded, encode_each
+from raylora.estimate import check_fit_here
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
 from raylora.files import location
@@ -41,7 +44,7 @@ BOOKKEEPING_COLUMNS = (
     "model", "quantization", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size", "probe_steps",
     "seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records", "token_budget",
     "mmlu_oom_backoffs", "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds",
-    "num_attempts",
+    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -64,6 +67,17 @@ class Workbench(mmlu.Examiner):
 
     def help(self, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
         return help_experiment(self, experiment, name, progress)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The base model, loaded when it is first needed.
+
+        Raises:
+            UserError: it cannot be found or read, or does not fit here: on a cluster nobody could say so before.
+        """
+        if self._loaded is None and torch.cuda.is_available():
+            check_fit_here(self.config)
+        return super().loaded
 
     @property
     def feature_token_budget(self) -> int:
@@ -225,6 +239,8 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         "status": status,
         "error": "",
         "data_hash": experiment.data_hash,
+        "estimated_seconds": experiment.estimated_seconds,
+        "estimated_peak_memory_bytes": experiment.estimated_peak_memory_bytes,
         "num_attempts": 1,
         **{name: getattr(config, name) for name in BOOKKEEPING_COLUMNS if name in type(config).model_fields},
         **settings,
