@@ -81,7 +81,7 @@ def shortest(experiments: list[Experiment], num_workers: int) -> float:
 def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, float]:
     """Seconds from the first moment at which all workers are warm to the last row."""
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(model="demo", num_workers=num_workers, output=Path(folder))
+        config = load_config(model="demo", num_workers=num_workers, adapters_a_pass=1, output=Path(folder))
         store = Store(Path(folder))
         store.open(fresh=True)
         # Workers start while the first experiments wait; as many long ones as workers make them all warm.
@@ -180,7 +180,7 @@ def simulate(options: argparse.Namespace) -> None:
             site = Failing(num_gpus, store, config, worker_dies=0.01, node_dies=0.002)
             crew = Crew(site.start, site.stop, site.survey)
             calls = Calls(site.run, lambda *_: None, lambda *_: 0, set)
-            foreman = Foreman(config, store, crew, calls, may_start_helpers=False)
+            foreman = Foreman(config, store, crew, calls, on_gpus=False)
             process = psutil.Process()
             memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
             started = time.perf_counter()

@@ -213,28 +213,33 @@ def train_together(bench: Workbench, experiments: Sequence[Experiment], progress
     Returns:
         The number of adapters that were trained.
     """
+    most = bench.config.adapters_a_pass
+    with contextlib.suppress(UserError):  # of a model that cannot be loaded: each experiment's row will say so
+        if most or bench.loaded.device.type == "cuda":
+            return _train_together(bench, experiments, most, progress)
+    return 0
+
+
+def _train_together(bench: Workbench, experiments: Sequence[Experiment], most: int | None, progress: Progress) -> int:
+    loaded = bench.loaded
     with contextlib.ExitStack() as stack:
         jobs: list[tuple[Experiment, Job]] = []
-        for experiment in experiments:
+        for i, experiment in enumerate(experiments):
             stack.enter_context(_at_hand(bench.store, experiment))
-            name = f"together_{len(jobs)}"
-            stack.callback(bench.loaded.detach, name)
+            stack.callback(loaded.detach, f"together_{i}")
             with contextlib.suppress(UserError):
-                job = _attach(bench, experiment, _load(bench, experiment), name)
+                job = _attach(bench, experiment, _load(bench, experiment), f"together_{i}")
                 if any(count_labels(job)):
                     jobs.append((experiment, job))
-        most = bench.config.adapters_a_pass or adapters_a_pass(bench.loaded, [job for _, job in jobs])
-        if min(most, len(jobs)) < 2:
+                    most = most or adapters_a_pass(loaded, job)  # the largest comes first
+            if len(jobs) == most:
+                break
+        if len(jobs) < 2:
             return 0
-        jobs = jobs[:most]
         for experiment, _ in jobs:
             stack.enter_context(_log_file(bench.store.folder(experiment) / LOG))
         log.info("train: started, %d adapters together", len(jobs))
-        try:
-            results = train_adapters(bench.loaded, [job for _, job in jobs], progress)
-        except UserError as error:
-            log.info("train: not together: %s", error)
-            return 0
+        results = train_adapters(loaded, [job for _, job in jobs], progress)
         bench.check_base()
         for (experiment, job), result in zip(jobs, results, strict=True):
             if isinstance(result, TrainingResult):

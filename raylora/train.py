@@ -130,8 +130,8 @@ def train_adapters(
     return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
 
 
-def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job]) -> int:
-    """How many of ``jobs``, all attached, are worth training at once.
+def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
+    """How many adapters like that of ``job``, which is attached, are worth training at once.
 
     On a GPU as many as fill a minibatch with the tokens of a step, if half of what memory is free holds them: four
     bytes each for a parameter, its gradient and AdamW's two moments. On a CPU one: its products are as fast on the
@@ -139,12 +139,11 @@ def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job]) -> int:
     """
     if loaded.device.type != "cuda":
         return 1
-    job = max(jobs, key=lambda job: sum(p.numel() for p in job.parameters))
     per_step = job.method.batch_size * job.method.gradient_accumulation
     tokens = min(per_step, len(job.examples)) * sum(map(len, job.examples)) / len(job.examples)
     free, _ = torch.cuda.mem_get_info(loaded.device)
     fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
-    return max(1, min(len(jobs), int(GPU_TOKEN_BUDGET / tokens), int(fitting)))
+    return max(1, min(int(GPU_TOKEN_BUDGET / tokens), int(fitting)))
 
 
 class _Trainee:

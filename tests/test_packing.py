@@ -267,7 +267,7 @@ def test_adapters_trained_together_are_what_they_become_alone(loaded, encoded, t
         Job(loaded.attach(method, i, name), part, method, i, name, num)
         for i, (name, method, part, num) in enumerate(plans)
     ]
-    assert adapters_a_pass(loaded, jobs) == 1, "on a CPU nothing is won"
+    assert adapters_a_pass(loaded, jobs[0]) == 1, "on a CPU nothing is won"
     results = train_adapters(loaded, jobs)
     for job, result, (solo, weights) in zip(jobs, results, expected, strict=True):
         assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in solo.steps], abs=1e-5)
@@ -364,5 +364,5 @@ def test_on_a_gpu_packed_and_padded_agree_and_adapters_share_passes(tiny_model_f
     solo = [alone(loaded, *plan, seed=i)[0] for i, plan in enumerate(plans)]
     for result, other in zip(train_adapters(loaded, attach_all(loaded, plans)), solo, strict=True):
         assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in other.steps], rel=2e-2)
-    jobs = [Job(loaded.attach(DROPOUT, 0, f"n{i}"), encoded, DROPOUT, 0, f"n{i}") for i in range(3)]
-    assert adapters_a_pass(loaded, jobs) == 3, "a tiny adapter's steps fill no minibatch"
+    job = Job(loaded.attach(DROPOUT, 0, "next"), encoded, DROPOUT, 0, "next")
+    assert adapters_a_pass(loaded, job) > 3, "a tiny adapter's steps fill no minibatch"
