@@ -198,6 +198,7 @@ def _attach(bench: Workbench, experiment: Experiment, dataset: Dataset, name: st
 def _keep_adapter(
     bench: Workbench, experiment: Experiment, result: TrainingResult, name: str = "default"
 ) -> dict[str, Any]:
+    bench.store.forget_stage(experiment, "train")
     curve = pd.DataFrame(result.loss_curve())
     write_atomically(bench.store.folder(experiment) / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
     write_atomically(bench.store.adapter_folder(experiment), lambda p: bench.loaded.save_adapter(p, name))

@@ -204,6 +204,10 @@ class Store:
         origin = experiment.origins[stage]
         write_text(self.folder(experiment) / f"{stage}.json", to_json({"origin": origin, "values": values}))
 
+    def forget_stage(self, experiment: Experiment, stage: str) -> None:
+        """Before a product is replaced: a marker of another origin must not stand beside it, not for a moment."""
+        (self.folder(experiment) / f"{stage}.json").unlink(missing_ok=True)
+
     def why_not_done(self, experiment: Experiment, stage: str) -> str:
         """Why a stage must be run: ``new``, or what has changed since it was; empty where it is done."""
         saved = self._read(experiment, f"{stage}.json")

@@ -129,6 +129,7 @@ def test_one_worker_and_four_make_the_same_rows_in_any_order(ray_with_gpus, opti
     assert len(list((tmp_path / "other").glob("chunk_1/base/*/scores.parquet"))) == 1, "the base is scored once a run"
 
 
+@pytest.mark.slow
 def test_done_experiments_are_skipped_and_half_done_ones_resumed(ray_with_gpus, options, tmp_path):
     for i in range(3):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
@@ -150,6 +151,7 @@ def test_done_experiments_are_skipped_and_half_done_ones_resumed(ray_with_gpus, 
     assert still(third["data_1"]) == still(first["data_1"])
 
 
+@pytest.mark.slow
 def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     config = load_config(**options, chunk="chunk_1", grid={"lora_r": [2, 4], "num_epochs": [1, 2]})
@@ -250,6 +252,7 @@ def test_a_failed_experiment_is_tried_again_only_when_asked(ray_with_gpus, optio
     assert run(options, retry_failed=True)["data"]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     early = run(options, stages=("mmlu",))["data"]

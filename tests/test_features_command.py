@@ -22,6 +22,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

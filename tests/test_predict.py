@@ -290,6 +290,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_fits_predicts_and_explains(tmp_path):
     run = tmp_path / "results" / "chunk_001"
     run.mkdir(parents=True)

@@ -101,6 +101,7 @@ def test_an_order_that_cannot_be_read_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder, tmp_path):
     folder = tmp_path / "chunk_002"
     folder.mkdir()

@@ -101,6 +101,7 @@ def weights_of(plan, experiment) -> dict[str, torch.Tensor]:
     return load_file(plan.store.adapter_folder(experiment) / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_bench_trains_several_as_it_would_train_each(options, tmp_path):
     (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
     alone, together = plan_of(options), plan_of(options, output=tmp_path / "together", adapters_a_pass=4)

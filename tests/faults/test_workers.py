@@ -10,6 +10,7 @@ pytestmark = pytest.mark.timeout(900)
 STAGES = ["begin", "load", "features", "probe", "train", "mmlu", "write", "half written"]
 
 
+@pytest.mark.slow
 def test_workers_killed_once_in_every_stage_change_no_row(shared_site, undisturbed):
     """Each stage of another experiment, all in one run."""
     others = (
