@@ -1,7 +1,8 @@
 """Linear layers that multiply with oneDNN, their weights laid out as its kernels want them, on a CPU.
 
 PyTorch multiplies float32 matrices with MKL. oneDNN is faster, most of all on weights in its own blocked layout, and
-putting them there takes half a second (benchmarks/NOTES.md). It has no backward pass: training does without.
+putting them there takes half a second (benchmarks/NOTES.md). It has no backward pass of its own: where one is wanted,
+the transposed weights are packed too.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ MEMORY_SHARE = 0.25
 
 
 @contextlib.contextmanager
-def packed_linears(model: Any, num_tokens: int) -> Iterator[int]:
-    """Inside, ``model`` multiplies with copies of its weights, which are gone afterwards; without gradients only.
+def packed_linears(model: Any, num_tokens: int, with_backward: bool = False) -> Iterator[int]:
+    """Inside, ``model`` multiplies with copies of its weights, which are gone afterwards.
 
     Where the copies would not fit the memory the weights are used as they lie.
 
     Args:
         num_tokens: rows that are multiplied together most of the time: the layout is chosen for so many.
+        with_backward: gradients go through these layers, to what is below them; else there are none inside.
 
     Yields:
         The number of such layers; 0 on a GPU and for quantized models.
     """
     layers = _layers(model) if torch.device(model.device).type == "cpu" else []
-    size = sum(layer.weight.nbytes for layer in layers)
+    size = sum(layer.weight.nbytes for layer in layers) * (2 if with_backward else 1)
     room = size <= MEMORY_SHARE * psutil.virtual_memory().available
     try:
         for layer in layers:
-            weight = layer.weight.detach()
+            weights = [layer.weight.detach()]
+            if with_backward:
+                weights.append(weights[0].t().contiguous() if room else weights[0].t())
             if room:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
-            layer.forward = functools.partial(_multiply, weight, layer.bias)  # type: ignore[method-assign]
+                weights = [torch.ops.mkldnn._reorder_linear_weight(w, num_tokens) for w in weights]
+            multiply = _multiply_both_ways if with_backward else _multiply
+            layer.forward = functools.partial(multiply, *weights, layer.bias)  # type: ignore[method-assign]
         yield len(layers)
     finally:
         for layer in layers:
@@ -66,3 +71,25 @@ def _layers(model: Any) -> list[torch.nn.Linear]:
 def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return product
+
+
+def _multiply_both_ways(
+    weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor
+) -> torch.Tensor:
+    product: torch.Tensor = _BothWays.apply(states, weight, transposed, bias)
+    return product
+
+
+class _BothWays(torch.autograd.Function):
+    """A frozen linear layer: its states have a gradient, its weight has none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.transposed = transposed
+        return _multiply(weight, bias, states)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _multiply(ctx.transposed, None, slopes[0]), None, None, None

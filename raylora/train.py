@@ -5,6 +5,7 @@ Several adapters are trained beside each other over the same passes through the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
@@ -17,8 +18,12 @@ import torch
 from raylora.config import Method
 from raylora.encoding import EncodedExample
 from raylora.model import LoadedModel, peak_memory_bytes
-from raylora.passes import GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
+from raylora.packed import packed_linears
+from raylora.passes import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
+
+PACKED_FROM_TOKENS = 4000
+"""On a CPU, from so many tokens on, faster products are worth the second in which weights are packed for them."""
 
 
 class TrainingDivergedError(UserError):
@@ -163,6 +168,13 @@ class _Trainee:
         self.diverged: TrainingDivergedError | None = None
 
     @property
+    def num_tokens(self) -> float:
+        """That go through the model in all its steps, about."""
+        examples, method = self.job.examples, self.job.method
+        per_step = min(method.batch_size * method.gradient_accumulation, len(examples))
+        return self.num_steps * per_step * sum(map(len, examples)) / len(examples)
+
+    @property
     def is_training(self) -> bool:
         return self.diverged is None and len(self.steps) < self.num_steps
 
@@ -187,10 +199,15 @@ def _train(
         torch.cuda.reset_peak_memory_stats(loaded.device)
     for parameter in (p for t in trainees for p in t.job.parameters):
         parameter.requires_grad_(True)  # PEFT lets one adapter learn at a time
+    pays = sum(t.num_tokens for t in trainees) >= PACKED_FROM_TOKENS
     started = time.perf_counter()
     loaded.model.train()
     try:
-        with passes.ready(), torch.random.fork_rng(devices=[loaded.device] if on_gpu else []):
+        with (
+            passes.ready(),
+            packed_linears(loaded.model, CPU_TOKEN_BUDGET, with_backward=True) if pays else contextlib.nullcontext(),
+            torch.random.fork_rng(devices=[loaded.device] if on_gpu else []),
+        ):
             for k in range(num_steps):
                 busy = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
                 if not busy:

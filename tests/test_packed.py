@@ -71,3 +71,24 @@ def test_layers_that_are_not_plain_float32_are_left_alone(model):
     model.bfloat16()
     with packed_linears(model, 64) as num_layers:
         assert num_layers == 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_gradients_go_through_packed_layers(model, tokenizer, monkeypatch, share):
+    monkeypatch.setattr(packed, "MEMORY_SHARE", share)
+    loaded = LoadedModel(model, tokenizer, "tiny", "none")
+    parameters = loaded.attach(Method(lora_dropout=0.0), 0)
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_(std=0.1)
+    ids = torch.arange(60).reshape(3, 20)
+
+    def gradients():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return torch.autograd.grad(loss, parameters)
+
+    plain = gradients()
+    with packed_linears(model, 64, with_backward=True) as num_layers:
+        assert num_layers == LAYERS
+        for ours, theirs in zip(gradients(), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
