@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks import common
@@ -137,7 +136,7 @@ def compare(loaded: LoadedModel, examples: list[EncodedExample], method: Method,
     held: dict[str, list[int]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way, run in ways.items():
-            held[way].append(psutil.Process().memory_info().rss if loaded.device.type == "cpu" else 0)
+            held[way].append(common.measure(lambda: None, loaded.device).peak_bytes)
             taken[way].append(common.measure(run, loaded.device))
             print(f"{way}: {taken[way][-1].seconds:.1f} s", flush=True)
     ours = min(m.seconds for m in taken["raylora"])
@@ -211,14 +210,14 @@ def compare_budgets(
     rows = []
     for budget in (int(b) for b in options.budgets.split(",")):
         passes.CPU_TOKEN_BUDGET = passes.GPU_TOKEN_BUDGET = budget
-        rss = psutil.Process().memory_info().rss if loaded.device.type == "cpu" else 0
+        before = common.measure(lambda: None, loaded.device).peak_bytes
         measured = common.measure(lambda: run_raylora(loaded, examples, method), loaded.device)
         rows.append(
             {
                 "budget": budget,
                 "seconds": measured.seconds,
                 "tokens/s": sum(map(len, examples)) / measured.seconds,
-                "GB added": (measured.peak_bytes - rss) / 1e9,
+                "GB added": (measured.peak_bytes - before) / 1e9,
             }
         )
         print(rows[-1], flush=True)
