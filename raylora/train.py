@@ -19,6 +19,7 @@ from raylora.encoding import EncodedExample
 from raylora.model import LoadedModel, peak_memory_bytes
 from raylora.passes import GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
+from raylora.tally import tally
 
 
 class TrainingDivergedError(UserError):
@@ -196,6 +197,7 @@ def _train(
                     break
                 for i, gradient in passes.backward(busy, k).items():
                     trainees[i].step(gradient, observer)
+                    tally.supervised_tokens += gradient.num_supervised
                 progress("train", k + 1, num_steps)
     finally:
         loaded.model.eval()
