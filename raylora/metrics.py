@@ -45,19 +45,23 @@ class Metric:
 
 
 _OF_WORK = ("worker", "stage")
-EXPERIMENTS = Metric("raylora_experiments", "gauge", "experiments", ("state",), f"by state: {', '.join(STATES)}")
-QUESTIONS = Metric("raylora_questions_total", "counter", "questions", _OF_WORK, "answered; its rate is questions/s")
+EXPERIMENTS = Metric(
+    "raylora_experiments", "gauge", "experiments", ("state",), f"{', '.join(STATES)}; without what was done before"
+)
+QUESTIONS = Metric(
+    "raylora_questions_total", "counter", "questions", _OF_WORK, "MMLU's, answered; its rate: questions/s"
+)
 TOKENS = Metric(
-    "raylora_supervised_tokens_total", "counter", "tokens", _OF_WORK, "learnt from; its rate is supervised tokens/s"
+    "raylora_supervised_tokens_total", "counter", "tokens", _OF_WORK, "learnt from; its rate: supervised tokens/s"
 )
 SECONDS = Metric(
-    "raylora_stage_seconds_total", "counter", "seconds", _OF_WORK, "spent; its rate is a share of the time"
+    "raylora_stage_seconds_total", "counter", "seconds", _OF_WORK, "of workers; its rate: workers at a stage"
 )
 BACKOFFS = Metric(
-    "raylora_oom_backoffs_total", "counter", "back-offs", _OF_WORK, "memory ran out, and smaller batches were tried"
+    "raylora_oom_backoffs_total", "counter", "back-offs", _OF_WORK, "times that smaller batches had to be tried"
 )
-GPU_MEMORY = Metric("raylora_gpu_memory_bytes", "gauge", "bytes", ("worker",), "GPU memory that PyTorch holds")
-RETRIES = Metric("raylora_retries_total", "counter", "tries", (), "experiments that were begun anew: a worker failed")
+GPU_MEMORY = Metric("raylora_gpu_memory_bytes", "gauge", "bytes", ("worker",), "what PyTorch holds of the GPU")
+RETRIES = Metric("raylora_retries_total", "counter", "tries", (), "experiments begun anew: their worker failed")
 METRICS = (EXPERIMENTS, QUESTIONS, TOKENS, SECONDS, BACKOFFS, GPU_MEMORY, RETRIES)
 
 
@@ -119,7 +123,7 @@ class RunMeter:
     def show(self, experiments: Mapping[str, int]) -> None:
         """Ray forgets what is not said again and again: to be called every few seconds."""
         for state in STATES:
-            self._experiments.set(experiments[state], {"state": state})
+            self._experiments.set(experiments.get(state, 0), {"state": state})
 
 
 def title(worker: str, dataset: str, stage: str, done: int, total: int) -> str:

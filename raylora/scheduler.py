@@ -196,7 +196,8 @@ class Supervisor:
         self._make_bench, self._config, self._store, self._board = make_bench, config, store, board
         self._resources, self._num_experiments = resources, num_experiments
         self._numbers, self._namespace = itertools.count(), _new_namespace()
-        self._meter, self._finished = RunMeter(), Counter[str]()
+        self._meter = RunMeter()
+        self._finished: list[str] = []  # states of rows; appending needs no lock
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
         self._crew = Crew(self._start, self._stop, self._survey, self._note)
@@ -211,7 +212,7 @@ class Supervisor:
             self._crew.begin_no_more()
             return {"row": "null", "stop": str(error)}
         if values:
-            self._finished[values["status"]] += 1
+            self._finished.append(values["status"])
         return {"row": json.dumps(values), "stop": ""}
 
     def _note(self, text: str) -> None:
@@ -223,9 +224,9 @@ class Supervisor:
 
     def _show_states(self) -> None:
         while True:
-            ok, error, running = self._finished["ok"], self._finished["error"], self._foreman.num_at_work
-            waiting = max(0, self._num_experiments - ok - error - running)
-            self._meter.show({"waiting": waiting, "running": running, "ok": ok, "error": error})
+            finished, running = Counter(self._finished), self._foreman.num_at_work
+            waiting = max(0, self._num_experiments - finished.total() - running)
+            self._meter.show({**finished, "waiting": waiting, "running": running})
             time.sleep(STATES_SECONDS)
 
     # What the crew asks for
