@@ -185,6 +185,8 @@ def test_ray_is_imported_where_the_readme_says():
 
 # A real run
 
+NUM_QUESTIONS = 60
+
 
 class Scanty(Workbench):
     """A workbench whose memory holds no more than two questions at once."""
@@ -245,12 +247,14 @@ def watched(tmp_path_factory, tiny_model_folder) -> Iterator[Watched]:
     for i in range(40):
         write_dataset(root / "data" / "chunk_1", f"dolly_{i:02d}", offset=i, num=24)
     paths = {"model": str(tiny_model_folder), "data_root": root / "data", "output": root / "results"}
-    config = load_config(**{**OPTIONS, **paths, "num_epochs": 40, "mmlu": "demo", "max_samples": 60}, chunk="chunk_1")
+    config = load_config(
+        **{**OPTIONS, **paths, "num_epochs": 40, "mmlu": "demo", "max_samples": NUM_QUESTIONS}, chunk="chunk_1"
+    )
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
     (port,) = free_ports(1)
     ray.init(
-        num_gpus=2, num_cpus=1, include_dashboard=True, dashboard_port=port, log_to_driver=False,
+        address="local", num_gpus=2, num_cpus=1, include_dashboard=True, dashboard_port=port, log_to_driver=False,
         logging_level="ERROR", _system_config={"metrics_report_interval_ms": 1000},
     )  # fmt: skip
     runs: list[Run] = []
@@ -310,6 +314,8 @@ def test_prometheus_finds_the_numbers_of_a_run(watched: Watched):
     assert stages <= {"load", "features", "probe", "train", "base mmlu", "mmlu", "helping mmlu"}
     questions = {dict(labels)["stage"] for labels in found["ray_raylora_questions_total"]}
     assert questions <= {"base mmlu", "mmlu", "helping mmlu"}
+    num_asked = sum(found["ray_raylora_questions_total"].values())
+    assert 0 < num_asked <= NUM_QUESTIONS * (watched.num_experiments + 1)
     tokens = {dict(labels)["stage"] for labels in found["ray_raylora_supervised_tokens_total"]}
     assert tokens <= {"probe", "train"}
     assert not found["ray_raylora_gpu_memory_bytes"] or torch.cuda.is_available(), "no GPU, no number"
@@ -361,8 +367,10 @@ def test_the_dashboard_shows_workers_by_name(watched: Watched, page):
 @pytest.mark.slow
 def test_the_dashboard_shows_what_they_do_now(watched: Watched, page):
     page.goto(f"{watched.dashboard}/#/cluster")
+    page.get_by_text("Host / Worker Process name").wait_for(timeout=60_000)
     page.locator("tbody button").first.click()  # unfolds the node
     shown = page.get_by_text(re.compile(r"raylora-gpu-\d: dolly_\d\d · [a-z ]+ \d+%"))
     shown.first.wait_for(timeout=90_000)
     if SCREENSHOT:
+        shown.first.scroll_into_view_if_needed()
         page.screenshot(path=SCREENSHOT)
