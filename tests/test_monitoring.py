@@ -271,9 +271,9 @@ def watched(tmp_path_factory, tiny_model_folder) -> Iterator[Watched]:
         yield Watched(f"http://127.0.0.1:{port}", token, targets, len(plan.experiments), time.monotonic())
         assert thread.is_alive(), "the run was over before it was looked at"
         runs[0].begin_no_more()
+        thread.join(60)
     finally:
         ray.shutdown()
-        thread.join(30)
 
 
 def workers() -> list[tuple[psutil.Process, str]]:
@@ -361,7 +361,7 @@ def test_the_dashboard_shows_workers_by_name(watched: Watched, page):
     page.goto(f"{watched.dashboard}/#/actors")
     name = page.get_by_text(re.compile(r"^raylora-gpu-\d$"))
     name.first.wait_for(timeout=90_000)
-    assert page.get_by_text(re.compile(r"^GPU \d of ")).count() > 0
+    page.get_by_text(re.compile(r"^GPU \d of ")).first.wait_for(timeout=90_000)  # known when the actor has begun
 
 
 @pytest.mark.slow
