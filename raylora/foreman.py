@@ -94,6 +94,11 @@ class Foreman:
         self._stopped = threading.Event()
         threading.Thread(target=self._send_helpers, daemon=True).start()
 
+    @property
+    def num_at_work(self) -> int:
+        """Experiments that a worker runs now."""
+        return len(self._at_work)
+
     def run(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         """The values of the experiment's row; None where nothing new is begun any more.
 

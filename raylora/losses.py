@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from raylora.encoding import IGNORE_INDEX, EncodedExample, Minibatch, TrainOn, batches_by_budget, labels_of, pad_left
 from raylora.model import LoadedModel, at_output_head, is_out_of_memory
 from raylora.packing import REFUSALS
+from raylora.tally import tally
 
 CPU_LOGITS = 2**22
 """Logits held at once: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
@@ -116,6 +117,7 @@ def example_losses(
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(part) == 1:
                     raise
+                tally.oom_backoffs += 1
                 token_budget = len(part) * max(len(examples[i]) for i in part) // 2
                 continue
             for i, own in zip(part, losses.detach().double().split([counts[i] for i in part]), strict=True):

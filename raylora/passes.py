@@ -21,6 +21,7 @@ from raylora.lora import AdapterPasses, Span, mix
 from raylora.losses import head_is_plain, token_losses
 from raylora.model import LoadedModel, is_out_of_memory
 from raylora.packing import attention_in_blocks, can_pack, collate, packs_by_budget, window_of
+from raylora.tally import tally
 
 log = logging.getLogger("raylora")
 CPU_TOKEN_BUDGET = 512
@@ -218,6 +219,7 @@ class Passes:
     def _back_off(self) -> bool:
         """Use less memory next time: first checkpoint activations, then halve the minibatch. False: nothing is left."""
         self.num_backoffs += 1
+        tally.oom_backoffs += 1
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         if not self._checkpointing:

@@ -1,4 +1,4 @@
-"""Experiments on all GPUs of a Ray cluster. The only module that imports ray.
+"""Experiments on all GPUs of a Ray cluster. With metrics.py, which serves it alone, the only module that imports ray.
 
 A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
 holds the crew: workers, each an actor in its own process with one GPU and the base model. The supervisor sees a worker
@@ -17,7 +17,10 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,11 +33,16 @@ from raylora.config import Config
 from raylora.crew import Crew, Member, Place, Survey
 from raylora.files import one_line
 from raylora.foreman import Calls, Foreman, NodeLostError, StoreFailedError, WorkerFailedError, store_failure
+from raylora.metrics import RunMeter, WorkerMeter, set_title, title
 from raylora.records import Experiment, ResultRow, UserError
 from raylora.store import Store
 
 PROGRESS_SECONDS = 0.5
-"""At most one progress message a worker in this time."""
+"""At most one progress message a worker in this time, and one report of numbers; a new stage does not wait."""
+TITLE_SECONDS = 10.0
+"""The same for the title of a worker's process."""
+STATES_SECONDS = 2.0
+"""How often the supervisor says how many experiments are in which state."""
 MAX_THREADS = 1024
 """Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
 EVALUATING = {"base mmlu", "mmlu"}
@@ -96,6 +104,7 @@ class Worker:
 
     Args:
         make_bench: makes what experiments are run with, of the configuration and the store; a ``Workbench`` if None.
+        name: what people see of it in titles and metrics.
     """
 
     def __init__(
@@ -105,6 +114,7 @@ class Worker:
         store: Store,
         board: Any,
         number: int,
+        name: str,
         num_threads: int,
     ) -> None:
         # Not at the top: what the supervisor and the board need of this module is there in a second, without torch.
@@ -116,7 +126,12 @@ class Worker:
         quiet_libraries()
         torch.set_num_threads(num_threads)
         self._bench = (make_bench or Workbench)(config, store)
-        self._board, self._number = board, number
+        self._board, self._number, self._name = board, number, name
+        self._meter = WorkerMeter(name)
+
+    def __repr__(self) -> str:
+        """Ray's dashboard shows it beside the name."""
+        return str(self.where())
 
     def where(self) -> Place:
         context = ray.get_runtime_context()
@@ -125,58 +140,75 @@ class Worker:
 
     def run(self, experiment: Experiment) -> dict[str, Any]:
         """The values of the experiment's row."""
-        try:
-            row: ResultRow = self._bench.run(experiment, self._reporter(experiment))
+        with self._reporter(experiment) as progress:
+            row: ResultRow = self._bench.run(experiment, progress)
             return row.values
-        finally:
-            self._board.clear.remote(self._number)
 
     def train(self, experiments: Sequence[Experiment]) -> None:
         """Train adapters together; each experiment's own run finds its adapter done."""
-        try:
-            self._bench.train_together(experiments, self._reporter(experiments[0]))
-        finally:
-            self._board.clear.remote(self._number)
+        with self._reporter(experiments[0]) as progress:
+            self._bench.train_together(experiments, progress)
 
     def help(self, experiment: Experiment) -> int:
         """Questions of the experiment's evaluation that were asked for the worker that runs it."""
-        try:
-            asked: int = self._bench.help(experiment, f"helper-{self._number}", self._reporter(experiment))
+        with self._reporter(experiment) as progress:
+            asked: int = self._bench.help(experiment, f"helper-{self._number}", progress)
             return asked
-        finally:
-            self._board.clear.remote(self._number)
 
-    def _reporter(self, experiment: Experiment) -> Callable[[str, int, int], None]:
-        stage_now, started, written = "", 0.0, 0.0
+    @contextlib.contextmanager
+    def _reporter(self, experiment: Experiment) -> Iterator[Callable[[str, int, int], None]]:
+        stage_now, started, written, titled = "", 0.0, 0.0, 0.0
+        meter = self._meter
 
         def progress(stage: str, done: int, total: int) -> None:
-            nonlocal stage_now, started, written
+            nonlocal stage_now, started, written, titled
+            meter.worked(stage)
             now = time.time()
             if stage != stage_now:
-                stage_now, started, written = stage, now, 0.0
+                stage_now, started, written, titled = stage, now, 0.0, 0.0
             if now - written >= PROGRESS_SECONDS:
                 written = now
                 self._board.write.remote(
                     Progress(self._number, experiment.experiment_id, experiment.dataset, stage, done, total, started)
                 )
+                meter.show()
+            if now - titled >= TITLE_SECONDS:
+                titled = now
+                set_title(title(self._name, experiment.dataset, stage, done, total))
 
-        return progress
+        meter.begin()
+        try:
+            yield progress
+        finally:
+            if stage_now:
+                meter.worked(stage_now)  # from its last report on: an adapter is stored, scores are compared
+            meter.show()
+            self._board.clear.remote(self._number)
 
 
 class Supervisor:
     """Holds the crew of a run. Called by many threads at once, each with an experiment."""
 
     def __init__(
-        self, make_bench: Callable[..., Any] | None, config: Config, store: Store, board: Any, resources: dict[str, Any]
+        self,
+        make_bench: Callable[..., Any] | None,
+        config: Config,
+        store: Store,
+        board: Any,
+        resources: dict[str, Any],
+        num_experiments: int,
     ) -> None:
         self._make_bench, self._config, self._store, self._board = make_bench, config, store, board
-        self._resources = resources
-        self._numbers = itertools.count()
+        self._resources, self._num_experiments = resources, num_experiments
+        self._numbers, self._namespace = itertools.count(), _new_namespace()
+        self._meter = RunMeter()
+        self._finished: list[str] = []  # states of rows; appending needs no lock
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
         self._crew = Crew(self._start, self._stop, self._survey, self._note)
         calls = Calls(self._run, self._train, self._help, self._being_evaluated)
-        self._foreman = Foreman(config, store, self._crew, calls, "num_gpus" in resources, self._note)
+        self._foreman = Foreman(config, store, self._crew, calls, "num_gpus" in resources, self._note_retry)
+        threading.Thread(target=self._show_states, daemon=True).start()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -184,10 +216,23 @@ class Supervisor:
         except StoreFailedError as error:
             self._crew.begin_no_more()
             return {"row": "null", "stop": str(error)}
+        if values:
+            self._finished.append(values["status"])
         return {"row": json.dumps(values), "stop": ""}
 
     def _note(self, text: str) -> None:
         self._board.note.remote(text)
+
+    def _note_retry(self, text: str) -> None:
+        self._note(text)
+        self._meter.retried()
+
+    def _show_states(self) -> None:
+        while True:
+            finished, running = Counter(self._finished), self._foreman.num_at_work
+            waiting = max(0, self._num_experiments - finished.total() - running)
+            self._meter.show({**finished, "waiting": waiting, "running": running})
+            time.sleep(STATES_SECONDS)
 
     # What the crew asks for
 
@@ -201,8 +246,9 @@ class Supervisor:
 
     def _start(self) -> Member:
         number = next(self._numbers)
-        actor: Any = ray.remote(Worker).options(max_restarts=0, **self._resources)
-        worker = actor.remote(self._make_bench, self._config, self._store, self._board, number, self._num_threads)
+        name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
+        actor: Any = ray.remote(Worker).options(name=name, namespace=self._namespace, max_restarts=0, **self._resources)
+        worker = actor.remote(self._make_bench, self._config, self._store, self._board, number, name, self._num_threads)
         return Member(worker, ray.get(worker.where.remote()), number)
 
     def _stop(self, member: Member) -> None:
@@ -340,7 +386,8 @@ def run_experiments(
     """
     if not experiments:
         return
-    board = ray.remote(Board).options(num_cpus=0, label_selector=_this_node()).remote()
+    named = {"name": "raylora-board", "namespace": _new_namespace()}
+    board = ray.remote(Board).options(num_cpus=0, label_selector=_this_node(), **named).remote()
     on_start(Run(board))
     seen: set[str] = set()
     try:
@@ -369,7 +416,7 @@ def _map_experiments(
     num_threads = min(len(items), MAX_THREADS)
     return ray.data.from_items(items, override_num_blocks=len(items)).map(
         Supervisor,
-        fn_constructor_args=(make_bench, config, store, board, _resources_of_a_worker()),
+        fn_constructor_args=(make_bench, config, store, board, _resources_of_a_worker(), len(items)),
         compute=ActorPoolStrategy(
             size=1,
             max_tasks_in_flight_per_actor=num_threads,
@@ -379,6 +426,11 @@ def _map_experiments(
         num_cpus=0,
         label_selector=_this_node(),
     )
+
+
+def _new_namespace() -> str:
+    """Where names are free: other runs of the cluster have the same, and a dead actor keeps its own for a while."""
+    return f"raylora-{uuid.uuid4().hex}"
 
 
 def _this_node() -> dict[str, str]:

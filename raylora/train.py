@@ -21,6 +21,7 @@ from raylora.model import LoadedModel, peak_memory_bytes
 from raylora.packed import packed_linears
 from raylora.passes import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
+from raylora.tally import tally
 
 PACKED_FROM_TOKENS = 4000
 """On a CPU, from so many tokens on, faster products are worth the second in which weights are packed for them."""
@@ -214,6 +215,7 @@ def _train(
                     break
                 for i, gradient in passes.backward(busy, k).items():
                     trainees[i].step(gradient, observer)
+                    tally.supervised_tokens += gradient.num_supervised
                 progress("train", k + 1, num_steps)
     finally:
         loaded.model.eval()

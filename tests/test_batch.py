@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -190,7 +191,7 @@ def wait_for_workers(parent: int, num: int, timeout: float = 90) -> list[psutil.
         at_work = []
         for process in psutil.Process(parent).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if "".join(process.cmdline()).startswith("ray::Worker.run"):
+                if re.match(r"ray::raylora-\w+-\d+: .* · ", "".join(process.cmdline())):
                     at_work.append(process)
         if len(at_work) >= num:
             return at_work

@@ -33,6 +33,7 @@ from raylora.features.text import words_of
 from raylora.model import at_output_head, is_out_of_memory
 from raylora.packed import packed_linears
 from raylora.records import Example, Progress
+from raylora.tally import tally
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
 SPARSE_BELOW = 0.1
@@ -266,6 +267,7 @@ def _run_until_full(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(batch) == 1:
                 raise
+            tally.oom_backoffs += 1
             return [i for i in left if i not in done], len(batch) * max(lengths[i] for i in batch) // 2
         done |= set(batch)
     return [], token_budget

@@ -31,6 +31,7 @@ from raylora.mmlu.questions import LETTERS
 from raylora.model import is_out_of_memory
 from raylora.packed import packed_linears
 from raylora.records import Progress, Score, ignore_progress
+from raylora.tally import tally
 
 log = logging.getLogger("raylora.mmlu")
 
@@ -63,6 +64,7 @@ class _Budget:
         """Half of what the failed batch held, which may be far less than the budget allowed."""
         self.tokens = max(1, min(self.tokens, held) // 2)
         self.num_backoffs += 1
+        tally.oom_backoffs += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -146,6 +148,7 @@ def answer(
         for batch in _in_turn(batches, journal):
             for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
                 journal.add(answers)
+                tally.questions += len(answers)
                 progress("mmlu", len(journal.answers), len(encoded))
             if budget.tokens != journal.reduced:
                 journal.open(cut, budget.tokens)

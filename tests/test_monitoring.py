@@ -1,0 +1,374 @@
+"""Metrics, titles and the dashboard: that they say the same, and that a real run shows them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from raylora import mmlu
+from raylora.config import load_config
+from raylora.experiment import Workbench
+from raylora.metrics import METRICS, STATES, title
+from raylora.plan import find_files, make_plan
+from raylora.records import Example, Message, Question
+from raylora.tally import tally
+from tests.local_cluster import RAY, free_ports
+from tests.report.chromium import CHROMIUM, FLAGS
+from tests.test_batch import OPTIONS, write_dataset
+
+ROOT = Path(__file__).parents[1]
+DASHBOARD = ROOT / "cluster" / "grafana-dashboard.json"
+DOCS = ROOT / "docs" / "monitoring.md"
+SCREENSHOT = os.environ.get("RAYLORA_SCREENSHOT")
+"""Where the screenshot for the docs is written, if anywhere."""
+
+# Titles
+
+
+def test_a_title_says_who_does_what():
+    assert title("raylora-gpu-3", "dolly_07", "mmlu", 62, 100) == "raylora-gpu-3: dolly_07 · mmlu 62%"
+    assert title("raylora-gpu-3", "dolly_07", "load", 0, 0) == "raylora-gpu-3: dolly_07 · load"
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        "line\nbreak",
+        "tab\tand\rreturn",
+        "nul\0",
+        "bell\a\x1b[31mred",
+        "\u202eback",
+        "x" * 5000,
+        "字" * 5000,
+        "\udcff",
+        "",
+    ],
+)
+def test_no_dataset_name_harms_a_title(dataset):
+    shown = title("raylora-cpu-0", dataset, "train", 1, 3)
+    assert shown.isprintable()
+    assert shown.startswith("raylora-cpu-0: ")
+    assert shown.endswith(" · train 33%")
+    assert len(shown.encode()) < 256
+
+
+# Metrics
+
+
+def test_names_say_the_unit_and_labels_stay_few():
+    assert len({m.name for m in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert re.fullmatch(r"raylora_[a-z_]+", metric.name)
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
+        assert set(metric.labels) <= {"worker", "stage", "state"}, "none that grows with what is run"
+        unit = {"back-offs": "backoffs", "tries": "retries"}.get(metric.unit, metric.unit)
+        assert metric.name.removesuffix("_total").endswith(f"_{unit}")
+
+
+def test_the_tally_counts_questions_tokens_and_backoffs(loaded, tokenizer):
+    from raylora.config import Method
+    from raylora.encoding import encode_each
+    from raylora.train import train_adapter
+
+    questions = [
+        Question("anatomy", f"Which bone is number {i}?", ("w", "x", "y", "z"), 0, f"anatomy/{i}") for i in range(12)
+    ]
+    encoded = mmlu.encode_questions(tokenizer, questions, {}, "harness", 2048)
+    before = tally - type(tally)()
+
+    def refuse(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    score = mmlu.evaluate(loaded.model, tokenizer, encoded, token_budget=2000)
+    hook.remove()
+    done = tally - before
+    assert done.questions == len(questions)
+    assert done.oom_backoffs == score.info["num_oom_backoffs"] > 0
+    assert done.supervised_tokens == 0
+    examples = [Example((Message("user", f"What is {i}?"),), f"It is {i}.", f"What is {i}?") for i in range(5)]
+    method = Method(num_epochs=2, batch_size=2, gradient_accumulation=1)
+    parameters = loaded.attach(method, 0)
+    try:
+        result = train_adapter(loaded, parameters, [*encode_each(tokenizer, examples, 64)], method, 0)
+    finally:
+        loaded.detach()
+    assert (tally - before).supervised_tokens == result.metrics.num_supervised_tokens > 0
+
+
+# The dashboard of Grafana
+
+
+def expressions(dashboard: dict) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
+def test_the_dashboard_shows_every_metric_and_no_other():
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = {name for expr in expressions(dashboard) for name in re.findall(r"\bray_raylora_\w+", expr)}
+    assert asked == {m.exposed_name for m in METRICS}
+    labels = {m.exposed_name: {*m.labels, "instance"} for m in METRICS}
+    for expr in expressions(dashboard):
+        (name,) = set(re.findall(r"\bray_raylora_\w+", expr))
+        for group in re.findall(r"by \(([^)]*)\)", expr):
+            assert set(re.split(r",\s*", group)) <= labels[name], expr
+        assert ("rate(" in expr or "increase(" in expr) == name.endswith("_total"), "counters are shown as changes"
+
+
+def test_prometheus_understands_what_the_dashboard_asks():
+    promql = pytest.importorskip("promql_parser", reason="no promql-parser: pip install -e '.[dev]'")
+    for expr in expressions(json.loads(DASHBOARD.read_text())):
+        promql.parse(re.sub(r"\$__\w+", "1m", expr))
+
+
+def test_the_dashboard_is_one_that_grafana_takes():
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert dashboard["title"]
+    assert re.fullmatch(r"[\w-]{1,40}", dashboard["uid"])
+    assert "id" not in dashboard or dashboard["id"] is None, "Grafana gives it"
+    assert dashboard["schemaVersion"] >= 36
+    assert {"from", "to"} <= set(dashboard["time"])
+    (source,) = [v for v in dashboard["templating"]["list"] if v["type"] == "datasource"]
+    assert source["query"] == "prometheus"
+    panels = dashboard["panels"]
+    assert len({p["id"] for p in panels}) == len({p["title"] for p in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        assert panel["type"] in {"timeseries", "stat", "bargauge", "table"}
+        assert panel["datasource"] == {"type": "prometheus", "uid": f"${{{source['name']}}}"}
+        assert panel["fieldConfig"]["defaults"]["unit"], "every panel has a unit"
+        assert panel["description"]
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, "panels lie on one another"
+        taken |= cells
+        refs = [target["refId"] for target in panel["targets"]]
+        assert refs
+        assert len(set(refs)) == len(refs)
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+            assert target["legendFormat"]
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    lines = ["| metric | kind | labels | what it counts |", "| --- | --- | --- | --- |"]
+    for m in METRICS:
+        labels = ", ".join(f"`{name}`" for name in m.labels)
+        lines.append(f"| `{m.exposed_name}` | {m.kind}, {m.unit} | {labels} | {m.definition} |")
+    assert "\n".join(lines) in DOCS.read_text()
+
+
+def test_ray_is_imported_where_the_readme_says():
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "raylora").rglob("*.py")}
+    with_ray = {name for name, text in sources.items() if re.search(r"^\s*(import|from) ray\b", text, re.M)}
+    assert with_ray == {"raylora/scheduler.py", "raylora/metrics.py"}
+    users = {name for name, text in sources.items() if "raylora.metrics" in text or "import metrics" in text}
+    assert users == {"raylora/scheduler.py"}
+
+
+# A real run
+
+NUM_QUESTIONS = 60
+
+
+class Scanty(Workbench):
+    """A workbench whose memory holds no more than two questions at once."""
+
+    def run(self, experiment: Any, progress: Any = None) -> Any:
+        def refuse(module: Any, args: Any, kwargs: Any) -> None:
+            if not module.training and len(kwargs.get("input_ids", ())) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = self.loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+        try:
+            return super().run(experiment, progress)
+        finally:
+            hook.remove()
+
+
+@dataclass
+class Watched:
+    """A run that goes on: its dashboard, and where Prometheus would look."""
+
+    dashboard: str
+    token: str
+    targets: list[str]
+    num_experiments: int
+    started: float
+
+    def scrape(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+        """raylora's numbers by name and own labels, added up over whatever else Ray tells apart."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        own = {name for m in METRICS for name in m.labels}
+        found: dict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(lambda: defaultdict(float))
+        for target in self.targets:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+                text = answer.read().decode()
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    if sample.name.startswith("ray_raylora_"):
+                        labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k in own))
+                        found[sample.name][labels] += sample.value
+        return found
+
+    def wait_for(self, seen: Callable[[dict], bool], seconds: float = 120) -> dict:
+        deadline = time.monotonic() + seconds
+        while not seen(found := self.scrape()):
+            assert time.monotonic() < deadline, {k: dict(v) for k, v in found.items()}
+            time.sleep(1)
+        return found
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, tiny_model_folder) -> Iterator[Watched]:
+    import ray
+
+    from raylora.scheduler import Run, run_experiments
+
+    root = tmp_path_factory.mktemp("watched")
+    for i in range(40):
+        write_dataset(root / "data" / "chunk_1", f"dolly_{i:02d}", offset=i, num=24)
+    paths = {"model": str(tiny_model_folder), "data_root": root / "data", "output": root / "results"}
+    config = load_config(
+        **{**OPTIONS, **paths, "num_epochs": 40, "mmlu": "demo", "max_samples": NUM_QUESTIONS}, chunk="chunk_1"
+    )
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    (port,) = free_ports(1)
+    ray.init(
+        address="local", num_gpus=2, num_cpus=1, include_dashboard=True, dashboard_port=port, log_to_driver=False,
+        logging_level="ERROR", _system_config={"metrics_report_interval_ms": 1000},
+    )  # fmt: skip
+    runs: list[Run] = []
+
+    def work() -> None:
+        for _ in run_experiments(plan.config, plan.store, plan.experiments, runs.append, Scanty):
+            pass
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        token = subprocess.run([*RAY, "get-auth-token"], capture_output=True, text=True, check=True).stdout.strip()
+        targets = [f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in ray.nodes()]
+        thread.start()
+        yield Watched(f"http://127.0.0.1:{port}", token, targets, len(plan.experiments), time.monotonic())
+        assert thread.is_alive(), "the run was over before it was looked at"
+        runs[0].begin_no_more()
+        thread.join(60)
+    finally:
+        ray.shutdown()
+
+
+def workers() -> list[tuple[psutil.Process, str]]:
+    """The processes of workers that are at something, and their titles."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line = "".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if line.startswith("ray::raylora-") and "%" in line:
+            found.append((process, line.removeprefix("ray::")))
+    return found
+
+
+@pytest.mark.slow
+def test_prometheus_finds_the_numbers_of_a_run(watched: Watched):
+    works = {"questions", "supervised_tokens", "stage_seconds", "oom_backoffs"}
+    found = watched.wait_for(
+        lambda found: all(found[f"ray_raylora_{name}_total"] for name in works) and found["ray_raylora_experiments"]
+    )
+    states = {dict(labels)["state"]: value for labels, value in found["ray_raylora_experiments"].items()}
+    assert set(states) == set(STATES)
+    assert sum(states.values()) == watched.num_experiments
+    assert 1 <= states["running"] <= 2
+    assert states["error"] == 0
+    for metric in METRICS:
+        for labels in found.get(metric.exposed_name, {}):
+            assert {name for name, _ in labels} == set(metric.labels)
+    seconds = time.monotonic() - watched.started
+    by_worker: dict[str, float] = defaultdict(float)
+    stages = set()
+    for labels, value in found["ray_raylora_stage_seconds_total"].items():
+        assert re.fullmatch(r"raylora-gpu-\d", dict(labels)["worker"])
+        by_worker[dict(labels)["worker"]] += value
+        stages.add(dict(labels)["stage"])
+    assert all(0 < value < seconds for value in by_worker.values())
+    assert stages <= {"load", "features", "probe", "train", "base mmlu", "mmlu", "helping mmlu"}
+    questions = {dict(labels)["stage"] for labels in found["ray_raylora_questions_total"]}
+    assert questions <= {"base mmlu", "mmlu", "helping mmlu"}
+    num_asked = sum(found["ray_raylora_questions_total"].values())
+    assert 0 < num_asked <= NUM_QUESTIONS * (watched.num_experiments + 1)
+    tokens = {dict(labels)["stage"] for labels in found["ray_raylora_supervised_tokens_total"]}
+    assert tokens <= {"probe", "train"}
+    assert not found["ray_raylora_gpu_memory_bytes"] or torch.cuda.is_available(), "no GPU, no number"
+    assert not found["ray_raylora_retries_total"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_a_retry_and_its_successor_has_a_name_of_its_own(watched: Watched):
+    deadline = time.monotonic() + 90
+    while not (there := workers()):
+        assert time.monotonic() < deadline, "nobody is at work"
+        time.sleep(0.1)
+    process, line = there[0]
+    assert re.fullmatch(r"raylora-gpu-\d: dolly_\d\d · [a-z ]+ \d+%", line)
+    process.send_signal(signal.SIGKILL)
+    dead = line.partition(":")[0]
+    before = set(names(watched.scrape()))
+    found = watched.wait_for(lambda found: found["ray_raylora_retries_total"] and set(names(found)) - before - {dead})
+    assert sum(found["ray_raylora_retries_total"].values()) == 1
+
+
+def names(found: dict) -> Iterator[str]:
+    return (dict(labels)["worker"] for labels in found["ray_raylora_stage_seconds_total"])
+
+
+@pytest.fixture(scope="module")
+def page(watched: Watched):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[dev]'")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        page = chromium.new_page(viewport={"width": 1600, "height": 800})
+        page.goto(watched.dashboard)
+        page.locator("input[type=password]").fill(watched.token)
+        page.get_by_role("button", name=re.compile("submit", re.I)).click()
+        yield page
+        chromium.close()
+
+
+@pytest.mark.slow
+def test_the_dashboard_shows_workers_by_name(watched: Watched, page):
+    page.goto(f"{watched.dashboard}/#/actors")
+    name = page.get_by_text(re.compile(r"^raylora-gpu-\d$"))
+    name.first.wait_for(timeout=90_000)
+    page.get_by_text(re.compile(r"^GPU \d of ")).first.wait_for(timeout=90_000)  # known when the actor has begun
+
+
+@pytest.mark.slow
+def test_the_dashboard_shows_what_they_do_now(watched: Watched, page):
+    page.goto(f"{watched.dashboard}/#/cluster")  # a single node is unfolded already
+    shown = page.get_by_text(re.compile(r"raylora-gpu-\d: dolly_\d\d · [a-z ]+ \d+%"))
+    shown.first.wait_for(timeout=90_000)
+    if SCREENSHOT:
+        page.set_viewport_size({"width": 1600, "height": 1400})
+        page.screenshot(path=SCREENSHOT)
