@@ -22,6 +22,7 @@ from rich.table import Table
 
 from raylora import datasets
 from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
+from raylora.estimate import gigabytes
 from raylora.experiment import ROW_COLUMNS, error_row
 from raylora.plan import Plan, find_files, make_plan
 from raylora.records import Experiment, ResultRow, UserError
@@ -216,18 +217,39 @@ def _machine() -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """``--dry-run``: what would run, how large it is, and what is done already."""
+    """``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
     done = plan.done()
     table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
-    for name in ("dataset", "experiment", "examples", "characters", "done", "would run, because"):
+    for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
         stages = plan.config.stages
         why = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
         finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not why[s])
         todo = "" if e.experiment_id in done else "; ".join(f"{s}: {why[s]}" for s in stages if why[s])
-        table.add_row(e.dataset, e.experiment_id, str(e.num_examples), str(e.num_chars), finished, e.error or todo)
+        size = (f"{e.num_examples:,}", f"{e.num_tokens:,}", _memory(e), _duration(e.estimated_seconds))
+        table.add_row(e.dataset, e.experiment_id, *size, finished, e.error or todo)
     console.print(table)
+    left = [e for e in plan.experiments if e.experiment_id not in done]
+    if left and any(e.estimated_seconds for e in left):
+        seconds = sum(e.estimated_seconds or 0.0 for e in left)
+        console.print(
+            f"About {_duration(seconds)} for one worker, stages that are done not taken off. Tokens, memory and time "
+            "are estimates, from a sample of each dataset and the model's shape (raylora/estimate.py).",
+            soft_wrap=True,
+        )
+
+
+def _memory(experiment: Experiment) -> str:
+    peak = experiment.estimated_peak_memory_bytes
+    return gigabytes(peak) if peak else "?"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def ask_for_chunk(config: Config, console: Console) -> Config:

@@ -131,6 +131,12 @@ class RunOptions(BaseModel):
         default_factory=dict, description='several values a hyperparameter, all combinations: {"lora_r":[8,16]}'
     )
     num_workers: int | None = Field(None, ge=1, description="worker processes (default: one a GPU; without GPUs one)")
+    adapters_a_pass: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="adapters trained over the same passes through the base (default: on a GPU what pays, on a CPU 1)",
+    )
     timeout: float | None = Field(None, gt=0, description="seconds after which an experiment is given up")
     limit: int | None = Field(None, ge=1, description="only the first N dataset files")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")

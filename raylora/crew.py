@@ -56,7 +56,10 @@ class Member:
 
 
 @dataclass(eq=False)
-class _Waiter:
+class Waiter:
+    """Somebody who waits for a worker, to do ``work`` with it."""
+
+    work: Any
     rank: float
     avoid: Place | None
     since: float
@@ -87,7 +90,7 @@ class Crew:
         self._start, self._stop, self._survey, self._on_set_aside = start, stop, survey, on_set_aside
         self._there = survey()
         self._lock = threading.Lock()
-        self._waiting: list[_Waiter] = []  # by rank
+        self._waiting: list[Waiter] = []  # by rank
         self._idle: list[Member] = []
         self._busy: set[Member] = set()
         self._held: list[Member] = []
@@ -97,17 +100,21 @@ class Crew:
         self._closed = threading.Event()
         threading.Thread(target=self._refresh, daemon=True).start()
 
-    def take(self, rank: float = 0.0, avoid: Place | None = None) -> Member | None:
-        """Wait for a worker; those of a lower rank come first. ``avoid``: one elsewhere, if there is an elsewhere.
+    def take(self, rank: float = 0.0, avoid: Place | None = None, work: Any = None) -> Member | None:
+        """Wait for a worker; those of a lower rank come first.
+
+        Args:
+            avoid: one elsewhere, if there is an elsewhere.
+            work: what it is wanted for, for ``draw_in``.
 
         Returns:
             None where no work is begun any more.
         """
-        waiter = _Waiter(rank, avoid, time.monotonic())
+        waiter = Waiter(work, rank, avoid, time.monotonic())
         with self._lock:
             if self._closed.is_set():
                 return None
-            bisect.insort(self._waiting, waiter, key=lambda w: w.rank)
+            self._queue(waiter)
             self._assign()
         waiter.served.wait()
         return waiter.member
@@ -128,6 +135,27 @@ class Crew:
             if may_start and self._num_starting == 0:
                 self._start_more(1)
         return None
+
+    def draw_in(self, most: int, suits: Callable[[Any], bool]) -> list[Waiter]:
+        """Take some out of the line whose work can be begun beside somebody else's. ``let_go`` puts them back.
+
+        No more than this worker's share of those that wait: the other workers are to have as many.
+        """
+        with self._lock:
+            share = (len(self._waiting) - self._num_starting) // max(1, self._num_usable())
+            drawn = [w for w in self._waiting if suits(w.work)][: max(0, min(most, share))]
+            self._waiting = [w for w in self._waiting if w not in drawn]
+        return drawn
+
+    def let_go(self, drawn: Iterable[Waiter]) -> None:
+        """They wait again, each in its old place."""
+        with self._lock:
+            for waiter in drawn:
+                if self._closed.is_set():
+                    waiter.served.set()
+                else:
+                    self._queue(waiter)
+            self._assign()
 
     def give_back(self, member: Member, well: bool = True) -> None:
         """The worker is free again. ``well``: it did what it was asked, and its GPU is beyond doubt."""
@@ -202,12 +230,15 @@ class Crew:
 
     # All below is called with the lock held
 
+    def _queue(self, waiter: Waiter) -> None:
+        bisect.insort(self._waiting, waiter, key=lambda w: w.rank)
+
     def _num_usable(self) -> int:
         return self._there.num_workers - len(self._set_aside)
 
     def _assign(self) -> None:
         """Free workers to those who wait; then as many new ones as are still wanted and allowed."""
-        unserved: list[_Waiter] = []
+        unserved: list[Waiter] = []
         anywhere = self._num_usable() <= 1
         for k, waiter in enumerate(self._waiting):
             if not self._idle:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from raylora.jsonstream import RecordStream, kind, short, shown
 from raylora.records import BadRecord, Dataset, Example, Message, UserError
 
 MAX_KEPT_BAD_RECORDS = 100
+SURVEYED = 32
+"""Examples that say how long those of a dataset are."""
 ROLES = {
     "system": "system",
     "user": "user",
@@ -132,15 +134,20 @@ class Survey:
     num_examples: int = 0
     num_chars: int = 0
     error: str = ""
+    sample: list[Example] = field(default_factory=list)
+    """The first examples."""
 
 
 def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Survey:
-    """Look a dataset file through as ``load_dataset`` does, and keep nothing of it. A bad file is no exception."""
+    """Look a dataset file through as ``load_dataset`` does, and keep little of it. A bad file is no exception."""
     reader = _Reader(path, salvage, limit)
     found = Survey()
     try:
         with reading(path):
-            found.num_examples = sum(1 for _ in reader)
+            for example in reader:
+                found.num_examples += 1
+                if len(found.sample) < SURVEYED:
+                    found.sample.append(example)
         found.num_chars = reader.num_chars
     except UserError as error:
         found = Survey(error=str(error))

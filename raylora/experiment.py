@@ -10,23 +10,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
 from raylora.encoding import StoredEncoded, encode_each
+from raylora.estimate import check_fit_here
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
 from raylora.files import location
 from raylora.model import LoadedModel, adapter_hash
+from raylora.passes import Job, count_labels
 from raylora.plan import make_plan, method_of
 from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, digest, ignore_progress
 from raylora.store import LOG, Store, write_atomically
-from raylora.train import TrainingMetrics, train_adapter
+from raylora.train import (
+    TrainingDivergedError,
+    TrainingMetrics,
+    TrainingResult,
+    adapters_a_pass,
+    train_adapters,
+)
 
 log = logging.getLogger("raylora.experiment")
 
@@ -41,7 +51,7 @@ BOOKKEEPING_COLUMNS = (
     "model", "quantization", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size", "probe_steps",
     "seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records", "token_budget",
     "mmlu_oom_backoffs", "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds",
-    "num_attempts",
+    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -52,18 +62,50 @@ ROW_COLUMNS = [
 ]
 
 
+class BaseChangedError(RuntimeError):
+    """The base's weights were harmed: a process of its own is needed to go on."""
+
+
 class Workbench(mmlu.Examiner):
     """What all experiments of one process share: the base model and the encoded questions, each loaded once."""
 
     def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
         super().__init__(config, store, loaded)
         self.config: Config = config
+        self._base_hash = ""
 
     def run(self, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
         return run_experiment(self, experiment, progress)
 
+    def train_together(self, experiments: Sequence[Experiment], progress: Progress = ignore_progress) -> int:
+        return train_together(self, experiments, progress)
+
     def help(self, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
         return help_experiment(self, experiment, name, progress)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The base model, loaded when it is first needed.
+
+        Raises:
+            UserError: it cannot be found or read, or does not fit here: on a cluster nobody could say so before.
+        """
+        if self._loaded is None and torch.cuda.is_available():
+            check_fit_here(self.config)
+        loaded = super().loaded
+        self._base_hash = loaded.logits_hash()
+        return loaded
+
+    def check_base(self) -> None:
+        """Whether the base still is what it was when it was loaded: nothing that a stage does may change it.
+
+        Raises:
+            BaseChangedError: it is not. What was made with it is not to be kept.
+        """
+        now = self.loaded.logits_hash()
+        # A device that does not repeat itself changes at every look; a base that was changed stays so.
+        if now != self._base_hash and now == self.loaded.logits_hash():
+            raise BaseChangedError("the base model is not what it was when it was loaded")
 
     @property
     def feature_token_budget(self) -> int:
@@ -94,7 +136,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
         raise UserError(experiment.error)
     stages = bench.config.stages
     progress("load", 0, 1)
-    dataset = datasets.load_dataset(location(experiment.path), bench.config.salvage, bench.config.max_records)
+    dataset = _load(bench, experiment)
     values = _dataset_values(dataset)
     if "features" in stages:
         values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
@@ -107,6 +149,10 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
     return values
 
 
+def _load(bench: Workbench, experiment: Experiment) -> Dataset:
+    return datasets.load_dataset(location(experiment.path), bench.config.salvage, bench.config.max_records)
+
+
 def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A stage's values: from the store, or made and stored."""
     if (saved := bench.store.read_stage(experiment, stage)) is not None:
@@ -115,6 +161,7 @@ def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[
     log.info("%s: started", stage)
     started = time.perf_counter()
     values = make()
+    bench.check_base()
     values[f"{stage}_seconds"] = time.perf_counter() - started
     bench.store.write_stage(experiment, stage, values)
     log.info("%s: %.1f s", stage, values[f"{stage}_seconds"])
@@ -129,21 +176,70 @@ def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progres
 
 
 def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:
+    try:
+        (result,) = train_adapters(bench.loaded, [_attach(bench, experiment, dataset)], progress)
+        if isinstance(result, TrainingDivergedError):
+            raise result
+        return _keep_adapter(bench, experiment, result)
+    finally:
+        bench.loaded.detach()
+
+
+def _attach(bench: Workbench, experiment: Experiment, dataset: Dataset, name: str = "default") -> Job:
+    """A fresh adapter of the base, and what it is to be trained on."""
     method = method_of(experiment)
     seed = (dataset.seed ^ bench.config.seed) % 2**62
     # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
     ordered = datasets.sample_examples(dataset.examples, 0, seed)
     encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
-    parameters = bench.loaded.attach(method, seed)
-    try:
-        result = train_adapter(bench.loaded, parameters, encoded, method, seed, progress=progress)
-        folder = bench.store.folder(experiment)
-        curve = pd.DataFrame(result.loss_curve())
-        write_atomically(folder / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
-        write_atomically(bench.store.adapter_folder(experiment), bench.loaded.save_adapter)
-    finally:
-        bench.loaded.detach()
+    return Job(bench.loaded.attach(method, seed, name), encoded, method, seed, name)
+
+
+def _keep_adapter(
+    bench: Workbench, experiment: Experiment, result: TrainingResult, name: str = "default"
+) -> dict[str, Any]:
+    curve = pd.DataFrame(result.loss_curve())
+    write_atomically(bench.store.folder(experiment) / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
+    write_atomically(bench.store.adapter_folder(experiment), lambda p: bench.loaded.save_adapter(p, name))
     return dict(vars(result.metrics))
+
+
+def train_together(bench: Workbench, experiments: Sequence[Experiment], progress: Progress = ignore_progress) -> int:
+    """Train the adapters of several experiments over the same passes through the base, as many as pay.
+
+    Each is stored as its own train stage stores it, and is what it would have become alone. One that cannot be trained
+    is left out: its own run will say why.
+
+    Returns:
+        The number of adapters that were trained.
+    """
+    with contextlib.ExitStack() as stack:
+        jobs: list[tuple[Experiment, Job]] = []
+        for experiment in experiments:
+            stack.enter_context(_at_hand(bench.store, experiment))
+            name = f"together_{len(jobs)}"
+            stack.callback(bench.loaded.detach, name)
+            with contextlib.suppress(UserError):
+                job = _attach(bench, experiment, _load(bench, experiment), name)
+                if any(count_labels(job)):
+                    jobs.append((experiment, job))
+        most = bench.config.adapters_a_pass or adapters_a_pass(bench.loaded, [job for _, job in jobs])
+        if min(most, len(jobs)) < 2:
+            return 0
+        jobs = jobs[:most]
+        for experiment, _ in jobs:
+            stack.enter_context(_log_file(bench.store.folder(experiment) / LOG))
+        log.info("train: started, %d adapters together", len(jobs))
+        try:
+            results = train_adapters(bench.loaded, [job for _, job in jobs], progress)
+        except UserError as error:
+            log.info("train: not together: %s", error)
+            return 0
+        bench.check_base()
+        for (experiment, job), result in zip(jobs, results, strict=True):
+            if isinstance(result, TrainingResult):
+                bench.store.write_stage(experiment, "train", _keep_adapter(bench, experiment, result, job.name))
+        return sum(isinstance(result, TrainingResult) for result in results)
 
 
 def help_experiment(bench: Workbench, experiment: Experiment, name: str, progress: Progress = ignore_progress) -> int:
@@ -225,6 +321,8 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         "status": status,
         "error": "",
         "data_hash": experiment.data_hash,
+        "estimated_seconds": experiment.estimated_seconds,
+        "estimated_peak_memory_bytes": experiment.estimated_peak_memory_bytes,
         "num_attempts": 1,
         **{name: getattr(config, name) for name in BOOKKEEPING_COLUMNS if name in type(config).model_fields},
         **settings,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ log = logging.getLogger("raylora.foreman")
 MAX_ATTEMPTS = 2
 MAX_MOVES = 10
 """Nodes that an experiment may lose before it counts as its own fault."""
+MOST_TOGETHER = 16
+"""Adapters that are offered to a GPU to be trained together; it says how many of them pay."""
 LOOK_SECONDS = 0.3
 """How often it is looked whether somebody can be helped, or nothing new is to be begun."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -56,11 +58,13 @@ def store_failure(error: BaseException, store: Store) -> StoreFailedError | None
 class Calls:
     """How a worker is told to do something. Each raises ``WorkerFailedError`` or ``StoreFailedError``.
 
-    ``run(member, experiment)`` returns the values of its row. ``help(member, experiment)`` returns the number of
-    questions that were asked. ``being_evaluated()`` returns the ids of the experiments whose questions are being asked.
+    ``run(member, experiment)`` returns the values of its row. ``train(member, experiments)`` trains their adapters
+    together. ``help(member, experiment)`` returns the number of questions that were asked. ``being_evaluated()``
+    returns the ids of the experiments whose questions are being asked.
     """
 
     run: Callable[[Member, Experiment], dict[str, Any]]
+    train: Callable[[Member, Sequence[Experiment]], None]
     help: Callable[[Member, Experiment], int]
     being_evaluated: Callable[[], set[str]]
 
@@ -69,7 +73,7 @@ class Foreman:
     """Runs experiments with the workers of a crew, each in the thread that calls ``run``.
 
     Args:
-        may_start_helpers: whether a worker may be started only to help, on a GPU that nobody uses.
+        on_gpus: workers have GPUs. One that nobody uses gets a worker only to help, and adapters share passes.
         on_retry: told what went wrong and is tried again, in one line.
     """
 
@@ -79,12 +83,13 @@ class Foreman:
         store: Store,
         crew: Crew,
         calls: Calls,
-        may_start_helpers: bool,
+        on_gpus: bool,
         on_retry: Callable[[str], None] = log.warning,
     ) -> None:
         self._on_retry = on_retry
         self._config, self._store, self._crew, self._calls = config, store, crew, calls
-        self._may_start_helpers = may_start_helpers
+        self._may_start_helpers = on_gpus
+        self._most_together = config.adapters_a_pass or (MOST_TOGETHER if on_gpus else 1)
         self._at_work: dict[str, Experiment] = {}
         self._stopped = threading.Event()
         threading.Thread(target=self._send_helpers, daemon=True).start()
@@ -110,10 +115,15 @@ class Foreman:
     def _try(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         failures: list[tuple[Place, str]] = []
         num_moves = 0
+        may_share = True
         while len(failures) < MAX_ATTEMPTS:
-            member = self._crew.take(rank, avoid=_elsewhere(failures))
+            member = self._crew.take(rank, avoid=_elsewhere(failures), work=experiment)
             if member is None:
                 return None
+            if may_share:
+                may_share = False
+                if not self._train_together(member, experiment):
+                    continue
             self._at_work[experiment.experiment_id] = experiment
             try:
                 values = self._calls.run(member, experiment)
@@ -132,6 +142,30 @@ class Foreman:
             return self._finish(experiment, values, failures)
         self._crew.acquit([place for place, _ in failures], experiment.experiment_id)
         return self._give_up(experiment, failures[-1][1])
+
+    def _train_together(self, member: Member, experiment: Experiment) -> bool:
+        """Train an adapter beside those of others that wait, where that pays; each finds its own done when it runs.
+
+        Returns:
+            False where the worker was lost. Nobody is to blame: each tries again alone.
+        """
+        if self._most_together == 1 or not self._wants_adapter(experiment):
+            return True
+        drawn = self._crew.draw_in(self._most_together - 1, self._wants_adapter)
+        try:
+            if drawn:
+                self._calls.train(member, [experiment, *(waiter.work for waiter in drawn)])
+        except WorkerFailedError as error:
+            self._crew.lost(member)
+            self._on_retry(f"{experiment.dataset} and {len(drawn)} more are trained one by one: {error}")
+            return False
+        finally:
+            self._crew.let_go(drawn)
+        return True
+
+    def _wants_adapter(self, experiment: Experiment) -> bool:
+        wanted = "train" in self._config.stages and not experiment.error
+        return wanted and self._store.read_stage(experiment, "train") is None
 
     def _finish(
         self, experiment: Experiment, values: dict[str, Any], failures: list[tuple[Place, str]]

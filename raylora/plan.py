@@ -11,6 +11,7 @@ import pandas as pd
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method
+from raylora.estimate import Estimator
 from raylora.files import reading
 from raylora.records import Experiment, ResultRow, UserError, digest
 from raylora.remote_store import store_at
@@ -55,6 +56,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     of_model = mmlu.model_key(config, source)
     hashes = {"model": of_model["model"]}
     of_questions: dict[str, Any] = {}
+    asked: mmlu.QuestionSet | None = None
     notes: list[str] = []
     if "mmlu" in config.stages:
         asked = mmlu.load_question_set(config)
@@ -62,17 +64,17 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         hashes["questions"] = asked.hash
         of_questions = mmlu.questions_key(config, asked)
         mmlu.check_prompt_style(config, source)
-    shared = (of_model, of_questions, config)
+    shared = (of_model, of_questions, Estimator(config, source, asked), config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that the last worker is not busy alone; names break ties, so that the order is always the same.
-    experiments.sort(key=lambda e: (-e.num_chars * float(e.settings["num_epochs"]), e.experiment_id))
+    experiments.sort(key=lambda e: (-e.num_tokens * float(e.settings["num_epochs"]), e.experiment_id))
     if place := read_order(config.order):
         experiments.sort(key=lambda e: place.get(e.experiment_id, place.get(e.dataset, len(place))))
     return Plan(config, chunk, store, tuple(experiments), hashes, notes)
 
 
 def _experiments_of(
-    path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], config: Config
+    path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], estimator: Estimator, config: Config
 ) -> list[Experiment]:
     found = datasets.survey(path, config.salvage, config.max_records)
     loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
@@ -92,6 +94,8 @@ def _experiments_of(
             "train": train,
             "mmlu": {**train, "questions": digest(of_questions)},
         }
+        sizes = estimator.sizes(found.sample, found.num_examples, method.max_length)
+        estimate = estimator.estimate(sizes, method)
         name = safe_name(path.stem, path.suffix, settings, of_model, config.max_records, config.seed)
         experiments.append(
             Experiment(
@@ -104,7 +108,9 @@ def _experiments_of(
                 base_key=mmlu.score_key(of_model, of_questions),
                 data_hash=found.data_hash,
                 num_examples=found.num_examples,
-                num_chars=found.num_chars,
+                num_tokens=sizes.num_tokens,
+                estimated_peak_memory_bytes=estimate.peak_memory_bytes,
+                estimated_seconds=estimate.seconds,
                 error=found.error,
             )
         )

@@ -159,7 +159,10 @@ class Experiment:
     """Identity of the base's score on the run's questions."""
     data_hash: str = ""
     num_examples: int = 0
-    num_chars: int = 0
+    num_tokens: int = 0
+    """Of all examples, going by the first ones."""
+    estimated_peak_memory_bytes: int | None = None
+    estimated_seconds: float | None = None
     error: str = ""
     """Why it cannot run, where that is known before anything starts. It still gets its row."""
 

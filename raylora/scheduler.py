@@ -131,6 +131,13 @@ class Worker:
         finally:
             self._board.clear.remote(self._number)
 
+    def train(self, experiments: Sequence[Experiment]) -> None:
+        """Train adapters together; each experiment's own run finds its adapter done."""
+        try:
+            self._bench.train_together(experiments, self._reporter(experiments[0]))
+        finally:
+            self._board.clear.remote(self._number)
+
     def help(self, experiment: Experiment) -> int:
         """Questions of the experiment's evaluation that were asked for the worker that runs it."""
         try:
@@ -168,7 +175,7 @@ class Supervisor:
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
         self._crew = Crew(self._start, self._stop, self._survey, self._note)
-        calls = Calls(self._run, self._help, self._being_evaluated)
+        calls = Calls(self._run, self._train, self._help, self._being_evaluated)
         self._foreman = Foreman(config, store, self._crew, calls, "num_gpus" in resources, self._note)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +215,10 @@ class Supervisor:
     def _run(self, member: Member, experiment: Experiment) -> dict[str, Any]:
         values: dict[str, Any] = self._ask(member, member.worker.run.remote(experiment), self._config.timeout)
         return values
+
+    def _train(self, member: Member, experiments: Sequence[Experiment]) -> None:
+        timeout = self._config.timeout and self._config.timeout * len(experiments)
+        self._ask(member, member.worker.train.remote(list(experiments)), timeout)
 
     def _help(self, member: Member, experiment: Experiment) -> int:
         return int(self._ask(member, member.worker.help.remote(experiment), None))

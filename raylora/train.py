@@ -46,6 +46,8 @@ class TrainingMetrics:
     num_oom_backoffs: int
     packed: bool
     """Whether minibatches held no padding."""
+    num_adapters: int
+    """Adapters that were trained over the same passes. Seconds are this one's share of them, by tokens."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def train_adapters(
     """Train several attached adapters, step by step beside each other over the same passes through the base.
 
     Each becomes what it would become alone, but for float noise: it has its own steps, optimizer, clipping and
-    dropout. One that diverges stops alone. Seconds, rates and memory are those of all of them together.
+    dropout. One that diverges stops alone. Seconds are shared out by tokens; rates and memory are those of all of them.
 
     Raises:
         UserError: an adapter has no supervised token, or is of modules that cannot share a pass.
@@ -201,7 +203,11 @@ def _train(
         loaded.model.eval()
         passes.restore()
     seconds = time.perf_counter() - started
-    return [t.diverged or TrainingResult(_summarize(t, passes, seconds, loaded.device), t.steps) for t in trainees]
+    num_tokens = sum(step.num_tokens for t in trainees for step in t.steps)
+    return [
+        t.diverged or TrainingResult(_summarize(t, passes, seconds / max(1, num_tokens), loaded.device), t.steps)
+        for t in trainees
+    ]
 
 
 def take_step(
@@ -251,9 +257,10 @@ def _make_optimizer(
     )
 
 
-def _summarize(trainee: _Trainee, passes: Passes, seconds: float, device: torch.device) -> TrainingMetrics:
+def _summarize(trainee: _Trainee, passes: Passes, seconds_a_token: float, device: torch.device) -> TrainingMetrics:
     steps = trainee.steps
     num_tokens = sum(s.num_tokens for s in steps)
+    seconds = num_tokens * seconds_a_token
     return TrainingMetrics(
         train_initial_loss=steps[0].loss,
         train_final_loss=steps[-1].loss,
@@ -270,4 +277,5 @@ def _summarize(trainee: _Trainee, passes: Passes, seconds: float, device: torch.
         micro_batch_size=passes.fullest,
         num_oom_backoffs=passes.num_backoffs,
         packed=passes.packed,
+        num_adapters=len(passes.jobs),
     )

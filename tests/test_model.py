@@ -7,12 +7,15 @@ import shutil
 import pytest
 import torch
 
-from raylora.config import Method, ModelOptions
+from raylora.config import Method, ModelOptions, load_config
 from raylora.encoding import encode_example
+from raylora.experiment import BaseChangedError, Workbench
 from raylora.model import LoadedModel, load_model
+from raylora.plan import make_plan
 from raylora.records import Example, Message, UserError
 from raylora.sources import model_hash, resolve_model
 from raylora.train import train_adapter
+from tests.test_batch import OPTIONS, write_dataset
 
 METHOD = Method(lora_r=4, num_epochs=2, batch_size=2, gradient_accumulation=1, learning_rate=5e-3, lora_dropout=0.1)
 EXAMPLES = [
@@ -130,3 +133,18 @@ def test_unknown_target_modules_are_one_line(tiny_model_folder):
     with pytest.raises(UserError, match="--target-modules"):
         loaded.attach(METHOD.model_copy(update={"target_modules": ("c_attn",)}), 0)
     assert loaded.attach(METHOD, 0)
+
+
+def test_a_base_that_was_changed_makes_no_row(tiny_model_folder, tmp_path):
+    """What a stage made with a harmed base is not kept, and a worker that says so is replaced."""
+    path = write_dataset(tmp_path / "data" / "chunk_1", "data")
+    config = load_config(**{**OPTIONS, "model": str(tiny_model_folder), "output": tmp_path / "out"})
+    plan = make_plan(config, [path], "single")
+    bench = Workbench(config, plan.store)
+    with torch.no_grad():
+        bench.loaded.model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    (experiment,) = plan.experiments
+    with pytest.raises(BaseChangedError):
+        bench.run(experiment)
+    assert plan.store.read_stage(experiment, "features") is None
+    assert plan.store.read_row(experiment) is None

@@ -1,7 +1,15 @@
 """MMLU: questions, prompts, scores, statistics. Agrees with lm-evaluation-harness 0.4.13 question by question."""
 
 from raylora.mmlu.answers import parse_answer
-from raylora.mmlu.examine import Examiner, check_prompt_style, load_question_set, model_key, questions_key, score_key
+from raylora.mmlu.examine import (
+    Examiner,
+    QuestionSet,
+    check_prompt_style,
+    load_question_set,
+    model_key,
+    questions_key,
+    score_key,
+)
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, load_encoded, save_encoded
 from raylora.mmlu.questions import (
     SHORT_GROUPS,
@@ -19,6 +27,7 @@ __all__ = [
     "SUBJECT_GROUPS",
     "EncodedQuestion",
     "Examiner",
+    "QuestionSet",
     "build_shots",
     "check_prompt_style",
     "compare",
