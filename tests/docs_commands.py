@@ -111,6 +111,13 @@ NOT_RUN = {
     "kubectl": "no Kubernetes here; the manifests are held against the schemas in tests/test_cluster_files.py",
 }
 
+if (ROOT / "docs" / "monitoring.md").is_file():
+    NOT_RUN |= {
+        "ray metrics launch-prometheus": "downloads Prometheus",
+        "cp cluster/grafana-dashboard.json": "wants Grafana on the head node",
+        "grafana-server": "wants Grafana on the head node",
+    }
+
 
 def all_commands() -> list[Command]:
     """In the order of the pages; what stands twice comes twice."""
