@@ -96,7 +96,10 @@ def lay_out(folder: Path, num_first: int = 12, num_second: int = 6) -> None:
     demo = ROOT / "raylora" / "demo"
     (folder / "mmlu_dataset").mkdir()
     shutil.copy(demo / "questions.json", folder / "mmlu_dataset" / "test_all_subjects.json")
-    shutil.copy(demo / "dev_questions.json", folder / "mmlu_dataset" / "dev_all_subjects.json")
+    questions = json.loads((demo / "questions.json").read_text())
+    first = {q["subject"]: q for q in reversed(questions)}
+    shots = [{**q, "question": f"{k}. {q['question']}"} for q in first.values() for k in range(5)]
+    (folder / "mmlu_dataset" / "dev_all_subjects.json").write_text(json.dumps(shots))
     shutil.copytree(ROOT / "configs", folder / "configs")
     write_question_set(folder)
 
