@@ -26,7 +26,7 @@ format: $(VENV)/.dev
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "raylora needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
-	@echo "Setting up $(VENV) (a minute or two, once)"
+	@echo "Setting up $(VENV), once: 2 GB of packages, a minute or two where the network is fast"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 

@@ -24,7 +24,7 @@ from raylora import datasets
 from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
 from raylora.estimate import gigabytes
 from raylora.experiment import ROW_COLUMNS, error_row
-from raylora.plan import Plan, find_files, make_plan
+from raylora.plan import DEMO_CHUNK, Plan, find_files, make_plan
 from raylora.records import Experiment, ResultRow, UserError
 from raylora.report import print_results, try_write_report
 from raylora.store import write_legacy_results
@@ -289,7 +289,8 @@ def main(argv: list[str]) -> int:
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_results(rows, plan.store, console)
     if config.model == DEMO:
-        console.print("Next: python -m raylora.batch --chunk YOUR_CHUNK --model YOUR_MODEL (see --help)", markup=False)
+        yours = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk
+        console.print(f"Next: python -m raylora.batch --chunk {yours} --model YOUR_MODEL (see --help)", markup=False)
     return 0 if all(row.ok for row in rows) else 1
 
 

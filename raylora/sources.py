@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -116,7 +119,9 @@ def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
     quiet_libraries()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # Its bar is for people who wait at a terminal; no setting of transformers keeps it out of a log.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The weights are plain floats by now; these marks would make save_pretrained refuse them.
     model.hf_quantizer = None
     model.is_quantized = False
