@@ -109,14 +109,10 @@ NOT_RUN = {
     "docker": "would build an image of gigabytes",
     "helm": "no Kubernetes here",
     "kubectl": "no Kubernetes here; the manifests are held against the schemas in tests/test_cluster_files.py",
+    "ray metrics launch-prometheus": "downloads Prometheus",
+    "cp cluster/grafana-dashboard.json": "wants Grafana on the head node",
+    "grafana-server": "wants Grafana on the head node",
 }
-
-if (ROOT / "docs" / "monitoring.md").is_file():
-    NOT_RUN |= {
-        "ray metrics launch-prometheus": "downloads Prometheus",
-        "cp cluster/grafana-dashboard.json": "wants Grafana on the head node",
-        "grafana-server": "wants Grafana on the head node",
-    }
 
 
 def all_commands() -> list[Command]:
