@@ -370,5 +370,7 @@ def test_the_dashboard_shows_what_they_do_now(watched: Watched, page):
     shown = page.get_by_text(re.compile(r"raylora-gpu-\d: dolly_\d\d · [a-z ]+ \d+%"))
     shown.first.wait_for(timeout=90_000)
     if SCREENSHOT:
-        page.set_viewport_size({"width": 1600, "height": 1400})
+        page.set_viewport_size({"width": 1500, "height": 640})
+        shown.nth(1).wait_for(timeout=90_000)  # both workers; Ray lists them last
+        shown.nth(1).scroll_into_view_if_needed()
         page.screenshot(path=SCREENSHOT)
