@@ -59,8 +59,14 @@ def make_lm(model: Any, tokenizer: Any, batch_size: int = 4, **options: Any) -> 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), **options)
 
 
-def run_harness(lm: Any, tasks: Path, num_fewshot: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Log-likelihoods of the choices by question id, and the harness's own results by task and group."""
+def run_harness(
+    lm: Any, tasks: Path, num_fewshot: int, names: Sequence[str] = ("mmlu",)
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Log-likelihoods of the choices by question id, and the harness's own results by task and group.
+
+    Args:
+        names: of tasks; those of subjects without questions cannot be run.
+    """
     import datasets
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -69,7 +75,7 @@ def run_harness(lm: Any, tasks: Path, num_fewshot: int) -> tuple[dict[str, list[
     datasets.config.HF_DATASETS_CACHE = str(tasks.parent / "cache")
     manager = TaskManager(include_defaults=False, include_path=str(tasks))
     found = lm_eval.simple_evaluate(
-        model=lm, tasks=["mmlu"], num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=1
+        model=lm, tasks=[*names], num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=1
     )
     logprobs = {}
     for samples in found["samples"].values():
@@ -139,7 +145,8 @@ def reference(loaded: Any, questions: Sequence[Question], dev: dict, style: str,
     if style == "chat":
         shots = {subject: group[:n] for subject, group in dev.items()}
         return score_strings(lm, questions, list(chat_contexts(loaded.tokenizer, questions, shots)))
-    return run_harness(lm, write_tasks(folder, questions, dev), n)[0]
+    names = sorted({f"mmlu_{q.subject}" for q in questions})
+    return run_harness(lm, write_tasks(folder, questions, dev), n, names)[0]
 
 
 def main() -> None:
