@@ -179,7 +179,7 @@ def simulate(options: argparse.Namespace) -> None:
             config, store = load_config(model="demo"), Store(Path(folder))
             site = Failing(num_gpus, store, config, worker_dies=0.01, node_dies=0.002)
             crew = Crew(site.start, site.stop, site.survey)
-            calls = Calls(site.run, lambda *_: None, lambda *_: 0, set)
+            calls = Calls(site.run, lambda *_: 0, lambda *_: 0, set)
             foreman = Foreman(config, store, crew, calls, on_gpus=False)
             process = psutil.Process()
             memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])

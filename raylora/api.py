@@ -113,7 +113,10 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     with plan.store.held(config.fresh):
         bench = Workbench(config, plan.store)
         (experiment,) = plan.experiments
-        row = plan.done().get(experiment.experiment_id) or run_planned_experiment(bench, experiment)
+        row = plan.done().get(experiment.experiment_id)
+        if row is None:
+            plan.check_fit()
+            row = run_planned_experiment(bench, experiment)
     if not row.ok:
         raise UserError(row.values["error"])
     return legacy_result(row)

@@ -116,6 +116,8 @@ def run_pending(
 ) -> None:
     from raylora import scheduler  # starting Ray's client takes seconds, which a mistake need not wait for
 
+    plan.check_fit()
+
     with (
         scheduler.cluster(plan.config) as dashboard,
         Watch(len(plan.experiments), len(rows), console) as watch,
@@ -230,6 +232,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         size = (f"{e.num_examples:,}", f"{e.num_tokens:,}", _memory(e), _duration(e.estimated_seconds))
         table.add_row(e.dataset, e.experiment_id, *size, finished, e.error or todo)
     console.print(table)
+    if plan.misfit:
+        console.print(f"Nothing can be run here: {plan.misfit}", markup=False, soft_wrap=True)
     left = [e for e in plan.experiments if e.experiment_id not in done]
     if left and any(e.estimated_seconds for e in left):
         seconds = sum(e.estimated_seconds or 0.0 for e in left)

@@ -8,6 +8,7 @@ while a run goes on is used, and one that leaves is not waited for.
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 import threading
 import time
@@ -140,10 +141,15 @@ class Crew:
         """Take some out of the line whose work can be begun beside somebody else's. ``let_go`` puts them back.
 
         No more than this worker's share of those that wait: the other workers are to have as many.
+
+        Args:
+            suits: asked of each one's work while nobody else can take or give back a worker: to be quick.
         """
         with self._lock:
             share = (len(self._waiting) - self._num_starting) // max(1, self._num_usable())
-            drawn = [w for w in self._waiting if suits(w.work)][: max(0, min(most, share))]
+            # One that failed on a GPU waits for another GPU.
+            suitable = (w for w in self._waiting if w.avoid is None and suits(w.work))
+            drawn = list(itertools.islice(suitable, max(0, min(most, share))))
             self._waiting = [w for w in self._waiting if w not in drawn]
         return drawn
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from raylora.config import Config, FeatureOptions, Method
+from raylora.config import GPU_TOKEN_BUDGET, Config, FeatureOptions, Method
 from raylora.encoding import encode_each
 from raylora.mmlu.examine import QuestionSet
 from raylora.mmlu.prompts import harness_prompt
 from raylora.model import compute_dtype, load_tokenizer
-from raylora.passes import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
+from raylora.packed import MEMORY_SHARE
+from raylora.passes import CPU_TOKEN_BUDGET
 from raylora.records import Example, UserError
 from raylora.sources import resolve_model
 
@@ -60,8 +61,6 @@ class Shape:
     """Inputs and outputs of all matrices, added up."""
     num_layers: int
     hidden_size: int
-    num_attention_widths: int
-    """Layers times the width of their queries."""
 
 
 def shape_of(source: str, target_modules: Sequence[str], trust_remote_code: bool = False) -> Shape | None:
@@ -70,25 +69,34 @@ def shape_of(source: str, target_modules: Sequence[str], trust_remote_code: bool
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            return None  # its weights are smaller than its configuration says
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return _count(model, config.get_text_config(), target_modules)
     except Exception:  # a model's own code may raise anything; loading the model will say what is wrong
         log.info("no estimate: this model cannot be built from its configuration alone", exc_info=True)
         return None
+
+
+def _count(model: Any, config: Any, target_modules: Sequence[str]) -> Shape | None:
+    """None where most weights are not in plain matrices, as in fused experts: nothing would be right for these."""
     head = model.get_output_embeddings()
     matrices = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     adapted = [m for name, m in matrices.items() if name.rpartition(".")[2] in target_modules]
     in_layers = sum(m.weight.numel() for m in matrices.values())
-    text = config.get_text_config()
+    num_all = sum(p.numel() for p in model.parameters())
+    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), head) if m is not None}
+    if in_layers < (num_all - sum(ends.values())) / 2:
+        return None
     return Shape(
         layer_weights=in_layers,
-        other_weights=sum(p.numel() for p in model.parameters()) - in_layers,
+        other_weights=num_all - in_layers,
         adapter_rows=sum(m.in_features + m.out_features for m in adapted),
         adapted_inputs=sum(m.in_features for m in adapted),
         widths=sum(m.in_features + m.out_features for m in matrices.values()),
-        num_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
-        num_attention_widths=sum(m.out_features for name, m in matrices.items() if name.endswith("q_proj")),
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
     )
 
 
@@ -116,7 +124,7 @@ def machine_of(config: Config) -> Machine:
     """What a worker of the run will have. A cluster's machines are not known here, nor how fast they are."""
     import psutil
 
-    if config.address:
+    if config.address or _in_a_cluster():
         return ELSEWHERE
     if torch.cuda.device_count():
         return _local_gpu()
@@ -124,6 +132,12 @@ def machine_of(config: Config) -> Machine:
     threads = min(config.threads or max(1, cores // workers), cores / workers)
     rate = matrix_rate(torch.device("cpu"), torch.float32, 1024) * threads / torch.get_num_threads()
     return Machine("cpu", torch.float32.itemsize, psutil.virtual_memory().total // workers, rate)
+
+
+def _in_a_cluster() -> bool:
+    """Whether this process has joined a Ray of its own accord. ``scheduler.py`` alone imports it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _local_gpu() -> Machine:
@@ -191,7 +205,7 @@ class Estimator:
         asked: the questions of MMLU; None where it is not evaluated.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, or the model can in no way fit this machine.
+        UserError: the tokenizer cannot be loaded.
     """
 
     def __init__(self, config: Config, source: str, asked: QuestionSet | None) -> None:
@@ -200,16 +214,17 @@ class Estimator:
         self._machine = machine_of(config)
         self._shape = shape_of(source, config.target_modules, config.trust_remote_code)
         self._num_question_tokens = count_question_tokens(self._tokenizer, asked, config) if asked else 0
-        if self._shape:
-            check_fit(self._shape, self._machine, config)
+        self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
 
-    def sizes(self, sample: Sequence[Example], num_examples: int, max_length: int) -> Sizes:
-        return sizes_of(self._tokenizer, sample, num_examples, max_length)
-
-    def estimate(self, sizes: Sizes, method: Method) -> Estimate:
-        if self._shape is None or not sizes.num_examples:
-            return Estimate(None, None)
-        return estimate(self._shape, self._machine, self._config, method, sizes, self._num_question_tokens)
+    def of(self, sample: Sequence[Example], num_examples: int, method: Method) -> tuple[Sizes, Estimate]:
+        """How large a dataset is, going by its first examples, and what training on it takes."""
+        try:
+            sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length)
+        except UserError:  # the chat template refuses one: its own run makes the row that says so
+            sizes = Sizes(num_examples, 0.0, 0)
+        if self._shape is None or not sizes.num_tokens:
+            return sizes, Estimate(None, None)
+        return sizes, estimate(self._shape, self._machine, self._config, method, sizes, self._num_question_tokens)
 
 
 def estimate(
@@ -229,7 +244,10 @@ def estimate(
     while weights + training_bytes(shape, method, tokens, machine, checkpointing) > room and tokens > sizes.longest:
         tokens, checkpointing = (tokens // 2, True) if checkpointing else (tokens, True)  # as passes.py backs off
     peak = weights + training_bytes(shape, method, tokens, machine, checkpointing)
-    peak += 0 if machine.on_gpu else CPU_PROCESS_BYTES
+    if not machine.on_gpu:
+        peak += CPU_PROCESS_BYTES
+        copies = 2 * machine.dtype_bytes * shape.layer_weights if config.quantization == "none" else 0
+        peak += copies if copies <= MEMORY_SHARE * machine.memory_bytes else 0  # as packed.py has it
     counts = token_counts(config, method, sizes, num_question_tokens)
     forward = 2 * shape.layer_weights
     seconds = None
@@ -284,18 +302,14 @@ def count_question_tokens(tokenizer: Any, asked: QuestionSet, config: Config) ->
     return round(sum(map(len, ids)) / len(some) * (len(asked.questions) + num_shots))
 
 
-def check_fit(shape: Shape, machine: Machine, config: Config) -> None:
-    """Whether the base and an adapter fit, even with one short example at a time.
-
-    Raises:
-        UserError: they do not; the line says what would.
-    """
+def misfit(shape: Shape, machine: Machine, config: Config) -> str:
+    """Why the base and an adapter do not fit, not even with one short example at a time, and what would; else ""."""
     if config.max_memory:
-        return  # what does not fit is to lie on the CPU
+        return ""  # what does not fit is to lie on the CPU
     least = _least_bytes(shape, config.quantization, config, machine)
     room = machine.memory_bytes - (CUDA_CONTEXT_BYTES if machine.on_gpu else CPU_PROCESS_BYTES)
     if least <= room:
-        return
+        return ""
     smaller = [q for q in ("8bit", "4bit") if _least_bytes(shape, q, config, machine) <= room]
     where = "this GPU" if machine.on_gpu else "a worker here"
     mend = (
@@ -307,24 +321,29 @@ def check_fit(shape: Shape, machine: Machine, config: Config) -> None:
         if (config.num_workers or 1) > 1
         else "take a smaller model or a larger machine"
     )
-    raise UserError(
+    return (
         f"--model {config.model}: in {config.quantization} it needs {gigabytes(least)} for training one example at a "
         f"time, and {where} has {gigabytes(max(0, room))} for it: {mend}"
     )
 
 
+class DoesNotFitError(RuntimeError):
+    """The model does not fit this GPU; another one may be larger, or free."""
+
+
 def check_fit_here(config: Config) -> None:
-    """The same, for the GPU that this process has.
+    """Whether the model fits the GPU that this process has.
 
     Raises:
-        UserError: the base and an adapter do not fit.
+        DoesNotFitError: it does not.
     """
     shape = shape_of(resolve_model(config.model), config.target_modules, config.trust_remote_code)
     if shape:
         free, _ = torch.cuda.mem_get_info()
         itemsize = compute_dtype(torch.device("cuda")).itemsize
         # This process holds its CUDA context already.
-        check_fit(shape, Machine("cuda", itemsize, free + CUDA_CONTEXT_BYTES, None), config)
+        if reason := misfit(shape, Machine("cuda", itemsize, free + CUDA_CONTEXT_BYTES, None), config):
+            raise DoesNotFitError(reason)
 
 
 def _least_bytes(shape: Shape, quantization: str, config: Config, machine: Machine) -> int:

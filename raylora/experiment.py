@@ -214,15 +214,15 @@ def train_together(bench: Workbench, experiments: Sequence[Experiment], progress
     Returns:
         The number of adapters that were trained.
     """
-    most = bench.config.adapters_a_pass
+    asked = bench.config.adapters_a_pass
     with contextlib.suppress(UserError):  # of a model that cannot be loaded: each experiment's row will say so
-        if most or bench.loaded.device.type == "cuda":
-            return _train_together(bench, experiments, most, progress)
+        if asked or bench.loaded.device.type == "cuda":
+            return _train_together(bench, experiments, asked, progress)
     return 0
 
 
-def _train_together(bench: Workbench, experiments: Sequence[Experiment], most: int | None, progress: Progress) -> int:
-    loaded = bench.loaded
+def _train_together(bench: Workbench, experiments: Sequence[Experiment], asked: int | None, progress: Progress) -> int:
+    loaded, most = bench.loaded, asked or len(experiments)
     with contextlib.ExitStack() as stack:
         jobs: list[tuple[Experiment, Job]] = []
         for i, experiment in enumerate(experiments):
@@ -232,8 +232,8 @@ def _train_together(bench: Workbench, experiments: Sequence[Experiment], most: i
                 job = _attach(bench, experiment, _load(bench, experiment), f"together_{i}")
                 if any(count_labels(job)):
                     jobs.append((experiment, job))
-                    most = most or adapters_a_pass(loaded, job)  # the largest comes first
-            if len(jobs) == most:
+                    most = asked or min(most, adapters_a_pass(loaded, job))  # its adapter may be the largest
+            if len(jobs) >= most:
                 break
         if len(jobs) < 2:
             return 0
@@ -381,8 +381,10 @@ def main(argv: list[str]) -> int:
     config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
     plan = make_plan(config, [file], "single")
     with plan.store.held(config.fresh):
-        bench = Workbench(config, plan.store)
-        rows = [plan.done().get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
+        bench, done = Workbench(config, plan.store), plan.done()
+        if len(done) < len(plan.experiments):
+            plan.check_fit()
+        rows = [done.get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
         plan.store.write_tables(rows, ROW_COLUMNS)
     print_results(rows, plan.store)
     return 0 if all(row.ok for row in rows) else 1

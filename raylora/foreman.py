@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raylora.config import Config
+from raylora.config import GPU_TOKEN_BUDGET, Config
 from raylora.crew import Crew, Member, Place
 from raylora.files import RemoteError
 from raylora.records import Experiment, ResultRow
@@ -26,7 +26,7 @@ MAX_ATTEMPTS = 2
 MAX_MOVES = 10
 """Nodes that an experiment may lose before it counts as its own fault."""
 MOST_TOGETHER = 16
-"""Adapters that are offered to a GPU to be trained together; it says how many of them pay."""
+"""Adapters that are trained together at most, unless more are asked for."""
 LOOK_SECONDS = 0.3
 """How often it is looked whether somebody can be helped, or nothing new is to be begun."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -58,13 +58,13 @@ def store_failure(error: BaseException, store: Store) -> StoreFailedError | None
 class Calls:
     """How a worker is told to do something. Each raises ``WorkerFailedError`` or ``StoreFailedError``.
 
-    ``run(member, experiment)`` returns the values of its row. ``train(member, experiments)`` trains their adapters
-    together. ``help(member, experiment)`` returns the number of questions that were asked. ``being_evaluated()``
-    returns the ids of the experiments whose questions are being asked.
+    ``run(member, experiment)`` returns the values of its row. ``train(member, experiments)`` trains adapters together
+    and returns how many. ``help(member, experiment)`` returns the number of questions that were asked.
+    ``being_evaluated()`` returns the ids of the experiments whose questions are being asked.
     """
 
     run: Callable[[Member, Experiment], dict[str, Any]]
-    train: Callable[[Member, Sequence[Experiment]], None]
+    train: Callable[[Member, Sequence[Experiment]], int]
     help: Callable[[Member, Experiment], int]
     being_evaluated: Callable[[], set[str]]
 
@@ -88,8 +88,8 @@ class Foreman:
     ) -> None:
         self._on_retry = on_retry
         self._config, self._store, self._crew, self._calls = config, store, crew, calls
-        self._may_start_helpers = on_gpus
-        self._most_together = config.adapters_a_pass or (MOST_TOGETHER if on_gpus else 1)
+        self._on_gpus = on_gpus
+        self._alone: set[str] = set()  # experiments whose adapters share no pass: something went wrong, or cannot
         self._at_work: dict[str, Experiment] = {}
         self._stopped = threading.Event()
         threading.Thread(target=self._send_helpers, daemon=True).start()
@@ -135,6 +135,7 @@ class Foreman:
             except WorkerFailedError as error:
                 # Whatever happened, the process may be harmed: a leak, a half-attached adapter, a lost GPU context.
                 self._crew.lost(member)
+                self._alone.add(experiment.experiment_id)
                 num_moves += isinstance(error, NodeLostError)
                 if not isinstance(error, NodeLostError) or num_moves > MAX_MOVES:
                     failures.append((member.place, str(error)))
@@ -152,25 +153,40 @@ class Foreman:
         """Train an adapter beside those of others that wait, where that pays; each finds its own done when it runs.
 
         Returns:
-            False where the worker was lost. Nobody is to blame: each tries again alone.
+            False where the worker was lost. Nobody is to blame: each is tried again, and alone from now on.
         """
-        if self._most_together == 1 or not self._wants_adapter(experiment):
+        most = self._how_many_pay(experiment)
+        if most < 2 or not self._may_share(experiment) or not self._wants_adapter(experiment):
             return True
-        drawn = self._crew.draw_in(self._most_together - 1, self._wants_adapter)
+        drawn = self._crew.draw_in(most - 1, self._may_share)
+        together = [experiment, *(w.work for w in drawn if self._wants_adapter(w.work))]
+        num_trained = 0
         try:
-            if drawn:
-                self._calls.train(member, [experiment, *(waiter.work for waiter in drawn)])
+            if len(together) > 1:
+                num_trained = self._calls.train(member, together)
         except WorkerFailedError as error:
             self._crew.lost(member)
-            self._on_retry(f"{experiment.dataset} and {len(drawn)} more are trained one by one: {error}")
+            self._on_retry(f"{experiment.dataset} and {len(together) - 1} more are trained one by one: {error}")
             return False
         finally:
+            if num_trained == 0:
+                self._alone.update(e.experiment_id for e in together)
             self._crew.let_go(drawn)
         return True
 
+    def _how_many_pay(self, experiment: Experiment) -> int:
+        """Adapters that fill a minibatch with the tokens of their steps; the worker knows whether memory holds them."""
+        if self._config.adapters_a_pass or not self._on_gpus:
+            return self._config.adapters_a_pass or 1
+        per_step = int(experiment.settings["batch_size"]) * int(experiment.settings["gradient_accumulation"])
+        a_step = min(per_step / max(1, experiment.num_examples), 1.0) * experiment.num_tokens
+        return min(MOST_TOGETHER, int(GPU_TOKEN_BUDGET / max(1.0, a_step)))
+
+    def _may_share(self, experiment: Experiment) -> bool:
+        return not experiment.error and experiment.experiment_id not in self._alone
+
     def _wants_adapter(self, experiment: Experiment) -> bool:
-        wanted = "train" in self._config.stages and not experiment.error
-        return wanted and self._store.read_stage(experiment, "train") is None
+        return "train" in self._config.stages and self._store.read_stage(experiment, "train") is None
 
     def _finish(
         self, experiment: Experiment, values: dict[str, Any], failures: list[tuple[Place, str]]
@@ -200,7 +216,7 @@ class Foreman:
                 continue
             # Those that began last have most left to ask.
             for experiment in [e for key, e in reversed([*self._at_work.items()]) if key in evaluated]:
-                if member := self._crew.take_spare(self._may_start_helpers):
+                if member := self._crew.take_spare(self._on_gpus):
                     threading.Thread(target=self._help, args=(member, experiment), daemon=True).start()
 
     def _help(self, member: Member, experiment: Experiment) -> None:

@@ -165,14 +165,16 @@ class _AddProducts(torch.autograd.Function):
     ) -> torch.Tensor:
         out = base if len(slices) == 1 and slices[0].stop - slices[0].start == len(base) else base.clone()
         inner = []
-        for part, a, b in zip(slices, weights[::2], weights[1::2], strict=True):
-            own = slice(part.start, part.stop)
-            h = _kept(x[own].to(base.dtype), part) @ a.to(base.dtype).t()
-            if out is base:
-                out = torch.addmm(base, h, b.to(base.dtype).t(), alpha=part.scale)
-            else:
-                out[own].addmm_(h, b.to(base.dtype).t(), alpha=part.scale)
-            inner.append(h)
+        # In the base's own precision: autocast would lower some of these products and not others.
+        with torch.autocast(base.device.type, enabled=False):
+            for part, a, b in zip(slices, weights[::2], weights[1::2], strict=True):
+                own = slice(part.start, part.stop)
+                h = _kept(x[own].to(base.dtype), part) @ a.to(base.dtype).t()
+                if out is base:
+                    out = torch.addmm(base, h, b.to(base.dtype).t(), alpha=part.scale)
+                else:
+                    out[own].addmm_(h, b.to(base.dtype).t(), alpha=part.scale)
+                inner.append(h)
         ctx.slices = [_Slice(p.start, p.stop, p.scale, None) for p in slices]
         ctx.dtype = base.dtype
         keeps = [p.keep for p in slices if p.keep is not None]

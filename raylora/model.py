@@ -264,7 +264,7 @@ class LoadedModel:
 
     def logits_hash(self) -> str:
         """Hash of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
-        vocabulary = int(self.model.config.vocab_size)
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
         ids = (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
         with self.base(), torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits

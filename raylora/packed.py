@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -44,7 +44,7 @@ def packed_linears(model: Any, num_tokens: int, with_backward: bool = False) -> 
                 weights.append(weights[0].t().contiguous() if room else weights[0].t())
             if room:
                 weights = [torch.ops.mkldnn._reorder_linear_weight(w, num_tokens) for w in weights]
-            multiply = _multiply_both_ways if with_backward else _multiply
+            multiply: Callable[..., torch.Tensor] = _multiply_both_ways if with_backward else _multiply
             layer.forward = functools.partial(multiply, *weights, layer.bias)  # type: ignore[method-assign]
         yield len(layers)
     finally:

@@ -75,7 +75,7 @@ def can_pack(model: Any) -> bool:
     """
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = int(model.config.get_text_config().vocab_size)
     first, other, second = ([(7919 * i + k) % vocabulary for i in range(n)] for n, k in ((9, 1), (9, 5), (17, 3)))
     exact = next(model.parameters()).dtype in {torch.float32, torch.float64} and not _is_quantized(model)
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from raylora.config import Method
+from raylora.config import GPU_TOKEN_BUDGET, Method
 from raylora.encoding import EncodedExample, batches_by_budget, labels_of, supervised_counts
 from raylora.lora import AdapterPasses, Span, mix
 from raylora.losses import head_is_plain, token_losses
@@ -27,7 +27,6 @@ log = logging.getLogger("raylora")
 CPU_TOKEN_BUDGET = 512
 """Tokens in a minibatch on a CPU, where no allocation fails before the system kills. More are no faster and take more
 memory: 2 GB for each 1000 tokens of a model of 135 million parameters (benchmarks/NOTES.md)."""
-GPU_TOKEN_BUDGET = 16384
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,17 @@ class Plan:
     hashes: dict[str, str]
     notes: list[str]
     """What is odd, and no reason to stop."""
+    misfit: str = ""
+    """Why the model can in no way be trained on this machine: a reason to stop where anything is left to do."""
+
+    def check_fit(self) -> None:
+        """To be called before anything is run here.
+
+        Raises:
+            UserError: the model does not fit.
+        """
+        if self.misfit:
+            raise UserError(self.misfit)
 
     def done(self) -> dict[str, ResultRow]:
         """Finished rows by experiment id: those of earlier runs that this one need not do again."""
@@ -64,13 +75,14 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         hashes["questions"] = asked.hash
         of_questions = mmlu.questions_key(config, asked)
         mmlu.check_prompt_style(config, source)
-    shared = (of_model, of_questions, Estimator(config, source, asked), config)
+    estimator = Estimator(config, source, asked)
+    shared = (of_model, of_questions, estimator, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that the last worker is not busy alone; names break ties, so that the order is always the same.
     experiments.sort(key=lambda e: (-e.num_tokens * float(e.settings["num_epochs"]), e.experiment_id))
     if place := read_order(config.order):
         experiments.sort(key=lambda e: place.get(e.experiment_id, place.get(e.dataset, len(place))))
-    return Plan(config, chunk, store, tuple(experiments), hashes, notes)
+    return Plan(config, chunk, store, tuple(experiments), hashes, notes, estimator.misfit)
 
 
 def _experiments_of(
@@ -94,8 +106,7 @@ def _experiments_of(
             "train": train,
             "mmlu": {**train, "questions": digest(of_questions)},
         }
-        sizes = estimator.sizes(found.sample, found.num_examples, method.max_length)
-        estimate = estimator.estimate(sizes, method)
+        sizes, estimate = estimator.of(found.sample, found.num_examples, method)
         name = safe_name(path.stem, path.suffix, settings, of_model, config.max_records, config.seed)
         experiments.append(
             Experiment(

@@ -129,6 +129,8 @@ class RemoteStore(Store):
         folder = self.folder(experiment)
         if (folder / LOG).is_file():
             self._remote.upload(_name(experiment, LOG), folder / LOG)
+            # Another machine may go on with it: the next run here begins with what it left.
+            (folder / LOG).unlink()
         if self.read_row(experiment):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -144,10 +144,10 @@ class Worker:
             row: ResultRow = self._bench.run(experiment, progress)
             return row.values
 
-    def train(self, experiments: Sequence[Experiment]) -> None:
-        """Train adapters together; each experiment's own run finds its adapter done."""
+    def train(self, experiments: Sequence[Experiment]) -> int:
+        """Train adapters together, and say how many; each experiment's own run finds its adapter done."""
         with self._reporter(experiments[0]) as progress:
-            self._bench.train_together(experiments, progress)
+            return int(self._bench.train_together(experiments, progress))
 
     def help(self, experiment: Experiment) -> int:
         """Questions of the experiment's evaluation that were asked for the worker that runs it."""
@@ -262,9 +262,9 @@ class Supervisor:
         values: dict[str, Any] = self._ask(member, member.worker.run.remote(experiment), self._config.timeout)
         return values
 
-    def _train(self, member: Member, experiments: Sequence[Experiment]) -> None:
+    def _train(self, member: Member, experiments: Sequence[Experiment]) -> int:
         timeout = self._config.timeout and self._config.timeout * len(experiments)
-        self._ask(member, member.worker.train.remote(list(experiments)), timeout)
+        return int(self._ask(member, member.worker.train.remote(list(experiments)), timeout))
 
     def _help(self, member: Member, experiment: Experiment) -> int:
         return int(self._ask(member, member.worker.help.remote(experiment), None))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
@@ -99,13 +101,14 @@ def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
     source = llama_3_8b(tmp_path)
     config = load_config(model=source, quantization="8bit")
     shape = estimate.shape_of(source, config.target_modules)
-    estimate.check_fit(shape, gpu(24), config)
-    with pytest.raises(UserError, match=r"9\.8 GB.* --quantization 4bit would fit") as error:
-        estimate.check_fit(shape, gpu(10), config)
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="--max-memory can put a part of it on the CPU"):
-        estimate.check_fit(shape, gpu(6), config)
-    estimate.check_fit(shape, gpu(6), load_config(model=source, max_memory={"0": "5GiB", "cpu": "30GiB"}))
+    assert estimate.misfit(shape, gpu(24), config) == ""
+    line = estimate.misfit(shape, gpu(10), config)
+    assert "it needs 9.8 GB" in line
+    assert "--quantization 4bit would fit" in line
+    assert "\n" not in line
+    assert "--max-memory can put a part of it on the CPU" in estimate.misfit(shape, gpu(6), config)
+    shared = load_config(model=source, max_memory={"0": "5GiB", "cpu": "30GiB"})
+    assert estimate.misfit(shape, gpu(6), shared) == ""
 
 
 def test_memory_that_is_short_makes_minibatches_smaller(tmp_path):
@@ -149,4 +152,32 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     batch.print_plan(plan, console)
     assert "for one worker, stages that are done not taken off" in console.export_text()
     with pytest.raises(UserError, match="fewer --num-workers"):
-        make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk)
+        make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk).check_fit()
+
+
+def test_a_dataset_that_the_chat_template_refuses_costs_no_other(tmp_path, tiny_model_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    template = "{% for m in messages %}{{ raise_exception('no') if 'tea' in m.content }}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    write_dataset(tmp_path / "data" / "chunk_1", "good")
+    (tmp_path / "data" / "chunk_1" / "tea.json").write_text('[{"question": "tea?", "answer": "yes"}]')
+    options = {**OPTIONS, "model": str(folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    config = load_config(**options, chunk="chunk_1")
+    chunk, files = find_files(config)
+    good, tea = make_plan(config, files, chunk).experiments
+    assert (good.dataset, tea.dataset) == ("good", "tea")
+    assert good.num_tokens > tea.num_tokens == 0
+    assert tea.estimated_seconds is None
+
+
+@pytest.mark.parametrize("change", ["quantized", "nameless"])
+def test_a_model_of_which_nothing_is_known_gets_no_estimate(tmp_path, change):
+    source = llama_3_8b(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    if change == "nameless":
+        values = {"model_type": "no such type"}
+    path.write_text(json.dumps(values))
+    assert estimate.shape_of(source, load_config(model="x").target_modules) is None
