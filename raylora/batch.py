@@ -289,7 +289,8 @@ def main(argv: list[str]) -> int:
         rows = run_plan(plan, console)
     except (KeyboardInterrupt, StoppedError) as stop:
         cause = str(stop) or "Stopped."
-        console.print(f"{cause} What is finished is kept: the same command goes on from here.", markup=False)
+        told = f"{cause} What is finished is kept: the same command goes on from here."
+        console.print(told, markup=False, soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_results(rows, plan.store, console)
     if config.model == DEMO:

@@ -216,7 +216,7 @@ def train_together(bench: Workbench, experiments: Sequence[Experiment], progress
     """
     asked = bench.config.adapters_a_pass
     with contextlib.suppress(UserError):  # of a model that cannot be loaded: each experiment's row will say so
-        if asked or bench.loaded.device.type == "cuda":
+        if asked or torch.cuda.is_available():
             return _train_together(bench, experiments, asked, progress)
     return 0
 

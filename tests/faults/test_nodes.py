@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,8 @@ def test_nodes_that_leave_and_join_cost_no_row_and_no_attempt(cluster, tmp_path,
     assert sorted(rows) == DATASETS
     assert all(row["status"] == "ok" for row in rows.values()), shown
     assert {row["num_attempts"] for row in rows.values()} == {1}, shown
-    assert "worker 2: " in shown, "the node that joined was not used"
+    # The number after the first two may have gone to a worker that was to start on the node that left.
+    assert re.search(r"worker [2-9]: ", shown), "the node that joined was not used"
     again = run(cluster, data, tmp_path / "again", tiny_model_folder, Console(quiet=True), **more)
     assert {k: still(v) for k, v in rows.items()} == {k: still(v) for k, v in again.items()}
 
