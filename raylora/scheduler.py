@@ -247,8 +247,8 @@ class Supervisor:
     def _start(self) -> Member:
         number = next(self._numbers)
         name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
-        # It is never restarted: the foreman stops it when it has died. But where memory runs out Ray first ends what may
-        # be restarted, and that is to be the worker that takes it, not the supervisor, with which all of them end.
+        # The foreman stops it when it has died. But where memory runs out Ray first ends what may be restarted: that is
+        # to be the worker that takes it, and not the supervisor, with which all of them end.
         actor: Any = ray.remote(Worker).options(name=name, namespace=self._namespace, max_restarts=1, **self._resources)
         worker = actor.remote(self._make_bench, self._config, self._store, self._board, number, name, self._num_threads)
         return Member(worker, ray.get(worker.where.remote()), number)
