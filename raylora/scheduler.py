@@ -393,7 +393,10 @@ def run_experiments(
     on_start(Run(board))
     seen: set[str] = set()
     try:
-        for item in _map_experiments(config, store, experiments, board, make_bench).iter_rows():
+        dataset = _map_experiments(config, store, experiments, board, make_bench)
+        # Not iter_rows: it holds every row back until the next one is there.
+        batches = dataset.iter_batches(prefetch_batches=0, batch_size=None, batch_format="pyarrow")
+        for item in (item for batch in batches for item in batch.to_pylist()):
             values = json.loads(item["row"])
             if item["stop"]:
                 raise StoreFailedError(item["stop"])

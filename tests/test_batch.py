@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from rich.console import Console
 
 from raylora import api, batch
 from raylora.config import load_config
@@ -70,8 +71,6 @@ def run(options, **more):
     """The rows of a run in this process's Ray, by dataset."""
     config = load_config(**{**options, "chunk": "chunk_1", **more})
     chunk, files = find_files(config)
-    from rich.console import Console
-
     rows = batch.run_plan(make_plan(config, files, chunk), Console(quiet=True))
     assert len({row.values["experiment_id"] for row in rows}) == len(rows)
     return {row.values["dataset"]: row.values for row in rows}
@@ -117,6 +116,20 @@ def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options,
     assert manifest["versions"]["ray"]
     assert manifest["data_hashes"]["good"] == rows["good"]["data_hash"]
     assert not list(results.rglob(".partial-*"))
+
+
+def test_a_row_is_in_the_tables_before_the_next_one_is_made(ray_with_gpus, options, tmp_path):
+    for i in range(3):
+        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+    config = load_config(**options, chunk="chunk_1", num_workers=1)
+    plan = make_plan(config, find_files(config)[1], "chunk_1")
+    seen = []
+
+    def look(rows):
+        seen.append((len(rows), sum(1 for _ in plan.store.root.glob("experiments/*/result.json"))))
+
+    batch.run_plan(plan, Console(quiet=True), look)
+    assert (1, 1) in seen, "rows written to the tables, rows made"
 
 
 def test_one_worker_and_four_make_the_same_rows_in_any_order(ray_with_gpus, options, tmp_path):
