@@ -61,12 +61,22 @@ class SleepingBench:
         self.config, self.store = config, store
 
     def run(self, experiment: Experiment, progress: Progress) -> ResultRow:
+        if num := experiment.settings.get("together"):
+            self._wait_for_others(experiment, num)
         for stage in STAGES:
             progress(stage, 0, 1)
             time.sleep(experiment.settings["seconds"] / len(STAGES))
         row = make_row(self.config, experiment, "ok")
         self.store.write_row(experiment, row)
         return row
+
+    def _wait_for_others(self, experiment: Experiment, num: int) -> None:
+        """Until so many workers are at such an experiment."""
+        folder = self.store.root / "warm"
+        folder.mkdir(exist_ok=True)
+        (folder / experiment.experiment_id).touch()
+        while sum(1 for _ in folder.iterdir()) < num:
+            time.sleep(0.01)
 
     def help(self, experiment: Experiment, name: str, progress: Progress) -> int:
         return 0
@@ -84,17 +94,19 @@ def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, flo
         config = load_config(model="demo", num_workers=num_workers, adapters_a_pass=1, output=Path(folder))
         store = Store(Path(folder))
         store.open(fresh=True)
-        # Workers start while the first experiments wait; as many long ones as workers make them all warm.
-        warm_up = make_experiments(num_workers, 3.0, seed=1)
-        warm = [Experiment(**{**vars(e), "experiment_id": f"warm_{e.dataset}"}) for e in warm_up]
+        # One for each worker, which ends when all have one: from then on all are warm.
+        warm = [
+            Experiment(
+                **{**vars(e), "experiment_id": f"warm_{e.dataset}", "settings": {**e.settings, "together": num_workers}}
+            )
+            for e in make_experiments(num_workers, 0.0)
+        ]
         rows: dict[str, ResultRow] = {}
         tables = batch._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
         started = 0.0
-        num_warm = 0
         for row in run_experiments(config, store, [*warm, *experiments], make_bench=SleepingBench):
             name = row.values["experiment_id"]
             if name.startswith("warm_"):
-                num_warm += 1
                 started = time.perf_counter()
                 continue
             rows[name] = row
