@@ -1,21 +1,17 @@
-"""What a run shows of itself: metrics for Prometheus, through Ray, and the titles of its processes.
+"""What a run shows of itself: metrics for Prometheus, and the titles of its processes. Knows nothing of Ray.
 
-Only ``scheduler.py`` imports this. Ray carries the numbers to the Prometheus endpoint of their node, some seconds late
+The scheduler hands in Ray's instruments, the classes ``Counter`` and ``Gauge`` of ``ray.util.metrics``. Ray carries the numbers to the Prometheus endpoint of their node, some seconds late
 and with ``ray_`` before their names. No label has a value for each dataset: what Prometheus keeps must not grow with
 what is run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-import ray
-from ray.util.metrics import Counter, Gauge
 
 from raylora.tally import tally
 
@@ -39,9 +35,10 @@ class Metric:
         """What Prometheus calls it."""
         return f"ray_{self.name}"
 
-    def make(self) -> Any:
+    def make(self, instruments: Any) -> Any:
         """Something of Ray's to count with, or to set."""
-        return (Counter if self.kind == "counter" else Gauge)(self.name, self.definition, self.labels)
+        kind = instruments.Counter if self.kind == "counter" else instruments.Gauge
+        return kind(self.name, self.definition, self.labels)
 
 
 _OF_WORK = ("worker", "stage")
@@ -72,10 +69,10 @@ class WorkerMeter:
         worker: its name, a label of every number.
     """
 
-    def __init__(self, worker: str) -> None:
+    def __init__(self, worker: str, instruments: Any) -> None:
         self._worker = worker
-        self._counters = [(m.make(), field) for m, field in _COUNTED.items()]
-        self._gpu_memory = GPU_MEMORY.make()
+        self._counters = [(m.make(instruments), field) for m, field in _COUNTED.items()]
+        self._gpu_memory = GPU_MEMORY.make(instruments)
         self._waiting: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(_COUNTED.values(), 0.0))
         self.begin()
 
@@ -114,8 +111,8 @@ def _gpu_memory_held() -> int | None:
 class RunMeter:
     """Counts what becomes of a run's experiments."""
 
-    def __init__(self) -> None:
-        self._experiments, self._retries = EXPERIMENTS.make(), RETRIES.make()
+    def __init__(self, instruments: Any) -> None:
+        self._experiments, self._retries = EXPERIMENTS.make(instruments), RETRIES.make(instruments)
 
     def retried(self) -> None:
         self._retries.inc()
@@ -135,12 +132,3 @@ def title(worker: str, dataset: str, stage: str, done: int, total: int) -> str:
 def _short(name: str) -> str:
     printable = " ".join("".join(c if c.isprintable() else " " for c in name).split())
     return printable if len(printable) <= MAX_NAME else f"{printable[: MAX_NAME - 1]}…"
-
-
-def set_title(text: str) -> None:
-    """What `ps`, and the dashboard, call this process until the actor's method returns: Ray then names it itself.
-
-    Ray's own metrics of a process have its title for a label, so each new one costs Prometheus some series.
-    """
-    with contextlib.suppress(AttributeError):  # Ray has no public name for it
-        ray._raylet.setproctitle(f"ray::{text}")  # by the first letters `ray stop` finds its processes

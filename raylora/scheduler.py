@@ -1,4 +1,4 @@
-"""Experiments on all GPUs of a Ray cluster. With metrics.py, which serves it alone, the only module that imports ray.
+"""Experiments on all GPUs of a Ray cluster. The only module that imports ray.
 
 A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
 holds the crew: workers, each an actor in its own process with one GPU and the base model. The supervisor sees a worker
@@ -22,25 +22,24 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
+import ray.util.metrics
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from raylora.board import Board, Sight
 from raylora.config import Config
 from raylora.crew import Crew, Member, Place, Survey
 from raylora.files import one_line
 from raylora.foreman import Calls, Foreman, NodeLostError, StoreFailedError, WorkerFailedError, store_failure
-from raylora.metrics import RunMeter, WorkerMeter, set_title, title
+from raylora.metrics import RunMeter, WorkerMeter
 from raylora.records import Experiment, ResultRow, UserError
 from raylora.store import Store
+from raylora.worker import Worker
 
-PROGRESS_SECONDS = 0.5
-"""At most one progress message a worker in this time, and one report of numbers; a new stage does not wait."""
-TITLE_SECONDS = 10.0
-"""The same for the title of a worker's process."""
 STATES_SECONDS = 2.0
 """How often the supervisor says how many experiments are in which state."""
 MAX_THREADS = 1024
@@ -49,85 +48,15 @@ EVALUATING = {"base mmlu", "mmlu"}
 """Stages whose questions can be shared out."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a worker is doing: ``done`` of ``total`` in ``stage`` of ``dataset``, since ``started`` (Unix seconds)."""
-
-    worker: int
-    experiment_id: str
-    dataset: str
-    stage: str
-    done: int
-    total: int
-    started: float
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the board shows: every worker's progress, and notes in the order in which they came."""
-
-    progress: list[Progress] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    stopping: bool = False
-
-
 class ClusterLostError(RuntimeError):
     """Ray itself went away, or parts of it that no retry brings back. What is stored is not lost."""
 
 
-class Board:
-    """Where workers write what they are doing and the command what it wants; both read it."""
+class RayWorker(Worker):
+    """A worker as an actor of Ray."""
 
-    def __init__(self) -> None:
-        self._progress: dict[int, Progress] = {}
-        self._notes: list[str] = []
-        self._stopping = False
-
-    def write(self, progress: Progress) -> None:
-        self._progress[progress.worker] = progress
-
-    def clear(self, worker: int) -> None:
-        self._progress.pop(worker, None)
-
-    def note(self, text: str) -> None:
-        self._notes.append(text)
-
-    def begin_no_more(self) -> None:
-        self._stopping = True
-
-    def read(self) -> Sight:
-        return Sight([self._progress[key] for key in sorted(self._progress)], [*self._notes], self._stopping)
-
-
-class Worker:
-    """One GPU and one base model, in a process of its own. Runs one experiment after another.
-
-    Args:
-        make_bench: makes what experiments are run with, of the configuration and the store; a ``Workbench`` if None.
-        name: what people see of it in titles and metrics.
-    """
-
-    def __init__(
-        self,
-        make_bench: Callable[..., Any] | None,
-        config: Config,
-        store: Store,
-        board: Any,
-        number: int,
-        name: str,
-        num_threads: int,
-    ) -> None:
-        # Not at the top: what the supervisor and the board need of this module is there in a second, without torch.
-        import torch
-
-        from raylora.experiment import Workbench
-        from raylora.sources import quiet_libraries
-
-        quiet_libraries()
-        torch.set_num_threads(num_threads)
-        self._bench = (make_bench or Workbench)(config, store)
-        self._board, self._number, self._name = board, number, name
-        self._meter = WorkerMeter(name)
+    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
+        super().__init__(*args, name=name, meter=WorkerMeter(name, ray.util.metrics), show=_set_title, **kwargs)
 
     def __repr__(self) -> str:
         """Ray's dashboard shows it beside the name."""
@@ -138,52 +67,14 @@ class Worker:
         gpus = context.get_accelerator_ids().get("GPU", [])
         return Place(socket.gethostname(), ",".join(map(str, gpus)), context.get_node_id())
 
-    def run(self, experiment: Experiment) -> dict[str, Any]:
-        """The values of the experiment's row."""
-        with self._reporter(experiment) as progress:
-            row: ResultRow = self._bench.run(experiment, progress)
-            return row.values
 
-    def train(self, experiments: Sequence[Experiment]) -> int:
-        """Train adapters together, and say how many; each experiment's own run finds its adapter done."""
-        with self._reporter(experiments[0]) as progress:
-            return int(self._bench.train_together(experiments, progress))
+def _set_title(text: str) -> None:
+    """What `ps`, and the dashboard, call this process until the actor's method returns: Ray then names it itself.
 
-    def help(self, experiment: Experiment) -> int:
-        """Questions of the experiment's evaluation that were asked for the worker that runs it."""
-        with self._reporter(experiment) as progress:
-            asked: int = self._bench.help(experiment, f"helper-{self._number}", progress)
-            return asked
-
-    @contextlib.contextmanager
-    def _reporter(self, experiment: Experiment) -> Iterator[Callable[[str, int, int], None]]:
-        stage_now, started, written, titled = "", 0.0, 0.0, 0.0
-        meter = self._meter
-
-        def progress(stage: str, done: int, total: int) -> None:
-            nonlocal stage_now, started, written, titled
-            meter.worked(stage)
-            now = time.time()
-            if stage != stage_now:
-                stage_now, started, written, titled = stage, now, 0.0, 0.0
-            if now - written >= PROGRESS_SECONDS:
-                written = now
-                self._board.write.remote(
-                    Progress(self._number, experiment.experiment_id, experiment.dataset, stage, done, total, started)
-                )
-                meter.show()
-            if now - titled >= TITLE_SECONDS:
-                titled = now
-                set_title(title(self._name, experiment.dataset, stage, done, total))
-
-        meter.begin()
-        try:
-            yield progress
-        finally:
-            if stage_now:
-                meter.worked(stage_now)  # from its last report on: an adapter is stored, scores are compared
-            meter.show()
-            self._board.clear.remote(self._number)
+    Ray's own metrics of a process have its title for a label, so each new one costs Prometheus some series.
+    """
+    with contextlib.suppress(AttributeError):  # Ray has no public name for it
+        ray._raylet.setproctitle(f"ray::{text}")  # by the first letters `ray stop` finds its processes
 
 
 class Supervisor:
@@ -201,7 +92,7 @@ class Supervisor:
         self._make_bench, self._config, self._store, self._board = make_bench, config, store, board
         self._resources, self._num_experiments = resources, num_experiments
         self._numbers, self._namespace = itertools.count(), _new_namespace()
-        self._meter = RunMeter()
+        self._meter = RunMeter(ray.util.metrics)
         self._finished: list[str] = []  # states of rows; appending needs no lock
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
@@ -249,8 +140,12 @@ class Supervisor:
         name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
         # The foreman stops it when it has died. But where memory runs out Ray first ends what may be restarted: that is
         # to be the worker that takes it, and not the supervisor, with which all of them end.
-        actor: Any = ray.remote(Worker).options(name=name, namespace=self._namespace, max_restarts=1, **self._resources)
-        worker = actor.remote(self._make_bench, self._config, self._store, self._board, number, name, self._num_threads)
+        actor: Any = ray.remote(RayWorker).options(
+            name=name, namespace=self._namespace, max_restarts=1, **self._resources
+        )
+        worker = actor.remote(
+            self._make_bench, self._config, self._store, self._board, number, self._num_threads, name=name
+        )
         return Member(worker, ray.get(worker.where.remote()), number)
 
     def _stop(self, member: Member) -> None:

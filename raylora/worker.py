@@ -1,0 +1,103 @@
+"""What a worker's process does: experiments, one after another, and saying what it is at. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from raylora.board import Progress
+from raylora.config import Config
+from raylora.metrics import WorkerMeter, title
+from raylora.records import Experiment, ResultRow
+from raylora.store import Store
+
+PROGRESS_SECONDS = 0.5
+"""At most one progress message a worker in this time, and one report of numbers; a new stage does not wait."""
+TITLE_SECONDS = 10.0
+"""The same for the title of a worker's process."""
+
+
+class Worker:
+    """One GPU and one base model, in a process of its own. Runs one experiment after another.
+
+    Args:
+        make_bench: makes what experiments are run with, of the configuration and the store; a ``Workbench`` if None.
+        board: a handle of the run's ``Board``.
+        name: what people see of it in titles and metrics.
+        meter: counts what it does.
+        show: takes the title of what it does now.
+    """
+
+    def __init__(
+        self,
+        make_bench: Callable[..., Any] | None,
+        config: Config,
+        store: Store,
+        board: Any,
+        number: int,
+        num_threads: int,
+        *,
+        name: str,
+        meter: WorkerMeter,
+        show: Callable[[str], None],
+    ) -> None:
+        # Not at the top: what the supervisor and the board need of this module is there in a second, without torch.
+        import torch
+
+        from raylora.experiment import Workbench
+        from raylora.sources import quiet_libraries
+
+        quiet_libraries()
+        torch.set_num_threads(num_threads)
+        self._bench = (make_bench or Workbench)(config, store)
+        self._board, self._number, self._name = board, number, name
+        self._meter, self._show = meter, show
+
+    def run(self, experiment: Experiment) -> dict[str, Any]:
+        """The values of the experiment's row."""
+        with self._reporter(experiment) as progress:
+            row: ResultRow = self._bench.run(experiment, progress)
+            return row.values
+
+    def train(self, experiments: Sequence[Experiment]) -> int:
+        """Train adapters together, and say how many; each experiment's own run finds its adapter done."""
+        with self._reporter(experiments[0]) as progress:
+            return int(self._bench.train_together(experiments, progress))
+
+    def help(self, experiment: Experiment) -> int:
+        """Questions of the experiment's evaluation that were asked for the worker that runs it."""
+        with self._reporter(experiment) as progress:
+            asked: int = self._bench.help(experiment, f"helper-{self._number}", progress)
+            return asked
+
+    @contextlib.contextmanager
+    def _reporter(self, experiment: Experiment) -> Iterator[Callable[[str, int, int], None]]:
+        stage_now, started, written, titled = "", 0.0, 0.0, 0.0
+        meter = self._meter
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal stage_now, started, written, titled
+            meter.worked(stage)
+            now = time.time()
+            if stage != stage_now:
+                stage_now, started, written, titled = stage, now, 0.0, 0.0
+            if now - written >= PROGRESS_SECONDS:
+                written = now
+                self._board.write.remote(
+                    Progress(self._number, experiment.experiment_id, experiment.dataset, stage, done, total, started)
+                )
+                meter.show()
+            if now - titled >= TITLE_SECONDS:
+                titled = now
+                self._show(title(self._name, experiment.dataset, stage, done, total))
+
+        meter.begin()
+        try:
+            yield progress
+        finally:
+            if stage_now:
+                meter.worked(stage_now)  # from its last report on: an adapter is stored, scores are compared
+            meter.show()
+            self._board.clear.remote(self._number)
