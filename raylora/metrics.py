@@ -1,8 +1,8 @@
 """What a run shows of itself: metrics for Prometheus, and the titles of its processes. Knows nothing of Ray.
 
-The scheduler hands in Ray's instruments, the classes ``Counter`` and ``Gauge`` of ``ray.util.metrics``. Ray carries the numbers to the Prometheus endpoint of their node, some seconds late
-and with ``ray_`` before their names. No label has a value for each dataset: what Prometheus keeps must not grow with
-what is run.
+The scheduler hands in Ray's instruments: the classes ``Counter`` and ``Gauge`` of ``ray.util.metrics``. Ray carries the
+numbers to the Prometheus endpoint of their node, some seconds late and with ``ray_`` before their names. No label has a
+value for each dataset: what Prometheus keeps must not grow with what is run.
 """
 
 from __future__ import annotations
