@@ -120,15 +120,12 @@ class Foreman:
     def _try(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         failures: list[tuple[Place, str]] = []
         num_moves = 0
-        may_share = True
         while len(failures) < MAX_ATTEMPTS:
             member = self._crew.take(rank, avoid=_elsewhere(failures), work=experiment)
             if member is None:
                 return None
-            if may_share:
-                may_share = False
-                if not self._train_together(member, experiment):
-                    continue
+            if not self._train_together(member, experiment):
+                continue
             self._at_work[experiment.experiment_id] = experiment
             try:
                 values = self._calls.run(member, experiment)
