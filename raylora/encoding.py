@@ -104,15 +104,38 @@ def encode_each(tokenizer: Any, examples: Iterable[Example], max_length: int) ->
     """``encode_example`` of each, tokenised ``ENCODED_TOGETHER`` at a time."""
     left = iter(examples)
     while part := [_render(tokenizer, example) for example in itertools.islice(left, ENCODED_TOGETHER)]:
-        encoded = tokenizer(
-            [rendered.text for rendered in part],
-            add_special_tokens=not tokenizer.chat_template,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-        )
-        for rendered, ids, offsets in zip(part, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield _marked(rendered, ids, offsets, max_length)
+        for rendered, ids, offsets in zip(part, *_tokenize(tokenizer, part), strict=True):
+            yield _marked(rendered, ids, offsets, max_length)[0]
+
+
+def encode_with_offsets(
+    tokenizer: Any, example: Example, max_length: int
+) -> tuple[EncodedExample, str, list[tuple[int, int]]]:
+    """``encode_example``, the answer as it stands in the text, and the characters of it that each of its tokens is."""
+    rendered = _render(tokenizer, example)
+    (ids,), (offsets,) = _tokenize(tokenizer, [rendered])
+    encoded, kept = _marked(rendered, ids, offsets, max_length)
+    start, end = rendered.answer
+    mine = [pair for pair, of_answer in zip(offsets[kept], encoded.is_answer_text, strict=True) if of_answer]
+    return encoded, rendered.text[start:end], [(max(a - start, 0), min(b, end) - start) for a, b in mine]
+
+
+def _tokenize(tokenizer: Any, part: Sequence[_Rendered]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Token ids and the characters they stand for."""
+    encoded = tokenizer(
+        [rendered.text for rendered in part],
+        add_special_tokens=not tokenizer.chat_template,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        truncation=False,
+    )
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def pad_token_of(tokenizer: Any) -> int:
+    """The token that fills rows up, where nothing looks: any will do for a tokenizer without one of its own."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in known if token is not None), 0)
 
 
 @dataclass(frozen=True)
@@ -144,7 +167,8 @@ def _render(tokenizer: Any, example: Example) -> _Rendered:
 
 def _marked(
     rendered: _Rendered, input_ids: list[int], offsets: Sequence[tuple[int, int]], max_length: int
-) -> EncodedExample:
+) -> tuple[EncodedExample, slice]:
+    """The example, and which of all its tokens are kept."""
     (question_start, question_end), (answer_start, answer_end) = rendered.question, rendered.answer
     start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     # A token that reaches into the answer is the answer's: with the space that many templates put before it, its first
@@ -153,7 +177,7 @@ def _marked(
     is_text = ((start < answer_end) & (end > np.maximum(start, answer_start))).tolist()
     is_question = ((start < question_end) & (end > np.maximum(start, question_start))).tolist()
     keep = _window(is_answer, max_length)
-    return EncodedExample(input_ids[keep], is_question[keep], is_answer[keep], is_text[keep])
+    return EncodedExample(input_ids[keep], is_question[keep], is_answer[keep], is_text[keep]), keep
 
 
 def _window(is_answer: list[bool], max_length: int) -> slice:

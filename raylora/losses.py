@@ -6,13 +6,23 @@ never there at once. A chunk's gradient is taken while its logits are at hand, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from raylora.encoding import IGNORE_INDEX, EncodedExample, Minibatch, TrainOn, batches_by_budget, labels_of, pad_left
+from raylora.encoding import (
+    IGNORE_INDEX,
+    EncodedExample,
+    Minibatch,
+    TrainOn,
+    batches_by_budget,
+    labels_of,
+    pad_left,
+    pad_token_of,
+)
 from raylora.model import LoadedModel, at_output_head, is_out_of_memory
 from raylora.packing import REFUSALS
 from raylora.tally import tally
@@ -20,6 +30,14 @@ from raylora.tally import tally
 CPU_LOGITS = 2**22
 """Logits held at once: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
 GPU_LOGITS = 2**28
+
+
+class ExampleLoss(NamedTuple):
+    """Of one example, in nats: summed over its supervised tokens, their number, and the mean over its answer's text."""
+
+    total: float
+    num_supervised: int
+    answer: float
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -66,6 +84,15 @@ def head_is_plain(model: Any) -> bool:
             return False
 
 
+def head_losses(model: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy (N,) of what a plain, frozen output head makes of states (N, H), a chunk at a time."""
+    head = model.get_output_embeddings()
+    budget = GPU_LOGITS if states.device.type == "cuda" else CPU_LOGITS
+    chunk = max(1, budget // int(head.weight.shape[0]))
+    losses: torch.Tensor = _HeadLosses.apply(states, head, targets.to(states.device), chunk)
+    return losses
+
+
 def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
     """Cross entropy of each label of a minibatch, (N,) in float32, example after example."""
     assert batch.labels is not None
@@ -83,9 +110,7 @@ def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
     with at_output_head(model, select) as named:
         logits = model(**batch.model_inputs(), use_cache=False).logits
     if chunked:
-        budget = GPU_LOGITS if loaded.device.type == "cuda" else CPU_LOGITS
-        chunk = max(1, budget // int(head.weight.shape[0]))
-        return _HeadLosses.apply(seen[0], head, targets.to(seen[0].device), chunk)
+        return head_losses(model, seen[0], targets)
     logits = logits[0] if named else logits[before.to(logits.device)]
     return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
@@ -96,21 +121,24 @@ def example_losses(
     train_on: TrainOn,
     token_budget: int,
     with_gradient: bool = False,
-) -> list[tuple[float, int]]:
-    """Each example's summed loss and its number of supervised tokens, without dropout.
+) -> list[ExampleLoss]:
+    """Each example's losses, without dropout; those of one without a supervised token are 0, 0 and NaN.
 
-    With ``with_gradient`` that of the mean loss over all supervised tokens is added to the trainable parameters'.
+    With ``with_gradient`` the trainable parameters' gradients become those of the mean loss over all supervised tokens.
     """
     labels = [labels_of(e, train_on) for e in examples]
     counts = [sum(t != IGNORE_INDEX for t in row) for row in labels]
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    left = [i for i, count in enumerate(counts) if count]
+    usable = [i for i, count in enumerate(counts) if count]
+    results = [ExampleLoss(0.0, 0, math.nan)] * len(examples)
+    left = usable
     with torch.inference_mode(not with_gradient), loaded.autocast():
         while left:
             part = next(batches_by_budget(left, lambda i: len(examples[i]), token_budget))
+            if with_gradient and left is usable:
+                loaded.model.zero_grad()
             try:
                 rows = [examples[i].input_ids for i in part]
-                batch = pad_left(rows, loaded.tokenizer.pad_token_id, loaded.device, [labels[i] for i in part])
+                batch = pad_left(rows, pad_token_of(loaded.tokenizer), loaded.device, [labels[i] for i in part])
                 losses = token_losses(loaded, batch)
                 if with_gradient:
                     (losses.sum() / sum(counts)).backward()
@@ -119,9 +147,12 @@ def example_losses(
                     raise
                 tally.oom_backoffs += 1
                 token_budget = len(part) * max(len(examples[i]) for i in part) // 2
+                left = usable if with_gradient else left  # a backward pass that breaks off leaves half a gradient
                 continue
             for i, own in zip(part, losses.detach().double().split([counts[i] for i in part]), strict=True):
-                results[i] = (float(own.sum()), counts[i])
+                of_text = [a for a, t in zip(examples[i].is_answer_text, labels[i], strict=True) if t != IGNORE_INDEX]
+                answer = float(own[torch.tensor(of_text, device=own.device)].mean())
+                results[i] = ExampleLoss(float(own.sum()), counts[i], answer)
             done = set(part)
             left = [i for i in left if i not in done]
     return results

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,8 @@ class LoadedModel:
     _peft: Any = field(default=None, repr=False)
     _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
     _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
-    general_losses: list[tuple[float, int]] | None = field(default=None, repr=False)
-    """The base's losses on general knowledge, measured once."""
+    general_losses: Sequence[Any] | None = field(default=None, repr=False)
+    """The base's losses on general knowledge (``ExampleLoss``), measured once."""
 
     @property
     def device(self) -> torch.device:
@@ -214,6 +214,12 @@ class LoadedModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def unwrap(self) -> None:
+        """Take PEFT's wrappers off again: the modules are those of the plain base."""
+        if self._peft is not None:
+            self._peft.unload()
+            self._peft = None
+
     def lora_modules(self) -> list[tuple[str, Any]]:
         """Every module that has an adapter, with its name, in the model's order."""
         from peft.tuners.lora import LoraLayer
@@ -251,12 +257,12 @@ class LoadedModel:
         """Mean over adapted modules of the Frobenius norm of (alpha / r) B A over that of the frozen weight."""
         shares = []
         for key, module in self.lora_modules():
-            if name not in module.lora_A:
+            if (factors := _factors(module, name)) is None:
                 continue
             if key not in self._weight_norms:
                 weight = _plain_weight(module.get_base_layer())
                 self._weight_norms[key] = float(torch.linalg.vector_norm(weight.float()))
-            a, b = module.lora_A[name].weight.detach().double(), module.lora_B[name].weight.detach().double()
+            a, b = (factor.detach().double() for factor in factors)
             # The norm of B A from two matrices of r x r: the product itself has the weight's size.
             update = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
             shares.append(float(module.scaling[name] * update) / self._weight_norms[key])
@@ -269,6 +275,15 @@ class LoadedModel:
         with self.base(), torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits
         return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A (r, in) and B (out, r) of a module's adapter; None where it has none by that name."""
+    if name in module.lora_A:
+        return module.lora_A[name].weight, module.lora_B[name].weight
+    if name in module.lora_embedding_A:
+        return module.lora_embedding_A[name], module.lora_embedding_B[name]
+    return None
 
 
 def _plain_weight(layer: Any) -> torch.Tensor:
@@ -301,7 +316,29 @@ def at_output_head(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -
 
 def context_window(model: Any) -> int:
     """Tokens that ``model`` can look at; 2048 where it does not say, as in lm-evaluation-harness."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    return _window(model.config) or 2048
+
+
+def _window(config: Any) -> int | None:
+    """Tokens that a model of this configuration can look at; None where it does not say."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(window) if window else None
+
+
+def check_window(options: ModelOptions, source: str, max_length: int) -> None:
+    """Whether examples of ``max_length`` tokens fit what the model can look at.
+
+    Raises:
+        UserError: they do not: learned positions have no more, and rotary ones were never trained on more.
+    """
+    from transformers import AutoConfig
+
+    try:
+        window = _window(AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # loading the model will say what is wrong
+    if window is not None and max_length > window:
+        raise UserError(f"--max-length {max_length}: {options.model} can look at {window} tokens; give no more")
 
 
 def check_adapter(folder: Path) -> None:
@@ -323,7 +360,28 @@ def as_loaded(model: Any, tokenizer: Any) -> LoadedModel:
         quantization = "4bit" if quantized[0] else "8bit" if quantized[1] else "none"
         _remember(LoadedModel(_settle(model), tokenizer, str(model.config.name_or_path), quantization))
     loaded: LoadedModel = model._raylora
+    loaded.tokenizer = tokenizer
     return loaded
+
+
+@contextlib.contextmanager
+def borrowed(model: Any, tokenizer: Any) -> Iterator[LoadedModel]:
+    """A model that somebody else goes on with: its modules, modes and flags are afterwards what they were."""
+    if getattr(model, "_raylora", None) is not None:  # it is raylora's own
+        yield as_loaded(model, tokenizer)
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    loaded = as_loaded(model, tokenizer)
+    try:
+        yield loaded
+    finally:
+        loaded.unwrap()
+        del model._raylora
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _remember(loaded: LoadedModel) -> LoadedModel:

@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.25
 
 
 @contextlib.contextmanager
-def packed_linears(model: Any, num_tokens: int, with_backward: bool = False) -> Iterator[int]:
+def packed_linears(model: Any, num_tokens: int, with_backward: bool = False, with_head: bool = False) -> Iterator[int]:
     """Inside, ``model`` multiplies with copies of its weights, which are gone afterwards.
 
     Where the copies would not fit the memory the weights are used as they lie.
@@ -30,11 +30,12 @@ def packed_linears(model: Any, num_tokens: int, with_backward: bool = False) -> 
     Args:
         num_tokens: rows that are multiplied together most of the time: the layout is chosen for so many.
         with_backward: gradients go through these layers, to what is below them; else there are none inside.
+        with_head: the output head, too, sees most tokens.
 
     Yields:
         The number of such layers; 0 on a GPU and for quantized models.
     """
-    layers = _layers(model) if torch.device(model.device).type == "cpu" else []
+    layers = _layers(model, with_head) if torch.device(model.device).type == "cpu" else []
     size = sum(layer.weight.nbytes for layer in layers) * (2 if with_backward else 1)
     room = size <= MEMORY_SHARE * psutil.virtual_memory().available
     try:
@@ -52,15 +53,15 @@ def packed_linears(model: Any, num_tokens: int, with_backward: bool = False) -> 
             layer.__dict__.pop("forward", None)
 
 
-def _layers(model: Any) -> list[torch.nn.Linear]:
-    """Frozen float32 layers that nothing else stands in front of, the output head left out: it sees too few rows."""
+def _layers(model: Any, with_head: bool) -> list[torch.nn.Linear]:
+    """Frozen float32 layers that nothing else stands in front of."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return []
     return [
         module
         for module in model.modules()
         if type(module) is torch.nn.Linear
-        and module is not model.get_output_embeddings()
+        and (with_head or module is not model.get_output_embeddings())
         and module.weight.dtype == torch.float32
         and not module.weight.requires_grad
         and min(module.weight.shape) >= MIN_FEATURES

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from raylora.config import GPU_TOKEN_BUDGET, Method
-from raylora.encoding import EncodedExample, batches_by_budget, labels_of, supervised_counts
+from raylora.encoding import EncodedExample, batches_by_budget, labels_of, pad_token_of, supervised_counts
 from raylora.lora import AdapterPasses, Span, mix
 from raylora.losses import head_is_plain, token_losses
 from raylora.model import LoadedModel, is_out_of_memory
@@ -201,7 +201,7 @@ class Passes:
     def _losses(self, part: list[_Item]) -> torch.Tensor:
         examples = [self.jobs[item.job].examples[item.index] for item in part]
         labels = [labels_of(e, self.jobs[i.job].method.train_on) for e, i in zip(examples, part, strict=True)]
-        batch = collate(examples, labels, self.loaded.tokenizer.pad_token_id, self.loaded.device, self.packed)
+        batch = collate(examples, labels, pad_token_of(self.loaded.tokenizer), self.loaded.device, self.packed)
         spans = [
             Span(start, stop, self.jobs[item.job].name, item.seed)
             for item, (start, stop) in zip(part, batch.spans([len(e) for e in examples]), strict=True)

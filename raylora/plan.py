@@ -13,6 +13,7 @@ from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method
 from raylora.estimate import Estimator
 from raylora.files import reading
+from raylora.model import check_window
 from raylora.records import Experiment, ResultRow, UserError, digest
 from raylora.remote_store import store_at
 from raylora.sources import quiet_libraries, resolve_model
@@ -63,6 +64,8 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     quiet_libraries()
     check_trackers(config)
     source = resolve_model(config.model)
+    if set(config.stages) & {"features", "train"}:
+        check_window(config, source, max(method.max_length for method in config.grid_methods()))
     store = store_at(config.output / safe_folder(chunk))
     of_model = mmlu.model_key(config, source)
     hashes = {"model": of_model["model"]}

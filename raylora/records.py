@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a stored product of an older raylora must not be reused: it is part of every experiment's identity."""
 
 Progress = Callable[[str, int, int], None]

@@ -97,6 +97,12 @@ def count_steps(num_examples: int, method: Method) -> int:
     return max(1, math.ceil(per_epoch * method.num_epochs))
 
 
+def count_tokens(job: Job, num_steps: int) -> float:
+    """Tokens that go through the model in so many steps, about."""
+    per_step = min(job.method.batch_size * job.method.gradient_accumulation, len(job.examples))
+    return num_steps * per_step * sum(map(len, job.examples)) / len(job.examples)
+
+
 def train_adapter(
     loaded: LoadedModel,
     parameters: Sequence[torch.nn.Parameter],
@@ -169,13 +175,6 @@ class _Trainee:
         self.diverged: TrainingDivergedError | None = None
 
     @property
-    def num_tokens(self) -> float:
-        """That go through the model in all its steps, about."""
-        examples, method = self.job.examples, self.job.method
-        per_step = min(method.batch_size * method.gradient_accumulation, len(examples))
-        return self.num_steps * per_step * sum(map(len, examples)) / len(examples)
-
-    @property
     def is_training(self) -> bool:
         return self.diverged is None and len(self.steps) < self.num_steps
 
@@ -200,7 +199,7 @@ def _train(
         torch.cuda.reset_peak_memory_stats(loaded.device)
     for parameter in (p for t in trainees for p in t.job.parameters):
         parameter.requires_grad_(True)  # PEFT lets one adapter learn at a time
-    pays = sum(t.num_tokens for t in trainees) >= PACKED_FROM_TOKENS
+    pays = sum(count_tokens(t.job, t.num_steps) for t in trainees) >= PACKED_FROM_TOKENS
     started = time.perf_counter()
     loaded.model.train()
     try:

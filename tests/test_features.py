@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import math
 import random
 import time
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.ensemble import IsolationForest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from raylora import DynamicProbeAnalyzer, FeatureExtractionPipeline, HyperParams, StaticFeatureExtractor
@@ -29,7 +32,7 @@ from raylora.records import UserError
 from tests.tiny import make_model
 
 WORDS = ["river", "mountain", "answer", "photosynthesis", "the", "of", "blue", "eleven", "understanding", "cat", "it"]
-TIMES = ("static_seconds", "probe_seconds")
+TIMES = ("text_seconds", "static_seconds", "probe_seconds")
 
 
 def make_records(num: int = 12, seed: int = 0) -> list[dict[str, str]]:
@@ -168,7 +171,7 @@ def test_near_doubles_among_many_words_are_those_of_brute_force(seed, num, num_w
     rng = random.Random(seed)
     texts = [" ".join(f"w{int(rng.paretovariate(0.7)) % num_words}" for _ in range(12)) for _ in range(num)]
     texts += [f"{t} w1" for t in texts[::5]]
-    matrix = TfidfVectorizer(token_pattern=r"\w+").fit(sorted(set(texts))).transform(texts)
+    matrix = TfidfVectorizer(analyzer=text.words_of).fit(sorted(set(texts))).transform(texts)
     cosines = (matrix @ matrix.T).toarray()
     np.fill_diagonal(cosines, 0)
     if not (np.abs(cosines - 0.8) < 1e-5).any():
@@ -223,7 +226,7 @@ def test_diversity_and_similarity_are_those_of_the_whole_matrix(loaded, tokenize
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text("ab cd", min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=30))
 def test_duplicates_are_those_of_brute_force(texts):
-    matrix = TfidfVectorizer(token_pattern=r"\w+").fit(sorted(set(texts))).transform(texts)
+    matrix = TfidfVectorizer(analyzer=text.words_of).fit(sorted(set(texts))).transform(texts)
     cosines = (matrix @ matrix.T).toarray()
     np.fill_diagonal(cosines, 0)
     near_border = np.abs(cosines - 0.8) < 1e-5
@@ -246,9 +249,65 @@ def test_text_statistics_by_hand():
     assert loss_stability([3.0, 2.0]) is None
 
 
+def test_words_of_every_script():
+    for said, expected in {
+        "The CAT's 3 straße_1!": ["the", "cat", "s", "3", "strasse_1"],
+        "हिन्दी भाषा": ["हिन्दी", "भाषा"],
+        "مُحَمَّد كتب": ["مُحَمَّد", "كتب"],
+        "我喜欢ABC茶": ["我", "喜", "欢", "abc", "茶"],
+        "ひらがな カタカナ": ["ひ", "ら", "が", "な", "カタカナ"],
+        "🎉 ... —": [],
+    }.items():
+        assert text.words_of(said) == expected
+
+
+@given(st.text(max_size=60))
+def test_words_of_ascii_are_those_of_the_rule_for_all(said):
+    assert [w for w in text.words_of(said) if w.isascii()] == [
+        w for w in text._WORD.findall(said.casefold()) if w.isascii()
+    ]
+
+
+def test_text_features_by_hand(tokenizer):
+    """Two examples that anyone can count."""
+    records = [
+        {"question": "Why, why is the sky blue?", "answer": "Scattering of light of light of light."},
+        {"question": "Is it?", "answer": "It is, understandably; it is."},
+    ]
+    dataset = as_dataset(records)
+    values, notes = text.text_features(dataset.examples, tokenizer)
+    tokens = {k: [len(tokenizer(r[k], add_special_tokens=False)["input_ids"]) for r in records] for k in records[0]}
+    asked, said = tokens["question"], tokens["answer"]
+    assert asked[0] > asked[1]
+    assert said != asked
+    letters = "".join(r["question"] + r["answer"] for r in records)
+    assert values == pytest.approx(
+        {
+            "avg_input_length": sum(asked) / 2,
+            "input_length_std": abs(asked[0] - asked[1]) / 2,
+            "avg_output_length": sum(said) / 2,
+            "output_length_std": abs(said[0] - said[1]) / 2,
+            "io_length_ratio": sum(said) / sum(asked),
+            "input_ttr": (5 / 6 + 2 / 2) / 2,
+            "output_ttr": (3 / 7 + 3 / 5) / 2,
+            # Of five 3-grams three are distinct, "of light of" and "light of light" among them; the other's three all.
+            "output_ngram_repetition": ((1 - 3 / 5) + 0) / 2,
+            "vocab_complexity": 2 / 20,  # scattering, understandably
+            "special_char_ratio": sum(c in ",?.;" for c in letters) / len(letters),
+            "approximate_duplicates": 0.0,
+            "answer_groundedness": (0 + (4 / 5 + 0 + 0) / 3) / 2,
+        },
+        abs=1e-9,
+    ), values
+    assert notes == {}
+
+
 def test_sentences_are_found_in_other_scripts(tokenizer):
     for answer, expected in {
         "One two. Three four! Five six?": 3,
+        'It costs 3.50 dollars, says www.example.com today. "Too much!" said he.': 3,
+        "वह आया। वह गया।": 2,
+        "हل هذا كتاب؟ هذه مدرسة.": 2,
         "今天下雨。明天晴天。": 2,
         "هذا كتاب. هذه مدرسة.": 2,
         "First line\nSecond line": 2,
@@ -268,8 +327,9 @@ def test_sentences_are_found_in_other_scripts(tokenizer):
         [{"question": "🎉?", "answer": "🎉🎉"}, {"question": "?", "answer": "!"}],
         [{"question": "x" * 1_000_000, "answer": "y " * 500}, {"question": "a", "answer": "b"}],
         [{"question": "a", "answer": "y " * 500_000}, {"question": "a", "answer": "b"}],
+        [{"question": "a", "answer": "Yes it is. " * 90_000}, {"question": "a", "answer": "b"}],
     ],
-    ids=["one", "same", "scripts", "emoji", "long question", "long answer"],
+    ids=["one", "same", "scripts", "emoji", "long question", "long answer", "many sentences"],
 )
 def test_trouble_gives_nulls_with_reasons_and_never_a_crash(loaded, records):
     started = time.perf_counter()
@@ -388,6 +448,85 @@ def test_the_class_that_users_know(loaded, tokenizer):
         extractor.extract_all_static_features([{"foo": 1}])
 
 
+def test_what_users_lend_they_get_back_as_it_was(tokenizer):
+    """Modules, modes, flags and outputs: whoever measures first trains afterwards."""
+    model = make_model().train()
+    model.lm_head.requires_grad_(False)
+    seen = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    modules = [(name, id(m), m.training) for name, m in model.named_modules()]
+    hyperparams, records = HyperParams(lora_r=2), make_records(8)
+    one = FeatureExtractionPipeline(model, tokenizer).run_quick_pipeline(records, hyperparams, probe_steps=2)
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == seen
+    assert [(name, id(m), m.training) for name, m in model.named_modules()] == modules
+    two = FeatureExtractionPipeline(model, tokenizer).run_quick_pipeline(records, hyperparams, probe_steps=2)
+    assert_same_row(one, two)
+
+
+def test_a_tokenizer_without_a_pad_token_does_as_well(loaded, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = None
+    assert other.pad_token_id is None
+    expected = features_of(loaded, make_records(8))
+    model = make_model()
+    pipeline = FeatureExtractionPipeline(model, other)
+    row = pipeline.run_quick_pipeline(make_records(8), HyperParams(), probe_steps=2)
+    assert row["base_model_perplexity"] == pytest.approx(expected["base_model_perplexity"], rel=1e-4)
+    assert row["avg_param_change"] > 0
+
+
+def test_models_that_join_rows_before_their_mlp_are_counted_all_the_same(tokenizer):
+    """OPT's last matrix sees (B * T, I)."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=512, **size)
+    dataset = as_dataset(make_records(6))
+    model = OPTForCausalLM(config).eval()
+    together = extract_static(model, tokenizer, dataset, dataset.examples, token_budget=1000).values
+    alone = extract_static(model, tokenizer, dataset, dataset.examples, token_budget=1).values
+    assert 0 < together["avg_activation_sparsity"] < 1
+    assert_same_row(together, alone)
+
+
+def test_consistency_and_outliers_are_those_of_plain_loops(loaded, tokenizer):
+    answers = ["The cat sat. It was blue.", "A river is long. A mountain is high. Cats sleep.", "No sentence more"]
+    records = [{"question": f"What of {w}?", "answer": a} for w, a in zip(WORDS, answers * 3, strict=False)]
+    dataset = as_dataset(records)
+    row = extract_static(loaded.model, tokenizer, dataset, dataset.examples).values
+    embeddings, consistent = [], []
+    for example in dataset.examples:
+        e = encode_example(tokenizer, example, 1024)
+        with torch.inference_mode():
+            states = loaded.model(input_ids=torch.tensor([e.input_ids]), output_hidden_states=True).hidden_states[-1][0]
+        answer = [i for i in range(len(e)) if e.is_answer_text[i]]
+        content = [i for i in range(len(e)) if e.is_question[i] or e.is_answer_text[i]]
+        embeddings.append(torch.nn.functional.normalize(states[content].mean(0), dim=0).numpy())
+        # A token belongs to the sentence that it ends in: none here reaches over a border.
+        parts, said, start = [], "", 0
+        for k, i in enumerate(answer):
+            said += tokenizer.decode([e.input_ids[i]])
+            if said.rstrip().endswith(".") and said.count(" ") + 1 >= 2:
+                parts.append(states[answer[start : k + 1]].mean(0))
+                said, start = "", k + 1
+        if len(parts) > 1:
+            unit = torch.nn.functional.normalize(torch.stack(parts), dim=1)
+            pairs = [float(unit[i] @ unit[j]) for i in range(len(unit)) for j in range(i)]
+            consistent.append(np.mean(pairs))
+    assert len(consistent) == 6
+    assert row["semantic_consistency"] == pytest.approx(np.mean(consistent), abs=1e-4)
+    forest = IsolationForest(contamination="auto", random_state=0).fit(np.stack(embeddings))
+    assert row["embedding_outlier_ratio"] == np.mean(forest.predict(np.stack(embeddings)) == -1)
+
+
+def test_without_a_probe_the_first_loss_is_there_all_the_same(loaded):
+    records = make_records(10)
+    without, row = features_of(loaded, records, probe_steps=0), features_of(loaded, records)
+    assert without["initial_loss"] == row["initial_loss"] > 0
+    assert without["loss_decay_rate"] is None
+    assert "initial_loss" not in without["feature_notes"]
+
+
 @pytest.mark.slow
 def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
     from raylora.datasets import load_dataset
@@ -435,6 +574,9 @@ def test_every_column_differs_between_real_datasets_and_none_is_a_function_of_an
         assert None not in column, (name, rows[column.index(None)]["feature_notes"])
         assert len(set(column)) > 1, name
     assert len(set(values.values())) == len(values), "two columns are equal"
+    for one, other in itertools.combinations(names, 2):
+        correlation = np.corrcoef(values[one], values[other])[0, 1]
+        assert abs(correlation) < 1 - 1e-9, f"{one} is {other}, moved or stretched"
     for one in names:
         for other in names:
             for function in (lambda x: 1 - x, lambda x: 1 / (1 + x) if x != -1 else 0, math.exp, lambda x: -x):

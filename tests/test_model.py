@@ -148,3 +148,11 @@ def test_a_base_that_was_changed_makes_no_row(tiny_model_folder, tmp_path):
         bench.run(experiment)
     assert plan.store.read_stage(experiment, "features") is None
     assert plan.store.read_row(experiment) is None
+
+
+def test_examples_longer_than_the_model_can_see_are_refused_before_anything_starts(tiny_model_folder, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('[{"question": "Why?", "answer": "So."}]')
+    config = load_config(model=str(tiny_model_folder), mmlu="demo", output=tmp_path / "results", max_length=4096)
+    with pytest.raises(UserError, match=r"--max-length 4096: .* can look at 2048 tokens"):
+        make_plan(config, [file], "single")

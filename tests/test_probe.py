@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,15 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from raylora.config import Method, ModelOptions
+from raylora import DynamicProbeAnalyzer
+from raylora.config import FeatureOptions, Method, ModelOptions
+from raylora.datasets import sample_examples
 from raylora.encoding import encode_example
 from raylora.features import dynamic
 from raylora.features.dynamic import ProbeObserver, _flatness
-from raylora.features.static import as_dataset
+from raylora.features.pipeline import extract_features
+from raylora.features.static import as_dataset, count_held_out
 from raylora.losses import example_losses
 from raylora.model import _plain_weight, load_model
+from raylora.records import UserError
 from raylora.train import train_adapter
-from tests.test_features import features_of, make_records
+from tests.test_features import features_of, make_records, token_losses
+from tests.tiny import make_model
 
 
 class KeepsAll(ProbeObserver):
@@ -164,6 +170,107 @@ def test_forgetting_is_the_rise_of_the_loss_on_plain_texts(loaded, tokenizer):
     assert dynamic._mean(losses) == pytest.approx(total / count, rel=1e-5)
     row = features_of(loaded, make_records(10), probe_steps=30, learning_rate=3e-2)
     assert abs(row["catastrophic_forgetting"]) > 1e-3
+
+
+def test_what_a_probe_changes_is_what_its_steps_change(loaded, tokenizer):
+    """The same steps by hand, and every loss by a plain loop."""
+    dataset, method = as_dataset(make_records(12)), Method(learning_rate=2e-2, lora_r=4, max_length=256)
+    options = FeatureOptions(sample_size=0, probe_steps=6)
+    row = extract_features(loaded, dataset, method, options, 512, seed=0)
+    sample = sample_examples(dataset.examples, 0, dataset.seed)
+    encoded = [encode_example(tokenizer, e, 256) for e in sample]
+    held_out, training = encoded[: count_held_out(len(encoded))], encoded[count_held_out(len(encoded)) :]
+
+    def losses():
+        supervised, perplexities = [], []
+        for e in held_out:
+            each = token_losses(loaded.model, e.input_ids)
+            supervised += [each[i] for i in range(1, len(e)) if e.is_answer[i]]
+            perplexities.append(math.exp(np.mean([each[i] for i in range(1, len(e)) if e.is_answer_text[i]])))
+        return np.mean(supervised), np.mean(perplexities)
+
+    loss, perplexity = losses()
+    parameters = loaded.attach(method, dataset.seed % 2**62)
+    try:
+        start = torch.cat([p.detach().clone().flatten() for p in parameters])
+        train_adapter(loaded, parameters, training, method, dataset.seed % 2**62, 6)
+        new_loss, new_perplexity = losses()
+        moved = torch.cat([p.detach().flatten() for p in parameters]) - start
+    finally:
+        loaded.detach()
+    assert new_loss < loss, "nothing was learnt: the test shows nothing"
+    assert row["initial_loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["loss_decay_rate"] == pytest.approx((loss - new_loss) / loss, rel=1e-3)
+    assert row["perplexity_change_rate"] == pytest.approx(new_perplexity / perplexity - 1, rel=1e-3)
+    assert row["avg_param_change"] == pytest.approx(float(moved.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_learning_rate_zero_changes_nothing_of_a_quantized_base(tiny_model_folder, quantization):
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
+    row = features_of(loaded, make_records(10), learning_rate=0.0)
+    for name in ("loss_decay_rate", "perplexity_change_rate", "catastrophic_forgetting", "avg_param_change"):
+        assert row[name] == pytest.approx(0, abs=1e-6), name
+    assert row["relative_weight_update"] == 0
+
+
+def test_adapters_of_embeddings_have_an_update_too(loaded):
+    row = features_of(loaded, make_records(10), target_modules=("embed_tokens", "q_proj"))
+    assert row["relative_weight_update"] > 0
+
+
+def test_a_model_without_the_adapters_modules_keeps_its_other_features(loaded):
+    row = features_of(loaded, make_records(10), target_modules=("no_such_module",))
+    assert row["initial_loss"] > 0
+    assert row["base_model_perplexity"] > 1
+    assert row["avg_param_change"] is None
+    assert "avg_param_change: --target-modules" in row["feature_notes"]
+
+
+def test_memory_that_runs_out_on_the_way_back_counts_nothing_twice(loaded, tokenizer):
+    encoded = [encode_example(tokenizer, e, 256) for e in as_dataset(make_records(9)).examples]
+    parameters = loaded.attach(Method(lora_dropout=0.0), 0)
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(torch.randn_like(p) * 0.05)
+        expected = example_losses(loaded, encoded, "answer", 4096, with_gradient=True)
+        wanted = [p.grad.clone() for p in parameters]
+        failed = []
+
+        def break_off(gradient):
+            if len(gradient) > 2 and len(failed) < 3:  # rows of a batch; half the parameters have theirs by now
+                failed.append(len(gradient))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        layer = loaded.model.model.layers[1]
+        hook = layer.register_full_backward_hook(lambda _, __, outgoing: break_off(outgoing[0]))
+        try:
+            found = example_losses(loaded, encoded, "answer", 4096, with_gradient=True)
+        finally:
+            hook.remove()
+        assert failed
+        assert [loss.total for loss in found] == pytest.approx([loss.total for loss in expected], rel=1e-5)
+        for p, gradient in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
+    finally:
+        loaded.detach()
+
+
+def test_streaming_ends_where_an_iterator_ends(tokenizer):
+    ids = tokenizer("the cat sat on the blue river", return_tensors="pt")["input_ids"]
+    batches = [{"input_ids": ids, "labels": ids.clone()}] * 3
+    model = make_model()
+    analyzer = DynamicProbeAnalyzer(model, tokenizer)
+
+    def run(batches, steps):
+        return analyzer.run_streaming_training(model, torch.optim.SGD(model.parameters(), lr=0.01), batches, steps)
+
+    assert len(run(iter(batches), 10)["losses"]) == 3
+    assert len(run(itertools.cycle(batches), 5)["losses"]) == 5
+    assert run(batches, 0)["avg_grad_norm"] is None
+    with pytest.raises(UserError, match="no batch"):
+        run([], 3)
 
 
 def test_equal_examples_have_consistent_gradients(loaded):

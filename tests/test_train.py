@@ -161,7 +161,9 @@ def test_running_out_of_memory_halves_the_minibatch_and_changes_no_result(loaded
         assert result.metrics.micro_batch_size < expected.metrics.micro_batch_size
         assert result.metrics.num_oom_backoffs >= 3
         assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in expected.steps], abs=1e-5)
-        assert [n for _, n in example_losses(loaded, encoded, "answer", 4096)] == [sum(e.is_answer) for e in encoded]
+        assert [e.num_supervised for e in example_losses(loaded, encoded, "answer", 4096)] == [
+            sum(e.is_answer) for e in encoded
+        ]
         limit = 0
         with pytest.raises(torch.OutOfMemoryError):
             train(loaded, encoded, num_steps=1)

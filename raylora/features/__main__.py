@@ -9,6 +9,7 @@ Dashes and underscores are the same in every option's name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,17 +19,20 @@ from rich.console import Console
 from raylora.batch import StoppedError, run_plan
 from raylora.config import Config, Method, load_settings, main_with_one_line_errors
 from raylora.datasets import list_dataset_files
-from raylora.features.columns import FEATURE_NAMES, describe_columns
+from raylora.features.columns import COLUMNS as FEATURE_COLUMNS
+from raylora.features.columns import RUN_COLUMNS, FeatureColumn, describe_columns
 from raylora.files import Location, reading
 from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
 from raylora.store import rows_to_table, write_atomically
 from raylora.watch import clock
 
-COLUMNS = [
-    "dataset", "status", "error", *FEATURE_NAMES, *Method.model_fields, "sample_size", "probe_steps", "model",
-    "quantization", "seed", "data_hash", "static_seconds", "probe_seconds", "features_seconds",
-]  # fmt: skip
+HYPERPARAMETERS = tuple(
+    FeatureColumn(name, "hyperparameters", "", -math.inf, math.inf, str(option.description))
+    for name, option in Method.model_fields.items()
+)
+DESCRIBED = (*RUN_COLUMNS[:3], *FEATURE_COLUMNS, *HYPERPARAMETERS, *RUN_COLUMNS[3:])
+COLUMNS = [column.name for column in DESCRIBED]
 RENAMED = {"--model-path": "--model", "--data-dir": "--data-folder"}
 
 
@@ -81,7 +85,7 @@ def main(argv: list[str]) -> int:
     config = load_settings(FeaturesConfig, argv, "python -m raylora.features")
     config = config.model_copy(update={"stages": ("features",)})
     if config.describe:
-        print(describe_columns())
+        print(describe_columns(DESCRIBED))
         return 0
     name, files = find_datasets(config)
     plan = make_plan(config, files, name)

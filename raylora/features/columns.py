@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -82,6 +83,23 @@ BOOKKEEPING_COLUMNS = _group(
     ("feature_notes", "text", -INF, INF, "why a feature is null"),
 )  # fmt: skip
 
+RUN_COLUMNS = _group(
+    "run",
+    ("dataset", "text", -INF, INF, "the file's name"),
+    ("status", "text", -INF, INF, "ok or error"),
+    ("error", "text", -INF, INF, "why there is no feature"),
+    ("model", "text", -INF, INF, "the base model"),
+    ("quantization", "text", -INF, INF, "how it lies in memory: none, 8bit or 4bit"),
+    ("seed", "number", 0, INF, "mixed with the dataset's content into every seed"),
+    ("sample_size", "examples", 0, INF, "examples that the model looks at (0: all)"),
+    ("probe_steps", "steps", 0, INF, "optimizer steps of the probe (0: none)"),
+    ("data_hash", "text", -INF, INF, "what the file holds"),
+    ("text_seconds", "seconds", 0, INF, "of the features of size and text, part of static_seconds"),
+    ("static_seconds", "seconds", 0, INF, "of all features without a probe"),
+    ("probe_seconds", "seconds", 0, INF, "of the probe"),
+    ("features_seconds", "seconds", 0, INF, "of both"),
+)  # fmt: skip
+
 STATIC_COLUMNS = (*TEXT_COLUMNS, *SEMANTIC_COLUMNS, *PERPLEXITY_COLUMNS, *ACTIVATION_COLUMNS)
 COLUMNS = (*STATIC_COLUMNS, *PROBE_COLUMNS, *BOOKKEEPING_COLUMNS)
 STATIC_NAMES = tuple(column.name for column in STATIC_COLUMNS)
@@ -89,10 +107,10 @@ PROBE_NAMES = tuple(column.name for column in PROBE_COLUMNS)
 FEATURE_NAMES = tuple(column.name for column in COLUMNS)
 
 
-def describe_columns() -> str:
-    """Every column with its unit, range and definition, as a Markdown table; README's is this one."""
+def describe_columns(columns: Sequence[FeatureColumn] = COLUMNS) -> str:
+    """Columns with unit, range and definition, as a Markdown table; README's is that of the features."""
     lines = ["| column | unit | range | definition |", "| --- | --- | --- | --- |"]
-    for column in COLUMNS:
+    for column in columns:
         ends = [f"{end:g}" if math.isfinite(end) else "" for end in (column.minimum, column.maximum)]
         reach = f"{ends[0]} to {ends[1]}" if all(ends) else f"from {ends[0]}" if ends[0] else f"to {ends[1]}"
         lines.append(f"| `{column.name}` | {column.unit} | {reach if any(ends) else ''} | {column.definition} |")

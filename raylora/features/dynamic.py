@@ -5,13 +5,15 @@ The steps are those of ``raylora.train``; an observer keeps a few numbers a step
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,19 +23,20 @@ from raylora.datasets import sample_examples
 from raylora.encoding import IGNORE_INDEX, EncodedExample, encode_example
 from raylora.features.columns import PROBE_NAMES
 from raylora.features.static import FeatureResult, OfLoadedModel, as_dataset, count_held_out, has_answer, join_notes
-from raylora.losses import example_losses
-from raylora.model import LoadedModel, as_loaded
-from raylora.passes import Step, StepGradient, separate_gradients
+from raylora.losses import ExampleLoss, example_losses
+from raylora.model import LoadedModel, borrowed
+from raylora.packed import packed_linears
+from raylora.passes import Job, Step, StepGradient, separate_gradients
 from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
-from raylora.train import take_step, train_adapter
+from raylora.train import PACKED_FROM_TOKENS, count_tokens, take_step, train_adapter
 
 GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json"
 SPARSE_BELOW = 0.01
 """A gradient entry counts as sparse below this share of its tensor's root mean square."""
 RHO = 0.05
 """Radius of the sharpness (Foret et al. 2021)."""
-Losses = list[tuple[float, int]]
-"""Summed loss and number of supervised tokens, by example."""
+Losses = Sequence[ExampleLoss]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,25 @@ class ProbeObserver:
 
 
 def global_norm(tensors: Sequence[torch.Tensor]) -> float:
-    """L2 norm of all entries together, summed in double precision."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    """L2 norm of all entries together, summed in double precision; a GPU is waited for once."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+    return float(torch.linalg.vector_norm(_in_a_row(norms))) if norms else 0.0
+
+
+def _in_a_row(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one number each, of whatever devices, as one (N,)."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def gradient_sparsity(gradients: Sequence[torch.Tensor]) -> float | None:
     """Share of entries below 1% of their tensor's root mean square; tensors that are exactly zero are left out."""
-    num_sparse = num_all = 0
-    for gradient in gradients:
-        rms = gradient.float().square().mean().sqrt()
-        if rms > 0:
-            num_sparse += int((gradient.abs() < SPARSE_BELOW * rms).sum())
-            num_all += gradient.numel()
-    return num_sparse / num_all if num_all else None
+    if not gradients:
+        return None
+    rms = [torch.linalg.vector_norm(g, dtype=torch.float32) / math.sqrt(g.numel()) for g in gradients]
+    num_sparse = _in_a_row([(g.abs() < SPARSE_BELOW * r).sum() for g, r in zip(gradients, rms, strict=True)])
+    counted = _in_a_row(rms) > 0
+    num_all = (counted * torch.tensor([g.numel() for g in gradients], device=counted.device)).sum()
+    return float((num_sparse * counted).sum() / num_all) if num_all else None
 
 
 def run_probe(
@@ -129,42 +138,64 @@ def run_probe(
     Returns:
         The features of ``PROBE_NAMES``; null with a note where the probe cannot be run.
     """
-    if probe_steps == 0:
-        return _nothing("the probe is off (--probe-steps 0)")
     num_held_out = count_held_out(len(encoded))
     held_out, training = [e for e in encoded[:num_held_out] if has_answer(e)], encoded[num_held_out:]
     if not num_held_out:
         return _nothing("the probe needs two examples, one of them held out")
-    if not sum(count for _, count in before):
+    if not sum(e.num_supervised for e in before):
         return _nothing("the held-out examples have no supervised token")
-    general_before = _general_losses(loaded, token_budget)
-    parameters = loaded.attach(method, seed, name="probe")
+    known = {"initial_loss": _mean(before)}  # whatever comes of the probe
+    if probe_steps == 0:
+        return _nothing("the probe is off (--probe-steps 0)", **known)
+    steps = Job((), training, method, seed, num_steps=probe_steps)
+    pays = count_tokens(steps, probe_steps) >= PACKED_FROM_TOKENS
+    faster = packed_linears(loaded.model, token_budget, with_backward=True) if pays else contextlib.nullcontext()
     try:
-        start = [p.detach().clone() for p in parameters]
-        observer = ProbeObserver(parameters)
-        train_adapter(
-            loaded,
-            parameters,
-            training,
-            method,
-            seed,
-            num_steps=probe_steps,
-            observer=observer,
-            progress=lambda _, done, total: progress("probe", done, total),
-        )
-        after = example_losses(loaded, held_out, method.train_on, token_budget, with_gradient=True)
-        values = _loss_features(before, after) | _observed(observer)
-        values["avg_param_change"] = global_norm([p.detach() - s for p, s in zip(parameters, start, strict=True)])
-        values["relative_weight_update"] = loaded.relative_weight_update("probe")
-        values["landscape_flatness"] = _flatness(loaded, parameters, held_out, _mean(after), method, token_budget)
-        general = example_losses(loaded, _general_examples(loaded.tokenizer), "answer", token_budget)
-        values["catastrophic_forgetting"] = _mean(general) / _mean(general_before) - 1
+        with faster:
+            values = known | _probe(loaded, held_out, before, steps, token_budget, progress)
     except UserError as error:
-        return _nothing(str(error), initial_loss=_mean(before))  # it was measured before anything went wrong
+        return _nothing(str(error), **known)
     finally:
         loaded.detach("probe")
-    values = _finite(values)
-    return FeatureResult(values, {k: _reason(k) for k, v in values.items() if v is None})
+    finite = _finite(values)
+    return FeatureResult(finite, {k: _reason(k) for k, v in finite.items() if v is None})
+
+
+def _probe(
+    loaded: LoadedModel,
+    held_out: Sequence[EncodedExample],
+    before: Losses,
+    steps: Job,
+    token_budget: int,
+    progress: Progress,
+) -> dict[str, float | None]:
+    """What the steps' adapter does, which stays attached; a number of ``PROBE_NAMES`` each."""
+    method = steps.method
+    general_before = _general_losses(loaded, token_budget)
+    parameters = loaded.attach(method, steps.seed, name="probe")
+    start = [p.detach().clone() for p in parameters]
+    observer = ProbeObserver(parameters)
+    train_adapter(
+        loaded,
+        parameters,
+        steps.examples,
+        method,
+        steps.seed,
+        num_steps=steps.num_steps,
+        observer=observer,
+        progress=lambda _, done, total: progress("probe", done, total),
+    )
+    after = example_losses(loaded, held_out, method.train_on, token_budget, with_gradient=True)
+    flatness = _flatness(loaded, parameters, held_out, _mean(after), method, token_budget)
+    general = example_losses(loaded, _general_examples(loaded.tokenizer), "answer", token_budget)
+    return {
+        **_loss_features(before, after),
+        **_observed(observer),
+        "avg_param_change": global_norm([p.detach() - s for p, s in zip(parameters, start, strict=True)]),
+        "relative_weight_update": loaded.relative_weight_update("probe"),
+        "landscape_flatness": flatness,
+        "catastrophic_forgetting": _mean(general) / _mean(general_before) - 1,
+    }
 
 
 def _finite(values: dict[str, float | None]) -> dict[str, float | None]:
@@ -185,7 +216,6 @@ def _loss_features(before: Losses, after: Losses) -> dict[str, float | None]:
     initial, final = _mean(before), _mean(after)
     return {
         "perplexity_change_rate": _perplexity(after) / _perplexity(before) - 1,
-        "initial_loss": initial,
         "loss_decay_rate": (initial - final) / initial if initial else None,
     }
 
@@ -193,7 +223,7 @@ def _loss_features(before: Losses, after: Losses) -> dict[str, float | None]:
 def _observed(observer: ProbeObserver) -> dict[str, float | None]:
     return {
         "loss_stability": loss_stability(observer.losses),
-        "avg_grad_norm": float(np.mean(observer.grad_norms)),
+        "avg_grad_norm": float(np.mean(observer.grad_norms)) if observer.grad_norms else None,
         "gradient_consistency": observer.gradient_consistency(),
         "avg_grad_sparsity": float(np.mean(observer.sparsities)) if observer.sparsities else None,
     }
@@ -239,13 +269,14 @@ def _general_examples(tokenizer: Any) -> list[EncodedExample]:
 
 
 def _mean(losses: Losses) -> float:
-    count = sum(c for _, c in losses)
-    return sum(total for total, _ in losses) / count if count else math.nan
+    count = sum(e.num_supervised for e in losses)
+    return sum(e.total for e in losses) / count if count else math.nan
 
 
 def _perplexity(losses: Losses) -> float:
     """Mean over examples of exp(mean token loss), as ``base_model_perplexity`` has it."""
-    return float(np.mean([math.exp(min(total / count, 700)) for total, count in losses if count]))
+    with np.errstate(over="ignore"):  # beyond floats it is infinite, and what is made of it null
+        return float(np.mean(np.exp([e.answer for e in losses if e.num_supervised])))
 
 
 def loss_stability(losses: Sequence[float]) -> float | None:
@@ -260,6 +291,19 @@ def loss_stability(losses: Sequence[float]) -> float | None:
 def _nothing(reason: str, **known: float) -> FeatureResult:
     values = {**dict.fromkeys(PROBE_NAMES), **_finite(dict(known))}
     return FeatureResult(values, {name: reason for name, value in values.items() if value is None})
+
+
+def _over_and_over(batches: Iterable[T]) -> Iterator[T]:
+    """Raises UserError where there is none."""
+    for turn in itertools.count():
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+        if is_empty and turn == 0:
+            raise UserError("there is no batch to train on")
+        if is_empty:  # an iterator, which is at its end
+            return
 
 
 class DynamicProbeAnalyzer(OfLoadedModel):
@@ -285,13 +329,13 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             UserError: there is no valid example.
         """
         known = as_dataset(dataset)
-        loaded = as_loaded(self.model, self.tokenizer)
         method = hyperparams.method(batch_size)
         sample = sample_examples(known.examples, sample_size, known.seed)
         encoded = [encode_example(self.tokenizer, example, method.max_length) for example in sample]
         held_out = [e for e in encoded[: count_held_out(len(encoded))] if has_answer(e)]
-        before = example_losses(loaded, held_out, method.train_on, token_budget)
-        result = run_probe(loaded, encoded, before, method, probe_steps, known.seed % 2**62, token_budget)
+        with borrowed(self.model, self.tokenizer) as loaded:
+            before = example_losses(loaded, held_out, method.train_on, token_budget)
+            result = run_probe(loaded, encoded, before, method, probe_steps, known.seed % 2**62, token_budget)
         return {**result.values, "feature_notes": join_notes(result.notes)}
 
     def run_streaming_training(
@@ -303,22 +347,24 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 0.3,
     ) -> dict[str, Any]:
-        """Optimizer steps on batches that are made already, over and over; nothing is kept a step but numbers.
+        """Optimizer steps on batches that are made already; nothing is kept of a step but numbers.
 
         Args:
             model: with trainable parameters, those of ``optimizer``.
-            train_batches: what the model's forward takes, ``labels`` among it; a list or a DataLoader.
+            train_batches: what the model's forward takes, ``labels`` among it. A list or a DataLoader is gone through
+                over and over, an iterator once: where it ends, the steps end.
 
         Returns:
             ``losses`` and ``grad_norms`` (lists, a number a step, norms before clipping), ``avg_grad_norm``,
             ``gradient_consistency``, ``avg_grad_sparsity``, ``loss_stability`` (None where it cannot be measured).
 
         Raises:
+            UserError: there is no batch.
             TrainingDivergedError: the loss became infinite or NaN.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         observer = ProbeObserver(parameters)
-        known = list(train_batches)
+        batches = _over_and_over(train_batches)
 
         def backward(batch: Mapping[str, torch.Tensor]) -> float:
             on_device = {key: value.to(model.device) for key, value in batch.items()}
@@ -326,18 +372,18 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             loss.backward()
             return float(loss.detach())
 
-        def gradient(k: int) -> StepGradient:
-            first = k * gradient_accumulation_steps
-            batches = [known[(first + i) % len(known)] for i in range(gradient_accumulation_steps)]
-            loss = separate_gradients(parameters, [functools.partial(backward, b) for b in batches], observer)
-            num_tokens = sum(b["input_ids"].numel() for b in batches)
-            return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches))
+        def gradient(part: Sequence[Mapping[str, torch.Tensor]]) -> StepGradient:
+            loss = separate_gradients(parameters, [functools.partial(backward, b) for b in part], observer)
+            num_tokens = sum(b["input_ids"].numel() for b in part)
+            return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in part))
 
         was_training = model.training
         model.train()
         try:
             for k in range(probe_steps):
-                take_step(k, parameters, optimizer, gradient(k), max_grad_norm, observer=observer)
+                if not (part := list(itertools.islice(batches, gradient_accumulation_steps))):
+                    break
+                take_step(k, parameters, optimizer, gradient(part), max_grad_norm, observer=observer)
         finally:
             model.train(was_training)
         return {"losses": observer.losses, "grad_norms": observer.grad_norms, **_observed(observer)}

@@ -11,12 +11,14 @@ loss is wanted and nowhere else.
 from __future__ import annotations
 
 import contextlib
-import re
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import regex
 import torch
 import torch.nn.functional as F
 
@@ -25,17 +27,21 @@ from raylora.encoding import (
     EncodedExample,
     TrainOn,
     batches_by_budget,
-    encode_example,
+    encode_with_offsets,
     labels_of,
     pad_left,
+    pad_token_of,
 )
 from raylora.features.text import words_of
+from raylora.losses import ExampleLoss, head_is_plain, head_losses
 from raylora.model import at_output_head, is_out_of_memory
 from raylora.packed import packed_linears
 from raylora.records import Example, Progress
 from raylora.tally import tally
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
+_SENTENCE_END = regex.compile(r"[.!?…]+[\p{Pe}\p{Pf}\"']*(?=\s)|[。！？।॥؟۔]|\n+")
+"""A full stop within a number or an address ends no sentence; those of other scripts need no space behind them. The
+space is the next sentence's: most tokenizers join it to the word that follows."""
 SPARSE_BELOW = 0.1
 """An activation counts as sparse below this share of its token's root mean square."""
 DOWN_PROJECTIONS = ("down_proj", "fc2", "dense_4h_to_h", "fc_out", "mlp.c_proj")
@@ -55,8 +61,7 @@ class Item:
 class Measured:
     """What the forward pass told of one example.
 
-    ``embedding`` has unit length, shape (H,); losses are in nats a token, ``labels`` their sum and number where
-    training would look.
+    ``embedding`` has unit length, shape (H,); losses are in nats a token, ``labels`` those where training would look.
     """
 
     embedding: np.ndarray
@@ -64,7 +69,7 @@ class Measured:
     consistency: float | None
     loss: float
     answer_loss: float
-    labels: tuple[float, int]
+    labels: ExampleLoss
     activation_sparsity: float | None
 
     @property
@@ -74,22 +79,25 @@ class Measured:
 
 
 def make_item(tokenizer: Any, example: Example, max_length: int) -> Item:
-    answer = tokenizer(example.answer.strip(), add_special_tokens=False, return_offsets_mapping=True)
-    sentences = sentence_slices(example.answer.strip(), answer["offset_mapping"])
-    return Item(example, encode_example(tokenizer, example, max_length), sentences)
+    encoded, answer, offsets = encode_with_offsets(tokenizer, example, max_length)
+    return Item(example, encoded, sentence_slices(answer, offsets))
 
 
 def sentence_slices(answer: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Token slices of the sentences of two words or more (in scripts without spaces: two letters)."""
+    """Token slices of the sentences of two words or more, as far as the tokens go.
+
+    Args:
+        offsets: characters of ``answer`` that each of its tokens stands for, from left to right.
+    """
+    starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
     slices, start = [], 0
-    for end in [*(m.end() for m in _SENTENCE_END.finditer(answer)), len(answer)]:
-        sentence = answer[start:end]
-        words = words_of(sentence)
-        if len(words) > 1 or (words and not words[0].isascii() and len(words[0]) > 1):
-            tokens = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-            if tokens:
-                slices.append((tokens[0], tokens[-1] + 1))
-        start = max(start, end)
+    for end in itertools.chain((m.end() for m in _SENTENCE_END.finditer(answer)), [len(answer)]):
+        if not ends or start >= ends[-1]:
+            break
+        tokens = bisect_right(ends, start), bisect_left(starts, end)
+        if tokens[1] > tokens[0] and len(words_of(answer[start:end])) > 1:
+            slices.append(tokens)
+        start = end
     return slices
 
 
@@ -97,6 +105,7 @@ class _Activations:
     """Counts, while the model runs, how much of what enters each MLP's last matrix is near zero."""
 
     def __init__(self, model: Any) -> None:
+        self._shape = (0, 0)
         self._modules = [
             module
             for name, module in model.named_modules()
@@ -105,7 +114,9 @@ class _Activations:
         self._shares: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self, shape: tuple[int, int]) -> Iterator[None]:
+        """Inside, the model runs on a minibatch of ``shape`` (B, T)."""
+        self._shape = shape
         self._shares = []
         hooks = [module.register_forward_pre_hook(self._count) for module in self._modules]
         try:
@@ -115,9 +126,11 @@ class _Activations:
                 hook.remove()
 
     def _count(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        size = args[0].float().abs()  # (B, T, I)
+        size = args[0].float().abs()  # (B, T, I), in some models (B * T, I)
         rms = size.square().mean(-1, keepdim=True).sqrt()
-        self._shares.append((size < SPARSE_BELOW * rms).float().mean(-1))
+        share = (size < SPARSE_BELOW * rms).float().mean(-1)
+        if share.numel() == self._shape[0] * self._shape[1]:  # an expert sees some of the tokens only
+            self._shares.append(share.reshape(self._shape))
 
     def shares(self) -> torch.Tensor | None:
         """Mean over the layers, (B, T); None for a model whose MLPs are not known here."""
@@ -129,7 +142,7 @@ def measure_all(
 ) -> list[Measured]:
     """What the model says of each item, in their order."""
     results: dict[int, Measured] = {}
-    activations = _Activations(model)
+    activations, plain = _Activations(model), head_is_plain(model)
 
     def run(indices: list[int]) -> None:
         encoded = [items[i].encoded for i in indices]
@@ -139,8 +152,8 @@ def measure_all(
             [label != IGNORE_INDEX or q or a for label, q, a in zip(row, e.is_question, e.is_answer_text, strict=True)]
             for row, e in zip(labels, encoded, strict=True)
         ]
-        with activations.counted():
-            states, losses = _states_and_losses(model, tokenizer.pad_token_id, rows, wanted)
+        with activations.counted((len(rows), max(map(len, rows)))):
+            states, losses = _states_and_losses(model, plain, pad_token_of(tokenizer), rows, wanted)
         shares = activations.shares()
         for row, i in enumerate(indices):
             own = slice(-len(rows[row]), None)
@@ -160,11 +173,12 @@ def answers_alone(model: Any, tokenizer: Any, items: Sequence[Item], token_budge
         for i in items
     ]
     results: dict[int, float] = {}
+    plain = head_is_plain(model)
 
     def run(indices: list[int]) -> None:
         part = [rows[i] for i in indices]
         wanted = [[False] + [True] * (len(row) - 1) for row in part]
-        _, losses = _states_and_losses(model, tokenizer.pad_token_id, part, wanted)
+        _, losses = _states_and_losses(model, plain, pad_token_of(tokenizer), part, wanted)
         for row, i in enumerate(indices):
             results[i] = float(losses[row, 1 - len(rows[i]) :].double().mean())
 
@@ -173,9 +187,13 @@ def answers_alone(model: Any, tokenizer: Any, items: Sequence[Item], token_budge
 
 
 def _states_and_losses(
-    model: Any, pad: int, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[bool]]
+    model: Any, plain: bool, pad: int, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[bool]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states (B, T, H), and the loss of each wanted token given all before it, (B, T), 0 elsewhere."""
+    """Last hidden states (B, T, H), and the loss of each wanted token given all before it, (B, T), 0 elsewhere.
+
+    Args:
+        plain: what ``head_is_plain`` says of the model.
+    """
     batch = pad_left(rows, pad, model.device)
     width = batch.input_ids.shape[1]
     mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
@@ -188,18 +206,20 @@ def _states_and_losses(
 
     def select(states: torch.Tensor) -> torch.Tensor:
         seen.append(states)
-        return states[before.to(states.device)][None]
+        return states[:1, :1] if plain else states[before.to(states.device)][None]
 
     with at_output_head(model, select) as selected:
         output = model(**batch.model_inputs(), use_cache=False, output_hidden_states=not selected)
-    if selected:
-        states, logits = seen[0], output.logits[0]
-    else:
-        states = output.hidden_states[-1]
-        logits = output.logits[before.to(output.logits.device)]
-    losses = torch.zeros(batch.input_ids.shape, device=logits.device)
-    if len(logits):
-        losses[mask] = F.cross_entropy(logits.float(), batch.input_ids[mask], reduction="none")
+    states = seen[0] if selected else output.hidden_states[-1]
+    losses = torch.zeros(batch.input_ids.shape, device=states.device)
+    if mask.any():
+        targets, mask = batch.input_ids[mask], mask.to(states.device)
+        if plain:
+            losses[mask] = head_losses(model, states[before.to(states.device)], targets)
+        else:
+            logits = output.logits[0] if selected else output.logits[before.to(output.logits.device)]
+            of_targets = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+            losses[mask] = of_targets.to(losses.device)
     return states.float(), losses
 
 
@@ -213,6 +233,7 @@ def _measure(
     content = question | answer
     predicted = torch.arange(len(losses), device=device) > 0  # nothing stands before the first token
     answer_states = states[answer]
+    answer_loss = float(losses[answer & predicted].double().mean())
     similarity = None
     if question.any():
         similarity = float(F.cosine_similarity(states[question].mean(0), answer_states.mean(0), dim=0))
@@ -221,8 +242,8 @@ def _measure(
         similarity,
         _consistency(answer_states, item.sentences),
         float(losses[content & predicted].double().mean()),
-        float(losses[answer & predicted].double().mean()),
-        (float(losses[supervised].double().sum()), int(supervised.sum())),
+        answer_loss,
+        ExampleLoss(float(losses[supervised].double().sum()), int(supervised.sum()), answer_loss),
         float(sparsity[content].double().mean()) if sparsity is not None else None,
     )
 

@@ -11,7 +11,7 @@ from raylora.datasets import sample_examples
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.dynamic import HyperParams, run_probe
 from raylora.features.static import OfLoadedModel, as_dataset, extract_static, join_notes
-from raylora.model import LoadedModel, as_loaded
+from raylora.model import LoadedModel, borrowed
 from raylora.records import Dataset, Example, Progress, ignore_progress
 
 
@@ -46,6 +46,7 @@ def extract_features(
     )
     values: dict[str, Any] = {**dict.fromkeys(FEATURE_NAMES), **static.values, **dynamic.values}
     values["feature_notes"] = join_notes({**static.notes, **dynamic.notes})
+    values["text_seconds"] = static.text_seconds
     values["static_seconds"] = static_done - started
     values["probe_seconds"] = time.perf_counter() - static_done
     return values
@@ -73,10 +74,11 @@ class FeatureExtractionPipeline(OfLoadedModel):
         Raises:
             UserError: there is no valid example.
         """
-        loaded = as_loaded(self.model, self.tokenizer)
         options = FeatureOptions(sample_size=sample_size, probe_steps=probe_steps if enable_dynamic_probes else 0)
-        budget = 8192 if loaded.device.type == "cuda" else 512
-        return extract_features(loaded, as_dataset(dataset), hyperparams.method(batch_size), options, budget, seed=0)
+        known = as_dataset(dataset)
+        with borrowed(self.model, self.tokenizer) as loaded:
+            budget = 8192 if loaded.device.type == "cuda" else 512
+            return extract_features(loaded, known, hyperparams.method(batch_size), options, budget, seed=0)
 
     def run_quick_pipeline(
         self,

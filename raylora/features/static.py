@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from raylora.encoding import EncodedExample, TrainOn
 from raylora.features import text
 from raylora.features.columns import STATIC_NAMES
 from raylora.features.forward import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
+from raylora.losses import ExampleLoss
+from raylora.packed import packed_linears
 from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
 
 HELD_OUT_SHARE = 0.2
@@ -34,11 +37,12 @@ class FeatureResult:
 class StaticResult(FeatureResult):
     """Beside the features, what the probe goes on with: the sample's token ids and, for those it holds out, losses.
 
-    ``held_out_losses`` are sums and numbers of supervised tokens.
+    ``text_seconds`` are those of the features of size and text, which need no model.
     """
 
     encoded: list[EncodedExample] = field(default_factory=list)
-    held_out_losses: list[tuple[float, int]] = field(default_factory=list)
+    held_out_losses: list[ExampleLoss] = field(default_factory=list)
+    text_seconds: float = 0.0
 
 
 def count_held_out(num_examples: int) -> int:
@@ -51,7 +55,7 @@ def has_answer(encoded: EncodedExample) -> bool:
 
 
 class OfLoadedModel:
-    """Measures with a model that is loaded already, and is after every call as it was before.
+    """Measures with a model that is loaded already, and is after every call as it was before, modules and flags too.
 
     Args:
         model: a transformers causal language model.
@@ -151,15 +155,18 @@ def extract_static(
     usable = [*held_out, *others]
     values: dict[str, Any] = dict.fromkeys(STATIC_NAMES)
     values |= {"dataset_num_items": dataset.num_items, "dataset_total_chars": dataset.total_chars}
+    started = time.perf_counter()
     words, notes = text.text_features(dataset.examples, tokenizer)
+    text_seconds = time.perf_counter() - started
     values |= words
-    held_out_losses: list[tuple[float, int]] = []
+    held_out_losses: list[ExampleLoss] = []
     num_valid = 0
     if usable:
-        first = measure_all(model, tokenizer, held_out, train_on, token_budget, progress)
-        held_out_losses = [m.labels for m in first]
-        measured = [*first, *measure_all(model, tokenizer, others, train_on, token_budget, progress)]
-        alone = answers_alone(model, tokenizer, usable, token_budget)
+        with packed_linears(model, token_budget, with_head=True):
+            first = measure_all(model, tokenizer, held_out, train_on, token_budget, progress)
+            held_out_losses = [m.labels for m in first]
+            measured = [*first, *measure_all(model, tokenizer, others, train_on, token_budget, progress)]
+            alone = answers_alone(model, tokenizer, usable, token_budget)
         # One example that the model has no number for must not take those of all others with it.
         numbers = [i for i, m in enumerate(measured) if m.is_finite and math.isfinite(alone[i])]
         measured, alone = [measured[i] for i in numbers], [alone[i] for i in numbers]
@@ -176,7 +183,7 @@ def extract_static(
         "static_imputed_count": 0,
         "static_coverage": 1 - num_null / len(STATIC_NAMES),
     }
-    return StaticResult(values, notes, [i.encoded for i in items], held_out_losses)
+    return StaticResult(values, notes, [i.encoded for i in items], held_out_losses, text_seconds)
 
 
 def _reason(name: str, num_usable: int, num_valid: int) -> str:

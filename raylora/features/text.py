@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 import unicodedata
 from array import array
 from collections import Counter
@@ -14,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import regex
 from scipy.sparse import csr_matrix, vstack
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
@@ -27,12 +27,19 @@ MAX_PAIRS = 2_000_000
 """Pairs of rows looked at together."""
 PAIRS_AT_ONCE = 100_000
 ROWS_AT_ONCE = 50_000
-_WORD = re.compile(r"\w+")
+_WORD = regex.compile(r"[\p{Han}\p{Hiragana}]|(?:(?![\p{Han}\p{Hiragana}])[\w\p{M}])+")
+_ASCII_WORD = regex.compile(r"\w+", regex.ASCII)
 
 
 def words_of(text: str) -> list[str]:
-    """Unicode words, case-folded."""
-    return _WORD.findall(text.casefold())
+    """Unicode words, case-folded: runs of letters, marks, digits and underscores.
+
+    Marks belong to their letter: vowels of Indic scripts are such. Where a script writes no spaces, each ideograph is a
+    word, as in Unicode's rules (UAX 29).
+    """
+    folded = text.casefold()
+    words: list[str] = (_ASCII_WORD if folded.isascii() else _WORD).findall(folded)
+    return words
 
 
 def text_features(examples: Sequence[Example], tokenizer: Any) -> tuple[dict[str, float | None], dict[str, str]]:
@@ -183,8 +190,7 @@ def share_with_a_double(texts: Iterable[str]) -> float:
         counts[number] += 1
     del numbers
     try:
-        # The default pattern drops one-letter words, and with them whole scripts.
-        vectorizer = CountVectorizer(token_pattern=r"\w+", dtype=np.float32)
+        vectorizer = CountVectorizer(analyzer=words_of, dtype=np.float32)
         words = vectorizer.fit_transform(itertools.compress(texts, is_first))
     except ValueError:  # no words at all: only equal texts are alike
         words = None

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from raylora.encoding import pad_token_of
 from raylora.mmlu.answers import parse_answer, write_answers
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
 from raylora.mmlu.journal import Answer, Journal
@@ -133,7 +134,7 @@ def answer(
     progress: Progress = ignore_progress,
 ) -> _Asked:
     """Ask what the journal does not know yet: its owner until it knows everything, a helper while batches are free."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token_of(tokenizer)
     with _for_inference(model):
         cut = journal.budget or token_budget or find_token_budget(model, encoded, pad)
         budget = _Budget(journal.reduced or cut)
