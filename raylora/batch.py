@@ -95,11 +95,11 @@ class _Tables:
 
 @contextlib.contextmanager
 def _one_line_where_no_room(plan: Plan) -> Iterator[None]:
-    from raylora.foreman import StoreFailedError, store_failure
+    from raylora.foreman import CannotGoOnError, store_failure
 
     try:
         yield
-    except StoreFailedError as error:
+    except CannotGoOnError as error:
         raise StoppedError(f"{error}.") from error
     except OSError as error:
         if failure := store_failure(error, plan.store):

@@ -10,6 +10,7 @@ import difflib
 import itertools
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -82,6 +83,7 @@ class ModelOptions(BaseModel):
         description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}',
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    allow_pickle: bool = Field(False, description="read weights from pickle files too, where there is no safetensors")
 
 
 class MmluOptions(BaseModel):
@@ -252,10 +254,11 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
         return Method(**{name: getattr(self, name) for name in Method.model_fields})
 
     def grid_methods(self) -> list[Method]:
-        """Every combination of the grid's values, over the other settings; one Method where there is no grid."""
+        """Every combination of the grid's values, each once, over the other settings; one where there is no grid."""
         base = self.method().model_dump()
         combinations = itertools.product(*self.grid.values())
-        return [Method(**{**base, **dict(zip(self.grid, values, strict=True))}) for values in combinations]
+        methods = (Method(**{**base, **dict(zip(self.grid, values, strict=True))}) for values in combinations)
+        return list(dict.fromkeys(methods))
 
 
 S = TypeVar("S", bound=Settings)
@@ -292,7 +295,7 @@ def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overri
     try:
         values = _Command(**overrides).model_dump()
     except ValidationError as error:
-        raise UserError(_explain(settings, error, yaml_path)) from None
+        raise UserError(_explain(settings, error, yaml_path if _is_of(error, yaml_values, argv) else None)) from None
     except SettingsError as error:
         raise UserError(_explain_settings_error(settings, error)) from None
     return settings.model_construct(**values)
@@ -345,12 +348,19 @@ def _closest(settings: type[Settings], name: str) -> str:
     return f"did you mean {close[0]}?" if close else "see --help for what there is"
 
 
+def _is_of(error: ValidationError, yaml_values: dict[str, Any], argv: Sequence[str]) -> bool:
+    """Whether the value that does not fit stands in the YAML file: what the command line says is stronger."""
+    name = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
+    flag = "--" + name.replace("_", "-")
+    return name in yaml_values and not any(word.partition("=")[0] == flag for word in argv)
+
+
 def _explain(settings: type[Settings], error: ValidationError, yaml_path: Path | None) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "extra_forbidden":
         return f"unknown option {name}{f' in {yaml_path}' if yaml_path else ''}: {_closest(settings, name)}"
-    flag = "--" + name.replace("_", "-")
+    flag = f"{yaml_path}: {name}" if yaml_path else "--" + name.replace("_", "-")
     message = first["msg"].removeprefix("Value error, ")
     given = without_secrets(str(first["input"]))[:80]
     return " ".join(f"{flag}: {message[0].lower() + message[1:]}, got {given!r}".split())
@@ -377,6 +387,9 @@ def main_with_one_line_errors(main: Any, argv: list[str] | None = None) -> None:
     except RemoteError as error:
         print(f"raylora: {error.strerror}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:  # before there is anything to bring to an end
+        print("Stopped.", file=sys.stderr)
+        code = 130
     except BrokenPipeError:
         code = 1
     sys.exit(code)

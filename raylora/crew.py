@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylora.files import one_line
+
 log = logging.getLogger("raylora.crew")
 
 REFRESH_SECONDS = 2.0
@@ -25,6 +27,8 @@ AVOID_SECONDS = 60.0
 """How long somebody waits for a worker elsewhere before taking one where things went wrong."""
 MAX_FAILURES_IN_A_ROW = 3
 """So many different experiments that failed on a GPU one after another, and did not fail elsewhere, condemn it."""
+MAX_FAILED_STARTS = 5
+"""So many workers that did not start one after another, with no other there, end the run."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class Crew:
         start: starts a worker and says where it is. Called in a thread of its own; may take minutes, and may raise.
         stop: ends a worker, whatever it is doing.
         survey: looks at what there is; asked every ``REFRESH_SECONDS``.
-        on_set_aside: told the GPU that is used no more, in one line.
+        on_trouble: told of a GPU that is used no more, and of a worker that does not start, in one line.
+
+    Attributes:
+        broken: why nobody gets a worker any more; empty while all is well.
     """
 
     def __init__(
@@ -86,9 +93,11 @@ class Crew:
         start: Callable[[], Member],
         stop: Callable[[Member], None],
         survey: Callable[[], Survey],
-        on_set_aside: Callable[[str], None] = log.error,
+        on_trouble: Callable[[str], None] = log.error,
     ) -> None:
-        self._start, self._stop, self._survey, self._on_set_aside = start, stop, survey, on_set_aside
+        self._start, self._stop, self._survey, self._on_trouble = start, stop, survey, on_trouble
+        self.broken = ""
+        self._num_failed_starts = 0
         self._there = survey()
         self._lock = threading.Lock()
         self._waiting: list[Waiter] = []  # by rank
@@ -194,7 +203,7 @@ class Crew:
             for member in [m for m in self._idle if m.place == place]:
                 self._idle.remove(member)
                 self._held.append(member)
-        self._on_set_aside(f"{place} is set aside: {num_failed} experiments failed there in a row; the last: {cause}")
+        self._on_trouble(f"{place} is set aside: {num_failed} experiments failed there in a row; the last: {cause}")
 
     def acquit(self, places: Iterable[Place], experiment: str) -> None:
         """It was the experiment, not the GPUs."""
@@ -269,17 +278,30 @@ class Crew:
             threading.Thread(target=self._start_one, daemon=True).start()
 
     def _start_one(self) -> None:
-        member = None
         try:
             member = self._start()
-        except Exception:  # its node may be gone by now; the next look at the cluster starts another one
+        except Exception as error:  # its node may be gone by now; the next look at the cluster starts another one
             log.exception("a worker did not start")
+            self._did_not_start(one_line(error))
+            return
         with self._lock:
             self._num_starting -= 1
-            if member is None:
-                return
+            self._num_failed_starts = 0
             if not self._closed.is_set():
                 (self._held if member.place in self._set_aside else self._idle).append(member)
                 self._assign()
                 return
         self._stop(member)
+
+    def _did_not_start(self, cause: str) -> None:
+        with self._lock:
+            self._num_starting -= 1
+            self._num_failed_starts += 1
+            is_first, num_failed = self._num_failed_starts == 1, self._num_failed_starts
+            hopeless = num_failed >= MAX_FAILED_STARTS and not (self._idle or self._busy or self._num_starting)
+            if hopeless:
+                self.broken = f"no worker starts, {num_failed} did not: {cause}"
+        if is_first and not self._closed.is_set():
+            self._on_trouble(f"a worker did not start, and another one is tried: {cause}")
+        if hopeless:
+            self.begin_no_more()

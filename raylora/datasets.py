@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylora.examples import Chosen, digests_of, keep_examples, order_by_content
+from raylora.examples import Chosen, count_chars, digests_of, keep_examples, order_by_content
 from raylora.files import reading, reason
 from raylora.jsonstream import RecordStream, kind, short, shown
 from raylora.records import BadRecord, Dataset, Example, Message, UserError
@@ -133,6 +133,7 @@ class Survey:
     data_hash: str = ""
     num_examples: int = 0
     num_chars: int = 0
+    """Over all examples; what several of them share counts in each."""
     error: str = ""
     sample: list[Example] = field(default_factory=list)
     """The first examples."""
@@ -146,9 +147,9 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
         with reading(path):
             for example in reader:
                 found.num_examples += 1
+                found.num_chars += count_chars(example)
                 if len(found.sample) < SURVEYED:
                     found.sample.append(example)
-        found.num_chars = reader.num_chars
     except UserError as error:
         found = Survey(error=str(error))
     found.data_hash = reader.records.hash
@@ -176,6 +177,7 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
         bad_records=tuple(reader.bad),
         num_bad_records=reader.num_bad,
         num_lost_records=reader.records.num_lost,
+        data_hash=reader.records.hash,
     )
 
 

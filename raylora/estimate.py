@@ -8,6 +8,7 @@ rate that this machine's matrix products reach, by the share of it that whole st
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 
 from raylora.config import GPU_TOKEN_BUDGET, Config, FeatureOptions, Method
 from raylora.encoding import encode_each
+from raylora.examples import count_chars
 from raylora.machine import Machine, machine_of
 from raylora.mmlu.examine import QuestionSet
 from raylora.mmlu.prompts import harness_prompt
@@ -139,10 +141,12 @@ class Estimator:
         self._num_question_tokens = count_question_tokens(self._tokenizer, asked, config) if asked else 0
         self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
 
-    def of(self, sample: Sequence[Example], num_examples: int, method: Method) -> tuple[Sizes, Estimate]:
-        """How large a dataset is, going by its first examples, and what training on it takes."""
+    def of(
+        self, sample: Sequence[Example], num_examples: int, num_chars: int, method: Method
+    ) -> tuple[Sizes, Estimate]:
+        """How large a dataset is, going by its first examples and its characters, and what training on it takes."""
         try:
-            sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length)
+            sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length, num_chars)
         except UserError:  # the chat template refuses one: its own run makes the row that says so
             sizes = Sizes(num_examples, 0.0, 0)
         if self._shape is None or not sizes.num_tokens:
@@ -211,10 +215,21 @@ class Sizes:
         return round(self.num_examples * self.mean_tokens)
 
 
-def sizes_of(tokenizer: Any, sample: Sequence[Example], num_examples: int, max_length: int) -> Sizes:
-    """How long the examples of a dataset are, going by its first ones."""
+def sizes_of(
+    tokenizer: Any, sample: Sequence[Example], num_examples: int, max_length: int, num_chars: int | None = None
+) -> Sizes:
+    """How long the examples of a dataset are, going by its first ones.
+
+    Args:
+        num_chars: of all its examples: the first ones of a sorted file are not like the others.
+    """
     lengths = [len(e) for e in encode_each(tokenizer, sample, max_length)]
-    return Sizes(num_examples, sum(lengths) / max(1, len(lengths)), max(lengths, default=0))
+    mean, longest = sum(lengths) / max(1, len(lengths)), max(lengths, default=0)
+    seen = sum(map(count_chars, sample))
+    if num_chars and seen:
+        mean = min(float(max_length), mean * (num_chars / num_examples) / (seen / len(lengths)))
+        longest = max(longest, math.ceil(mean))
+    return Sizes(num_examples, mean, longest)
 
 
 def count_question_tokens(tokenizer: Any, asked: QuestionSet, config: Config) -> int:

@@ -90,6 +90,10 @@ class Chosen(_Examples):
         return self._examples[int(self._numbers[number])]
 
 
+def count_chars(example: Example) -> int:
+    return len(example.answer) + sum(len(m.content) for m in example.messages)
+
+
 def keep_examples(examples: Iterable[Example]) -> Sequence[Example]:
     """Examples as they come, in memory or on disk.
 
@@ -104,7 +108,7 @@ def keep_examples(examples: Iterable[Example]) -> Sequence[Example]:
             stored.append(example)
             continue
         few.append(example)
-        num_chars += len(example.answer) + sum(len(m.content) for m in example.messages)
+        num_chars += count_chars(example)
         if num_chars > MEMORY_CHARS:
             stored = StoredExamples()
             for earlier in few:

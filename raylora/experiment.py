@@ -28,7 +28,17 @@ from raylora.files import location
 from raylora.model import LoadedModel, adapter_hash
 from raylora.passes import Job, count_labels
 from raylora.plan import make_plan, method_of
-from raylora.records import Dataset, Experiment, Progress, ResultRow, Score, UserError, digest, ignore_progress
+from raylora.records import (
+    Dataset,
+    Experiment,
+    MachineError,
+    Progress,
+    ResultRow,
+    Score,
+    UserError,
+    digest,
+    ignore_progress,
+)
 from raylora.store import LOG, Store, write_atomically
 from raylora.train import (
     TrainingDivergedError,
@@ -88,11 +98,15 @@ class Workbench(mmlu.Examiner):
         """The base model, loaded when it is first needed.
 
         Raises:
-            UserError: it cannot be found or read, or does not fit here: on a cluster nobody could say so before.
+            MachineError: it cannot be found or read here: on a cluster nobody could say so before.
+            DoesNotFitError: this GPU is too small for it.
         """
         if self._loaded is None and torch.cuda.is_available():
             check_fit_here(self.config)
-        loaded = super().loaded
+        try:
+            loaded = super().loaded
+        except UserError as error:
+            raise MachineError(str(error)) from error
         self._base_hash = loaded.logits_hash()
         return loaded
 
@@ -116,13 +130,16 @@ class Workbench(mmlu.Examiner):
 def run_experiment(bench: Workbench, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
     """Run what of an experiment is not done yet, and store its row.
 
-    A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again.
+    A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again, on
+    another machine where this one is at fault.
     """
     started = time.perf_counter()
     with _at_hand(bench.store, experiment), _log_file(bench.store.folder(experiment) / LOG):
         try:
             values = _run_stages(bench, experiment, progress)
             row = make_row(bench.config, experiment, "ok", **values, total_seconds=time.perf_counter() - started)
+        except MachineError:
+            raise
         except UserError as error:
             log.error("%s", error)
             row = error_row(bench.config, experiment, str(error))
@@ -150,7 +167,19 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
 
 
 def _load(bench: Workbench, experiment: Experiment) -> Dataset:
-    return datasets.load_dataset(location(experiment.path), bench.config.salvage, bench.config.max_records)
+    """The experiment's dataset, as it was when the run was planned.
+
+    Raises:
+        MachineError: this machine cannot read what could be read then, or reads something else.
+    """
+    path = location(experiment.path)
+    try:
+        dataset = datasets.load_dataset(path, bench.config.salvage, bench.config.max_records)
+    except UserError as error:
+        raise MachineError(str(error)) from error
+    if dataset.data_hash != experiment.data_hash:
+        raise MachineError(f"{path}: not what it was when the run began: run the same command again")
+    return dataset
 
 
 def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -277,6 +306,7 @@ def _score_key(bench: Workbench, experiment: Experiment) -> str:
 
 def _evaluate(bench: Workbench, experiment: Experiment, progress: Progress) -> dict[str, Any]:
     base = bench.base_score(experiment.base_key, wait=False, progress=progress)
+    bench.store.forget_stage(experiment, "mmlu")
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
     try:
         score = bench.score(

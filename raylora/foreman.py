@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from typing import Any
 from raylora.config import GPU_TOKEN_BUDGET, Config
 from raylora.crew import Crew, Member, Place
 from raylora.files import RemoteError
-from raylora.records import Experiment, ResultRow
+from raylora.records import Experiment, MachineError, ResultRow
 from raylora.store import Store
 
 log = logging.getLogger("raylora.foreman")
@@ -37,26 +39,38 @@ class WorkerFailedError(Exception):
     """A worker died, hung or raised; the text says how, in one line."""
 
 
+class MachineFailedError(WorkerFailedError):
+    """A worker could not do on its machine what could be done on the command's."""
+
+
 class NodeLostError(WorkerFailedError):
     """A worker's node is gone, and the worker with it."""
 
 
-class StoreFailedError(Exception):
-    """Results cannot be kept: trying again is of no use before somebody makes room."""
+class CannotGoOnError(Exception):
+    """Results cannot be kept, or no worker starts: trying again is of no use before somebody mends that."""
 
 
-def store_failure(error: BaseException, store: Store) -> StoreFailedError | None:
-    """What an error says of the store; None where it says nothing of it."""
-    if isinstance(error, RemoteError):
-        return StoreFailedError(error.strerror)
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return StoreFailedError(f"{store.root}: {error.strerror}: make room")
+def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError | None:
+    """What an error, or what it came from, says of the store; None where it says nothing of it."""
+    while error is not None and not isinstance(error, MachineError):  # whose own disks may be full
+        if isinstance(error, RemoteError):
+            return CannotGoOnError(error.strerror)
+        if (number := _error_number(error)) in NO_ROOM:
+            return CannotGoOnError(f"{store.root}: {os.strerror(number)}: make room")
+        error = error.__cause__ or error.__context__
     return None
+
+
+def _error_number(error: BaseException) -> int:
+    """The system's number of an error; safetensors, written in Rust, has it in its text alone."""
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """How a worker is told to do something. Each raises ``WorkerFailedError`` or ``StoreFailedError``.
+    """How a worker is told to do something. Each raises ``WorkerFailedError`` or ``CannotGoOnError``.
 
     ``run(member, experiment)`` returns the values of its row. ``train(member, experiments)`` trains adapters together
     and returns how many. ``help(member, experiment)`` returns the number of questions that were asked.
@@ -106,7 +120,7 @@ class Foreman:
             rank: its place among those that wait for a worker; the lowest comes first.
 
         Raises:
-            StoreFailedError: results cannot be kept.
+            CannotGoOnError: results cannot be kept, or no worker starts.
         """
         row = self._store.read_row(experiment)
         if row and (row.ok or not self._config.retry_failed):
@@ -119,10 +133,12 @@ class Foreman:
 
     def _try(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         failures: list[tuple[Place, str]] = []
-        num_moves = 0
+        num_moves, only_machines = 0, True
         while len(failures) < MAX_ATTEMPTS:
             member = self._crew.take(rank, avoid=_elsewhere(failures), work=experiment)
             if member is None:
+                if self._crew.broken:
+                    raise CannotGoOnError(self._crew.broken)
                 return None
             if not self._train_together(member, experiment):
                 continue
@@ -134,6 +150,7 @@ class Foreman:
                 self._crew.lost(member)
                 self._alone.add(experiment.experiment_id)
                 num_moves += isinstance(error, NodeLostError)
+                only_machines &= isinstance(error, MachineFailedError)
                 if not isinstance(error, NodeLostError) or num_moves > MAX_MOVES:
                     failures.append((member.place, str(error)))
                 if len(failures) < MAX_ATTEMPTS:
@@ -144,7 +161,7 @@ class Foreman:
             self._crew.give_back(member)
             return self._finish(experiment, values, failures)
         self._crew.acquit([place for place, _ in failures], experiment.experiment_id)
-        return self._give_up(experiment, failures[-1][1])
+        return self._give_up(experiment, failures[-1][1], for_now=only_machines)
 
     def _train_together(self, member: Member, experiment: Experiment) -> bool:
         """Train an adapter beside those of others that wait, where that pays; each finds its own done when it runs.
@@ -196,12 +213,14 @@ class Foreman:
             self._store.write_row(experiment, ResultRow(values))
         return values
 
-    def _give_up(self, experiment: Experiment, cause: str) -> dict[str, Any]:
+    def _give_up(self, experiment: Experiment, cause: str, for_now: bool) -> dict[str, Any]:
+        """An error row. ``for_now``: the next run tries again, as the machines may be mended by then."""
         from raylora.experiment import error_row  # seconds and half a GB, which a supervisor seldom needs
 
         text = f"{experiment.dataset}: {cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"
         row = error_row(self._config, experiment, text, num_attempts=MAX_ATTEMPTS)
-        self._store.write_row(experiment, row)
+        if not for_now:
+            self._store.write_row(experiment, row)
         return row.values
 
     def _send_helpers(self) -> None:
@@ -219,7 +238,7 @@ class Foreman:
     def _help(self, member: Member, experiment: Experiment) -> None:
         try:
             num_asked = self._calls.help(member, experiment)
-        except (WorkerFailedError, StoreFailedError) as error:
+        except (WorkerFailedError, CannotGoOnError) as error:
             log.warning("%s could not help with %s: %s", member.place, experiment.dataset, error)
             self._crew.lost(member)
             return

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from raylora.config import Method, ModelOptions
 from raylora.records import UserError, digest
-from raylora.sources import one_line, quiet_libraries, resolve_model
+from raylora.sources import has_only_pickles, one_line, quiet_libraries, resolve_model
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -88,7 +88,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
             dtype=dtype,
             quantization_config=_quantization_config(options.quantization, dtype),
             trust_remote_code=options.trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=None if options.allow_pickle else True,
             **placement,
         )
     except torch.OutOfMemoryError as error:
@@ -97,6 +97,11 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
             "try --quantization 4bit or --max-memory with room on the CPU"
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        if not options.allow_pickle and has_only_pickles(source):
+            raise UserError(
+                f"--model {options.model}: its weights are pickle files, which can run code: convert them to "
+                "safetensors, or give --allow-pickle if you trust who made them"
+            ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
     return _remember(LoadedModel(_settle(model), tokenizer, source, options.quantization))
 

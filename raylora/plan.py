@@ -109,7 +109,7 @@ def _experiments_of(
             "train": train,
             "mmlu": {**train, "questions": digest(of_questions)},
         }
-        sizes, estimate = estimator.of(found.sample, found.num_examples, method)
+        sizes, estimate = estimator.of(found.sample, found.num_examples, found.num_chars, method)
         name = safe_name(path.stem, path.suffix, settings, of_model, config.max_records, config.seed)
         experiments.append(
             Experiment(

@@ -23,6 +23,10 @@ class UserError(ValueError):
     """Something the user can mend. Its text is one line that names the file, the place and the mend."""
 
 
+class MachineError(UserError):
+    """This machine cannot do what is asked, where another one may: nothing that the data is to blame for."""
+
+
 def ignore_progress(stage: str, done: int, total: int) -> None:
     """A ``Progress`` for callers who watch nothing."""
 
@@ -93,6 +97,8 @@ class Dataset:
     num_bad_records: int = 0
     num_lost_records: int = 0
     """Records lost by ``--salvage`` behind the place where the file breaks off; -1 where that can't be known."""
+    data_hash: str = ""
+    """Of the file's bytes; empty where there is no file."""
 
     @cached_property
     def seed(self) -> int:

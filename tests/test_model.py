@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from raylora import sources
 from raylora.config import Method, ModelOptions, load_config
 from raylora.encoding import encode_example
 from raylora.experiment import BaseChangedError, Workbench
@@ -112,8 +113,29 @@ def test_the_hash_of_a_model_follows_its_files_and_not_its_place(tmp_path, tiny_
     folder = shutil.copytree(tiny_model_folder, tmp_path / "moved")
     assert model_hash(str(folder)) == model_hash(str(tiny_model_folder))
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    raw = weights.read_bytes()
+    for place in (len(raw) // 2, len(raw) - 1):
+        weights.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        assert model_hash(str(folder)) != model_hash(str(tiny_model_folder))
+    weights.write_bytes(raw)
+    assert model_hash(str(folder)) == model_hash(str(tiny_model_folder))
+    (folder / "modeling_own.py").write_text("own = 1")
     assert model_hash(str(folder)) != model_hash(str(tiny_model_folder))
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "REMEMBERED_BYTES", 1000)
+    expected = model_hash(str(tiny_model_folder))
+    known = list((tmp_path / "cache" / "hashes").iterdir())
+    assert known
+    assert model_hash(str(tiny_model_folder)) == expected
+    known[0].write_text("torn")
+    assert model_hash(str(tiny_model_folder)) == expected
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "moved")
+    assert model_hash(str(folder)) == expected
+    (folder / "model.safetensors").write_bytes(b"x" * (folder / "model.safetensors").stat().st_size)
+    assert model_hash(str(folder)) != expected
 
 
 def test_a_damaged_model_folder_is_one_line(tmp_path, tiny_model_folder):
@@ -124,7 +146,7 @@ def test_a_damaged_model_folder_is_one_line(tmp_path, tiny_model_folder):
         load(folder, "none")
     weights.unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="pickle files"):
         load(folder, "none")
 
 

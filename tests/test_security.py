@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from raylora.model import load_model, load_tokenizer
 from raylora.records import Message, UserError
 from raylora.store import safe_name
 from tests.test_batch import write_dataset
-from tests.tiny import save_model
+from tests.tiny import make_model, save_model
 
 HOSTILE = [
     "..",
@@ -113,8 +114,22 @@ def test_pickled_weights_are_refused(tmp_path):
     folder = save_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"pickle files, which can run code: .*--allow-pickle"):
         load_model(ModelOptions(model=str(folder), quantization="none"))
+    torch.save(make_model().state_dict(), folder / "pytorch_model.bin")
+    assert load_model(ModelOptions(model=str(folder), quantization="none", allow_pickle=True)).logits_hash()
+
+
+def test_a_tokenizers_own_code_is_not_run(tmp_path):
+    folder = save_model(tmp_path / "model")
+    flag = tmp_path / "flag"
+    (folder / "evil.py").write_text(f"open({str(flag)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with contextlib.suppress(UserError):
+        load_tokenizer(str(folder))
+    assert not flag.exists()
 
 
 def test_secrets_are_in_no_file(tiny_model_folder, tmp_path):

@@ -94,7 +94,8 @@ def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
         UserError: there is no such model.
     """
     options = config.settings_of(ModelOptions)
-    options.pop("max_memory")  # where the weights lie is no part of it
+    for no_part_of_it in ("max_memory", "allow_pickle"):  # where the weights lie, and in what files
+        options.pop(no_part_of_it)
     return {**options, "model": model_hash(source, config.trust_remote_code), "schema": SCHEMA_VERSION}
 
 

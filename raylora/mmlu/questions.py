@@ -130,12 +130,12 @@ def _files_of(folder: Path, split: Split) -> list[Path]:
 
 
 def _read_parquet(path: Path) -> Iterator[Place]:
+    data = _bytes_of(path)
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file)
-    except pa.ArrowInvalid as error:
+        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+    except (pa.ArrowException, ValueError, OSError) as error:  # a damaged one may hold text that is no UTF-8
         raise UserError(f"{path}: no Parquet file: {' '.join(str(error).split())[:200]}") from None
-    for i, fields in enumerate(table.to_pylist(), 1):
+    for i, fields in enumerate(rows, 1):
         yield f"question {i}", fields
 
 
@@ -157,9 +157,17 @@ def _read_csv(path: Path) -> Iterator[Place]:
             yield f"question {i}", {"subject": subject, "question": row[0], "choices": row[1:5], "answer": row[5]}
 
 
-def _decode(path: Path) -> str:
+def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def _decode(path: Path) -> str:
+    data = _bytes_of(path)
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 

@@ -108,6 +108,7 @@ class Site:
         left = [p for p in self.output.rglob("*") if ".partial-" in p.name or p.suffix == ".journal"]
         assert not left
         assert not (self.output / "run.owner").exists()
+        wait_until_gone(self, of_a_run=True)
         return {row["dataset"]: row for row in table.astype(object).where(table.notna(), None).to_dict("records")}
 
 
@@ -133,20 +134,30 @@ def environment(faults: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "RAYLORA_FAULTS": str(faults), **token, **more}
 
 
-def processes_of(site: Site) -> list[psutil.Process]:
-    """Processes that were started in the site's environment and live on."""
+ACTORS = ("RayWorker", "raylora-", "MapWorker", "Board")
+"""What the titles of a run's processes have in them, where Ray itself goes on without it."""
+
+
+def processes_of(site: Site, of_a_run: bool) -> list[psutil.Process]:
+    """Processes that were started in the site's environment and live on.
+
+    Args:
+        of_a_run: those alone that a run has, and not the Ray that was there before it.
+    """
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("RAYLORA_FAULTS") == str(site.faults) and process.status() != "zombie":
-                found.append(process)
+                title = " ".join(process.cmdline())
+                if not of_a_run or (title.startswith("ray::") and any(name in title for name in ACTORS)):
+                    found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
 
 
-def wait_until_gone(site: Site, timeout: float = 60) -> None:
+def wait_until_gone(site: Site, timeout: float = 60, of_a_run: bool = False) -> None:
     deadline = time.time() + timeout
-    while left := processes_of(site):
+    while left := processes_of(site, of_a_run):
         assert time.time() < deadline, [p.cmdline() for p in left]
         time.sleep(0.2)

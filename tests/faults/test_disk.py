@@ -41,6 +41,16 @@ def test_a_full_disk_stops_the_run_in_one_line_and_loses_nothing(small_disk, und
     assert_equal_rows(small_disk.rows(), undisturbed)
 
 
+def test_a_disk_with_room_for_rows_and_not_for_adapters_gives_no_error_rows(small_disk, undisturbed):
+    """Adapters are written by safetensors, which says what is wrong in words of its own."""
+    shown = small_disk.run(expect=1, lora_r=400)
+    assert "No space left on device" in shown.strip().splitlines()[-1]
+    assert small_disk.num_done() == 0
+    remount(small_disk, "size=300m")
+    small_disk.run()
+    assert_equal_rows(small_disk.rows(), undisturbed)
+
+
 def test_a_folder_that_cannot_be_written_to_is_one_line(small_disk):
     remount(small_disk, "ro")
     told = small_disk.run(expect=2)

@@ -1,0 +1,154 @@
+"""The crew and the foreman alone: who is tried again, where, and when nothing can be done."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from raylora import crew
+from raylora.config import load_config
+from raylora.crew import Crew, Member, Place, Survey
+from raylora.experiment import Workbench, run_experiment
+from raylora.foreman import Calls, CannotGoOnError, Foreman, MachineFailedError, WorkerFailedError, store_failure
+from raylora.plan import make_plan
+from raylora.records import Experiment, MachineError
+from raylora.store import Store
+from tests.test_batch import OPTIONS, write_dataset
+
+PLACES = [Place("host", "0", "node"), Place("host", "1", "node")]
+
+
+def make_experiment(name: str) -> Experiment:
+    origins = {stage: {"data": name} for stage in ("features", "train", "mmlu")}
+    settings = {"batch_size": 1, "gradient_accumulation": 1, "num_epochs": 1}
+    return Experiment(name, name, f"/{name}.json", settings, name, origins, "base", name, 4, 100)
+
+
+def make_crew(told: list[str], start=None, num_workers: int = 2) -> Crew:
+    places = itertools.cycle(PLACES)
+    start = start or (lambda: Member(object(), next(places)))
+    return Crew(start, lambda _: None, lambda: Survey(num_workers, frozenset({"node"})), told.append)
+
+
+def make_foreman(tmp_path, run, crew, told) -> Foreman:
+    calls = Calls(run, lambda *_: 0, lambda *_: 0, set)
+    config = load_config(model="demo", mmlu="demo", adapters_a_pass=1)
+    return Foreman(config, Store(tmp_path), crew, calls, on_gpus=True, on_retry=told.append)
+
+
+def test_workers_that_never_start_end_the_run_with_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "REFRESH_SECONDS", 0.02)
+    told: list[str] = []
+
+    def start():
+        raise ImportError("No module named 'torch'")
+
+    foreman = make_foreman(tmp_path, lambda *_: {}, make_crew(told, start), told)
+    started = time.monotonic()
+    with pytest.raises(CannotGoOnError, match=r"no worker starts, \d+ did not: No module named 'torch'"):
+        foreman.run(make_experiment("one"), 0)
+    assert time.monotonic() - started < 30
+    assert told == ["a worker did not start, and another one is tried: No module named 'torch'"]
+    foreman.close()
+
+
+def test_a_worker_that_starts_at_the_second_try_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "REFRESH_SECONDS", 0.02)
+    told, tries = [], itertools.count()
+
+    def start():
+        if next(tries) < 3:
+            raise RuntimeError("not yet")
+        return Member(object(), PLACES[0])
+
+    foreman = make_foreman(tmp_path, lambda *_: {"status": "ok"}, make_crew(told, start, 1), told)
+    assert foreman.run(make_experiment("one"), 0) == {"status": "ok"}
+    assert len(told) == 1
+    foreman.close()
+
+
+def test_what_machines_are_to_blame_for_is_tried_elsewhere_and_again_by_the_next_run(tmp_path):
+    told: list[str] = []
+    seen: list[Place] = []
+
+    def run(member, experiment):
+        seen.append(member.place)
+        raise MachineFailedError("--model /models/llama: no such folder")
+
+    foreman = make_foreman(tmp_path, run, make_crew(told), told)
+    one = make_experiment("one")
+    values = foreman.run(one, 0)
+    assert values["status"] == "error"
+    assert "no such folder; tried 2 times" in values["error"]
+    assert set(seen) == set(PLACES), "it was not tried on the other GPU"
+    assert Store(tmp_path).read_row(one) is None
+    foreman.close()
+
+
+def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
+    told: list[str] = []
+
+    def run(member, experiment):
+        raise WorkerFailedError("its worker process died")
+
+    foreman = make_foreman(tmp_path, run, make_crew(told), told)
+    one = make_experiment("one")
+    assert foreman.run(one, 0)["status"] == "error"
+    assert Store(tmp_path).read_row(one).values["num_attempts"] == 2
+    foreman.close()
+
+
+def test_a_full_disk_is_known_by_whoever_says_it(tmp_path):
+    from safetensors import SafetensorError
+
+    store = Store(tmp_path)
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "No space left on device: make room" in str(store_failure(full, store))
+    wrapped = RuntimeError("could not be saved")
+    wrapped.__cause__ = OSError(28, "No space left on device")
+    assert store_failure(wrapped, store)
+    assert store_failure(RuntimeError("something else (os error 2)"), store) is None
+    elsewhere = MachineError("/tmp/spool: No space left on device")
+    elsewhere.__cause__ = OSError(28, "No space left on device")
+    assert store_failure(elsewhere, store) is None, "the cache's disk is not that of the results"
+
+
+def test_a_dataset_that_is_gone_or_changed_since_the_plan_gives_no_row(tmp_path, tiny_model_folder, loaded):
+    write_dataset(tmp_path / "data", "a")
+    file = tmp_path / "data" / "a.json"
+    config = load_config(model=str(tiny_model_folder), output=tmp_path / "out", **OPTIONS)
+    plan = make_plan(config, [file], "single")
+    (experiment,) = plan.experiments
+    bench = Workbench(config, plan.store, loaded)
+    was = file.read_text()
+    for now, why in ((was.replace("What", "Why"), "not what it was when the run began"), (None, "No such file")):
+        file.unlink()
+        if now is not None:
+            file.write_text(now)
+        with pytest.raises(MachineError, match=why):
+            run_experiment(bench, experiment)
+        assert plan.store.read_row(experiment) is None
+        if now is None:
+            break
+
+
+def test_a_product_that_was_taken_away_is_made_again(tmp_path):
+    store, one = Store(tmp_path), make_experiment("one")
+    folder = store.folder(one)
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "loss_curve.csv").write_text("step,loss\n")
+    store.write_stage(one, "train", {"train_loss": 1.0})
+    assert store.read_stage(one, "train") == {"train_loss": 1.0}
+    assert store.why_not_done(one, "train") == ""
+    (folder / "adapter").rmdir()
+    assert store.read_stage(one, "train") is None
+    assert store.why_not_done(one, "train") == "adapter missing"
+
+
+def test_a_grid_that_says_a_value_twice_runs_it_once(tmp_path, tiny_model_folder):
+    write_dataset(tmp_path / "data", "a")
+    config = load_config(model=str(tiny_model_folder), grid={"lora_r": [8, 8, 4]}, output=tmp_path / "out", **OPTIONS)
+    plan = make_plan(config, [tmp_path / "data" / "a.json"], "single")
+    assert sorted(e.settings["lora_r"] for e in plan.experiments) == [4, 8]
