@@ -1,7 +1,7 @@
 """One very large dataset, and very many tiny ones: seconds and peak memory of each part.
 
     python -m benchmarks.load --records 500000           # beside 5,000 records, with a tiny model
-    python -m benchmarks.load --datasets 1000            # the plan of a chunk of so many files
+    python -m benchmarks.load --datasets 1000            # a chunk of so many files: its plan, and all of its run
     python -m benchmarks.load --records 200000 --text    # the text features alone
 
 Each measurement runs in a process of its own. ``--generate FOLDER`` writes the datasets there and stops.
@@ -10,6 +10,7 @@ Each measurement runs in a process of its own. ``--generate FOLDER`` writes the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -146,6 +147,37 @@ def run_worker(path: Path, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def run_batch(path: Path, folder: Path) -> list[dict[str, Any]]:
+    """The command on a chunk of tiny datasets, all stages, two workers: seconds, its own memory, files, rows."""
+    import pandas as pd
+    import psutil
+
+    config = config_of(folder)
+    given = {"model": config.model, "mmlu": "demo", "max_samples": 4, "num_epochs": 1, "probe_steps": 1}
+    given |= {"quantization": "none", "num_workers": 2, "threads": 1, "sample_size": 3, "batch_size": 1}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    where = ["--data-root", str(path.parent), "--chunk", path.name, "--output", str(folder / "results"), "--fresh"]
+    started = time.perf_counter()
+    command = psutil.Popen([sys.executable, "-m", "raylora.batch", *where, *words], stdout=subprocess.DEVNULL)
+    peak, first = 0, 0.0
+    results = folder / "results" / path.name
+    while command.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            peak = max(peak, command.memory_info().rss)
+        first = first or ((results / "results.csv").exists() and time.perf_counter()) or 0.0
+        time.sleep(0.5)
+    seconds = time.perf_counter() - started
+    if command.returncode:
+        raise UserError(f"the command ended with {command.returncode}")
+    table = pd.read_parquet(results / "results.parquet")
+    if list(table["status"]) != ["ok"] * len(list_dataset_files(path)):
+        raise UserError(f"{len(table)} rows, {(table['status'] != 'ok').sum()} of them errors")
+    files = [p for p in results.rglob("*") if p.is_file()]
+    print(f"{len(table)} rows, {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.0f} MB")
+    print(f"{1000 * (time.perf_counter() - first) / len(table):.0f} ms a dataset from the first row on")
+    return [{"part": "batch", "seconds": seconds, "GB": peak / 1e9}]
+
+
 def peak_gigabytes() -> float:
     """The most this process held since its high-water mark was set anew."""
     status = Path("/proc/self/status").read_text()
@@ -174,8 +206,8 @@ def main() -> None:
         parser.add_argument(name, type=str if name == "--part" else Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        whole = options.part == "worker"
-        rows = run_worker(options.path, options.folder) if whole else [run_part(**_names(options))]
+        whole = {"worker": run_worker, "batch": run_batch}.get(options.part)
+        rows = whole(options.path, options.folder) if whole else [run_part(**_names(options))]
         print(json.dumps(rows))
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -189,7 +221,7 @@ def _names(options: argparse.Namespace) -> dict[str, Any]:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     if options.datasets:
         sizes = {f"{n} files": write_many(folder / f"chunk_{n}", n) for n in (options.datasets // 10, options.datasets)}
-        parts = ["plan"]
+        parts = ["plan", "batch"]
     else:
         numbers = (options.beside, options.records)
         sizes = {f"{n} records": write_dataset(folder / f"records_{n}.json", n) for n in numbers}

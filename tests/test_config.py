@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raylora.config import Config, Method, load_config
+from raylora.config import Config, Method, load_config, main_with_one_line_errors
 from raylora.records import UserError
 
 
@@ -117,3 +117,13 @@ def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(mon
     monkeypatch.setenv("MODEL_NAME", "demo")
     (tmp_path / ".env").write_text("MODEL_NAME=demo\n")
     assert load_settings(FitConfig, [], "fit").folds == 5
+
+
+def test_ctrl_c_before_anything_runs_is_one_line(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        main_with_one_line_errors(main, [])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "Stopped.\n"

@@ -76,6 +76,18 @@ def test_ctrl_c_finishes_what_is_at_work_and_begins_nothing_new(shared_site, und
     check_that_it_goes_on(shared_site, undisturbed, [num_done])
 
 
+def test_ctrl_c_at_a_terminal_reaches_every_process_and_ends_as_well(site, undisturbed):
+    """A terminal sends it to all processes of its group: the command, and the Ray that it started."""
+    process = site.start()
+    site.wait_for_rows(2)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "Traceback" not in shown
+    wait_until_gone(site)
+    check_that_it_goes_on(site, undisturbed, [site.num_done()])
+
+
 def test_ctrl_c_twice_stops_now(shared_site, undisturbed):
     shared_site.strike({"stage": "train", "what": "hang", "datasets": DATASETS[:6], "times": 99})
     process = shared_site.start()
