@@ -45,13 +45,18 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Tensors of shape (B, T), padded on the left or packed; ``labels`` is -100 wherever the loss must not look."""
+    """Tensors of shape (B, T), padded on the left or packed.
+
+    ``targets`` (N,) are the tokens that the loss looks at, example after example; ``predicting`` (N,) are the places
+    before them among all B * T. They are found before anything is sent to a GPU, which need not be waited for.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     """None where the row is packed."""
     position_ids: torch.Tensor
-    labels: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    predicting: torch.Tensor | None = None
     block_lengths: tuple[int, ...] = ()
     """Tokens of each example of a packed row."""
 
@@ -258,16 +263,27 @@ def pad_left(
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, IGNORE_INDEX) if labels is not None else None
+    wanted = torch.full_like(ids, IGNORE_INDEX)
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
         mask[i, width - len(row) :] = 1
-        if targets is not None and labels is not None:
-            targets[i, width - len(row) :] = torch.tensor(labels[i], dtype=torch.long)
+        if labels is not None:
+            wanted[i, width - len(row) :] = torch.tensor(labels[i], dtype=torch.long)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Minibatch(
-        ids.to(device), mask.to(device), positions.to(device), targets.to(device) if targets is not None else None
-    )
+    targets, predicting = _supervised(wanted, device) if labels is not None else (None, None)
+    return Minibatch(send(ids, device), send(mask, device), send(positions, device), targets, predicting)
+
+
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """To a device. From pinned memory a copy to a GPU does not wait for what the GPU is at."""
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+
+def _supervised(labels: torch.Tensor, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``targets`` and ``predicting`` of a minibatch; nothing predicts an example's first token, which has no label."""
+    places = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    return send(labels.flatten()[places], device), send(places - 1, device)
 
 
 def pack_rows(
@@ -277,13 +293,11 @@ def pack_rows(
     lengths = tuple(len(row) for row in rows)
 
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
-        tensor = torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
-        # From pinned memory a copy to the GPU does not wait for what the GPU is at.
-        on_gpu = torch.device(device).type == "cuda"
-        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+        return torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
 
-    positions = join(range(n) for n in lengths)
-    return Minibatch(join(rows), None, positions, join(labels) if labels is not None else None, lengths)
+    ids, positions = join(rows), join(range(n) for n in lengths)
+    targets, predicting = _supervised(join(labels), device) if labels is not None else (None, None)
+    return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, lengths)
 
 
 def batches_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:

@@ -24,7 +24,8 @@ from raylora.mmlu.examine import QuestionSet
 from raylora.mmlu.prompts import harness_prompt
 from raylora.model import compute_dtype, load_tokenizer
 from raylora.packed import MEMORY_SHARE
-from raylora.passes import CPU_TOKEN_BUDGET
+from raylora.passes import CPU_TOKEN_BUDGET, ENOUGH_TOKENS
+from raylora.passes import MEMORY_SHARE as TRAINING_SHARE
 from raylora.records import Example, UserError
 from raylora.sources import resolve_model
 
@@ -167,9 +168,16 @@ def estimate(
     budget = GPU_TOKEN_BUDGET if machine.on_gpu else CPU_TOKEN_BUDGET
     a_step = method.batch_size * method.gradient_accumulation * sizes.mean_tokens
     room = machine.memory_bytes - (CUDA_CONTEXT_BYTES if machine.on_gpu else 0)
+    share = TRAINING_SHARE if machine.on_gpu else 1.0
     tokens, checkpointing = max(sizes.longest, int(min(budget, a_step))), False
-    while weights + training_bytes(shape, method, tokens, machine, checkpointing) > room and tokens > sizes.longest:
-        tokens, checkpointing = (tokens // 2, True) if checkpointing else (tokens, True)  # as passes.py backs off
+    # As passes.py backs off.
+    while weights + training_bytes(shape, method, tokens, machine, checkpointing) / share > room:
+        if checkpointing and tokens <= sizes.longest:
+            break
+        if not checkpointing and tokens <= max(ENOUGH_TOKENS, sizes.longest):
+            checkpointing = True
+        else:
+            tokens = max(sizes.longest, tokens // 2)
     peak = weights + training_bytes(shape, method, tokens, machine, checkpointing)
     if not machine.on_gpu:
         peak += CPU_PROCESS_BYTES

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from raylora.encoding import send
 from raylora.model import LoadedModel
 from raylora.records import UserError
 
@@ -107,7 +108,7 @@ class AdapterPasses:
         rows = torch.zeros(num_tokens, dtype=torch.int32)
         for span in spans:
             rows[span.start : span.stop] = _count(span.stop - span.start) + _signed(span.seed >> 32)
-        self._rows = scramble(rows).to(self._device, non_blocking=True)
+        self._rows = send(scramble(rows), self._device)
 
     def _forward(self, module: Any, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

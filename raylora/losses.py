@@ -95,14 +95,13 @@ def head_losses(model: Any, states: torch.Tensor, targets: torch.Tensor) -> torc
 
 def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
     """Cross entropy of each label of a minibatch, (N,) in float32, example after example."""
-    assert batch.labels is not None
-    model, wanted = loaded.model, batch.labels != IGNORE_INDEX
-    before = wanted.roll(-1, dims=1)  # where a label is predicted; no example's first token has one
-    targets = batch.labels[wanted]
+    assert batch.targets is not None
+    assert batch.predicting is not None
+    model, targets, before = loaded.model, batch.targets, batch.predicting
     seen: list[torch.Tensor] = []
 
     def select(states: torch.Tensor) -> torch.Tensor:
-        seen.append(states[before.to(states.device)])
+        seen.append(states.flatten(0, 1)[before.to(states.device)])
         return seen[0][:1][None] if chunked else seen[0][None]
 
     head = model.get_output_embeddings()
@@ -111,7 +110,7 @@ def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
         logits = model(**batch.model_inputs(), use_cache=False).logits
     if chunked:
         return head_losses(model, seen[0], targets)
-    logits = logits[0] if named else logits[before.to(logits.device)]
+    logits = logits[0] if named else logits.flatten(0, 1)[before.to(logits.device)]
     return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 

@@ -27,7 +27,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """float32 on a CPU (bfloat16 is 10 to 30 times slower there), bfloat16 on a GPU, float16 on an old one."""
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
@@ -131,6 +131,8 @@ class LoadedModel:
     _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
     general_losses: Sequence[Any] | None = field(default=None, repr=False)
     """The base's losses on general knowledge (``ExampleLoss``), measured once."""
+    training_tokens: int | None = field(default=None, repr=False)
+    """Tokens of a training's minibatch that a GPU's memory holds, once a training has shown what a token takes."""
 
     @property
     def device(self) -> torch.device:
@@ -405,8 +407,9 @@ def adapter_hash(folder: Path) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or on the CPU."""
     text = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "alloc_failed")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(t in text for t in ("out of memory", "can't allocate memory"))
+        isinstance(error, RuntimeError) and any(t in text for t in known)
     )
 
 

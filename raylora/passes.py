@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from raylora.config import GPU_TOKEN_BUDGET, Method
-from raylora.encoding import EncodedExample, batches_by_budget, labels_of, pad_token_of, supervised_counts
+from raylora.encoding import EncodedExample, batches_by_budget, labels_of, pad_token_of, send, supervised_counts
 from raylora.lora import AdapterPasses, Span, mix
 from raylora.losses import head_is_plain, token_losses
 from raylora.model import LoadedModel, is_out_of_memory
@@ -27,6 +27,12 @@ log = logging.getLogger("raylora")
 CPU_TOKEN_BUDGET = 512
 """Tokens in a minibatch on a CPU, where no allocation fails before the system kills. More are no faster and take more
 memory: 2 GB for each 1000 tokens of a model of 135 million parameters (benchmarks/NOTES.md)."""
+
+ENOUGH_TOKENS = 2048
+"""In a minibatch on a GPU until it is known what a token takes of its memory. Smaller ones are slower there: below this
+the way there is rather run twice (checkpoints), which takes half as long again."""
+MEMORY_SHARE = 0.8
+"""Of the free memory of a GPU, what a minibatch may take."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ def count_labels(job: Job) -> list[int]:
     return supervised_counts(job.examples, job.method.train_on)
 
 
+def tokens_that_fit(bytes_a_token: float, free_bytes: float) -> int:
+    """Of a minibatch on a GPU."""
+    return max(256, min(GPU_TOKEN_BUDGET, int(MEMORY_SHARE * free_bytes / max(1.0, bytes_a_token))))
+
+
 def separate_gradients(
     parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], float]], observer: Observer
 ) -> float:
@@ -126,8 +137,9 @@ class Passes:
     def __init__(self, loaded: LoadedModel, jobs: Sequence[Job], observer: Observer | None) -> None:
         self.loaded, self.jobs, self.observer = loaded, jobs, observer
         self._counts = [count_labels(job) for job in jobs]
-        self.token_budget = GPU_TOKEN_BUDGET if loaded.device.type == "cuda" else CPU_TOKEN_BUDGET
-        self.num_backoffs = self.fullest = 0
+        self._on_gpu = loaded.device.type == "cuda"
+        self.token_budget = (loaded.training_tokens or ENOUGH_TOKENS) if self._on_gpu else CPU_TOKEN_BUDGET
+        self.num_backoffs = self.fullest = self._most_tokens = 0
         longest = max(len(e) for job in self.jobs for e in job.examples)
         self.packed = longest <= window_of(loaded.model) and loaded.allows(can_pack)
         if not self.packed:
@@ -154,16 +166,21 @@ class Passes:
             [_Item(job, i, mix(self.jobs[job].seed, k, at)) for at, i in enumerate(indices)]
             for job, indices in steps.items()
         ]
-        while True:
+        held = torch.cuda.memory_allocated(self.loaded.device) if self._on_gpu else 0
+        losses: list[float] | None = None
+        while losses is None:
+            # For dropout outside the adapters, which a model may have: a step that is repeated draws the same.
+            torch.manual_seed((self.jobs[0].seed + k) % 2**63)
             try:
-                # For dropout outside the adapters, which a model may have: a step that is repeated draws the same.
-                torch.manual_seed((self.jobs[0].seed + k) % 2**63)
                 losses = self._backward_once(items)
-                break
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or not self._back_off():
+                if not is_out_of_memory(error) or (self._checkpointing and len(self._running) == 1):
                     raise
-            self._drop_gradients()
+            if losses is None:  # only here is the memory of what failed free again
+                self._drop_gradients()
+                self._back_off()
+        if self._on_gpu and self.loaded.training_tokens is None:
+            self._learn_what_fits(held)
         return {
             own[0].job: StepGradient(
                 losses[own[0].job], sum(map(self._length, own)), sum(map(self._num_supervised, own)), len(own)
@@ -188,14 +205,16 @@ class Passes:
         cut = packs_by_budget if self.packed else batches_by_budget
         for part in cut(items, self._length, self.token_budget):
             self._running = part = sorted(part, key=lambda item: item.job)  # an adapter's tokens side by side
-            owners = torch.tensor([item.job for item in part for _ in range(self._num_supervised(item))])
-            shares = torch.tensor([1 / totals[job] for job in owners.tolist()])
+            jobs = [item.job for item in part for _ in range(self._num_supervised(item))]
+            owners = send(torch.tensor(jobs), sums.device)
+            shares = send(torch.tensor([1 / totals[job] for job in jobs]), sums.device)
             with self.loaded.autocast():
                 losses = self._losses(part)
             losses = losses * shares.to(losses.device)
             losses.sum().backward()
-            sums.index_add_(0, owners.to(sums.device), losses.detach().to(sums.device, torch.float64))
+            sums.index_add_(0, owners, losses.detach().to(sums.device, torch.float64))
             self.fullest = max(self.fullest, len(part))
+            self._most_tokens = max(self._most_tokens, self._num_tokens(part))
         return sums
 
     def _losses(self, part: list[_Item]) -> torch.Tensor:
@@ -215,22 +234,35 @@ class Passes:
     def _num_supervised(self, item: _Item) -> int:
         return self._counts[item.job][item.index]
 
-    def _back_off(self) -> bool:
-        """Use less memory next time: first checkpoint activations, then halve the minibatch. False: nothing is left."""
+    def _num_tokens(self, part: list[_Item]) -> int:
+        lengths = [self._length(item) for item in part]
+        return sum(lengths) if self.packed else len(lengths) * max(lengths)
+
+    def _back_off(self) -> None:
+        """Use less memory next time: halve a large minibatch, then checkpoint activations, then halve a small one."""
         self.num_backoffs += 1
         tally.oom_backoffs += 1
-        if self.loaded.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.empty_cache()
-        if not self._checkpointing:
+        tokens = self._num_tokens(self._running)
+        if not self._checkpointing and (tokens <= ENOUGH_TOKENS or len(self._running) == 1):
             self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
             self._checkpointing = True
-            return True
-        if len(self._running) == 1:
-            return False
-        lengths = [self._length(item) for item in self._running]
-        self.token_budget = (sum(lengths) if self.packed else len(lengths) * max(lengths)) // 2
-        self.fullest = 0
-        return True
+            return
+        self.token_budget, self.fullest = tokens // 2, 0
+        if self._on_gpu:
+            self.loaded.training_tokens = self.token_budget  # the next training need not find out again
+
+    def _learn_what_fits(self, held: int) -> None:
+        """How many tokens a minibatch may have, going by what those of this step took beyond ``held``, in bytes."""
+        device = self.loaded.device
+        if self._checkpointing or self._most_tokens < ENOUGH_TOKENS / 4:
+            return  # too few to tell
+        a_token = (torch.cuda.max_memory_allocated(device) - held) / self._most_tokens
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        self.loaded.training_tokens = self.token_budget = tokens_that_fit(a_token, free)
+        log.info("%.1f MB a token: minibatches of %d tokens", a_token / 1e6, self.token_budget)
 
     def _drop_gradients(self) -> None:
         for parameter in (p for job in self.jobs for p in job.parameters):

@@ -19,7 +19,7 @@ from raylora.config import Method
 from raylora.encoding import EncodedExample
 from raylora.model import LoadedModel, peak_memory_bytes
 from raylora.packed import packed_linears
-from raylora.passes import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, Job, Observer, Passes, Step, StepGradient, count_labels
+from raylora.passes import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, Job, Observer, Passes, Step, StepGradient, count_labels
 from raylora.records import Progress, UserError, ignore_progress
 from raylora.tally import tally
 
@@ -146,8 +146,9 @@ def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
     """How many adapters like that of ``job``, which is attached, are worth training at once.
 
     On a GPU as many as fill a minibatch with the tokens of a step, if half of what memory is free holds them: four
-    bytes each for a parameter, its gradient and AdamW's two moments. On a CPU one: its products are as fast on the
-    tokens of one adapter (benchmarks/NOTES.md).
+    bytes each for a parameter, its gradient and AdamW's two moments. How large a minibatch may be is known from the
+    trainings before, those of probes among them. On a CPU one: its products are as fast on the tokens of one adapter
+    (benchmarks/NOTES.md).
     """
     if loaded.device.type != "cuda":
         return 1
@@ -155,7 +156,7 @@ def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
     tokens = min(per_step, len(job.examples)) * sum(map(len, job.examples)) / len(job.examples)
     free, _ = torch.cuda.mem_get_info(loaded.device)
     fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
-    return max(1, min(int(GPU_TOKEN_BUDGET / tokens), int(fitting)))
+    return max(1, min(int((loaded.training_tokens or ENOUGH_TOKENS) / tokens), int(fitting)))
 
 
 class _Trainee:

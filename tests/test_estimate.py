@@ -55,7 +55,7 @@ def llama_3_8b(folder):
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
 def test_weights_take_what_they_take(folder, quantization):
     shape = estimate.shape_of(str(folder), load_config(model="x").target_modules)
-    loaded = load_model(ModelOptions(model=str(folder), quantization=quantization))
+    loaded = load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
     held = loaded.model.get_memory_footprint(return_buffers=False)
     assert estimate.weight_bytes(shape, quantization, CPU) == pytest.approx(held, rel=0.05)
 
@@ -64,7 +64,7 @@ def test_weights_take_what_they_take(folder, quantization):
 def test_a_minibatch_keeps_what_is_said(folder, dropout):
     method = load_config(model="x", lora_dropout=dropout).method()
     shape = estimate.shape_of(str(folder), method.target_modules)
-    loaded = load_model(ModelOptions(model=str(folder), quantization="none"))
+    loaded = load_model(ModelOptions(model=str(folder), quantization="none"), torch.device("cpu"))
     parameters = loaded.attach(method, 0)
     own = {t.untyped_storage().data_ptr() for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
     kept: dict[int, torch.Tensor] = {}  # the tensors themselves, so that no storage is used twice

@@ -26,7 +26,7 @@ EXAMPLES = [
 
 
 def load(folder, quantization: str) -> LoadedModel:
-    return load_model(ModelOptions(model=str(folder), quantization=quantization))
+    return load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])

@@ -89,8 +89,10 @@ def test_weights_on_single_tokens_reach_their_own_gradients(loaded, encoded):
     gradient = p.grad.clone()
     p.grad = None
     logits = loaded.model(input_ids=batch.input_ids).logits[0, :-1]
-    wanted = batch.labels[0, 1:] != IGNORE_INDEX
-    plain = torch.nn.functional.cross_entropy(logits[wanted], batch.labels[0, 1:][wanted], reduction="none")
+    labels = torch.tensor(labels_of(e, "answer"))
+    wanted = labels[1:] != IGNORE_INDEX
+    assert batch.targets.tolist() == labels[1:][wanted].tolist()
+    plain = torch.nn.functional.cross_entropy(logits[wanted], labels[1:][wanted], reduction="none")
     (plain * weights).sum().backward()
     torch.testing.assert_close(gradient, p.grad, atol=1e-5, rtol=1e-4)
 
@@ -344,7 +346,7 @@ def assert_packed_agrees(loaded, encoded, of_loss: float, of_gradient: float) ->
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_quantized_bases_are_trained_packed(tiny_model_folder, quantization):
     """A quantized product depends a little on its neighbours: the same within a percent, and it learns."""
-    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization), torch.device("cpu"))
     encoded = [encode_example(loaded.tokenizer, e, 256) for e in make_examples(16)]
     assert_packed_agrees(loaded, encoded, of_loss=1e-3, of_gradient=0.02)
     result = train_adapter(loaded, loaded.attach(DROPOUT, 0), encoded, DROPOUT, 0, 8)

@@ -102,7 +102,7 @@ def test_updates_are_those_of_whole_matrices(loaded):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_measuring_updates_leaves_a_quantized_base_as_it_was(tiny_model_folder, quantization):
-    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization), torch.device("cpu"))
     for evaluated_before in (False, True):
         before = loaded.logits_hash() if evaluated_before else None
         with torch.no_grad():
@@ -112,7 +112,7 @@ def test_measuring_updates_leaves_a_quantized_base_as_it_was(tiny_model_folder, 
         assert share > 0
         loaded.detach()
         assert before in {None, loaded.logits_hash()}
-    plain = load_model(ModelOptions(model=str(tiny_model_folder), quantization="none"))
+    plain = load_model(ModelOptions(model=str(tiny_model_folder), quantization="none"), torch.device("cpu"))
     weights = dict(plain.model.named_modules())
     for name, module in loaded.model.named_modules():
         if type(module).__name__ in {"Linear4bit", "Linear8bitLt"} and "lora" not in type(module).__module__:
@@ -207,7 +207,7 @@ def test_what_a_probe_changes_is_what_its_steps_change(loaded, tokenizer):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_learning_rate_zero_changes_nothing_of_a_quantized_base(tiny_model_folder, quantization):
-    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization))
+    loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization), torch.device("cpu"))
     row = features_of(loaded, make_records(10), learning_rate=0.0)
     for name in ("loss_decay_rate", "perplexity_change_rate", "catastrophic_forgetting", "avg_param_change"):
         assert row[name] == pytest.approx(0, abs=1e-6), name
