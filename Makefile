@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow test-mlflow check format clean
 
 demo: $(VENV)/.demo  ## the main job on the embedded model, questions and datasets
 	@$(BIN)/python -m raylora.batch --config configs/demo.yaml
@@ -14,6 +14,11 @@ test: $(VENV)/.dev  ## the tests, without those marked slow
 
 test-slow: $(VENV)/.dev  ## the tests marked slow
 	@$(BIN)/python -m pytest -q -m slow
+
+test-mlflow: $(VENV)/.dev  ## the tracker of MLflow against its real server, which has an environment of its own
+	@test -x $(VENV)-mlflow/bin/mlflow || { $(PYTHON) -m venv $(VENV)-mlflow && \
+		$(VENV)-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow; }
+	@RAYLORA_MLFLOW=$(CURDIR)/$(VENV)-mlflow/bin/mlflow $(BIN)/python -m pytest -q -m 'slow or not slow' tests/test_trackers.py
 
 check: $(VENV)/.dev  ## lint, format and types
 	@$(BIN)/ruff check .
@@ -26,7 +31,7 @@ format: $(VENV)/.dev
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "raylora needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
-	@echo "Setting up $(VENV), once: 2 GB of packages, a minute or two where the network is fast"
+	@echo "Setting up $(VENV), once: 2 to 6 GB of packages (most of it torch: more with CUDA), minutes where the network is fast"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -41,4 +46,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-mlflow build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,11 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from raylora.config import ModelOptions
+from raylora.files import cache_folder
 from raylora.model import LoadedModel, load_model, load_tokenizer
 from raylora.sources import quiet_libraries, resolve_model
+from raylora.store import write_atomically
 
 SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", "../shared/data"))
 SHAPES = {
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 49152, "max_position_embeddings": 2048,
+    },
     "llama3-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
@@ -32,27 +38,33 @@ SHAPES = {
 
 
 def load(name: str, quantization: str, shape: str | None) -> LoadedModel:
-    """A real model, or random weights of a shape (quantized as a real one would be, by way of a folder)."""
-    if shape is None:
-        return load_model(ModelOptions(model=name, quantization=quantization))
-    import tempfile
+    """A real model, or random weights of a shape, quantized as a real one would be."""
+    return load_model(ModelOptions(model=str(shape_folder(shape, name)) if shape else name, quantization=quantization))
 
+
+def shape_folder(shape: str, tokenizer_of: str = "demo") -> Path:
+    """A folder in the cache with random weights of a shape, in bfloat16, and somebody's tokenizer. Made once."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    folder = cache_folder() / "shapes" / shape
+    if (folder / "config.json").is_file():
+        return folder
     quiet_libraries()
-    tokenizer = load_tokenizer(resolve_model(name))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with device:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
-    torch.set_default_dtype(torch.float32)
-    if quantization == "none":
-        return LoadedModel(model.eval().requires_grad_(False), tokenizer, shape, "none")
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        del model
-        return load_model(ModelOptions(model=folder, quantization=quantization))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    def save(partial: Path) -> None:
+        model.save_pretrained(partial)
+        load_tokenizer(resolve_model(tokenizer_of)).save_pretrained(partial)
+
+    write_atomically(folder, save)
+    return folder
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -133,3 +145,9 @@ def report(title: str, rows: Sequence[dict[str, Any]], json_path: Path | None, e
         print(f"{key}: {value}")
     if json_path:
         json_path.write_text(json.dumps({"title": title, "machine": machine(), "rows": rows, **extra}, indent=1) + "\n")
+
+
+if __name__ == "__main__":  # python -m benchmarks.common SHAPE: where its model is
+    import sys
+
+    print(shape_folder(sys.argv[1]))

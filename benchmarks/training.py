@@ -168,7 +168,7 @@ def compare(loaded: LoadedModel, examples: list[EncodedExample], method: Method,
 def compare_adapters(
     loaded: LoadedModel, examples: list[EncodedExample], method: Method, options: argparse.Namespace
 ) -> None:
-    """``--adapters`` adapters on as many small datasets: one after another, and over the same passes."""
+    """``--adapters`` adapters on as many small datasets: one after another, over the same passes, and by TRL."""
     names = [f"adapter{i}" for i in range(options.adapters)]
     parts = [examples[i :: options.adapters] for i in range(options.adapters)]
 
@@ -185,7 +185,12 @@ def compare_adapters(
         for name in names:
             loaded.detach(name)
 
-    ways = {"one by one": one_by_one, "together": together}
+    ways: dict[str, Callable[[], Any]] = {"together": together, "one by one": one_by_one}
+    if "trl" in options.ways:
+        other = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source, loaded.quantization)
+        best = options.trl_way or fastest_of_trl(other, parts[0], method)
+        ways[f"TRL, {best}"] = lambda: [run_trl(other, part, method, best) for part in parts]
+    one_by_one()  # warm, and on a GPU it is known what a token takes
     taken: dict[str, list[common.Measured]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way, run in ways.items():
@@ -195,6 +200,7 @@ def compare_adapters(
         {
             "way": way,
             "seconds": min(m.seconds for m in runs),
+            "times together": min(m.seconds for m in runs) / min(m.seconds for m in taken["together"]),
             "tokens/s": num_tokens / min(m.seconds for m in runs),
             "peak GB": max(m.peak_bytes for m in runs) / 1e9,
         }
@@ -209,7 +215,7 @@ def compare_budgets(
     """Seconds and memory by the most tokens in a minibatch."""
     rows = []
     for budget in (int(b) for b in options.budgets.split(",")):
-        passes.CPU_TOKEN_BUDGET = passes.GPU_TOKEN_BUDGET = budget
+        passes.CPU_TOKEN_BUDGET = loaded.training_tokens = budget
         before = common.measure(lambda: None, loaded.device).peak_bytes
         measured = common.measure(lambda: run_raylora(loaded, examples, method), loaded.device)
         rows.append(

@@ -7,6 +7,7 @@
 #     squeue --me
 #     tail -f raylora-JOBID.out
 #     ssh -L 8265:localhost:8265 FIRST-NODE
+#     srun --jobid JOBID --overlap --pty bash
 #
 # All that follows the script's name goes to `python -m raylora.batch`. Submit the same again after the time limit: it
 # goes on where it was. The dashboard listens on localhost of the first node: forward it as above, open

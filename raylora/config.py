@@ -143,12 +143,16 @@ class RunOptions(BaseModel):
     )
     timeout: float | None = Field(None, gt=0, description="seconds after which an experiment is given up")
     limit: int | None = Field(None, ge=1, description="only the first N dataset files")
+    max_experiments: int | None = Field(None, ge=1, description="only the first N experiments, by --order or by size")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
     order: Path | None = Field(None, description="CSV that says what to run first, such as ranking.csv of raylora.rank")
+    price: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="price of a GPU-hour in your currency, for the report's costs"
+    )
     trackers: Annotated[tuple[TrackerName, ...], NoDecode] = Field(
         (), description="told of every row, separated by commas: mlflow, tensorboard, wandb"
     )
@@ -162,8 +166,10 @@ class RunOptions(BaseModel):
         if address and address.startswith("ray://"):
             host = address.removeprefix("ray://").partition(":")[0] or "HOST"
             raise ValueError(
-                f"a run must be on the cluster, not beside it: ray job submit --address http://{host}:8265 -- "
-                "python -m raylora.batch --address auto and the other options"
+                "a run must be on the cluster, not beside it: forward its dashboard "
+                f"(ssh -L 8265:localhost:8265 {host}), then "
+                "ray job submit --address http://localhost:8265 -- python -m raylora.batch --address auto and the "
+                "other options"
             )
         return address
 

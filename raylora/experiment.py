@@ -25,7 +25,7 @@ from raylora.estimate import check_fit_here
 from raylora.features.columns import FEATURE_NAMES
 from raylora.features.pipeline import extract_features
 from raylora.files import location
-from raylora.model import LoadedModel, adapter_hash
+from raylora.model import LoadedModel, adapter_hash, device_name
 from raylora.passes import Job, count_labels
 from raylora.plan import make_plan, method_of
 from raylora.records import (
@@ -58,10 +58,10 @@ RESULT_COLUMNS = (
     "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 BOOKKEEPING_COLUMNS = (
-    "model", "quantization", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size", "probe_steps",
-    "seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records", "token_budget",
-    "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds",
-    "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
+    "model", "quantization", "device", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size",
+    "probe_steps", "seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records",
+    "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds", "features_seconds",
+    "mmlu_seconds", "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -154,7 +154,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: Progress) ->
     stages = bench.config.stages
     progress("load", 0, 1)
     dataset = _load(bench, experiment)
-    values = _dataset_values(dataset)
+    values = _dataset_values(dataset) | {"device": device_name()}
     if "features" in stages:
         values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
     if "train" in stages:

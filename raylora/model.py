@@ -23,6 +23,11 @@ from raylora.records import UserError, digest
 from raylora.sources import has_only_pickles, one_line, quiet_libraries, resolve_model
 
 
+def device_name() -> str:
+    """What this process computes with: the GPU's name, or ``cpu``."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """float32 on a CPU (bfloat16 is 10 to 30 times slower there), bfloat16 on a GPU, float16 on an old one."""
     if device.type != "cuda":
@@ -76,6 +81,9 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     quiet_libraries()
     source = resolve_model(options.model)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # It plans anew, for tens of milliseconds, whenever a length is new: in packed rows nearly every one is.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = compute_dtype(device)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
     placement: dict[str, Any] = {"device_map": {"": device}}

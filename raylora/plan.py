@@ -85,6 +85,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     experiments.sort(key=lambda e: (-e.num_tokens * float(e.settings["num_epochs"]), e.experiment_id))
     if place := read_order(config.order):
         experiments.sort(key=lambda e: place.get(e.experiment_id, place.get(e.dataset, len(place))))
+    experiments = experiments[: config.max_experiments]
     return Plan(config, chunk, store, tuple(experiments), hashes, notes, estimator.misfit)
 
 

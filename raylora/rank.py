@@ -1,7 +1,7 @@
 """Which datasets of a chunk are worth training on? Features only, no training: a prediction for each, and an order.
 
     python -m raylora.rank --chunk chunk_002 --predictor results/predictor --budget 5
-    python -m raylora.batch --chunk chunk_002 --order results/chunk_002/ranking.csv --limit 5
+    python -m raylora.batch --chunk chunk_002 --order results/chunk_002/ranking.csv --max-experiments 5
 
 The features go to the folder of the chunk's results, as the batch command's do: it does not measure them again, given
 the same options. A predictor of dynamic features needs the probe (a training of a few steps, thrown away); for any
@@ -10,6 +10,7 @@ other the probe is left out. Writes ``ranking.csv`` there: rows in the order in 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,18 @@ def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
     return notes
 
 
+def _of_the_batch(argv: Sequence[str]) -> list[str]:
+    """Of this command's options those that the batch command has too."""
+    words, kept, own = list(argv), [], ("--predictor", "--budget", "--coverage", "--fresh", "--no-fresh")
+    while words:
+        word = words.pop(0)
+        if word.partition("=")[0] not in own:
+            kept.append(word)
+        elif "=" not in word and words and not words[0].startswith("--"):
+            words.pop(0)
+    return kept
+
+
 def main(argv: list[str]) -> int:
     console = Console(highlight=False)
     config = load_settings(RankConfig, argv, "python -m raylora.rank")
@@ -172,8 +185,9 @@ def main(argv: list[str]) -> int:
     plan.store.publish("ranking.csv")
     print_ranking(ranking, predictor.card["target"], console)
     console.print(f"Files: {path}", markup=False, soft_wrap=True)
-    limit = f" --limit {config.budget}" if config.budget else ""
-    console.print(f"Next: python -m raylora.batch --chunk {chunk} --order {path}{limit}", markup=False, soft_wrap=True)
+    limit = ["--max-experiments", str(config.budget)] if config.budget else []
+    words = ["python", "-m", "raylora.batch", *_of_the_batch(argv), "--order", str(path), *limit]
+    console.print(f"Next: {shlex.join(words)}", markup=False, soft_wrap=True)
     return 0 if (ranking["error"] == "").all() else 1
 
 

@@ -18,7 +18,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 OPENINGS = (*sorted((ROOT / "cluster").iterdir()), *sorted((ROOT / "configs").glob("*.yaml")))
 PROGRAMS = {
     ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "kubectl", "ls", "make", "mkdir", "mlflow",
-    "pip", "python", "ray", "rm", "sbatch", "squeue", "ssh", "tail", "tensorboard", "wget",
+    "pip", "python", "ray", "rm", "sbatch", "squeue", "srun", "ssh", "tail", "tensorboard", "wget",
 }  # fmt: skip
 """A block one of whose lines begins with one of these is a shell block: each of its lines is a command."""
 
@@ -53,6 +53,7 @@ RUN = {
         "python -m raylora.batch --chunk chunk_001 --dry-run",
         "python -m raylora.batch --chunk chunk_001",
         "python -m raylora.batch --config configs/llama3-8b-8bit.yaml --chunk chunk_001",
+        "python -m raylora.batch --config configs/qwen2.5-7b-4bit.yaml --chunk chunk_001",
         "python -m raylora.report results/chunk_001",
         "python -m raylora.predict fit results/chunk_001",
         "python -m raylora.predict fit results/chunk_001 --target accuracy_change",
@@ -60,7 +61,7 @@ RUN = {
         "python -m raylora.predict predict results/predictor results/chunk_001",
         "python -m raylora.rank --chunk chunk_002",
         "python -m raylora.rank --chunk chunk_002 --predictor results/predictor --budget 5",
-        "python -m raylora.batch --chunk chunk_002 --order results/chunk_002/ranking.csv --limit 5",
+        "python -m raylora.batch --chunk chunk_002 --order results/chunk_002/ranking.csv --max-experiments 5",
         "python -m raylora.experiment FILE --model demo --mmlu demo",
         "python -m raylora.mmlu --model M --adapter DIR --questions FILE",
         "python -m raylora.mmlu --model M --adapter DIR OTHER-DIR --questions FILE --num-fewshot 5",
@@ -69,8 +70,13 @@ RUN = {
         "python -m raylora.batch --chunk chunk_001 --mmlu own_test.json",
     ),
     "on a cluster": (
-        "ray job submit --address http://HEAD:8265 -- python -m raylora.batch --address auto --chunk chunk_001",
+        "export RAY_AUTH_MODE=token",
+        "ray get-auth-token",
+        "ray job submit --address http://localhost:8265 -- python -m raylora.batch --address auto --chunk chunk_001 "
+        "--model /shared/model --data-root /shared/data --mmlu /shared/mmlu/test_all_subjects.json "
+        "--output /shared/results",
         "python -m raylora.batch --chunk chunk_001 --address auto",
+        "python -m raylora.batch --config configs/many-gpus.yaml --chunk chunk_001 --address auto",
     ),
     "on an object store": (
         "python -m raylora.batch --chunk chunk_001 --data-root s3://bucket/data "
@@ -92,17 +98,17 @@ NOT_RUN = {
     "pip install": "would change the environment that the tests run in; its files and extras are checked",
     ". .venv/bin/activate": "the environment that make demo makes",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
-    "python -m raylora.batch --config configs/": "wants a model of the hub; one of them is run with a tiny model",
     "ray up": "starts machines",
     "ray down": "stops machines",
     "ray exec": "wants the machines of ray up",
     "ray attach": "wants the machines of ray up",
     "ray dashboard": "wants the machines of ray up",
-    "ray get-auth-token": "would write a token into the home folder",
+    "ray get-auth-token --generate": "would write a token into the home folder",
     "ray job submit --no-wait": "wants a cluster and a bucket of the user's; a like one is run locally",
     "python cluster/request_gpus.py": "tests/test_cluster_job.py runs it on a local cluster",
-    "export RAY_AUTH_MODE=token": "the local cluster of the tests has it",
-    "sbatch cluster/slurm.sh": "no SLURM here; its options are parsed",
+    "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN": "wants a secret of Kubernetes",
+    "sbatch cluster/slurm.sh": "no SLURM; tests/test_cluster_job.py runs the script, with programs in its place",
+    "srun": "no SLURM here",
     "squeue": "no SLURM here",
     "tail -f raylora-JOBID.out": "no SLURM here",
     "ssh -L": "no other machine here",

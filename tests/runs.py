@@ -29,8 +29,8 @@ from raylora.train import Step, TrainingMetrics, TrainingResult
 SOURCES = ("dolly", "alpaca", "oasst", "flan_cot", "sharegpt", "code_feedback", "math_steps", "wiki_qa", "pubmed_qa")
 VARIANTS = ("1k", "3k", "filtered", "dedup", "shuffled", "long", "short", "mixed")
 CAUSES = (
-    "train_data/{}.json: line 1, column 48211: the file breaks off within a string: write it again, or use --salvage",
-    "{}: its worker process died (killed, or out of memory); tried 2 times, see results/chunk_042/experiments/log.txt",
+    "train_data/{}.json: line 1, column 48211: the file breaks off here: get it again, or --salvage what is whole",
+    "{}: its worker process died: it crashed or was killed, perhaps for memory; tried 2 times, see experiments/log.txt",
     "{}: the loss became nan at step 41: lower --learning-rate",
 )
 

@@ -150,6 +150,14 @@ def test_pods_are_reached_with_the_token_and_from_inside_alone(name):
         assert "enableIngress" not in cluster["headGroupSpec"]
 
 
+OPENS_WITH = {
+    "ray up": ("ray up", "ray job submit", "ray dashboard", "ray attach", "ray down"),
+    "kuberay": ("kubectl port-forward", "auth_token", "kubectl exec", "8265"),
+    "slurm.sh": ("sbatch", "ssh -L 8265", "srun"),
+}
+"""Starting it, running on it, its dashboard, its token, a shell in it."""
+
+
 @pytest.mark.parametrize("name", [*RAY_UP, *KUBERAY, "slurm.sh"])
 def test_the_commands_at_the_top_are_those_that_exist(name):
     from ray.scripts.scripts import cli
@@ -168,6 +176,9 @@ def test_the_commands_at_the_top_are_those_that_exist(name):
             seen.add("raylora.batch")
         mentioned = [w for line in commands(name) for w in line if w.startswith("cluster/")]
         assert all((ROOT / w).is_file() for w in mentioned)
+    opening = " ".join(word for line in commands(name) for word in line)
+    for what in OPENS_WITH[name.partition("-")[0] if name not in RAY_UP else "ray up"]:
+        assert what in opening, what
     if name in RAY_UP:
         assert seen >= {"up", "attach", "dashboard", "down", "get-auth-token", "job", "raylora.batch"}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from tests.local_cluster import ROOT, TOKEN, LocalCluster, local_cluster, works_in
@@ -64,6 +68,43 @@ def test_a_client_connection_is_refused_with_what_to_do(cluster: LocalCluster, o
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "ray job submit" in done.stderr
+
+
+SRUN = """#!/bin/bash
+while [[ "$1" == --nodes* || "$1" == --ntasks* || "$1" == --nodelist* || "$1" == --overlap ]]; do shift; done
+exec "$@"
+"""
+
+
+def test_the_script_of_slurm_starts_a_cluster_runs_on_it_and_takes_it_away(options, tmp_path):
+    """On one node, with programs in the place of SLURM's own that do what these do there."""
+    folder = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho one\n"}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "TMPDIR": str(folder),
+        "RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "one", "SLURM_GPUS_ON_NODE": "1",
+    }  # fmt: skip
+    words = command(options)
+    try:
+        done = subprocess.run(
+            ["bash", ROOT / "cluster" / "slurm.sh", *words[words.index("raylora.batch") + 1 :]],
+            env=environment, cwd=folder, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        table = pd.read_csv(tmp_path / "results" / "chunk_1" / "results.csv")
+        assert list(table["status"]) == ["ok"] * 3
+        psutil.wait_procs(works_in(folder), 20)
+        assert not works_in(folder), "no process is left behind"
+    finally:
+        for process in works_in(folder):
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_asking_for_gpus_says_what_is_there(cluster: LocalCluster):

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from tests.docs_commands import ROOT, RUN
-from tests.local_cluster import local_cluster
+from tests.local_cluster import TOKEN, local_cluster
 from tests.objects import BUCKET, s3_server
 from tests.test_batch import write_dataset
 from tests.test_docs import apply_diffs, blocks, copy_of_the_code, write_question_set
@@ -155,22 +155,29 @@ def test_the_readmes_block_of_python_runs_beside_it(site):
 def test_a_run_on_a_cluster(tmp_path, tiny_model_folder, monkeypatch):
     lay_out(tmp_path, num_first=3)
     site = Site(tmp_path, tiny_model_folder)
-    # A job does not run where it was submitted: the environment of the cluster says where things are.
-    places = {"DATA_ROOT": DATA, "OUTPUT": "results", "MMLU": "mmlu_dataset/test_all_subjects.json"}
+    # The nodes of the cluster know that runs are to be short, and nothing of where things are.
     for name, value in site.environment.items():
         monkeypatch.setenv(name, value)
-    for name, place in places.items():
-        monkeypatch.setenv(f"RAYLORA_{name}", str(tmp_path / place))
-    monkeypatch.setenv("MODEL_NAME", str(tiny_model_folder))
-    submit, join = RUN["on a cluster"]
+    places = {
+        "/shared/model": tiny_model_folder,
+        "/shared/data": tmp_path / DATA,
+        "/shared/mmlu": tmp_path / "mmlu_dataset",
+    }
+    export, token, submit, join, grid = RUN["on a cluster"]
     with local_cluster() as cluster:
         site.environment = {**os.environ, **cluster.environment}
-        shown = site.run(submit.replace("http://HEAD:8265", cluster.dashboard))
+        site.run(export)
+        assert site.run(token).strip().endswith(TOKEN)
+        for place, here in {**places, "/shared/": f"{tmp_path}/"}.items():
+            submit = submit.replace(place, str(here))
+        shown = site.run(submit.replace("http://localhost:8265", cluster.dashboard))
         assert "succeeded" in shown
         site.environment["RAY_ADDRESS"] = cluster.gcs
-        site.run(join)
+        site.environment["MODEL_NAME"] = str(tiny_model_folder)
+        assert "worker" not in site.run(join), "the job's rows are done again"
+        site.run(grid)
     table = pd.read_csv(tmp_path / "results" / "chunk_001" / "results.csv")
-    assert list(table["status"]) == ["ok"] * 3
+    assert list(table["status"]) == ["ok"] * 12
 
 
 def test_a_run_on_an_object_store(tmp_path, tiny_model_folder, monkeypatch):

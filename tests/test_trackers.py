@@ -24,6 +24,7 @@ from raylora.experiment import ROW_COLUMNS
 from raylora.records import ResultRow, UserError
 from raylora.store import Store
 from raylora.trackers import check_trackers, points_of, settings_and_numbers, tracking
+from tests.test_batch import OPTIONS, command, write_dataset
 
 
 def make_row(name: str = "dolly", **values) -> ResultRow:
@@ -138,6 +139,29 @@ def test_wandb_writes_a_run_a_row_without_a_server(tmp_path, monkeypatch):
     rows = [make_row("a"), make_row("b", status="error", error="line 1")]
     assert track(make_plan(tmp_path, "wandb", rows), rows) == ""
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_trackers(tiny_model_folder, tmp_path):
+    """The command itself, with two trackers, of which neither needs a server."""
+    needs("tensorboard")
+    needs("wandb")
+    for name in ("one", "two"):
+        write_dataset(tmp_path / "data" / "chunk_1", name)
+    options = {**OPTIONS, "model": tiny_model_folder, "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    words = command(options, "--trackers", "tensorboard,wandb")
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    results = tmp_path / "out" / "chunk_1"
+    (folder,) = results.glob("tensorboard/one-*")
+    table = pd.read_csv(results / "results.csv").set_index("dataset")
+    found = EventAccumulator(str(folder)).Reload()
+    assert found.Scalars("overall_accuracy")[0].value == pytest.approx(table.loc["one", "overall_accuracy"])
+    assert len(found.Scalars("train/loss")) == table.loc["one", "num_train_steps"]
+    assert len(list(results.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
 @pytest.fixture

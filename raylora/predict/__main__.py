@@ -157,7 +157,10 @@ def print_card(card: dict[str, Any], console: Console, num_features: int | None 
     console.print(f"Held-out rows inside intervals of level {levels}", markup=False, soft_wrap=True)
     if "feature_groups" in card:
         console.print(_group_table(card["feature_groups"]))
-        console.print("(text, semantic and perplexity cost their seconds together: one pass makes them)", markup=False)
+        console.print(
+            "(semantic and perplexity cost their seconds together, those of text among them: one pass makes them)",
+            markup=False,
+        )
         console.print(_importance_table(card["importance"], num_features))
 
 

@@ -53,7 +53,7 @@ class Known:
     notes: list[str]
     """What was left out, and why."""
     seconds: dict[str, float]
-    """Mean seconds a dataset by ``static`` and ``probe``, where the table has them."""
+    """Mean seconds a dataset by ``text`` (part of ``static``), ``static`` and ``probe``, where the table has them."""
     base_models: list[str]
 
 
@@ -88,7 +88,7 @@ def known_from_table(
     outcome = numbers_of(good, [target], place)[target].to_numpy()
     seconds = {
         kind: float(pd.to_numeric(good[f"{kind}_seconds"], errors="coerce").mean())
-        for kind in ("static", "probe")
+        for kind in ("text", "static", "probe")
         if f"{kind}_seconds" in good and good[f"{kind}_seconds"].notna().any()
     }
     models = sorted({str(v) for v in good["model"].dropna()}) if "model" in good else []

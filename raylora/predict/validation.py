@@ -151,7 +151,8 @@ def _group_gains(
 ) -> dict[str, dict[str, Any]]:
     """Each group of features: RMSE without it and with it alone, the kind of model as chosen, and seconds a dataset.
 
-    ``static`` seconds are for text, semantic, perplexity and activations together: one pass makes them.
+    ``static`` seconds are for semantic, perplexity and activations together, which one pass makes, and for text, whose
+    own are known in newer tables.
     """
     columns = list(known.features.columns)
     groups = {name: [c for c in columns if group_of(c) == name] for name in GROUPS}
@@ -183,4 +184,6 @@ def _seconds(seconds: dict[str, float], group: str, columns: Sequence[str]) -> f
     """Mean seconds a dataset that a group costs: known where the table has them, 0 for hyperparameters."""
     if group == "hyperparameters":
         return 0.0
+    if group == "text" and "text" in seconds:
+        return seconds["text"]  # the one that no model is needed for
     return seconds.get("probe" if needs_probe(columns) else "static")

@@ -25,18 +25,28 @@ STAGES = {
     "training": "train_seconds",
     "MMLU": "mmlu_seconds",
 }
+AGAIN = "; then the same command with --retry-failed"
 MENDS = {
-    "out of memory": "lower --batch-size or --max-length, or quantize to 4 bits; then the same command with "
-    "--retry-failed",
-    "outofmemory": "lower --batch-size or --max-length, or quantize to 4 bits; then the same command with "
-    "--retry-failed",
-    "gave up after --timeout": "raise --timeout; then the same command with --retry-failed",
+    "ran out of memory": "fewer --num-workers, or a smaller --max-length" + AGAIN,
+    "outofmemoryerror": "one example does not fit: lower --max-length, or --quantization 4bit" + AGAIN,
+    "out of memory": "one example does not fit: lower --max-length, or --quantization 4bit" + AGAIN,
+    "gave up after --timeout": "raise --timeout" + AGAIN,
     "the loss became": "lower --learning-rate; the same command then runs it anew",
-    "its worker process died": "look at the end of its log; then the same command with --retry-failed",
-    "tried ": "look at the end of its log; then the same command with --retry-failed",
+    "cannot keep a large dataset": "make room, or set RAYLORA_CACHE; the same command tries it again",
+    "not what it was when the run began": "the same command runs it as it is now",
+    "the base model is not what it was": "the same command with --retry-failed; if it comes again, tell its authors",
+    "its worker process died": "look at the end of its log" + AGAIN,
+    "--target-modules": "give --target-modules names of the model's linear layers",
+    "--model": "mend it on the machine that the cause names; the same command tries it again",
     "no trained adapter": "add train to --stages",
     "no supervised token": "raise --max-length, or look at the dataset's answers",
+    "chat template refuses": "mend the dataset's roles, or take a model whose template knows them",
+    "breaks off": "get the file again, or --salvage its complete records; the same command then runs it anew",
+    "not utf-8": "save the file as UTF-8; the same command then runs it anew",
+    "records is valid": "give its records a known form (docs/datasets.md); the same command then runs it anew",
+    "tried ": "look at the end of its log" + AGAIN,
 }
+"""What to do, by what an error says; the first that is found in it. docs/troubleshooting.md says the same at length."""
 
 
 def ranking(run: Run) -> dict[str, Any]:
@@ -178,6 +188,8 @@ def costs(run: Run) -> dict[str, Any]:
     seconds["other"] = other
     machine = run.manifest.get("machine")
     gpus = machine.get("gpus") if isinstance(machine, dict) else None
+    if used := sorted(set(run.texts("device")) - {"", "cpu"}):
+        gpus = used  # a cluster's: the machine of the command may have none
     return {
         "stages": list(seconds.columns),
         "seconds": [seconds[stage].tolist() for stage in seconds.columns],

@@ -32,7 +32,8 @@ def write_report(root: Path, price: float | None = None) -> Path:
     """Write ``report.html`` into a run's folder.
 
     Args:
-        price: of an hour of a GPU, in the reader's currency; it can be set on the page too.
+        price: of an hour of a GPU, in the reader's currency (default: the run's own ``--price``); it can be set on
+            the page too.
 
     Raises:
         UserError: there is no table in the folder.
@@ -98,8 +99,14 @@ def page_data(run: Run, price: float | None) -> dict[str, Any]:
         "costs": findings.costs(run),
         "failures": findings.failures(run),
         "oddities": findings.oddities(run),
-        "price": price,
+        "price": price if price is not None else _price_of(run),
     }
+
+
+def _price_of(run: Run) -> float | None:
+    configuration = run.manifest.get("configuration")
+    price = configuration.get("price") if isinstance(configuration, dict) else None
+    return float(price) if isinstance(price, int | float) else None
 
 
 def plain(value: Any) -> Any:
