@@ -102,6 +102,22 @@ def run(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - started, (done.stdout.strip().splitlines() or [""])[-1]
 
 
+def compare_with_the_plan(results: Path) -> list[dict[str, float]]:
+    """Of each experiment: seconds and gigabytes that were estimated, and those that it took."""
+    import pandas as pd
+
+    (table,) = (pd.read_csv(path) for path in results.glob("*/results.csv"))
+    return [
+        {
+            "estimated seconds": round(row.estimated_seconds, 1),
+            "seconds": round(row.features_seconds + row.train_seconds + row.mmlu_seconds, 1),
+            "estimated peak GB": round(row.estimated_peak_memory_bytes / 1e9, 2),
+            "peak GB": round(row.peak_memory_bytes / 1e9, 2),
+        }
+        for row in table.itertuples()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -119,6 +135,7 @@ def main() -> None:
     files = sorted((common.SHARED / "chunk_001").resolve().iterdir())[: options.num_files]
     with tempfile.TemporaryDirectory() as folder:
         ours, _ = run(raylora_command(files, Path(folder), options))
+        planned = compare_with_the_plan(Path(folder) / "results")
     print(f"raylora: {ours:.1f} s", flush=True)
     theirs, stages = 0.0, []
     for file in files:
@@ -134,7 +151,8 @@ def main() -> None:
         f"{len(files)} experiments, {options.num_records} examples, {options.probe_steps} probe steps, "
         f"{options.num_questions} questions, {options.model}, {options.quantization}"
     )
-    common.report(title, rows, options.json, {"research code, seconds by stage": stages})
+    extra = {"raylora, as planned and as it went": planned, "research code, seconds by stage": stages}
+    common.report(title, rows, options.json, extra)
 
 
 if __name__ == "__main__":
