@@ -174,7 +174,7 @@ class Passes:
             try:
                 losses = self._backward_once(items)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or (self._checkpointing and len(self._running) == 1):
+                if not is_out_of_memory(error) or (self._checkpointing and len(self._running) <= 1):
                     raise
             if losses is None:  # only here is the memory of what failed free again
                 self._drop_gradients()
@@ -236,7 +236,7 @@ class Passes:
 
     def _num_tokens(self, part: list[_Item]) -> int:
         lengths = [self._length(item) for item in part]
-        return sum(lengths) if self.packed else len(lengths) * max(lengths)
+        return sum(lengths) if self.packed else len(lengths) * max(lengths, default=0)
 
     def _back_off(self) -> None:
         """Use less memory next time: halve a large minibatch, then checkpoint activations, then halve a small one."""
@@ -245,7 +245,7 @@ class Passes:
         if self._on_gpu:
             torch.cuda.empty_cache()
         tokens = self._num_tokens(self._running)
-        if not self._checkpointing and (tokens <= ENOUGH_TOKENS or len(self._running) == 1):
+        if not self._checkpointing and (tokens <= ENOUGH_TOKENS or len(self._running) <= 1):
             self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
             self._checkpointing = True
             return
