@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raylora.features.__main__ import COLUMNS
+from raylora.config import main_with_one_line_errors
+from raylora.features.__main__ import COLUMNS, main
 from raylora.features.columns import FEATURE_NAMES, describe_columns
 from tests.test_features import make_records
 
@@ -105,8 +106,10 @@ def test_the_command_describes_every_column():
         (["--sampl_size", "3"], "did you mean"),
     ],
 )
-def test_wrong_use_of_the_command_is_one_line(arguments, expected):
-    result = run_command(*arguments)
-    assert result.returncode == 2
-    assert expected in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_wrong_use_of_the_command_is_one_line(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_with_one_line_errors(main, arguments)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert len(told.strip().splitlines()) == 1

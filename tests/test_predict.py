@@ -16,6 +16,8 @@ import skops.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylora.config import main_with_one_line_errors
+from raylora.predict.__main__ import main as predict_main
 from raylora.predict.models import make_folds
 from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, load_predictor, trees_of
 from raylora.predict.tables import GROUPS, KNOWN_COLUMNS, columns_left_out, known_from_table, needs_probe
@@ -331,12 +333,14 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
         (["explain", "nowhere"], 2, "nowhere: no such predictor"),
     ],
 )
-def test_the_commands_help_and_mistakes(arguments, code, expected):
-    result = run_command(*arguments)
-    assert result.returncode == code
-    assert expected in (result.stdout if code == 0 else result.stderr)
+def test_the_commands_help_and_mistakes(arguments, code, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_with_one_line_errors(predict_main, arguments)
+    assert (stop.value.code or 0) == code
+    shown = capsys.readouterr()
+    assert expected in (shown.out if code == 0 else shown.err)
     if code:
-        assert len(result.stderr.strip().splitlines()) == 1
+        assert len(shown.err.strip().splitlines()) == 1
 
 
 @pytest.mark.slow

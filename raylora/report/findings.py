@@ -35,6 +35,7 @@ MENDS = {
     "cannot keep a large dataset": "make room, or set RAYLORA_CACHE; the same command tries it again",
     "not what it was when the run began": "the same command runs it as it is now",
     "the base model is not what it was": "the same command with --retry-failed; if it comes again, tell its authors",
+    " is gone": "the same command with --retry-failed",
     "its worker process died": "look at the end of its log" + AGAIN,
     "--target-modules": "give --target-modules names of the model's linear layers",
     "--model": "mend it on the machine that the cause names; the same command tries it again",
