@@ -25,6 +25,8 @@ from raylora.store import Store
 log = logging.getLogger("raylora.foreman")
 
 MAX_ATTEMPTS = 2
+MAX_GIVEN_UP = 3
+"""So many experiments that no machine could do, before any was done, end the run: the next would fare no better."""
 MAX_MOVES = 10
 """Nodes that an experiment may lose before it counts as its own fault."""
 MOST_TOGETHER = 16
@@ -103,6 +105,7 @@ class Foreman:
         self._on_retry = on_retry
         self._config, self._store, self._crew, self._calls = config, store, crew, calls
         self._on_gpus = on_gpus
+        self._num_given_up, self._some_are_done = 0, False
         self._alone: set[str] = set()  # experiments whose adapters share no pass: something went wrong, or cannot
         self._at_work: dict[str, Experiment] = {}
         self._stopped = threading.Event()
@@ -146,8 +149,11 @@ class Foreman:
             try:
                 values = self._calls.run(member, experiment)
             except WorkerFailedError as error:
-                # Whatever happened, the process may be harmed: a leak, a half-attached adapter, a lost GPU context.
-                self._crew.lost(member)
+                if isinstance(error, MachineFailedError):
+                    self._crew.give_back(member, well=False)
+                else:
+                    # Whatever happened, the process may be harmed: a leak, a half-attached adapter, a lost GPU context.
+                    self._crew.lost(member)
                 self._alone.add(experiment.experiment_id)
                 num_moves += isinstance(error, NodeLostError)
                 only_machines &= isinstance(error, MachineFailedError)
@@ -159,6 +165,7 @@ class Foreman:
             finally:
                 self._at_work.pop(experiment.experiment_id, None)
             self._crew.give_back(member)
+            self._some_are_done = True
             return self._finish(experiment, values, failures)
         self._crew.acquit([place for place, _ in failures], experiment.experiment_id)
         return self._give_up(experiment, failures[-1][1], for_now=only_machines)
@@ -214,7 +221,14 @@ class Foreman:
         return values
 
     def _give_up(self, experiment: Experiment, cause: str, for_now: bool) -> dict[str, Any]:
-        """An error row. ``for_now``: the next run tries again, as the machines may be mended by then."""
+        """An error row. ``for_now``: the next run tries again, as the machines may be mended by then.
+
+        Raises:
+            CannotGoOnError: nothing has gone well so far, and machines were to blame each time.
+        """
+        self._num_given_up += for_now
+        if for_now and self._num_given_up >= MAX_GIVEN_UP and not self._some_are_done:
+            raise CannotGoOnError(cause)
         from raylora.experiment import error_row  # seconds and half a GB, which a supervisor seldom needs
 
         text = f"{experiment.dataset}: {cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"

@@ -87,6 +87,20 @@ def test_what_machines_are_to_blame_for_is_tried_elsewhere_and_again_by_the_next
     foreman.close()
 
 
+def test_what_no_machine_can_do_for_anyone_ends_the_run(tmp_path):
+    told: list[str] = []
+
+    def run(member, experiment):
+        raise MachineFailedError("--model x: cannot be loaded: damaged")
+
+    foreman = make_foreman(tmp_path, run, make_crew(told), told)
+    for name in ("one", "two"):
+        assert foreman.run(make_experiment(name), 0)["status"] == "error"
+    with pytest.raises(CannotGoOnError, match="cannot be loaded: damaged"):
+        foreman.run(make_experiment("three"), 0)
+    foreman.close()
+
+
 def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
     told: list[str] = []
 
