@@ -67,7 +67,7 @@ def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder,
     csv = tmp_path / "deep" / "features.csv"
     arguments = [
         "--data_folder", str(folder), "--model_path", str(tiny_model_folder), "--output_csv", str(csv), "--limit", "8",
-        "--sample_size", "40", "--probe_steps", "20", "--quantization", "none", "--output", str(tmp_path / "out"),
+        "--sample_size", "40", "--probe_steps", "8", "--quantization", "none", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "raylora.features", *arguments], stdout=subprocess.DEVNULL)
     try:
