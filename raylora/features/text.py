@@ -252,9 +252,12 @@ class _Beginnings:
 
     def __init__(self, matrix: csr_matrix, rare: csr_matrix) -> None:
         self._num_words = matrix.shape[1]
-        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
-        self._keys = rows * self._num_words + matrix.indices
-        self._squares = np.concatenate([[0.0], np.cumsum(matrix.data.astype(np.float64) ** 2)])
+        # In place: these are the largest arrays of the search.
+        self._keys = np.repeat(np.arange(matrix.shape[0], dtype=np.int64) * self._num_words, np.diff(matrix.indptr))
+        self._keys += matrix.indices
+        self._squares = np.zeros(len(matrix.data) + 1)
+        np.multiply(matrix.data, matrix.data, out=self._squares[1:], dtype=np.float64)
+        np.cumsum(self._squares, out=self._squares)
         self._starts = matrix.indptr[:-1]
         self._borders = np.full(matrix.shape[0], self._num_words, dtype=np.int64)
         filled = np.diff(rare.indptr) > 0
