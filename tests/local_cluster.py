@@ -62,6 +62,23 @@ def free_ports(number: int) -> list[int]:
 @contextmanager
 def local_cluster(num_gpus: int = 1) -> Iterator[LocalCluster]:
     """A head and another node, each with so many logical GPUs."""
+    for attempt in range(3):
+        cluster = _cluster(num_gpus)
+        try:
+            started = cluster.__enter__()
+        except RuntimeError:  # somebody else was faster to take a port that was free a moment ago
+            if attempt == 2:
+                raise
+            continue
+        break
+    try:
+        yield started
+    finally:
+        cluster.__exit__(None, None, None)
+
+
+@contextmanager
+def _cluster(num_gpus: int) -> Iterator[LocalCluster]:
     # Short, as sockets of Ray lie in it; and not where others' ray.init() looks for a cluster to join.
     folder = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))
     token = folder / "token"
