@@ -62,19 +62,15 @@ def free_ports(number: int) -> list[int]:
 @contextmanager
 def local_cluster(num_gpus: int = 1) -> Iterator[LocalCluster]:
     """A head and another node, each with so many logical GPUs."""
-    for attempt in range(3):
-        cluster = _cluster(num_gpus)
-        try:
-            started = cluster.__enter__()
-        except RuntimeError:  # somebody else was faster to take a port that was free a moment ago
-            if attempt == 2:
-                raise
-            continue
-        break
-    try:
-        yield started
-    finally:
-        cluster.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        for attempt in range(3):
+            try:
+                cluster = stack.enter_context(_cluster(num_gpus))
+                break
+            except RuntimeError:  # somebody else was faster to take a port that was free a moment ago
+                if attempt == 2:
+                    raise
+        yield cluster
 
 
 @contextmanager
