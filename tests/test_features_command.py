@@ -15,7 +15,7 @@ import pytest
 from raylora.config import main_with_one_line_errors
 from raylora.features.__main__ import COLUMNS, main
 from raylora.features.columns import FEATURE_NAMES, describe_columns
-from tests.test_features import make_records
+from tests.feature_rows import make_records
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:

@@ -23,7 +23,7 @@ from raylora.losses import example_losses
 from raylora.model import _plain_weight, load_model
 from raylora.records import UserError
 from raylora.train import train_adapter
-from tests.test_features import features_of, make_records, token_losses
+from tests.feature_rows import features_of, make_records, token_losses
 from tests.tiny import make_model
 
 

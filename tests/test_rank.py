@@ -16,7 +16,7 @@ from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor
 from raylora.rank import order_by_expected_best, rank
 from raylora.records import UserError
-from tests.test_features import make_records
+from tests.feature_rows import make_records
 from tests.test_predict import TARGET, make_table
 
 CHEAP = ("dynamic",)
