@@ -68,13 +68,18 @@ class RayWorker(Worker):
 
     def __repr__(self) -> str:
         """Ray's dashboard shows it beside the name."""
-        return str(self.where())
+        return str(self._place())
 
     def where(self) -> Place:
+        """Raises MachineError where its GPU cannot be used."""
+        place = self._place()
+        if place.gpu:
+            check_gpu()
+        return place
+
+    def _place(self) -> Place:
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        if gpus:
-            check_gpu()
         return Place(socket.gethostname(), ",".join(map(str, gpus)), context.get_node_id())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,10 +34,26 @@ def make_crew(told: list[str], start=None, num_workers: int = 2) -> Crew:
     return Crew(start, lambda _: None, lambda: Survey(num_workers, frozenset({"node"})), told.append)
 
 
-def make_foreman(tmp_path, run, crew, told) -> Foreman:
+@contextlib.contextmanager
+def foreman_of(tmp_path, run, crew, told) -> Iterator[Foreman]:
     calls = Calls(run, lambda *_: 0, lambda *_: 0, set)
     config = load_config(model="demo", mmlu="demo", adapters_a_pass=1)
-    return Foreman(config, Store(tmp_path), crew, calls, on_gpus=True, on_retry=told.append)
+    foreman = Foreman(config, Store(tmp_path), crew, calls, on_gpus=True, on_retry=told.append)
+    try:
+        yield foreman
+    finally:
+        foreman.close()
+
+
+def failing(error: Exception, seen: list[Place] | None = None):
+    """A worker's way of running experiments: it fails, wherever it is."""
+
+    def run(member, experiment):
+        if seen is not None:
+            seen.append(member.place)
+        raise error
+
+    return run
 
 
 def test_workers_that_never_start_end_the_run_with_the_cause(tmp_path, monkeypatch):
@@ -45,13 +63,12 @@ def test_workers_that_never_start_end_the_run_with_the_cause(tmp_path, monkeypat
     def start():
         raise ImportError("No module named 'torch'")
 
-    foreman = make_foreman(tmp_path, lambda *_: {}, make_crew(told, start), told)
-    started = time.monotonic()
-    with pytest.raises(CannotGoOnError, match=r"no worker starts, \d+ did not: No module named 'torch'"):
-        foreman.run(make_experiment("one"), 0)
-    assert time.monotonic() - started < 30
+    with foreman_of(tmp_path, lambda *_: {}, make_crew(told, start), told) as foreman:
+        started = time.monotonic()
+        with pytest.raises(CannotGoOnError, match=r"no worker starts, \d+ did not: No module named 'torch'"):
+            foreman.run(make_experiment("one"), 0)
+        assert time.monotonic() - started < 30
     assert told == ["a worker did not start, and another one is tried: No module named 'torch'"]
-    foreman.close()
 
 
 def test_a_worker_that_starts_at_the_second_try_is_enough(tmp_path, monkeypatch):
@@ -63,55 +80,39 @@ def test_a_worker_that_starts_at_the_second_try_is_enough(tmp_path, monkeypatch)
             raise RuntimeError("not yet")
         return Member(object(), PLACES[0])
 
-    foreman = make_foreman(tmp_path, lambda *_: {"status": "ok"}, make_crew(told, start, 1), told)
-    assert foreman.run(make_experiment("one"), 0) == {"status": "ok"}
+    with foreman_of(tmp_path, lambda *_: {"status": "ok"}, make_crew(told, start, 1), told) as foreman:
+        assert foreman.run(make_experiment("one"), 0) == {"status": "ok"}
     assert len(told) == 1
-    foreman.close()
 
 
 def test_what_machines_are_to_blame_for_is_tried_elsewhere_and_again_by_the_next_run(tmp_path):
     told: list[str] = []
     seen: list[Place] = []
-
-    def run(member, experiment):
-        seen.append(member.place)
-        raise MachineFailedError("--model /models/llama: no such folder")
-
-    foreman = make_foreman(tmp_path, run, make_crew(told), told)
-    one = make_experiment("one")
-    values = foreman.run(one, 0)
+    one, error = make_experiment("one"), MachineFailedError("--model /models/llama: no such folder")
+    with foreman_of(tmp_path, failing(error, seen), make_crew(told), told) as foreman:
+        values = foreman.run(one, 0)
     assert values["status"] == "error"
     assert "no such folder; tried 2 times" in values["error"]
     assert set(seen) == set(PLACES), "it was not tried on the other GPU"
     assert Store(tmp_path).read_row(one) is None
-    foreman.close()
 
 
 def test_what_no_machine_can_do_for_anyone_ends_the_run(tmp_path):
     told: list[str] = []
-
-    def run(member, experiment):
-        raise MachineFailedError("--model x: cannot be loaded: damaged")
-
-    foreman = make_foreman(tmp_path, run, make_crew(told), told)
-    for name in ("one", "two"):
-        assert foreman.run(make_experiment(name), 0)["status"] == "error"
-    with pytest.raises(CannotGoOnError, match="cannot be loaded: damaged"):
-        foreman.run(make_experiment("three"), 0)
-    foreman.close()
+    error = MachineFailedError("--model x: cannot be loaded: damaged")
+    with foreman_of(tmp_path, failing(error), make_crew(told), told) as foreman:
+        for name in ("one", "two"):
+            assert foreman.run(make_experiment(name), 0)["status"] == "error"
+        with pytest.raises(CannotGoOnError, match="cannot be loaded: damaged"):
+            foreman.run(make_experiment("three"), 0)
 
 
 def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
     told: list[str] = []
-
-    def run(member, experiment):
-        raise WorkerFailedError("its worker process died")
-
-    foreman = make_foreman(tmp_path, run, make_crew(told), told)
-    one = make_experiment("one")
-    assert foreman.run(one, 0)["status"] == "error"
+    one, error = make_experiment("one"), WorkerFailedError("its worker process died")
+    with foreman_of(tmp_path, failing(error), make_crew(told), told) as foreman:
+        assert foreman.run(one, 0)["status"] == "error"
     assert Store(tmp_path).read_row(one).values["num_attempts"] == 2
-    foreman.close()
 
 
 def test_a_full_disk_is_known_by_whoever_says_it(tmp_path):
