@@ -201,6 +201,11 @@ def labels_of(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
     return [IGNORE_INDEX, *labels[1:]]
 
 
+def lengths_of(examples: Sequence[EncodedExample]) -> Sequence[int]:
+    """Tokens of each example; none is read from disk for it."""
+    return examples.lengths if isinstance(examples, StoredEncoded) else [len(e) for e in examples]
+
+
 def supervised_counts(examples: Sequence[EncodedExample], train_on: TrainOn) -> list[int]:
     """How many tokens of each example the loss looks at."""
     if isinstance(examples, StoredEncoded):

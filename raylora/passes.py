@@ -16,7 +16,15 @@ from typing import NamedTuple, Protocol
 import torch
 
 from raylora.config import GPU_TOKEN_BUDGET, Method
-from raylora.encoding import EncodedExample, batches_by_budget, labels_of, pad_token_of, send, supervised_counts
+from raylora.encoding import (
+    EncodedExample,
+    batches_by_budget,
+    labels_of,
+    lengths_of,
+    pad_token_of,
+    send,
+    supervised_counts,
+)
 from raylora.lora import AdapterPasses, Span, mix
 from raylora.losses import head_is_plain, token_losses
 from raylora.model import LoadedModel, is_out_of_memory
@@ -140,7 +148,7 @@ class Passes:
         self._on_gpu = loaded.device.type == "cuda"
         self.token_budget = (loaded.training_tokens or ENOUGH_TOKENS) if self._on_gpu else CPU_TOKEN_BUDGET
         self.num_backoffs = self.fullest = self._most_tokens = 0
-        longest = max(len(e) for job in self.jobs for e in job.examples)
+        longest = max(n for job in self.jobs for n in lengths_of(job.examples))
         self.packed = longest <= window_of(loaded.model) and loaded.allows(can_pack)
         if not self.packed:
             log.info("minibatches are padded: this model's attention cannot be run in blocks")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from raylora.config import Method
-from raylora.encoding import EncodedExample
+from raylora.encoding import EncodedExample, lengths_of
 from raylora.model import LoadedModel, peak_memory_bytes
 from raylora.packed import packed_linears
 from raylora.passes import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, Job, Observer, Passes, Step, StepGradient, count_labels
@@ -100,7 +100,7 @@ def count_steps(num_examples: int, method: Method) -> int:
 def count_tokens(job: Job, num_steps: int) -> float:
     """Tokens that go through the model in so many steps, about."""
     per_step = min(job.method.batch_size * job.method.gradient_accumulation, len(job.examples))
-    return num_steps * per_step * sum(map(len, job.examples)) / len(job.examples)
+    return num_steps * per_step * sum(lengths_of(job.examples)) / len(job.examples)
 
 
 def train_adapter(
@@ -152,8 +152,7 @@ def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
     """
     if loaded.device.type != "cuda":
         return 1
-    per_step = job.method.batch_size * job.method.gradient_accumulation
-    tokens = min(per_step, len(job.examples)) * sum(map(len, job.examples)) / len(job.examples)
+    tokens = count_tokens(job, num_steps=1)
     free, _ = torch.cuda.mem_get_info(loaded.device)
     fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
     return max(1, min(int((loaded.training_tokens or ENOUGH_TOKENS) / tokens), int(fitting)))
