@@ -64,10 +64,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def partial_of(path: Path) -> Path:
+    """A temporary name beside ``path``; what is left under one is thrown away by the next run."""
+    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` makes a file or folder under a temporary name beside ``path``, which then takes its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
+    partial = partial_of(path)
     try:
         write(partial)
         if partial.is_dir() and path.is_dir():

@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylora.store import PARTIAL, read_json, write_text
+from raylora.store import partial_of, read_json, write_text
 
 OWNER = "owner"
 
@@ -122,6 +121,5 @@ class Journal:
     def remove(self) -> None:
         """The score is stored. Out of the helpers' way first: what they write goes nowhere."""
         if self.folder and self.folder.is_dir():
-            aside = self.folder.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{self.folder.name}")
-            self.folder.rename(aside)
+            aside = self.folder.rename(partial_of(self.folder))
             shutil.rmtree(aside, ignore_errors=True)
