@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace) -> None:
     method = Method(max_length=STATIC_WIDTH, lora_dropout=0.0, batch_size=options.batch_size)
     sample = sample_examples(dataset.examples, options.sample_size, dataset.seed)
     encoded = [encode_example(loaded.tokenizer, e, STATIC_WIDTH) for e in sample]
-    budget = 8192 if loaded.device.type == "cuda" else 512
+    budget = loaded.feature_token_budget
     feature_options = FeatureOptions(sample_size=options.sample_size, probe_steps=options.steps)
     ways = {
         "raylora": lambda: extract_features(loaded, dataset, method, feature_options, budget, 0),

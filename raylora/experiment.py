@@ -121,11 +121,6 @@ class Workbench(mmlu.Examiner):
         if now != self._base_hash and now == self.loaded.logits_hash():
             raise BaseChangedError("the base model is not what it was when it was loaded")
 
-    @property
-    def feature_token_budget(self) -> int:
-        """Padded tokens in a batch. On a CPU small ones are faster: they stay in its caches (benchmarks/NOTES.md)."""
-        return 8192 if self.loaded.device.type == "cuda" else 512
-
 
 def run_experiment(bench: Workbench, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
     """Run what of an experiment is not done yet, and store its row.
@@ -200,8 +195,8 @@ def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[
 def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:
     config = bench.config
     options = FeatureOptions(**config.settings_of(FeatureOptions))
-    method = method_of(experiment)
-    return extract_features(bench.loaded, dataset, method, options, bench.feature_token_budget, config.seed, progress)
+    loaded, method = bench.loaded, method_of(experiment)
+    return extract_features(loaded, dataset, method, options, loaded.feature_token_budget, config.seed, progress)
 
 
 def _train(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: Progress) -> dict[str, Any]:

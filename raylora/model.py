@@ -146,6 +146,11 @@ class LoadedModel:
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 
+    @property
+    def feature_token_budget(self) -> int:
+        """Padded tokens in a batch. On a CPU small ones are faster: they stay in its caches (benchmarks/NOTES.md)."""
+        return 8192 if self.device.type == "cuda" else 512
+
     def attach(self, method: Method, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
         """A fresh adapter, active and trainable; its parameters, in a fixed order.
 

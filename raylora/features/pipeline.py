@@ -77,8 +77,8 @@ class FeatureExtractionPipeline(OfLoadedModel):
         options = FeatureOptions(sample_size=sample_size, probe_steps=probe_steps if enable_dynamic_probes else 0)
         known = as_dataset(dataset)
         with borrowed(self.model, self.tokenizer) as loaded:
-            budget = 8192 if loaded.device.type == "cuda" else 512
-            return extract_features(loaded, known, hyperparams.method(batch_size), options, budget, seed=0)
+            method, budget = hyperparams.method(batch_size), loaded.feature_token_budget
+            return extract_features(loaded, known, method, options, budget, seed=0)
 
     def run_quick_pipeline(
         self,
