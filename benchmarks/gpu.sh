@@ -37,7 +37,7 @@ part adapters 55 "$PYTHON" -m benchmarks.training --shape "$SHAPE" --adapters 8 
     --trl-way padding-free --json "$OUT/adapters.json"
 part mmlu 60 "$PYTHON" -m benchmarks.mmlu --shape "$SHAPE" --num-questions 114 --batch-sizes 16 --rounds 1 \
     --json "$OUT/mmlu.json"
-part end-to-end 120 "$PYTHON" -m benchmarks.end_to_end --model "$("$PYTHON" -m benchmarks.common "$SHAPE")" \
+part end-to-end 120 "$PYTHON" -m benchmarks.end_to_end --model "$(tail -n 1 "$OUT/model.log")" \
     --json "$OUT/end-to-end.json"
 
 "$PYTHON" - "$OUT" <<'PY'

@@ -26,7 +26,7 @@ from raylora.model import compute_dtype, load_tokenizer
 from raylora.packed import MEMORY_SHARE
 from raylora.passes import CPU_TOKEN_BUDGET, ENOUGH_TOKENS
 from raylora.passes import MEMORY_SHARE as TRAINING_SHARE
-from raylora.records import Example, UserError
+from raylora.records import Example, Message, UserError
 from raylora.sources import resolve_model
 
 log = logging.getLogger("raylora")
@@ -235,7 +235,10 @@ def sizes_of(
     mean, longest = sum(lengths) / max(1, len(lengths)), max(lengths, default=0)
     seen = sum(map(count_chars, sample))
     if num_chars and seen:
-        mean = min(float(max_length), mean * (num_chars / num_examples) / (seen / len(lengths)))
+        # What the template puts around an example, however short it is, does not grow with its characters.
+        empty = min(mean, len(next(encode_each(tokenizer, [Example((Message("user", ""),), "", "")], max_length))))
+        growth = (num_chars / num_examples) / (seen / len(lengths))
+        mean = min(float(max_length), empty + (mean - empty) * growth)
         longest = max(longest, math.ceil(mean))
     return Sizes(num_examples, mean, longest)
 

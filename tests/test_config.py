@@ -119,6 +119,15 @@ def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(mon
     assert load_settings(FitConfig, [], "fit").folds == 5
 
 
+def test_a_bad_value_is_looked_for_where_it_stands(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_r: many\n")
+    with pytest.raises(UserError, match=rf"{file}: lora_r: .*got 'many'"):
+        load_config(["--config", str(file)])
+    with pytest.raises(UserError, match=r"--lora-r: .*got 'some'"):
+        load_config(["--config", str(file), "--lora-r", "some"])
+
+
 def test_ctrl_c_before_anything_runs_is_one_line(capsys):
     def main(argv):
         raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raylora import batch, estimate
 from raylora.config import ModelOptions, load_config
 from raylora.encoding import EncodedExample
+from raylora.examples import count_chars
 from raylora.model import load_model
 from raylora.passes import Job, Passes
 from raylora.plan import find_files, make_plan
@@ -133,6 +134,17 @@ def test_lengths_of_a_sample_stand_for_a_dataset():
     sizes = estimate.sizes_of(make_tokenizer(), sample, num_examples=300, max_length=64)
     assert sizes.longest == 64
     assert sizes.num_tokens == round(100 * sum(estimate.sizes_of(make_tokenizer(), [e], 1, 64).longest for e in sample))
+
+
+def test_a_sorted_files_first_examples_are_weighed_by_its_characters():
+    short, long = (Example((Message("user", "What is it?"),), "word " * n, "What is it?") for n in (3, 300))
+    first = [short] * 32
+    num_chars = sum(map(count_chars, [*first, *[long] * 32]))
+    sizes = estimate.sizes_of(make_tokenizer(), first, 64, 2048, num_chars)
+    true = sum(estimate.sizes_of(make_tokenizer(), [e], 1, 2048).longest for e in (short, long)) / 2
+    assert sizes.mean_tokens == pytest.approx(true, rel=0.25)
+    assert sizes.longest >= sizes.mean_tokens
+    assert estimate.sizes_of(make_tokenizer(), first, 64, 64, num_chars).mean_tokens == 64
 
 
 def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):

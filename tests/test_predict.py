@@ -21,7 +21,7 @@ from raylora.predict.__main__ import main as predict_main
 from raylora.predict.models import make_folds
 from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, load_predictor, trees_of
 from raylora.predict.tables import GROUPS, KNOWN_COLUMNS, columns_left_out, known_from_table, needs_probe
-from raylora.predict.validation import coverage_by_level, fit_predictor
+from raylora.predict.validation import _seconds, coverage_by_level, fit_predictor
 from raylora.records import UserError
 from raylora.results import read_table
 
@@ -44,6 +44,7 @@ def make_table(num_rows: int = 60, seed: int = 0, repeats: int = 1) -> pd.DataFr
             "semantic_diversity": np.repeat(random.normal(size=num_rows // repeats), repeats),
             "loss_stability": quality + noise(0.3),
             "learning_rate": random.choice([1e-4, 2e-4], size=num_rows),
+            "text_seconds": 0.25,
             "static_seconds": 2.0,
             "probe_seconds": 30.0,
             "train_loss": 0.4 + 0.05 * quality,
@@ -65,7 +66,8 @@ def test_a_predictor_beats_the_mean_and_says_what_each_group_costs():
     assert card["rmse"] == pytest.approx(np.sqrt(((held_out["measured"] - held_out["predicted"]) ** 2).mean()))
     groups = card["feature_groups"]
     seconds = {name: group["seconds"] for name, group in groups.items()}
-    assert seconds == {"text": 2.0, "semantic": 2.0, "perplexity": 2.0, "dynamic": 30.0, "hyperparameters": 0.0}
+    assert seconds == {"text": 0.25, "semantic": 2.0, "perplexity": 2.0, "dynamic": 30.0, "hyperparameters": 0.0}
+    assert _seconds({"static": 2.0}, "text", []) == 2.0, "older tables do not have the text's own"
     informed = {"approximate_duplicates", "base_model_perplexity", "loss_stability"}
     assert set(list(card["importance"])[:2]) <= informed
 

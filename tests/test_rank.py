@@ -14,7 +14,7 @@ from raylora.config import load_config
 from raylora.plan import find_files, make_plan, read_order
 from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor
-from raylora.rank import order_by_expected_best, rank
+from raylora.rank import _of_the_batch, order_by_expected_best, rank
 from raylora.records import UserError
 from tests.feature_rows import make_records
 from tests.test_predict import TARGET, make_table
@@ -83,6 +83,40 @@ def test_the_batch_takes_an_order_and_its_limit(tiny_model_folder, tmp_path):
     assert make_plan(plain, find_files(plain)[1], name).experiments[0].dataset == "set_3"
 
 
+def test_a_budget_is_of_experiments_and_not_of_files(tiny_model_folder, tmp_path):
+    folder = tmp_path / "chunk_002"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"set_{i}.json").write_text(json.dumps(make_records(3, seed=i)))
+    options = {"chunk": "chunk_002", "data_root": tmp_path, "model": str(tiny_model_folder), "stages": "train"}
+    options |= {"output": tmp_path / "out", "grid": {"lora_r": [2, 4, 8]}}
+    config = load_config(**options)
+    _, files = find_files(config)
+    every = [e.experiment_id for e in make_plan(config, files, "chunk_002").experiments]
+    assert len(every) == 6
+    order = tmp_path / "ranking.csv"
+    order.write_text("dataset,experiment_id\n" + "".join(f"x,{name}\n" for name in every[::-1]))
+    chosen = make_plan(load_config(**options, order=order, max_experiments=2), files, "chunk_002").experiments
+    assert [e.experiment_id for e in chosen] == every[:-3:-1]
+
+
+def test_the_next_command_has_the_users_own_options():
+    given = [
+        "--chunk",
+        "c",
+        "--predictor",
+        "p",
+        "--model=m x",
+        "--budget=3",
+        "--coverage",
+        "0.8",
+        "--fresh",
+        "--seed",
+        "1",
+    ]
+    assert _of_the_batch(given) == ["--chunk", "c", "--model=m x", "--seed", "1"]
+
+
 def test_an_order_names_experiments_of_a_grid(tmp_path):
     path = tmp_path / "o.csv"
     path.write_text("dataset,experiment_id\na,a-2\na,a-1\nb,b-1\n")
@@ -119,6 +153,9 @@ def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder
     assert first.returncode == 1, first.stdout + first.stderr
     assert "no probe is run" in first.stdout
     assert "FAILED broken" in first.stdout
+    following = next(line for line in first.stdout.splitlines() if line.startswith("Next: "))
+    assert f"--model {tiny_model_folder}" in following
+    assert following.endswith("--max-experiments 2")
     results = tmp_path / "out" / "chunk_002"
     ranking = pd.read_csv(results / "ranking.csv")
     assert set(ranking["dataset"]) == {"set_0", "set_1", "set_2", "broken"}

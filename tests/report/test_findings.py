@@ -19,6 +19,7 @@ from raylora.mmlu.statistics import compare
 from raylora.records import Score
 from raylora.report import findings
 from raylora.report.gather import Answers, Run, load_run, loss_curve
+from raylora.report.page import page_data
 from tests.runs import make_score, write_run
 
 
@@ -156,6 +157,17 @@ def test_every_failure_has_a_cause_and_a_mend(forty):
     assert len(found) == 3
     assert all(f["cause"] and f["mend"] for f in found)
     assert "file" in findings.mend_of("x.json: line 1: empty")
+
+
+def test_costs_name_the_gpus_that_were_used_and_the_runs_own_price(forty, tmp_path):
+    run = load_run(forty)
+    assert page_data(run, None)["price"] is None
+    here = findings.costs(run)["gpus"]
+    run.table["device"] = ["NVIDIA A100"] * 3 + ["cpu"] * (len(run.table) - 3)
+    assert findings.costs(run)["gpus"] == ["NVIDIA A100"] != here
+    run.manifest["configuration"]["price"] = 2.5
+    assert page_data(run, None)["price"] == 2.5
+    assert page_data(run, 4.0)["price"] == 4.0
 
 
 def test_the_mends_of_the_page_are_those_of_the_documentation():
