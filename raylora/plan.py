@@ -10,10 +10,9 @@ from typing import Any
 import pandas as pd
 
 from raylora import datasets, mmlu
-from raylora.config import DEMO, Config, FeatureOptions, Method
+from raylora.config import Config, FeatureOptions, Method
 from raylora.estimate import Estimator
 from raylora.files import reading
-from raylora.mmlu.examine import find_questions
 from raylora.model import check_window
 from raylora.records import Experiment, ResultRow, UserError, digest
 from raylora.remote_store import store_at
@@ -75,9 +74,6 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     notes: list[str] = []
     if "mmlu" in config.stages:
         asked = mmlu.load_question_set(config)
-        if config.mmlu != DEMO and "://" not in (config.mmlu or ""):
-            # Workers on a cluster work in another folder than the command.
-            config = config.model_copy(update={"mmlu": str(find_questions(config))})
         notes = asked.notes
         hashes["questions"] = asked.hash
         of_questions = mmlu.questions_key(config, asked)

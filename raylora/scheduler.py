@@ -23,6 +23,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -103,9 +104,10 @@ class Supervisor:
         board: Any,
         resources: dict[str, Any],
         num_experiments: int,
+        folder: str,
     ) -> None:
         self._make_bench, self._config, self._store, self._board = make_bench, config, store, board
-        self._resources, self._num_experiments = resources, num_experiments
+        self._resources, self._num_experiments, self._folder = resources, num_experiments, folder
         self._numbers, self._namespace = itertools.count(), _new_namespace()
         self._meter = RunMeter(ray.util.metrics)
         self._finished: list[str] = []  # states of rows; appending needs no lock
@@ -159,7 +161,14 @@ class Supervisor:
             name=name, namespace=self._namespace, max_restarts=1, **self._resources
         )
         worker = actor.remote(
-            self._make_bench, self._config, self._store, self._board, number, self._num_threads, name=name
+            self._make_bench,
+            self._config,
+            self._store,
+            self._board,
+            number,
+            self._num_threads,
+            folder=self._folder,
+            name=name,
         )
         return Member(worker, ray.get(worker.where.remote()), number)
 
@@ -333,7 +342,7 @@ def _map_experiments(
     num_threads = min(len(items), MAX_THREADS)
     return ray.data.from_items(items, override_num_blocks=len(items)).map(
         Supervisor,
-        fn_constructor_args=(make_bench, config, store, board, _resources_of_a_worker(), len(items)),
+        fn_constructor_args=(make_bench, config, store, board, _resources_of_a_worker(), len(items), str(Path.cwd())),
         compute=ActorPoolStrategy(
             size=1,
             max_tasks_in_flight_per_actor=num_threads,

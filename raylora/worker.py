@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ class Worker:
     Args:
         make_bench: makes what experiments are run with, of the configuration and the store; a ``Workbench`` if None.
         board: a handle of the run's ``Board``.
+        folder: where the command was given, to which relative paths belong; where it is not there, they lead nowhere.
         name: what people see of it in titles and metrics.
         meter: counts what it does.
         show: takes the title of what it does now.
@@ -52,6 +54,7 @@ class Worker:
         number: int,
         num_threads: int,
         *,
+        folder: str,
         name: str,
         meter: WorkerMeter,
         show: Callable[[str], None],
@@ -62,6 +65,8 @@ class Worker:
         from raylora.experiment import Workbench
         from raylora.sources import quiet_libraries
 
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
         quiet_libraries()
         torch.set_num_threads(num_threads)
         self._bench = (make_bench or Workbench)(config, store)
