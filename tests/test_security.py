@@ -120,7 +120,8 @@ def test_pickled_weights_are_refused(tmp_path):
     assert load_model(ModelOptions(model=str(folder), quantization="none", allow_pickle=True)).logits_hash()
 
 
-def test_a_tokenizers_own_code_is_not_run(tmp_path):
+def test_a_tokenizers_own_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = save_model(tmp_path / "model")
     flag = tmp_path / "flag"
     (folder / "evil.py").write_text(f"open({str(flag)!r}, 'w')\nclass Evil: pass\n")
@@ -130,6 +131,9 @@ def test_a_tokenizers_own_code_is_not_run(tmp_path):
     with contextlib.suppress(UserError):
         load_tokenizer(str(folder))
     assert not flag.exists()
+    with contextlib.suppress(UserError):
+        load_tokenizer(str(folder), trust_remote_code=True)
+    assert flag.exists(), "nobody would have run it: the test shows nothing"
 
 
 def test_secrets_are_in_no_file(tiny_model_folder, tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import DATASETS, NUM_DATASETS, assert_equal_rows, wait_until_gone
+from tests.faults.runs import DATASETS, NUM_DATASETS, assert_equal_rows, processes_of, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 NUM_KILLS = 20
@@ -62,6 +62,7 @@ def test_a_driver_killed_with_a_ray_of_its_own_leaves_no_process(site, undisturb
 def test_ctrl_c_finishes_what_is_at_work_and_begins_nothing_new(shared_site, undisturbed):
     process = shared_site.start()
     shared_site.wait_for_rows(2)
+    assert processes_of(shared_site, of_a_run=True), "they are not known by their titles: none will be missed"
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
