@@ -5,13 +5,16 @@
 #     SHAPE=tiny ANYWHERE=1 benchmarks/gpu.sh     # a look at the script itself, without a GPU
 #
 # Models are random weights of a shape; the tokenizer is the demo's. Real files are taken from RAYLORA_SHARED_DATA or
-# ../shared/data. A part that fails or runs over its time is a line of the table, and costs no other part.
+# ../shared/data. A part that fails or runs over its time costs no other part: the table says so, and shows the end of
+# what it printed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 OUT=${1:-gpu_results}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SHAPE=${SHAPE:-llama3-8b}
+EXAMPLES=96 ADAPTERS=8 SMALL_DATASETS=256 EXPERIMENT=()
+[ "${ANYWHERE:-}" ] && EXAMPLES=16 ADAPTERS=2 SMALL_DATASETS=8 EXPERIMENT=(--num-records 8 --probe-steps 1 --num-questions 57)
 mkdir -p "$OUT"
 [ "${ANYWHERE:-}" ] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no GPU that torch can use"; exit 1; }
 DEADLINE=$((SECONDS + 530))
@@ -31,14 +34,14 @@ part model 60 "$PYTHON" -m benchmarks.common "$SHAPE"
 part tests 75 "$PYTHON" -m pytest -q -m gpu tests
 for quantization in none 8bit 4bit; do
     part "training-$quantization" 65 "$PYTHON" -m benchmarks.training --shape "$SHAPE" --quantization "$quantization" \
-        --num-examples 96 --rounds 1 --json "$OUT/training-$quantization.json"
+        --num-examples "$EXAMPLES" --rounds 1 --json "$OUT/training-$quantization.json"
 done
-part adapters 55 "$PYTHON" -m benchmarks.training --shape "$SHAPE" --adapters 8 --num-examples 256 --rounds 1 \
+part adapters 55 "$PYTHON" -m benchmarks.training --shape "$SHAPE" --adapters "$ADAPTERS" --num-examples "$SMALL_DATASETS" --rounds 1 \
     --trl-way padding-free --json "$OUT/adapters.json"
 part mmlu 60 "$PYTHON" -m benchmarks.mmlu --shape "$SHAPE" --num-questions 114 --batch-sizes 16 --rounds 1 \
     --json "$OUT/mmlu.json"
 part end-to-end 120 "$PYTHON" -m benchmarks.end_to_end --model "$(tail -n 1 "$OUT/model.log")" \
-    --json "$OUT/end-to-end.json"
+    "${EXPERIMENT[@]}" --json "$OUT/end-to-end.json"
 
 "$PYTHON" - "$OUT" <<'PY'
 import json, sys
@@ -56,6 +59,9 @@ for file in sorted(folder.glob("*.json")):
     for row in result["rows"]:
         lines.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
     lines.append("")
+for log in sorted(folder.glob("*.log")):
+    if f"| {log.stem} | failed" in lines[2]:
+        lines += [f"## The end of {log.name}", "", "```", *log.read_text().splitlines()[-8:], "```", ""]
 (folder / "gpu_results.md").write_text("\n".join(lines))
 print("\n".join(lines))
 PY

@@ -75,6 +75,12 @@ def test_aws_workers_are_spot_machines_that_come_and_go():
     assert config["idle_timeout_minutes"] > 0
 
 
+def test_machines_of_ones_own_are_started_by_the_autoscaler_that_can():
+    """The newer one, Ray's default, adds nodes of a local provider again and again and starts none."""
+    (head,) = [line for line in load("own-machines.yaml")["head_start_ray_commands"] if "--head" in line]
+    assert "RAY_enable_autoscaler_v2=0" in head
+
+
 # Kubernetes
 
 
