@@ -7,6 +7,7 @@ value for each dataset: what Prometheus keeps must not grow with what is run.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ from typing import Any, Literal
 from raylora.tally import tally
 
 STATES = ("waiting", "running", "ok", "error")
+BARELY = sys.float_info.min
+"""What counters begin at, as Ray refuses a zero. Prometheus takes the first number that it finds for where a counter
+began: one that appeared with its first retry would never show that retry."""
 MAX_NAME = 48
 """Characters of a dataset's name in a title: the room for titles is that of the process's command line."""
 
@@ -74,6 +78,7 @@ class WorkerMeter:
         self._counters = [(m.make(instruments), field) for m, field in _COUNTED.items()]
         self._gpu_memory = GPU_MEMORY.make(instruments)
         self._waiting: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(_COUNTED.values(), 0.0))
+        self._stages: set[str] = set()
         self.begin()
 
     def begin(self) -> None:
@@ -82,6 +87,10 @@ class WorkerMeter:
 
     def worked(self, stage: str) -> None:
         """What was done since the last call, or the beginning, was for this stage."""
+        if stage not in self._stages:
+            self._stages.add(stage)
+            for counter, _ in self._counters:
+                counter.inc(BARELY, self._labels(stage))
         now, done = time.perf_counter(), tally - self._before
         for name, value in {**vars(done), "seconds": now - self._since}.items():
             self._waiting[stage][name] += value
@@ -92,10 +101,13 @@ class WorkerMeter:
         for stage, counts in self._waiting.items():
             for counter, name in self._counters:
                 if counts[name] > 0:  # Ray refuses a zero
-                    counter.inc(counts[name], {"worker": self._worker, "stage": stage})
+                    counter.inc(counts[name], self._labels(stage))
         self._waiting.clear()
         if (held := _gpu_memory_held()) is not None:
             self._gpu_memory.set(held, {"worker": self._worker})
+
+    def _labels(self, stage: str) -> dict[str, str]:
+        return {"worker": self._worker, "stage": stage}
 
 
 _COUNTED = {QUESTIONS: "questions", TOKENS: "supervised_tokens", BACKOFFS: "oom_backoffs", SECONDS: "seconds"}
@@ -113,6 +125,7 @@ class RunMeter:
 
     def __init__(self, instruments: Any) -> None:
         self._experiments, self._retries = EXPERIMENTS.make(instruments), RETRIES.make(instruments)
+        self._retries.inc(BARELY)
 
     def retried(self) -> None:
         self._retries.inc()

@@ -18,7 +18,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 OPENINGS = (*sorted((ROOT / "cluster").iterdir()), *sorted((ROOT / "configs").glob("*.yaml")))
 PROGRAMS = {
     ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "kubectl", "ls", "make", "mkdir", "mlflow",
-    "pip", "python", "ray", "rm", "sbatch", "squeue", "srun", "ssh", "tail", "tensorboard", "wget",
+    "pip", "prometheus", "python", "ray", "rm", "sbatch", "squeue", "srun", "ssh", "tail", "tensorboard", "wget",
 }  # fmt: skip
 """A block one of whose lines begins with one of these is a shell block: each of its lines is a command."""
 
@@ -83,6 +83,9 @@ RUN = {
         "--mmlu s3://bucket/mmlu/test_all_subjects.json --output s3://bucket/results",
     ),
     "a new stage": ("python -m raylora.experiment FILE --model demo --stages train,recall",),
+    # tests/test_monitoring.py, with the session's own folder in the place of the latest one's
+    "a run to watch": ("prometheus --config.file /tmp/ray/session_latest/metrics/prometheus/prometheus.yml",),
+    # tests/test_docs_run.py
     "a made-up run": ("python -m tests.runs FOLDER 40",),
     # tests/test_docs.py
     "a new question set": ("python -m raylora.mmlu --model demo --questions own_test.json --num-fewshot 1",),
@@ -98,7 +101,7 @@ NOT_RUN = {
     "pip install": "would change the environment that the tests run in; its files and extras are checked",
     ". .venv/bin/activate": "the environment that make demo makes",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
-    "ray up": "starts machines",
+    "ray up": "starts machines (by hand, on two of our own: benchmarks/NOTES.md)",
     "ray down": "stops machines",
     "ray exec": "wants the machines of ray up",
     "ray attach": "wants the machines of ray up",
@@ -107,7 +110,7 @@ NOT_RUN = {
     "ray job submit --no-wait": "wants a cluster and a bucket of the user's; a like one is run locally",
     "python cluster/request_gpus.py": "tests/test_cluster_job.py runs it on a local cluster",
     "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN": "wants a secret of Kubernetes",
-    "sbatch cluster/slurm.sh": "no SLURM; tests/test_cluster_job.py runs the script, with programs in its place",
+    "sbatch cluster/slurm.sh": "wants SLURM (by hand: benchmarks/NOTES.md); tests/test_cluster_job.py runs the script",
     "srun": "no SLURM here",
     "squeue": "no SLURM here",
     "tail -f raylora-JOBID.out": "no SLURM here",
