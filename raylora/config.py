@@ -285,6 +285,8 @@ def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overri
     argv = list(argv or [])
     yaml_path, argv = _take_config_option(argv)
     yaml_values = _read_yaml(yaml_path) if yaml_path else {}
+    _check_names(".env", _ModelNameDotEnv(settings), settings)
+    _check_names("the environment", _ModelNameEnv(settings), settings)
 
     class _Command(settings):  # type: ignore[valid-type, misc]
         model_config = SettingsConfigDict(cli_prog_name=prog)
@@ -347,6 +349,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected `option: value` lines, found a {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _check_names(place: str, source: EnvSettingsSource, settings: type[Settings]) -> None:
+    """Whether a variable with our prefix is nearly an option of ours: misspelt, it would change nothing, silently.
+
+    Raises:
+        UserError: one is. Others belong to another command, or to somebody else.
+    """
+    known = {*settings.model_fields, *Config.model_fields}
+    for variable in source.env_vars:
+        name = variable.removeprefix("raylora_")
+        if name != variable and name not in known and (close := difflib.get_close_matches(name, known, 1, 0.8)):
+            raise UserError(f"{variable.upper()} in {place}: no option; did you mean RAYLORA_{close[0].upper()}?")
 
 
 def _closest(settings: type[Settings], name: str) -> str:

@@ -108,6 +108,21 @@ def test_wrong_use_exits_with_2_and_no_traceback():
     assert result.stderr.count("\n") == 1
 
 
+def test_a_misspelt_variable_is_not_passed_over(monkeypatch, tmp_path):
+    """It would change nothing, and a night later nobody would know."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYLORA_CACHE", "x")
+    monkeypatch.setenv("RAYLORA_SOMETHING", "of somebody else")
+    assert load_config(chunk="chunk_001")
+    (tmp_path / ".env").write_text("RAYLORA_LERNING_RATE=1e-4\n")
+    with pytest.raises(UserError, match=r"RAYLORA_LERNING_RATE in \.env: .*did you mean RAYLORA_LEARNING_RATE\?"):
+        load_config(chunk="chunk_001")
+    (tmp_path / ".env").unlink()
+    monkeypatch.setenv("RAYLORA_MAX_SAMPLE", "5")
+    with pytest.raises(UserError, match=r"RAYLORA_MAX_SAMPLE in the environment: .*RAYLORA_MAX_SAMPLES\?"):
+        load_config(chunk="chunk_001")
+
+
 def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(monkeypatch, tmp_path):
     """``.env`` and MODEL_NAME are shared by all commands, also by those that load no model."""
     from raylora.config import load_settings
