@@ -21,7 +21,7 @@ import psutil
 import ray
 
 from benchmarks import common
-from raylora import batch
+from raylora import run
 from raylora.config import Config, load_config
 from raylora.crew import Crew, Member, Place, Survey
 from raylora.experiment import make_row
@@ -102,7 +102,7 @@ def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, flo
             for e in make_experiments(num_workers, 0.0)
         ]
         rows: dict[str, ResultRow] = {}
-        tables = batch._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
+        tables = run._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
         started = 0.0
         for row in run_experiments(config, store, [*warm, *experiments], make_bench=SleepingBench):
             name = row.values["experiment_id"]

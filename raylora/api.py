@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from raylora import datasets, mmlu
-from raylora.batch import run_plan
 from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
 from raylora.encoding import StoredEncoded, encode_each
 from raylora.experiment import Workbench
@@ -19,6 +18,7 @@ from raylora.model import LoadedModel, as_loaded, check_adapter, context_window,
 from raylora.plan import find_files, make_plan
 from raylora.records import Dataset, Example, UserError
 from raylora.results import load_results
+from raylora.run import run_plan
 from raylora.store import legacy_result
 from raylora.train import train_adapter
 

@@ -22,11 +22,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raylora.batch import StoppedError, run_pending
 from raylora.config import Config, load_settings, main_with_one_line_errors
 from raylora.plan import Plan, find_files, make_plan
 from raylora.predict.predictor import Predictor, load_predictor
 from raylora.records import Experiment, ResultRow, UserError
+from raylora.run import StoppedError, run_pending
 from raylora.store import write_atomically
 
 NUM_DRAWS = 4000

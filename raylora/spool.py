@@ -9,8 +9,8 @@ import threading
 from array import array
 from tempfile import SpooledTemporaryFile
 
+from raylora.files import cache_folder
 from raylora.records import UserError
-from raylora.sources import cache_folder
 
 MEMORY_BYTES = 16 << 20
 """More than this goes to disk."""

@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from raylora import mmlu
-from raylora.batch import PACKAGES, _version
 from raylora.config import Config, load_config
 from raylora.experiment import ROW_COLUMNS, _score_values, error_row, make_row
 from raylora.features.columns import COLUMNS
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
 from raylora.records import Experiment, ResultRow, Score, digest
+from raylora.run import PACKAGES, _version
 from raylora.store import Store, safe_name
 from raylora.train import Step, TrainingMetrics, TrainingResult
 

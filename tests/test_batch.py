@@ -22,6 +22,7 @@ from raylora import api, batch
 from raylora.config import load_config
 from raylora.plan import find_files, make_plan
 from raylora.records import UserError
+from raylora.run import run_plan
 
 NUM_RECORDS = 8
 OPTIONS = {
@@ -71,7 +72,7 @@ def run(options, **more):
     """The rows of a run in this process's Ray, by dataset."""
     config = load_config(**{**options, "chunk": "chunk_1", **more})
     chunk, files = find_files(config)
-    rows = batch.run_plan(make_plan(config, files, chunk), Console(quiet=True))
+    rows = run_plan(make_plan(config, files, chunk), Console(quiet=True))
     assert len({row.values["experiment_id"] for row in rows}) == len(rows)
     return {row.values["dataset"]: row.values for row in rows}
 
@@ -128,7 +129,7 @@ def test_a_row_is_in_the_tables_before_the_next_one_is_made(ray_with_gpus, optio
     def look(rows):
         seen.append((len(rows), sum(1 for _ in plan.store.root.glob("experiments/*/result.json"))))
 
-    batch.run_plan(plan, Console(quiet=True), look)
+    run_plan(plan, Console(quiet=True), look)
     assert (1, 1) in seen, "rows written to the tables, rows made"
 
 
@@ -172,7 +173,7 @@ def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_pa
     chunk, files = find_files(config)
     from rich.console import Console
 
-    rows = batch.run_plan(make_plan(config, files, chunk), Console(quiet=True))
+    rows = run_plan(make_plan(config, files, chunk), Console(quiet=True))
     assert {(r.values["lora_r"], r.values["num_epochs"]) for r in rows} == {(2, 1), (2, 2), (4, 1), (4, 2)}
     assert all(r.ok for r in rows)
     assert len({r.values["train_final_loss"] for r in rows}) == 4

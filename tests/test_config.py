@@ -108,6 +108,13 @@ def test_wrong_use_exits_with_2_and_no_traceback():
     assert result.stderr.count("\n") == 1
 
 
+def test_a_mistake_does_not_wait_for_torch():
+    """Nor does --help: what takes seconds to import comes after the options."""
+    code = "import sys, raylora.batch; sys.exit(' '.join({'torch', 'transformers', 'ray'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
 def test_a_misspelt_variable_is_not_passed_over(monkeypatch, tmp_path):
     """It would change nothing, and a night later nobody would know."""
     monkeypatch.chdir(tmp_path)

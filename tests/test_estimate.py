@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raylora import batch, estimate
+from raylora import estimate, run
 from raylora.config import ModelOptions, load_config
 from raylora.encoding import EncodedExample
 from raylora.examples import count_chars
@@ -161,7 +161,7 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     assert long.estimated_seconds > short.estimated_seconds > 0
     assert bad.estimated_seconds is None
     console = Console(width=200, file=io.StringIO(), record=True)
-    batch.print_plan(plan, console)
+    run.print_plan(plan, console)
     assert "for one worker, stages that are done not taken off" in console.export_text()
     with pytest.raises(UserError, match="fewer --num-workers"):
         make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk).check_fit()

@@ -16,7 +16,6 @@ from pathlib import Path
 from pydantic import Field
 from rich.console import Console
 
-from raylora.batch import StoppedError, run_plan
 from raylora.config import Config, Method, load_settings, main_with_one_line_errors
 from raylora.datasets import list_dataset_files
 from raylora.features.columns import COLUMNS as FEATURE_COLUMNS
@@ -24,6 +23,7 @@ from raylora.features.columns import RUN_COLUMNS, FeatureColumn, describe_column
 from raylora.files import Location, reading
 from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
+from raylora.run import StoppedError, run_plan
 from raylora.store import rows_to_table, write_atomically
 from raylora.watch import clock
 

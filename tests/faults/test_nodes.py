@@ -17,9 +17,10 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from raylora import batch, mmlu
+from raylora import mmlu
 from raylora.config import load_config
 from raylora.plan import find_files, make_plan
+from raylora.run import run_plan
 from tests.faults.runs import DATASETS, OPTIONS, still, write_chunk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -45,7 +46,7 @@ def run(cluster: Cluster, data: Path, results: Path, model: Path, shown: Console
     options = {**OPTIONS, "chunk": "chunk_1", "data_root": data, "output": results, "model": str(model), **more}
     config = load_config(**options)
     chunk, files = find_files(config)
-    rows = batch.run_plan(make_plan(config, files, chunk), shown)
+    rows = run_plan(make_plan(config, files, chunk), shown)
     return {row.values["dataset"]: row.values for row in rows}
 
 
