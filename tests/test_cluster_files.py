@@ -73,6 +73,9 @@ def test_aws_workers_are_spot_machines_that_come_and_go():
     assert gpu["min_workers"] == 0
     assert gpu["max_workers"] == config["max_workers"] > 0
     assert config["idle_timeout_minutes"] > 0
+    for node in config["available_node_types"].values():
+        disks = node["node_config"]["BlockDeviceMappings"]
+        assert all(disk["Ebs"]["DeleteOnTermination"] for disk in disks), "a disk costs as long as it is there"
 
 
 def test_machines_of_ones_own_are_started_by_the_autoscaler_that_can():
