@@ -11,7 +11,7 @@ from rich.console import Console
 from raylora import datasets, mmlu
 from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
 from raylora.encoding import StoredEncoded, encode_each
-from raylora.experiment import Workbench
+from raylora.experiment import Workbench, use_threads
 from raylora.experiment import run_experiment as run_planned_experiment
 from raylora.files import location
 from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
@@ -108,8 +108,11 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
         UserError: it cannot be run.
     """
     path = location(dataset_path)
-    config = load_config(**_given(max_samples=max_samples, **options))
+    config = _config(max_samples=max_samples, **options)
     plan = make_plan(config, [path], "single")
+    if len(plan.experiments) != 1:
+        raise UserError(f"grid: {len(plan.experiments)} experiments, and one is run here; use process_folder")
+    use_threads(config)
     with plan.store.held(config.fresh):
         bench = Workbench(config, plan.store)
         (experiment,) = plan.experiments
@@ -124,7 +127,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
 
 def process_folder(folder_name: str, max_samples: int | None = None, **options: Any) -> list[dict[str, Any]]:
     """All datasets of a chunk, on every GPU, as the batch command does it; a result for each, failed ones too."""
-    config = load_config(**_given(chunk=folder_name, max_samples=max_samples, **options))
+    config = _config(chunk=folder_name, max_samples=max_samples, **options)
     chunk, files = find_files(config)
     rows = run_plan(make_plan(config, files, chunk), Console(highlight=False))
     return [legacy_result(row) for row in rows]
@@ -191,6 +194,13 @@ def _evaluate(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str,
     encoded = mmlu.encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
     score = mmlu.evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
     return {**mmlu.summarize(score), "questions": score.questions}
+
+
+def _config(**options: Any) -> Config:
+    config = load_config(**_given(**options))
+    if config.dry_run:
+        raise UserError("dry_run: a plan is printed by the commands alone: python -m raylora.batch --dry-run")
+    return config
 
 
 def _given(**options: Any) -> dict[str, Any]:

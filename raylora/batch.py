@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     # Only here: torch and transformers take seconds to import, which a mistake and --help need not wait for.
     from raylora.plan import DEMO_CHUNK, find_files, make_plan
     from raylora.report import print_results
-    from raylora.run import StoppedError, print_plan, run_plan
+    from raylora.run import StoppedError, how_to_go_on, print_plan, run_plan
 
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int:
     try:
         rows = run_plan(plan, console)
     except (KeyboardInterrupt, StoppedError) as stop:
-        cause = str(stop) or "Stopped."
-        told = f"{cause} What is finished is kept: the same command goes on from here."
-        console.print(told, markup=False, soft_wrap=True)
+        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", markup=False, soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_results(rows, plan.store, console)
     if config.model == DEMO:

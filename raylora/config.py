@@ -10,7 +10,7 @@ import difflib
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -159,6 +159,12 @@ class RunOptions(BaseModel):
 
     _split = field_validator("stages", "trackers", mode="before")(split_commas)
 
+    @field_validator("chunk", mode="before")
+    @classmethod
+    def _take_numbers(cls, chunk: Any) -> Any:
+        """``chunk: 1`` in a YAML file is a number, and on the command line text."""
+        return str(chunk) if type(chunk) is int else chunk
+
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str | None) -> str | None:
@@ -285,8 +291,7 @@ def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overri
     argv = list(argv or [])
     yaml_path, argv = _take_config_option(argv)
     yaml_values = _read_yaml(yaml_path) if yaml_path else {}
-    _check_names(".env", _ModelNameDotEnv(settings), settings)
-    _check_names("the environment", _ModelNameEnv(settings), settings)
+    variables = _read_variables(settings)
 
     class _Command(settings):  # type: ignore[valid-type, misc]
         model_config = SettingsConfigDict(cli_prog_name=prog)
@@ -303,7 +308,7 @@ def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overri
     try:
         values = _Command(**overrides).model_dump()
     except ValidationError as error:
-        raise UserError(_explain(settings, error, yaml_path if _is_of(error, yaml_values, argv) else None)) from None
+        raise UserError(_explain(settings, error, _place_of(error, argv, variables, yaml_path, yaml_values))) from None
     except SettingsError as error:
         raise UserError(_explain_settings_error(settings, error)) from None
     return settings.model_construct(**values)
@@ -351,14 +356,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _check_names(place: str, source: EnvSettingsSource, settings: type[Settings]) -> None:
-    """Whether a variable with our prefix is nearly an option of ours: misspelt, it would change nothing, silently.
+def _read_variables(settings: type[Settings]) -> Mapping[str, Collection[str]]:
+    """The variables of ``.env`` and of the environment, in small letters, by where they stand; the strongest first.
 
     Raises:
-        UserError: one is. Others belong to another command, or to somebody else.
+        UserError: ``.env`` cannot be read, or a name is nearly one of ours: it would change nothing, silently.
     """
+    try:
+        dotenv = _ModelNameDotEnv(settings).env_vars
+    except UnicodeDecodeError as error:
+        raise UserError(f".env: not UTF-8 at byte {error.start}") from None
+    variables = {".env": dotenv, "the environment": _ModelNameEnv(settings).env_vars}
+    for place, names in variables.items():
+        _check_names(place, names, settings)
+    return variables
+
+
+def _check_names(place: str, variables: Collection[str], settings: type[Settings]) -> None:
+    """Variables with our prefix that are no options at all belong to another command, or to somebody else."""
     known = {*settings.model_fields, *Config.model_fields}
-    for variable in source.env_vars:
+    for variable in variables:
         name = variable.removeprefix("raylora_")
         if name != variable and name not in known and (close := difflib.get_close_matches(name, known, 1, 0.8)):
             raise UserError(f"{variable.upper()} in {place}: no option; did you mean RAYLORA_{close[0].upper()}?")
@@ -369,19 +386,28 @@ def _closest(settings: type[Settings], name: str) -> str:
     return f"did you mean {close[0]}?" if close else "see --help for what there is"
 
 
-def _is_of(error: ValidationError, yaml_values: dict[str, Any], argv: Sequence[str]) -> bool:
-    """Whether the value that does not fit stands in the YAML file: what the command line says is stronger."""
+def _place_of(
+    error: ValidationError,
+    argv: Sequence[str],
+    variables: Mapping[str, Collection[str]],
+    yaml_path: Path | None,
+    yaml_values: Mapping[str, Any],
+) -> str:
+    """Where the value that does not fit stands, in the order of what is stronger; nothing for the command line."""
     name = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
-    flag = "--" + name.replace("_", "-")
-    return name in yaml_values and not any(word.partition("=")[0] == flag for word in argv)
+    if any(word.partition("=")[0] == "--" + name.replace("_", "-") for word in argv):
+        return ""
+    given = [place for place, names in variables.items() if f"raylora_{name}" in names]
+    return given[0] if given else str(yaml_path) if name in yaml_values else ""
 
 
-def _explain(settings: type[Settings], error: ValidationError, yaml_path: Path | None) -> str:
+def _explain(settings: type[Settings], error: ValidationError, place: str) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "extra_forbidden":
-        return f"unknown option {name}{f' in {yaml_path}' if yaml_path else ''}: {_closest(settings, name)}"
-    flag = f"{yaml_path}: {name}" if yaml_path else "--" + name.replace("_", "-")
+        return f"unknown option {name}{f' in {place}' if place else ''}: {_closest(settings, name)}"
+    in_variable = place in {".env", "the environment"}
+    flag = f"{place}: {f'RAYLORA_{name.upper()}' if in_variable else name}" if place else "--" + name.replace("_", "-")
     message = first["msg"].removeprefix("Value error, ")
     given = without_secrets(str(first["input"]))[:80]
     return " ".join(f"{flag}: {message[0].lower() + message[1:]}, got {given!r}".split())

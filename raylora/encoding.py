@@ -19,6 +19,7 @@ from raylora.records import Example, Message, UserError
 from raylora.spool import Spool
 
 IGNORE_INDEX = -100
+ANOTHER_ANSWER = "Another answer stands here."
 ENCODED_TOGETHER = 512
 """Examples tokenised together."""
 T = TypeVar("T")
@@ -93,7 +94,15 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prom
         if dicts and dicts[0]["role"] == "system" and len(dicts) > 1:
             merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
             return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt)
-        raise UserError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+        raise UserError(
+            f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; mend "
+            "or remove it"
+        ) from error
+
+
+def _shortened(messages: Sequence[dict[str, str]]) -> str:
+    said = [f"{m['role']}: {' '.join(m['content'].split())[:40]}" for m in messages[-2:]]
+    return repr(" / ".join(said))
 
 
 def encode_example(tokenizer: Any, example: Example, max_length: int) -> EncodedExample:
@@ -157,17 +166,38 @@ def _render(tokenizer: Any, example: Example) -> _Rendered:
     whole = render_chat(tokenizer, [*example.messages, Message("assistant", example.answer)], False)
     if not tokenizer.chat_template:
         whole = prompt + example.answer + (tokenizer.eos_token or "")
-    # Templates often strip what they are given: the answer is looked for as it stands in the text.
-    answer = example.answer if example.answer in whole[len(prompt) - 1 :] else example.answer.strip()
-    answer_start = whole.find(answer, len(prompt)) if whole.startswith(prompt) else whole.rfind(answer)
-    if answer_start < 0:
-        answer_start = len(prompt)
-    answer_end = answer_start + len(answer)
+    answer_start, answer_end = _place_of_answer(tokenizer, example, prompt, whole)
     whole = whole[:answer_end] + whole[answer_end:].rstrip()  # the line break behind the end mark teaches nothing
     last_user = example.messages[-1].content.strip()
     question_start = whole.rfind(last_user, 0, answer_start) if last_user else -1
     question = (question_start, question_start + len(last_user)) if question_start >= 0 else (0, 0)
     return _Rendered(whole, question, (answer_start, answer_end))
+
+
+def _place_of_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> tuple[int, int]:
+    """Where in ``whole`` the answer begins and ends, in characters.
+
+    Mostly right behind the prompt, but for what templates strip. Those that add or drop thinking are asked where they
+    put another answer: what stands between the same neighbours is this one's.
+    """
+    if whole.startswith(prompt):
+        behind = whole[len(prompt) :]
+        for answer in (example.answer, example.answer.strip()):
+            for skipped in range(len(behind) - len(behind.lstrip()) + 1):
+                if behind.startswith(answer, skipped):
+                    start = len(prompt) + skipped
+                    return start, start + len(answer)
+    other = render_chat(tokenizer, [*example.messages, Message("assistant", ANOTHER_ANSWER)], False)
+    before, found, after = other.rpartition(ANOTHER_ANSWER)
+    start = _num_common(whole, before)
+    if found and whole.endswith(after) and start <= len(whole) - len(after):
+        return start, len(whole) - len(after)
+    return _num_common(whole, prompt), len(whole)
+
+
+def _num_common(text: str, other: str) -> int:
+    """Characters from the front that both share."""
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
 def _marked(

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from rich.console import Console
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
@@ -39,6 +40,7 @@ from raylora.records import (
     digest,
     ignore_progress,
 )
+from raylora.sources import model_hash
 from raylora.store import LOG, Store, write_atomically
 from raylora.train import (
     TrainingDivergedError,
@@ -82,7 +84,7 @@ class Workbench(mmlu.Examiner):
     def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
         super().__init__(config, store, loaded)
         self.config: Config = config
-        self._base_hash = ""
+        self._base_hash = self._model_hash = ""
 
     def run(self, experiment: Experiment, progress: Progress = ignore_progress) -> ResultRow:
         return run_experiment(self, experiment, progress)
@@ -109,6 +111,18 @@ class Workbench(mmlu.Examiner):
             raise MachineError(str(error)) from error
         self._base_hash = loaded.logits_hash()
         return loaded
+
+    def check_model(self, experiment: Experiment) -> None:
+        """Whether the model that was loaded is the one that the run was planned for.
+
+        Raises:
+            MachineError: it is not: its folder was changed meanwhile, or this machine has another one in its place.
+        """
+        source = self.loaded.source
+        if not self._model_hash:
+            self._model_hash = model_hash(source, self.config.trust_remote_code)
+        if any(self._model_hash != origin["model"] for origin in experiment.origins.values()):
+            raise MachineError(f"{source}: not the model that it was when the run began: run the same command again")
 
     def check_base(self) -> None:
         """Whether the base still is what it was when it was loaded: nothing that a stage does may change it.
@@ -184,6 +198,7 @@ def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[
         return saved
     log.info("%s: started", stage)
     started = time.perf_counter()
+    bench.check_model(experiment)
     values = make()
     bench.check_base()
     values[f"{stage}_seconds"] = time.perf_counter() - started
@@ -253,6 +268,7 @@ def _train_together(bench: Workbench, experiments: Sequence[Experiment], asked: 
             stack.enter_context(_at_hand(bench.store, experiment))
             stack.callback(loaded.detach, f"together_{i}")
             with contextlib.suppress(UserError):
+                bench.check_model(experiment)
                 job = _attach(bench, experiment, _load(bench, experiment), f"together_{i}")
                 if any(count_labels(job)):
                     jobs.append((experiment, job))
@@ -396,6 +412,12 @@ def _log_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
+def use_threads(config: Config) -> None:
+    """In a process of one's own: a worker's threads are its share of the cores."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
 def main(argv: list[str]) -> int:
     """``python -m raylora.experiment FILE [options]``: one dataset, in this process, without a cluster."""
     from raylora.report import print_results
@@ -405,6 +427,12 @@ def main(argv: list[str]) -> int:
     file = location(argv[0])
     config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
     plan = make_plan(config, [file], "single")
+    if config.dry_run:
+        from raylora.run import print_plan
+
+        print_plan(plan, Console(highlight=False))
+        return 0
+    use_threads(config)
     with plan.store.held(config.fresh):
         bench, done = Workbench(config, plan.store), plan.done()
         if len(done) < len(plan.experiments):

@@ -54,6 +54,8 @@ def location(text: str | Path) -> Path:
         UserError: the URI holds a password or a query, its protocol is unknown, or the package for it is missing.
     """
     if not isinstance(text, str):
+        if not hasattr(text, "joinpath"):  # a number or nothing, out of a YAML file
+            raise UserError("expected a path")
         return text
     if "://" not in text:
         return Path(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +94,17 @@ def _experiments_of(
     path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], estimator: Estimator, config: Config
 ) -> list[Experiment]:
     found = datasets.survey(path, config.salvage, config.max_records)
+    dataset, error = path.stem, found.error
+    if shown(path.name) != path.name:
+        dataset, error = shown(path.stem), f"{shown(str(path))}: its name is not UTF-8: rename it"
     loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
         train = {
-            "data": digest([found.data_hash, config.salvage, config.max_records]),
+            # Not --salvage, whose place the False holds: it changes nothing of a file that is whole, and without it one
+            # that is not makes nothing.
+            "data": digest([found.data_hash, False, config.max_records]),
             "model": of_model["model"],
             "quantization": digest(loading),
             "hyperparameters": digest(settings),
@@ -111,14 +117,14 @@ def _experiments_of(
             "mmlu": {**train, "questions": digest(of_questions)},
         }
         sizes, estimate = estimator.of(found.sample, found.num_examples, found.num_chars, method)
-        name = safe_name(path.stem, path.suffix, settings, of_model, config.max_records, config.seed)
+        name = safe_name(dataset, shown(path.suffix), settings, of_model, config.max_records, config.seed)
         experiments.append(
             Experiment(
                 experiment_id=name,
-                dataset=path.stem,
-                path=str(path.absolute()),
+                dataset=dataset,
+                path=shown(str(path.absolute())),
                 settings=settings,
-                identity=digest([origins, sorted(config.stages), found.error]),
+                identity=digest([origins, sorted(config.stages), error]),
                 origins=origins,
                 base_key=mmlu.score_key(of_model, of_questions),
                 data_hash=found.data_hash,
@@ -126,10 +132,15 @@ def _experiments_of(
                 num_tokens=sizes.num_tokens,
                 estimated_peak_memory_bytes=estimate.peak_memory_bytes,
                 estimated_seconds=estimate.seconds,
-                error=found.error,
+                error=error,
             )
         )
     return experiments
+
+
+def shown(name: str) -> str:
+    """A file's name as text that can be written: bytes of it that are not UTF-8 as ``\\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def safe_folder(chunk: str) -> str:

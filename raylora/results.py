@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 
@@ -44,6 +45,14 @@ def load_results(place: str | Path) -> pd.DataFrame:
     return pd.DataFrame({str(name): tidy_column(str(name), table[name]) for name in table.columns}, index=table.index)
 
 
+def _read_csv(stream: IO[bytes]) -> pd.DataFrame:
+    """Names stay what they are: a dataset called 007 keeps its zeros, and one called null its name."""
+    table = pd.read_csv(stream, encoding="utf-8-sig", low_memory=False, converters=dict.fromkeys(TEXTS, str))
+    for name in TEXTS & {*table.columns}:
+        table[name] = table[name].astype("string").where(table[name] != "")
+    return table
+
+
 def tidy_column(name: str, column: pd.Series) -> pd.Series:
     """A column of a run's table with the type that ``load_results`` promises."""
     if name in CATEGORIES:
@@ -77,12 +86,7 @@ def read_table(path: Path) -> pd.DataFrame:
         with reading(file), file.open("rb") as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
-            words = dict.fromkeys(TEXTS, "string")  # a dataset called 007 keeps its zeros
-            table = (
-                pd.read_parquet(stream)
-                if is_parquet
-                else pd.read_csv(stream, encoding="utf-8-sig", low_memory=False, dtype=words)
-            )
+            table = pd.read_parquet(stream) if is_parquet else _read_csv(stream)
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from raylora.config import Config
 from raylora.estimate import gigabytes
 from raylora.experiment import ROW_COLUMNS, error_row
 from raylora.plan import Plan
@@ -62,6 +65,13 @@ def run_plan(
             try_write_report(store, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
+
+
+def how_to_go_on(config: Config) -> str:
+    """After a run that ended early."""
+    if config.fresh:
+        return "What is finished is kept: the same command without --fresh goes on from here."
+    return "What is finished is kept: the same command goes on from here."
 
 
 class _Tables:
@@ -148,6 +158,8 @@ class _Interrupts:
     def __enter__(self) -> _Interrupts:
         if self._in_main_thread:  # no other may handle signals
             self._former = signal.signal(signal.SIGINT, self._handle)
+            # Ray puts a handler of its own in the place of ours as it starts, which aborts.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,7 +225,7 @@ def _machine() -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     """``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
     done = plan.done()
-    table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
+    table = Table(title=Text(f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done"))
     for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
@@ -222,7 +234,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not why[s])
         todo = "" if e.experiment_id in done else "; ".join(f"{s}: {why[s]}" for s in stages if why[s])
         size = (f"{e.num_examples:,}", f"{e.num_tokens:,}", _memory(e), _duration(e.estimated_seconds))
-        table.add_row(e.dataset, e.experiment_id, *size, finished, e.error or todo)
+        cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
+        table.add_row(*map(Text, cells))  # names and records of users are no markup
     console.print(table)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", markup=False, soft_wrap=True)

@@ -39,6 +39,8 @@ LOG = "log.txt"
 ROW = "result.json"
 PRODUCTS = {"features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",)}
 """What lies beside a stage's JSON file."""
+FILES_OF = {"adapter": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")}
+"""What a product that is a folder cannot do without."""
 
 
 def safe_name(name: str, *identity: Any) -> str:
@@ -215,8 +217,10 @@ class Store:
         return values
 
     def _lacks(self, experiment: Experiment, stage: str) -> list[str]:
-        """Products of a stage that somebody took away."""
-        return [name for name in PRODUCTS[stage] if not (self.folder(experiment) / name).exists()]
+        """Files of a stage that somebody took away or emptied."""
+        names = [name for product in PRODUCTS[stage] for name in FILES_OF.get(product, (product,))]
+        paths = {name: self.folder(experiment) / name for name in names}
+        return [name for name, path in paths.items() if not path.is_file() or not path.stat().st_size]
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
         origin = experiment.origins[stage]

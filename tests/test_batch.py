@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from rich.console import Console
 
 from raylora import api, batch
 from raylora.config import load_config
+from raylora.experiment import Workbench
 from raylora.plan import find_files, make_plan
-from raylora.records import UserError
+from raylora.records import MachineError, UserError
 from raylora.run import run_plan
+from tests.tiny import make_model
 
 NUM_RECORDS = 8
 OPTIONS = {
@@ -257,6 +260,93 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
     assert "data_a" in shown
     assert "2 experiments, 0 done" in shown
     assert not (tmp_path / "results").exists()
+
+
+def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_row(
+    options, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = tmp_path / "data" / "chunk_1"
+    write_dataset(folder, "data [red] [bold]")
+    (folder / "bad.json").write_text('[{"messages": [{"role": "[/INST]", "content": "x"}]}]')
+    (folder / os.fsdecode(b"lat\xe9n.json")).write_text("[]")
+    argv = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    assert batch.main(["--chunk", "1", "--dry-run", *argv]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert "[red][bold]" in shown
+    assert "[/INST]" in shown
+    rows = run(options, stages=("features",), probe_steps=0)
+    assert rows["lat\\xe9n"]["error"].endswith("its name is not UTF-8: rename it")
+    assert rows["data [red] [bold]"]["status"] == "ok"
+
+
+def test_salvage_costs_nothing_of_what_is_whole(options, tmp_path):
+    """A mend that the error row itself names."""
+    folder = tmp_path / "data" / "chunk_1"
+    write_dataset(folder, "whole")
+    text = json.dumps([{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(4)])
+    (folder / "cut.json").write_text(text[:-20])
+    options = {**options, "stages": ("train",)}
+    before, after = plan_of(options), plan_of(options, salvage=True)
+    assert before["whole"].origins == after["whole"].origins
+    assert before["whole"].identity == after["whole"].identity
+    assert "--salvage keeps the 3 complete records" in before["cut"].error
+    assert not after["cut"].error
+
+
+def plan_of(options, **more):
+    config = load_config(**{**options, "chunk": "chunk_1", **more})
+    chunk, files = find_files(config)
+    return {e.dataset: e for e in make_plan(config, files, chunk).experiments}
+
+
+def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tmp_path, tiny_model_folder):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    questions, model = tmp_path / "questions.json", tmp_path / "model"
+    right = [{"subject": "anatomy", "question": f"Q{i}", "choices": list("wxyz"), "answer": i % 4} for i in range(8)]
+    questions.write_text(json.dumps(right))
+    shutil.copytree(tiny_model_folder, model)
+    options = {**options, "mmlu": str(questions), "model": str(model), "max_samples": None}
+    config = load_config(**options, chunk="chunk_1", stages=("train", "mmlu"))
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    (experiment,) = plan.experiments
+    questions.write_text(json.dumps([{**q, "answer": 0} for q in right]))
+    with plan.store.held(False), pytest.raises(MachineError, match="when the run began"):
+        Workbench(config, plan.store).run(experiment)
+    assert not list(plan.store.root.rglob("scores.parquet"))
+    assert plan.store.read_row(experiment) is None
+    questions.write_text(json.dumps(right))
+    assert Workbench(config, plan.store).run(experiment).ok
+    (tmp_path / "other").mkdir()
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", model)
+    plan.store.forget_stage(experiment, "train")
+    with pytest.raises(MachineError, match="not the model that it was"):
+        Workbench(config, plan.store).run(experiment)
+
+
+def test_files_that_somebody_took_away_or_cut_are_made_again(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    config = load_config(**options, chunk="chunk_1", stages=("train", "mmlu"))
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    (experiment,) = plan.experiments
+    first = Workbench(config, plan.store).run(experiment).values
+    adapter = plan.store.adapter_folder(experiment)
+    (base,) = plan.store.root.glob("base/*/scores.parquet")
+    for harm in (
+        (adapter / "adapter_model.safetensors").unlink,
+        lambda: (adapter / "adapter_config.json").write_text(""),
+        lambda: base.write_bytes(b""),
+        lambda: base.with_name("questions.parquet").write_bytes(base.read_bytes()[:100]),
+    ):
+        harm()
+        plan.store.forget_stage(experiment, "mmlu")
+        again = Workbench(config, plan.store).run(experiment).values
+        assert again["status"] == "ok"
+        for name in ("overall_accuracy", "base_overall_accuracy", "train_final_loss"):
+            assert again[name] == pytest.approx(first[name], rel=1e-4)
 
 
 @pytest.mark.slow

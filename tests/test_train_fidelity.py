@@ -40,6 +40,11 @@ TEMPLATES = {
         "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
+    "reasoning": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}[assistant]{{ m['content'].split('</think>')[-1] }}"
+        "<|im_end|>{% else %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    ),
     "gemma": (
         "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
         "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
@@ -52,6 +57,9 @@ PAIRS = [
     ("谁会叫? " * 5, "猫会叫，狗也会。"),
     ("Say it again: Paris", "Say it again: Paris"),
     ("Name an emoji", "🎉 é"),
+    ("Which letter?", "n"),
+    ("What ends a turn?", "im_end"),
+    ("Who are you?", "assistant"),
 ]
 
 
@@ -89,6 +97,19 @@ def test_supervised_tokens_read_as_the_answers_whatever_the_format_and_template(
             # A quarter of the room is kept for the prompt; only an answer that does not fit the rest is cut.
             assert len(kept) >= min(len(supervised), max_length - max_length // 4)
             assert cut.input_ids[-len(kept) :] == kept
+
+
+def test_what_a_template_makes_of_thinking_is_supervised_with_the_answer(tokenizer, monkeypatch):
+    """One that drops it leaves the answer behind it, and one that adds an empty thought to others keeps a real one."""
+    answer = "<think>\nlight is\n</think>\n\nThe answer is water."
+    example = Example((Message("user", "What is wet?"),), answer, "What is wet?")
+    adds = TEMPLATES["thinking"].replace(
+        "<think>\n\n</think>\n\n", "{{ '' if '<think>' in m['content'] else '<think>\n\n</think>\n\n' }}"
+    )
+    for template, expected in ((TEMPLATES["reasoning"], "\n\nThe answer is water."), (adds, answer)):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        labels = labels_of(encode_example(tokenizer, example, 4096), "answer")
+        assert tokenizer.decode([t for t in labels if t != IGNORE_INDEX]) == f"{expected}<|im_end|>"
 
 
 # The loop

@@ -10,6 +10,7 @@ Dashes and underscores are the same in every option's name.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from raylora.features.columns import RUN_COLUMNS, FeatureColumn, describe_column
 from raylora.files import Location, reading
 from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
-from raylora.run import StoppedError, run_plan
+from raylora.run import StoppedError, how_to_go_on, print_plan, run_plan
 from raylora.store import rows_to_table, write_atomically
 from raylora.watch import clock
 
@@ -77,6 +78,22 @@ def print_summary(rows: Sequence[ResultRow], console: Console) -> None:
     console.print(f"{good} of {len(rows)} datasets measured in {clock(sum(seconds))}{each}.", markup=False)
 
 
+def _check_place(path: Path | None) -> None:
+    """Whether a table can be written there, before there is one.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-csv {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output-csv {path}: {'is a folder' if path.is_dir() else 'cannot be written to'}")
+
+
 def main(argv: list[str]) -> int:
     console = Console(highlight=False)
     words = [word.partition("=") for word in argv]
@@ -89,18 +106,23 @@ def main(argv: list[str]) -> int:
         return 0
     name, files = find_datasets(config)
     plan = make_plan(config, files, name)
+    if config.dry_run:
+        print_plan(plan, console)
+        return 0
+    _check_place(config.output_csv)
 
     def write_csv(rows: Sequence[ResultRow]) -> None:
         if config.output_csv is not None:
             table = rows_to_table(rows, COLUMNS)[COLUMNS]
-            write_atomically(config.output_csv, lambda partial: table.to_csv(partial, index=False))
+            try:
+                write_atomically(config.output_csv, lambda partial: table.to_csv(partial, index=False))
+            except OSError as error:
+                raise UserError(f"--output-csv {config.output_csv}: {error.strerror}") from error
 
     try:
         rows = run_plan(plan, console, write_csv)
     except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(
-            f"{stop or 'Stopped.'} What is finished is kept: the same command goes on from here.", markup=False
-        )
+        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", markup=False)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_summary(rows, console)
     console.print(f"Files: {config.output_csv or plan.store.place}", markup=False, soft_wrap=True)

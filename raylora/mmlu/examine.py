@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.files import location, reading
@@ -16,10 +18,12 @@ from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions,
 from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
 from raylora.mmlu.scoring import answer, evaluate, load_score, save_score
 from raylora.model import LoadedModel, context_window, load_model, load_tokenizer
-from raylora.records import SCHEMA_VERSION, Progress, Question, Score, UserError, digest, ignore_progress
+from raylora.records import SCHEMA_VERSION, MachineError, Progress, Question, Score, UserError, digest, ignore_progress
 from raylora.sources import model_hash
 from raylora.store import Store, write_atomically
 
+T = TypeVar("T")
+log = logging.getLogger("raylora")
 DEMO_QUESTIONS = Path(__file__).parents[1] / "demo" / "questions.json"
 DEFAULT_QUESTIONS = Path("mmlu_dataset/test_all_subjects.json")
 
@@ -137,17 +141,36 @@ class Examiner:
     def questions(self, base_key: str) -> list[EncodedQuestion]:
         """The run's questions as token ids, made by whichever process comes first and read by all others."""
         if base_key not in self._encoded:
-            asked = load_question_set(self.config).questions
+            asked = self._asked(base_key)
             path = self.store.base_file(base_key, "questions.parquet")
             with self.store.base_lock(base_key, "questions"):
-                if not path.is_file():
-                    encoded = self._encode()
-                    write_atomically(path, lambda partial: save_encoded(encoded, partial))
-            self._encoded[base_key] = load_encoded(path, asked)
+                encoded = _kept(path, lambda: load_encoded(path, asked.questions))
+                if encoded is None:
+                    made = self._encode(asked)
+                    write_atomically(path, lambda partial: save_encoded(made, partial))
+                    encoded = load_encoded(path, asked.questions)
+            self._encoded[base_key] = encoded
         return self._encoded[base_key]
 
-    def _encode(self) -> list[EncodedQuestion]:
-        asked = load_question_set(self.config)
+    def _asked(self, base_key: str) -> QuestionSet:
+        """The questions, as they were when the run was planned.
+
+        Raises:
+            MachineError: they, or the model, are something else now, or cannot be read here.
+        """
+        try:
+            asked = load_question_set(self.config)
+            key = score_key(model_key(self.config, self.loaded.source), questions_key(self.config, asked))
+        except UserError as error:
+            raise MachineError(str(error)) from error
+        if key != base_key:
+            raise MachineError(
+                f"{find_questions(self.config)}, or the model: not what it was when the run began: run the same "
+                "command again"
+            )
+        return asked
+
+    def _encode(self, asked: QuestionSet) -> list[EncodedQuestion]:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         return encode_questions(
             tokenizer, asked.questions, asked.shots, self.config.prompt_style, context_window(model)
@@ -211,12 +234,23 @@ class Examiner:
         path = self.store.base_file(key, "scores.parquet")
         with contextlib.suppress(TimeoutError), self.store.base_lock(key, "scores").acquire(timeout=-1 if wait else 0):
             self.store.fetch(path)
-            if not path.is_file():
+            if (score := _kept(path, lambda: load_score(path))) is None:
                 with self.loaded.base():
-                    self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
+                    score = self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
                 self.store.share(path)
-            return load_score(path)
-        return load_score(path) if path.is_file() else None
+            return score
+        return _kept(path, lambda: load_score(path))
+
+
+def _kept(path: Path, load: Callable[[], T]) -> T | None:
+    """What a file holds; None where there is none, or it is empty or cut: it is made again."""
+    if not path.is_file():
+        return None
+    try:
+        return load()
+    except (ValueError, KeyError) as error:
+        log.warning("%s: cannot be read, and is made again: %s", path, " ".join(str(error).split()))
+        return None
 
 
 def _journal_folder(path: Path) -> Path:

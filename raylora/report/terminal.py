@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from raylora.records import ResultRow
 from raylora.store import Store
@@ -26,7 +27,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     console.print("  results.csv, results.parquet   one row a dataset", markup=False)
     if (store.root / "report.html").is_file():
         console.print("  report.html                    figures, for a browser", markup=False)
-    console.print("  run.json                       settings, versions, hashes", markup=False)
+    if (store.root / "run.json").is_file():
+        console.print("  run.json                       settings, versions, hashes", markup=False)
     console.print("  experiments/                   adapter, scores, loss curve and log of each", markup=False)
 
 
@@ -51,7 +53,8 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
     for row in rows:
         cells = [str(cell(row.values)) for cell in columns.values()]
-        table.add_row(*cells, *(str(row.values[k]) for k in varied))
+        cells += [str(row.values[k]) for k in varied]
+        table.add_row(*map(Text, cells))  # names of users are no markup
     return table
 
 

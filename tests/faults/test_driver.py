@@ -89,6 +89,18 @@ def test_ctrl_c_at_a_terminal_reaches_every_process_and_ends_as_well(site, undis
     check_that_it_goes_on(site, undisturbed, [site.num_done()])
 
 
+def test_sigterm_leaves_tables_and_no_process(site, undisturbed):
+    """As SLURM, Kubernetes and a shutdown send it. Ray's own handler would abort."""
+    process = site.start()
+    site.wait_for_rows(1)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, shown
+    assert (site.output / "results.csv").is_file()
+    wait_until_gone(site)
+    check_that_it_goes_on(site, undisturbed, [site.num_done()])
+
+
 def test_ctrl_c_twice_stops_now(shared_site, undisturbed):
     shared_site.strike({"stage": "train", "what": "hang", "datasets": DATASETS[:6], "times": 99})
     process = shared_site.start()
