@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -180,11 +180,15 @@ class RunOptions(BaseModel):
         return address
 
 
+def _apart(settings_cls: Any) -> frozenset[str]:
+    return getattr(settings_cls, "not_from_environment", frozenset())
+
+
 class _ModelNameEnv(EnvSettingsSource):
     """The environment, where ``MODEL_NAME`` is another name for ``RAYLORA_MODEL``."""
 
     def __call__(self) -> dict[str, Any]:
-        values = super().__call__()
+        values = {k: v for k, v in super().__call__().items() if k not in _apart(self.settings_cls)}
         if "model" in self.settings_cls.model_fields and (name := self.env_vars.get("model_name")):
             values.setdefault("model", name)
         return values
@@ -195,7 +199,7 @@ class _ModelNameDotEnv(DotEnvSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         fields = self.settings_cls.model_fields
-        values = {key: value for key, value in super().__call__().items() if key in fields}
+        values = {k: v for k, v in super().__call__().items() if k in fields and k not in _apart(self.settings_cls)}
         if "model" in self.settings_cls.model_fields and (name := self.env_vars.get("model_name")):
             values.setdefault("model", name)
         return values
@@ -218,6 +222,8 @@ class Settings(BaseSettings):
     """Where options come from."""
 
     model_config = _SETTINGS
+    not_from_environment: ClassVar[frozenset[str]] = frozenset()
+    """Options that are another thing than those of the same name that all commands share."""
 
     @classmethod
     def settings_customise_sources(

@@ -21,6 +21,7 @@ from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from raylora.config import Config, load_settings, main_with_one_line_errors
 from raylora.plan import Plan, find_files, make_plan
@@ -75,6 +76,9 @@ def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage
         draws in which it is the best of all), ``expected_best`` (of the trainings up to this one), ``train`` (within
         the budget), ``outside``, ``error``.
     """
+    unmeasured = pd.Series(predictor.unmeasured(table, "the chunk's features"), index=table.index)
+    lacking = (table["error"] == "") & (unmeasured != "")
+    table = table.assign(error=table["error"].mask(lacking, "not measured: " + unmeasured))
     bad = table["error"] != ""
     good = table[~bad].reset_index(drop=True)
     if good.empty:
@@ -122,7 +126,8 @@ def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
     for _, row in ranking[ranking["error"] == ""].iterrows():
         numbers = [f"{row.prediction:.4f}", f"{row.low:.4f} {row.high:.4f}", f"{row.chance_best:.0%}"]
-        table.add_row(str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:.4f}")
+        cells = (str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:.4f}")
+        table.add_row(*map(Text, cells))
     console.print(table)
     for _, row in ranking[ranking["error"] != ""].iterrows():
         console.print(f"FAILED {row.dataset}: {row.error}", markup=False, soft_wrap=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pandas as pd
 
@@ -25,7 +26,7 @@ COUNTS = frozenset(
 CATEGORIES = frozenset(
     {"status", "model", "quantization", "prompt_style", "scoring", "target_modules", "lr_scheduler", "train_on"}
 )
-TEXTS = frozenset({"dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes"})
+TEXTS = frozenset({"dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "dataset_name"})
 
 
 def load_results(place: str | Path) -> pd.DataFrame:
@@ -45,12 +46,27 @@ def load_results(place: str | Path) -> pd.DataFrame:
     return pd.DataFrame({str(name): tidy_column(str(name), table[name]) for name in table.columns}, index=table.index)
 
 
-def _read_csv(stream: IO[bytes]) -> pd.DataFrame:
+def read_csv(stream: IO[bytes] | Path) -> pd.DataFrame:
     """Names stay what they are: a dataset called 007 keeps its zeros, and one called null its name."""
-    table = pd.read_csv(stream, encoding="utf-8-sig", low_memory=False, converters=dict.fromkeys(TEXTS, str))
-    for name in TEXTS & {*table.columns}:
-        table[name] = table[name].astype("string").where(table[name] != "")
+    data = stream.read_bytes() if isinstance(stream, Path) else stream.read()
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "low_memory": False}
+    table = pd.read_csv(io.BytesIO(data), **options)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("rows have more cells than the header; names that hold commas must be quoted")
+    own = [name for name in table.columns if name in TEXTS]
+    names = pd.read_csv(io.BytesIO(data), **options, usecols=own, dtype="string", keep_default_na=False)
+    for name in own:
+        table[name] = names[name].where(names[name] != "")
     return table
+
+
+def _first_strange(file: Path) -> int:
+    """Where a file's first byte stands that is no UTF-8: pandas counts from the last piece that it took."""
+    try:
+        file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def tidy_column(name: str, column: pd.Series) -> pd.Series:
@@ -86,11 +102,11 @@ def read_table(path: Path) -> pd.DataFrame:
         with reading(file), file.open("rb") as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
-            table = pd.read_parquet(stream) if is_parquet else _read_csv(stream)
+            table = pd.read_parquet(stream) if is_parquet else read_csv(stream)
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; save the table as UTF-8 CSV or Parquet") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 at byte {_first_strange(file)}; save it as UTF-8 CSV or Parquet") from None
     except (ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{file}: no table can be read from it: {one_line(error)}") from None
     if table.empty:

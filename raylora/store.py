@@ -304,7 +304,7 @@ def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame
     """Rows as a table with a fixed order and type of columns, so that an empty column stays what it is."""
     values = [row.values for row in rows]
     extra = sorted({key for row in values for key in row} - set(columns))
-    table = pd.DataFrame(values, columns=[*columns, *extra])
+    table = pd.DataFrame(values, columns=[*columns, *extra], dtype=object)  # else counts beside a null are no counts
     for name in table.columns:
         kinds = {type(v) for v in table[name] if v is not None and v == v}
         if kinds <= {int}:

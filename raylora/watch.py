@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from raylora.records import ResultRow
 
@@ -94,9 +95,8 @@ class Watch:
             seconds = max(time.time() - p.started, 1e-3)
             rate = p.done / seconds
             left = clock((p.total - p.done) / rate) if rate else ""
-            table.add_row(
-                str(p.worker), p.dataset, p.stage, f"{p.done}/{p.total}", f"{rate:.1f}/s" if rate else "", left
-            )
+            cells = (str(p.worker), p.dataset, p.stage, f"{p.done}/{p.total}", f"{rate:.1f}/s" if rate else "", left)
+            table.add_row(*map(Text, cells))
         return table
 
 

@@ -22,6 +22,7 @@ from raylora.predict.models import make_folds
 from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, load_predictor, trees_of
 from raylora.predict.tables import GROUPS, KNOWN_COLUMNS, columns_left_out, known_from_table, needs_probe
 from raylora.predict.validation import _seconds, coverage_by_level, fit_predictor
+from raylora.rank import rank
 from raylora.records import UserError
 from raylora.results import read_table
 
@@ -184,9 +185,81 @@ def test_null_features_and_values_beyond_those_seen():
     table["loss_stability"] = 0.0
     table["semantic_diversity"] = 0.0
     found = predictor.predict(table)
-    assert np.isfinite(found[["prediction", "low", "high"]].to_numpy()).all()
-    assert list(found["outside"]) == ["base_model_perplexity", "", "", "", ""]
-    assert found["prediction"].between(0, 1).all()
+    made_up = [False, True, True, False, False]
+    assert (found[["prediction", "low", "high"]].isna().to_numpy() == np.array(made_up)[:, None]).all()
+    unmeasured = "not measured: base_model_perplexity"
+    assert list(found["outside"]) == ["base_model_perplexity", unmeasured, unmeasured, "", ""]
+    assert found["prediction"].dropna().between(0, 1).all()
+    with pytest.raises(UserError, match="not measured in any row: base_model_perplexity"):
+        predictor.predict(table.assign(base_model_perplexity=None))
+    ranking = rank(predictor, table.assign(experiment_id=table["dataset"], error=""), None, None, 0)
+    assert ranking["error"].str.startswith("not measured").tolist() == [False] * 3 + [True] * 2
+
+
+def test_what_was_null_in_the_fit_may_be_null():
+    seen = make_table(60, seed=1)
+    seen.loc[::4, "base_model_perplexity"] = None
+    predictor, _ = fit_predictor(known_from_table(seen, "overall_accuracy"), "overall_accuracy", explain=False)
+    table = make_table(4, seed=3).assign(base_model_perplexity=None)
+    assert predictor.predict(table)["prediction"].notna().all()
+
+
+def test_an_interval_holds_its_prediction_at_any_level():
+    predictor, _ = fitted()
+    for coverage in (0.05, 0.3, 0.5):
+        found = predictor.predict(make_table(50, seed=4), coverage)
+        assert (found["low"] <= found["prediction"]).all()
+        assert (found["prediction"] <= found["high"]).all()
+
+
+def test_a_feature_of_datasets_matters_where_each_fold_has_one_of_them():
+    """Within a fold a shuffle would change nothing."""
+    datasets = make_table(5, seed=5).drop(columns="status")
+    grid = pd.concat([datasets.assign(learning_rate=rate) for rate in (1e-4, 2e-4, 3e-4)], ignore_index=True)
+    predictor, _ = fit_predictor(known_from_table(grid, "overall_accuracy"), "overall_accuracy")
+    importance = predictor.card["importance"]
+    assert any(mean != 0 for name, (mean, _) in importance.items() if name != "learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda t: t.assign(overall_accuracy=100 * t["overall_accuracy"]), "row 1: .* give shares"),
+        (lambda t: t.assign(base_model_perplexity=[*[5.0] * 29, 1e40]), "row 30: 1e\\+40 is too large"),
+        (
+            lambda t: t.assign(status=["error", *["ok"] * 29], base_model_perplexity=[*["5"] * 20, "x", *["6"] * 9]),
+            "row 21: 'x' is no number",
+        ),
+    ],
+)
+def test_a_number_that_cannot_be_is_named_by_its_row(harm, told):
+    with pytest.raises(UserError, match=told):
+        known_from_table(harm(make_table(30, seed=6)), "overall_accuracy")
+
+
+def test_rows_without_a_hash_are_not_taken_for_one_dataset():
+    table = make_table(30, seed=6).assign(data_hash=None)
+    assert known_from_table(table, "overall_accuracy").groups is None
+    table["data_hash"] = ["a"] * 5 + ["b"] * 5 + [None] * 20
+    assert len(np.unique(known_from_table(table, "overall_accuracy").groups)) == 22
+
+
+def test_cells_beyond_the_header_shift_nothing(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("dataset,overall_accuracy\nfoo, bar,0.5\n")
+    with pytest.raises(UserError, match="more cells than the header"):
+        read_table(path)
+    path.write_text("dataset,overall_accuracy\nnull,0.5\n007,0.6\n")
+    assert read_table(path)["dataset"].tolist() == ["null", "007"]
+
+
+def test_the_output_of_runs_is_not_that_of_predictors(monkeypatch, tmp_path):
+    from raylora.config import load_settings
+    from raylora.predict.__main__ import FitConfig, PredictConfig
+
+    monkeypatch.setenv("RAYLORA_OUTPUT", str(tmp_path))
+    assert load_settings(FitConfig, [], "fit").output == Path("results/predictor")
+    assert load_settings(PredictConfig, [], "predict").output is None
 
 
 def test_a_hostile_predictor_is_refused_before_it_runs(tmp_path):

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from raylora import mmlu
 from raylora.config import EvaluationConfig, load_settings, main_with_one_line_errors
@@ -147,7 +148,9 @@ def print_tables(found: list[Evaluated], console: Console) -> None:
         cells += [v[f"accuracy_{group}"] for group in mmlu.SHORT_GROUPS]
         change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"]
         change.append(f"{v['mcnemar_p_value']:.2g}")
-        table.add_row(e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else []))
+        table.add_row(
+            Text(e.name), *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else [])
+        )
     console.print(table)
     for e in found:
         info, summary = e.score.info, mmlu.summarize(e.score)

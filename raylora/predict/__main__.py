@@ -11,20 +11,23 @@ and a calibration figure. ``fit --help`` and so on show all options.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from raylora.config import Settings, load_settings, main_with_one_line_errors, split_commas
-from raylora.predict.predictor import Predictor, load_predictor
-from raylora.predict.tables import NAME_COLUMNS, Target, known_from_table, names_of, numbers_of
+from raylora.predict.predictor import load_predictor
+from raylora.predict.tables import NAME_COLUMNS, Known, Target, known_from_table, names_of, numbers_of
 from raylora.predict.validation import fit_predictor, scores
 from raylora.records import UserError
 from raylora.results import read_table
@@ -46,11 +49,12 @@ class FitConfig(Settings):
     )
     coverage: float = Field(0.9, gt=0, lt=1, description="share of outcomes that intervals are to hold")
     folds: int = Field(5, ge=3, le=50, description="outer folds of the cross-validation")
-    seed: int = Field(0, ge=0, description="of folds and forests")
+    seed: int = Field(0, ge=0, le=2**32 - 2, description="of folds and forests")
     threads: int | None = Field(None, ge=1, description="processes that fit folds (default: one a core)")
     output: Path = Field(Path("results/predictor"), description="folder for the predictor")
 
     _split = field_validator("leave_out", mode="before")(split_commas)
+    not_from_environment = frozenset({"output"})
 
 
 class PredictConfig(Settings):
@@ -58,6 +62,8 @@ class PredictConfig(Settings):
 
     coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: what it was fitted with)")
     output: Path | None = Field(None, description="CSV file for the predictions")
+
+    not_from_environment = frozenset({"output"})
 
 
 class ExplainConfig(Settings):
@@ -72,18 +78,41 @@ def fit(argv: list[str], console: Console) -> None:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)
     if len(known.target) < 1 / (1 - config.coverage) - 1:
         raise UserError(f"{path}: {len(known.target)} good rows are too few for --coverage {config.coverage:g}")
+    _note_few_groups(known, config.coverage, console)
+    with _writing(config.output):
+        config.output.mkdir(parents=True, exist_ok=True)
     predictor, held_out = fit_predictor(
         known, config.target, config.coverage, config.folds, config.seed, config.threads
     )
     from raylora.predict.figures import write_calibration  # a second that a mistake need not wait for
 
-    predictor.save(config.output)
-    write_text(config.output / "predictor.json", to_json(predictor.card))
-    write_atomically(config.output / "held_out.csv", lambda p: held_out.to_csv(p, index=False))
-    write_calibration(config.output / "calibration.png", predictor, held_out)
+    with _writing(config.output):
+        predictor.save(config.output)
+        write_text(config.output / "predictor.json", to_json(predictor.card))
+        write_atomically(config.output / "held_out.csv", lambda p: held_out.to_csv(p, index=False))
+        write_calibration(config.output / "calibration.png", predictor, held_out)
     print_card(predictor.card, console)
     console.print(f"Files: {config.output}", markup=False, soft_wrap=True)
     console.print(f"Next: {PROG} predict {config.output} TABLE", markup=False, soft_wrap=True)
+
+
+def _note_few_groups(known: Known, coverage: float, console: Console) -> None:
+    """Rows of one group err together: the correction for finite samples would have to count groups."""
+    if known.groups is not None and (num := len(np.unique(known.groups))) < 1 / (1 - coverage) - 1:
+        console.print(
+            f"Note: {num} groups are few for --coverage {coverage:g}: intervals may hold less than that of new ones",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@contextlib.contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """What cannot be written is a line that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {place}: cannot be written to: {error.strerror}") from error
 
 
 def predict(argv: list[str], console: Console) -> None:
@@ -93,21 +122,23 @@ def predict(argv: list[str], console: Console) -> None:
     for note in predictor.notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)
     found = predictor.predict(table, config.coverage, str(table_path))
+    target = predictor.card["target"]
+    measured = numbers_of(table, [target], str(table_path))[target] if target in table else None
     named = [name for name in NAME_COLUMNS if name in table]
     full = pd.concat([table[named], found], axis=1) if named else found
     if config.output is not None:
-        write_atomically(config.output, lambda partial: full.to_csv(partial, index=False))
-    print_predictions(names_of(table), found, predictor.card["target"], console)
-    _print_check(predictor, table, found, str(table_path), console)
+        with _writing(config.output):
+            write_atomically(config.output, lambda partial: full.to_csv(partial, index=False))
+    print_predictions(names_of(table), found, target, console)
+    if measured is not None:
+        _print_check(target, measured, found, console)
     if config.output is not None:
         console.print(f"Files: {config.output}", markup=False, soft_wrap=True)
 
 
-def _print_check(predictor: Predictor, table: pd.DataFrame, found: pd.DataFrame, place: str, console: Console) -> None:
+def _print_check(target: str, measured: pd.Series, found: pd.DataFrame, console: Console) -> None:
     """Where the table knows the outcome: how far off the predictions are."""
-    target = predictor.card["target"]
-    if target in table and (measured := numbers_of(table, [target], place)[target]).notna().any():
-        there = measured.notna()
+    if (there := measured.notna() & found["prediction"].notna()).any():
         truth, shown = measured[there], found[there]
         inside = truth.between(shown["low"], shown["high"]).mean()
         rmse = scores(truth.to_numpy(), shown["prediction"].to_numpy())["rmse"]
@@ -124,12 +155,15 @@ def print_predictions(names: list[str], found: pd.DataFrame, target: str, consol
     table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("dataset", "prediction", "interval", "unlike any seen in"):
         table.add_column(name, justify="left" if name in {"dataset", "unlike any seen in"} else "right")
-    order = found["prediction"].to_numpy().argsort(kind="stable")[::-1]
+    order = found["prediction"].fillna(-np.inf).to_numpy().argsort(kind="stable")[::-1]
     for i in order:
         row = found.iloc[i]
         outside = row["outside"].split(", ") if row["outside"] else []
         shown = ", ".join(outside[:2]) + (f" and {len(outside) - 2} more" if len(outside) > 2 else "")
-        table.add_row(names[i], f"{row['prediction']:.4f}", f"{row['low']:.4f} {row['high']:.4f}", shown)
+        numbers = ("", "")
+        if pd.notna(row["prediction"]):
+            numbers = (f"{row['prediction']:.4f}", f"{row['low']:.4f} {row['high']:.4f}")
+        table.add_row(*map(Text, (names[i], *numbers, shown)))
     console.print(table)
 
 
@@ -194,6 +228,8 @@ def _take_paths(argv: list[str], command: str, *names: str) -> tuple[list[Path],
     paths = argv[: len(names)]
     if len(paths) < len(names) or any(word.startswith("-") for word in paths):
         raise UserError(f"name the files first: {PROG} {command} {' '.join(names)} [options]")
+    if far := [word for word in paths if "://" in word]:
+        raise UserError(f"{far[0]}: only what lies on this machine is read here: copy it first")
     return [Path(word) for word in paths], argv[len(names) :]
 
 

@@ -25,6 +25,11 @@ FILE_NAME = "predictor.skops"
 TRUSTED_TYPES = ["numpy.dtype", "sklearn.tree._tree.Tree", "sklearn.utils._bunch.Bunch"]
 """Beyond what skops trusts by itself (numpy arrays, scikit-learn's estimators). None of them runs code."""
 FORMAT = 1
+NEEDED = {
+    "target", "columns", "ranges", "needs_probe", "coverage", "num_rows", "group_column", "num_groups", "scikit_learn",
+    "kind", "kinds_of_folds", "num_folds", "coverage_by_level", "baselines", "rmse", "mae", "r2", "rank_correlation",
+}  # fmt: skip
+"""What is read of a card without a question whether it is there."""
 MAX_BYTES = 2**31
 """A predictor's size unpacked: a file that grows beyond it is no predictor of ours (450 rows: 30 MB)."""
 
@@ -70,22 +75,42 @@ class Predictor:
             )
         return numbers_of(table, self.columns, place)
 
+    def unmeasured(self, table: pd.DataFrame, place: str = "TABLE") -> list[str]:
+        """For each row the columns that are null there, and in no row that it was fitted on."""
+        may_be_null = set(self.card.get("columns_with_nulls", []))
+        asked = self.features_of(table, place).drop(columns=[c for c in self.columns if c in may_be_null])
+        return [", ".join(asked.columns[row]) for row in asked.isna().to_numpy()]
+
     def predict(self, table: pd.DataFrame, coverage: float | None = None, place: str = "TABLE") -> pd.DataFrame:
         """``prediction``, ``low``, ``high`` and ``outside``: the features beyond all values it was fitted on.
+
+        All three are NaN where a feature was not measured that always was in the rows it was fitted on: what stood in
+        its place would be made up.
 
         The interval is CV+ (Barber et al. 2021, "Predictive inference with the jackknife+"): split conformal whose
         calibration rows are those that each fold held out. With n rows and miss rate a, ``high`` is the
         ceil((1 - a)(n + 1))-th smallest of prediction(fold of row i) + |residual i|; ``low`` mirrors it.
 
         Raises:
-            UserError: a column is missing, or ``coverage`` needs more rows than it was fitted on.
+            UserError: a column is missing, no row has all that is needed, or ``coverage`` needs more rows than it was
+                fitted on.
         """
-        features = self.features_of(table, place)
+        features, unmeasured = self.features_of(table, place), np.array(self.unmeasured(table, place), dtype=object)
+        if all(unmeasured):
+            raise UserError(
+                f"{place}: not measured in any row: {unmeasured[0]}" if len(unmeasured) else f"{place}: empty"
+            )
         seen, outside = self._within_range(features)
         ends = cv_plus(self._by_fold(seen), self.fold_of, np.abs(self.residuals), coverage or self.card["coverage"])
         low, high = (self._possible(end) for end in ends)
-        values = {"prediction": self._possible(self.model.predict(seen)), "low": low, "high": high, "outside": outside}
-        return pd.DataFrame(values, index=table.index)
+        prediction = self._possible(self.model.predict(seen))
+        # At low levels the folds' predictions may lie all on one side of the final model's: an interval holds its own.
+        values = {"prediction": prediction, "low": np.minimum(low, prediction), "high": np.maximum(high, prediction)}
+        found = pd.DataFrame(values, index=table.index)
+        found[unmeasured != ""] = np.nan
+        return found.assign(
+            outside=[f"not measured: {u}" if u else o for u, o in zip(unmeasured, outside, strict=True)]
+        )
 
     def draw(self, table: pd.DataFrame, num_draws: int, seed: int, place: str = "TABLE") -> np.ndarray:
         """Possible outcomes, ``num_draws`` x rows: the model of one fold a draw, and an error of some held-out row.
@@ -182,6 +207,8 @@ def _checked(content: Any) -> Predictor:
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"not a raylora predictor of format {FORMAT}")
     predictor = Predictor(**content)
+    if lacking := NEEDED - {*predictor.card}:
+        raise ValueError(f"its card lacks {', '.join(sorted(lacking))}")
     folds, rows = len(predictor.fold_models), len(predictor.fold_of)
     if rows != len(predictor.residuals) or not (0 <= predictor.fold_of.min() <= predictor.fold_of.max() < folds):
         raise ValueError("folds and residuals do not fit together")

@@ -23,6 +23,8 @@ HYPERPARAMETERS = tuple(
 """Those that are numbers. The others are words: rows that differ in them cannot be told apart by a predictor."""
 NAME_COLUMNS = ("dataset", "dataset_name", "experiment_id")
 MIN_ROWS = 10
+MAX_NUMBER = 1e30
+"""Beyond it forests, which count in float32, and squares break down."""
 
 
 def _groups() -> dict[str, tuple[str, ...]]:
@@ -85,7 +87,8 @@ def known_from_table(
         raise UserError(f"{place}: {len(good)} good rows with {target}; a predictor needs {MIN_ROWS} at least")
     features = _features_of(good, set(columns_left_out(leave_out)), place, notes)
     group_column, groups = _groups_of(good, group, place, notes)
-    outcome = numbers_of(good, [target], place)[target].to_numpy()
+    outcome = numbers_of(good, [target], place)[target]
+    _check_shares(outcome, target, place)
     seconds = {
         kind: float(pd.to_numeric(good[f"{kind}_seconds"], errors="coerce").mean())
         for kind in ("text", "static", "probe")
@@ -94,7 +97,25 @@ def known_from_table(
     models = sorted({str(v) for v in good["model"].dropna()}) if "model" in good else []
     if len(models) > 1:
         notes.append(f"rows of {len(models)} base models are mixed ({', '.join(models)}): outcomes may not compare")
-    return Known(features, outcome, groups, group_column, names_of(good), notes, seconds, models)
+    return Known(features, outcome.to_numpy(), groups, group_column, names_of(good), notes, seconds, models)
+
+
+def _check_shares(outcome: pd.Series, target: str, place: str) -> None:
+    """Raises UserError where an outcome cannot be: in percent, most of the time."""
+    least = 0 if target == "overall_accuracy" else -1
+    strange = ~outcome.between(least, 1)
+    if strange.any():
+        at = int(strange.to_numpy().argmax())
+        raise UserError(
+            f"{place}: column {target}, row {_row_number(outcome, at)}: {outcome.iloc[at]:g} is not between {least} "
+            "and 1; give shares (0.45), not percent"
+        )
+
+
+def _row_number(table: pd.DataFrame | pd.Series, at: int) -> Any:
+    """The row at a position as it stands in the table that it was taken from, from 1."""
+    label = table.index[at]
+    return int(label) + 1 if isinstance(label, int | np.integer) else at + 1
 
 
 def _features_of(good: pd.DataFrame, left_out: set[str], place: str, notes: list[str]) -> pd.DataFrame:
@@ -122,16 +143,23 @@ def _groups_of(
     if group == "none":
         return None, None
     if group is None:
-        repeated = [name for name in ("data_hash", *NAME_COLUMNS[:2]) if name in good and good[name].duplicated().any()]
+        repeated = [
+            name for name in ("data_hash", *NAME_COLUMNS[:2]) if name in good and good[name].dropna().duplicated().any()
+        ]
         if not repeated:
             return None, None
         group = repeated[0]
         notes.append(f"rows with the same {group} are kept together in validation (--group none: they are not)")
     if group not in good:
         raise UserError(f"--group {group}: {place} has no such column; {_closest(group, good.columns)}")
-    codes, found = pd.factorize(good[group], use_na_sentinel=False)
-    if len(found) < 3:
-        raise UserError(f"--group {group}: {len(found)} groups in {place}; validation needs 3 at least")
+    codes, found = pd.factorize(good[group])
+    unnamed = codes == -1  # each a group of its own: nothing says that they belong together
+    codes[unnamed] = len(found) + np.arange(unnamed.sum())
+    num_groups = len(np.unique(codes))
+    if num_groups < 3:
+        raise UserError(
+            f"--group {group}: {num_groups} groups in {place}; validation needs 3 at least (or --group none)"
+        )
     return group, codes
 
 
@@ -165,8 +193,13 @@ def numbers_of(table: pd.DataFrame, columns: Sequence[str], place: str) -> pd.Da
         values = pd.to_numeric(table[name], errors="coerce").astype("float64")
         bad = values.isna() & table[name].notna()
         if bad.any():
-            row = int(bad.to_numpy().argmax())
-            raise UserError(f"{place}: column {name}, row {row + 1}: {str(table[name].iloc[row])[:40]!r} is no number")
+            at = int(bad.to_numpy().argmax())
+            shown = f"{place}: column {name}, row {_row_number(table, at)}: {str(table[name].iloc[at])[:40]!r}"
+            raise UserError(f"{shown} is no number")
+        huge = values.abs().gt(MAX_NUMBER) & np.isfinite(values)
+        if huge.any():
+            at = int(huge.to_numpy().argmax())
+            raise UserError(f"{place}: column {name}, row {_row_number(table, at)}: {values.iloc[at]:g} is too large")
         found[name] = values
     return pd.DataFrame(found, index=table.index).replace([np.inf, -np.inf], np.nan)
 

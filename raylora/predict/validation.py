@@ -16,7 +16,6 @@ import sklearn
 from joblib import Parallel, delayed
 from scipy.stats import spearmanr
 from sklearn.base import clone
-from sklearn.inspection import permutation_importance
 from sklearn.model_selection import cross_val_predict
 
 from raylora.predict.models import choose_model, make_baselines, make_candidates, make_folds
@@ -75,6 +74,7 @@ def _identity(known: Known, target: str, coverage: float, seed: int) -> dict[str
         "target": target,
         "columns": columns,
         "ranges": {name: [float(ends[name]["min"]), float(ends[name]["max"])] for name in columns},
+        "columns_with_nulls": [name for name in columns if known.features[name].isna().any()],
         "needs_probe": needs_probe(columns),
         "coverage": coverage,
         "seed": seed,
@@ -127,22 +127,29 @@ def _baselines(known: Known, folds: Sequence[Any]) -> dict[str, dict[str, float]
 def _importance(
     known: Known, folds: Sequence[Any], models: Sequence[Any], parallel: Parallel, seed: int
 ) -> dict[str, list[float]]:
-    """Rise of the RMSE on held-out rows when a feature is shuffled there: mean and standard deviation over folds."""
+    """Rise of the RMSE on held-out rows when a feature is shuffled: mean and standard deviation over shuffles.
+
+    Permutation importance (Breiman 2001), over the whole table: within a fold of few datasets, a feature may have one
+    value, and a shuffle there would change nothing.
+    """
+    random, columns = np.random.default_rng(seed), known.features.columns
+    orders = [random.permutation(len(known.target)) for _ in range(NUM_SHUFFLES)]
 
     def of_fold(model: Any, held_out: np.ndarray) -> np.ndarray:
+        """Squared errors, shuffles x (features + 1) x rows; the last without a shuffle."""
         rows, measured = known.features.iloc[held_out], known.target[held_out]
-        return permutation_importance(
-            model,
-            rows,
-            measured,
-            scoring="neg_root_mean_squared_error",
-            n_repeats=NUM_SHUFFLES,
-            random_state=seed,
-        ).importances_mean
+        plain = (model.predict(rows) - measured) ** 2
 
-    found = np.stack(parallel(delayed(of_fold)(m, held_out) for m, (_, held_out) in zip(models, folds, strict=True)))
+        def shuffled(column: str, order: np.ndarray) -> np.ndarray:
+            values = known.features[column].to_numpy()[order[held_out]]
+            return (model.predict(rows.assign(**{column: values})) - measured) ** 2
+
+        return np.stack([[*(shuffled(column, order) for column in columns), plain] for order in orders])
+
+    parts = parallel(delayed(of_fold)(m, held_out) for m, (_, held_out) in zip(models, folds, strict=True))
+    rmse = np.sqrt(np.concatenate(parts, axis=2).mean(axis=2))
+    found = rmse[:, :-1] - rmse[:, -1:]
     order = np.argsort(-found.mean(axis=0), kind="stable")
-    columns = known.features.columns
     return {columns[i]: [float(found[:, i].mean()), float(found[:, i].std())] for i in order}
 
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from raylora.config import main_with_one_line_errors
 from raylora.records import UserError
 from raylora.report.page import write_report
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m raylora.report", description=(__doc__ or "").splitlines()[0])
+    parser = _Parser(prog="python -m raylora.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="a run's folder, such as results/chunk_001")
     parser.add_argument("--price", type=float, help="price of a GPU-hour, in your currency")
     options = parser.parse_args(argv)

@@ -86,8 +86,10 @@ def load_run(root: Path) -> Run:
     Raises:
         UserError: there is no table in the folder, or none that can be read.
     """
+    from raylora.results import read_csv
+
     table, problem = None, ""
-    for name, read in (("results.parquet", pd.read_parquet), ("results.csv", pd.read_csv)):
+    for name, read in (("results.parquet", pd.read_parquet), ("results.csv", read_csv)):
         if table is None and (root / name).is_file():
             try:
                 table = read(root / name)

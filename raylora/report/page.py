@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from rich.console import Console
@@ -123,7 +124,7 @@ def plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    return None if value != value or str(value) == "<NA>" else str(value)
+    return None if value is pd.NA or value != value else str(value)
 
 
 def settings_of(run: Run) -> list[tuple[str, str, bool]]:
