@@ -122,7 +122,7 @@ class Workbench(mmlu.Examiner):
         if not self._model_hash:
             self._model_hash = model_hash(source, self.config.trust_remote_code)
         if any(self._model_hash != origin["model"] for origin in experiment.origins.values()):
-            raise MachineError(f"{source}: not the model that it was when the run began: run the same command again")
+            raise MachineError(f"{source}: not what it was when the run began: run the same command again")
 
     def check_base(self) -> None:
         """Whether the base still is what it was when it was loaded: nothing that a stage does may change it.

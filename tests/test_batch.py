@@ -322,7 +322,7 @@ def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tm
     make_model(seed=1).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", model)
     plan.store.forget_stage(experiment, "train")
-    with pytest.raises(MachineError, match="not the model that it was"):
+    with pytest.raises(MachineError, match="model: not what it was when the run began"):
         Workbench(config, plan.store).run(experiment)
 
 
