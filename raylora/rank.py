@@ -76,9 +76,7 @@ def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage
         draws in which it is the best of all), ``expected_best`` (of the trainings up to this one), ``train`` (within
         the budget), ``outside``, ``error``.
     """
-    unmeasured = pd.Series(predictor.unmeasured(table, "the chunk's features"), index=table.index)
-    lacking = (table["error"] == "") & (unmeasured != "")
-    table = table.assign(error=table["error"].mask(lacking, "not measured: " + unmeasured))
+    table = _with_unmeasured(predictor, table)
     bad = table["error"] != ""
     good = table[~bad].reset_index(drop=True)
     if good.empty:
@@ -96,6 +94,16 @@ def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage
     last = len(good) if budget is None else budget
     ranking.insert(7, "train", ranking["rank"].le(last).fillna(False).astype(bool))
     return ranking
+
+
+def _with_unmeasured(predictor: Predictor, table: pd.DataFrame) -> pd.DataFrame:
+    """The table, in which rows without a feature that the predictor cannot do without have failed."""
+    good = table[table["error"] == ""]
+    if good.empty:
+        return table
+    unmeasured = pd.Series(predictor.unmeasured(good, "the chunk's features"), index=good.index)
+    errors = ("not measured: " + unmeasured).where(unmeasured != "", "")
+    return table.assign(error=errors.reindex(table.index).fillna(table["error"]))
 
 
 def order_by_expected_best(draws: np.ndarray, predictions: np.ndarray) -> tuple[list[int], list[float]]:
