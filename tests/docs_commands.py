@@ -84,8 +84,18 @@ RUN = {
     ),
     "a new stage": ("python -m raylora.experiment FILE --model demo --stages train,recall",),
     # tests/test_monitoring.py, with the session's own folder in the place of the latest one's
-    "a run to watch": ("prometheus --config.file /tmp/ray/session_latest/metrics/prometheus/prometheus.yml",),
+    "a run to watch": (
+        "prometheus --config.file /tmp/ray/session_latest/metrics/prometheus/prometheus.yml",
+        "cp cluster/grafana-dashboard.json /tmp/ray/session_latest/metrics/grafana/dashboards/",
+    ),
     # tests/test_docs_run.py
+    "setting up": (
+        "pip install -c constraints.txt -e .",
+        "pip install -c constraints.txt -e '.[mlflow]'",
+        "pip install -c constraints.txt -e '.[s3]'",
+        ". .venv/bin/activate",
+        "ray get-auth-token --generate",
+    ),
     "a made-up run": ("python -m tests.runs FOLDER 40",),
     # tests/test_docs.py
     "a new question set": ("python -m raylora.mmlu --model demo --questions own_test.json --num-fewshot 1",),
@@ -98,15 +108,12 @@ NOT_RUN = {
     "make demo": "minutes, and a virtual environment of its own; tests/test_end_to_end.py runs the same model",
     "make test": "is what runs this",
     "make check": "is run for every change (.ci/run), and takes a minute",
-    "pip install": "would change the environment that the tests run in; its files and extras are checked",
-    ". .venv/bin/activate": "the environment that make demo makes",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
     "ray up": "starts machines (by hand, on two of our own: benchmarks/NOTES.md)",
     "ray down": "stops machines",
     "ray exec": "wants the machines of ray up",
     "ray attach": "wants the machines of ray up",
     "ray dashboard": "wants the machines of ray up",
-    "ray get-auth-token --generate": "would write a token into the home folder",
     "ray job submit --no-wait": "wants a cluster and a bucket of the user's; a like one is run locally",
     "python cluster/request_gpus.py": "tests/test_cluster_job.py runs it on a local cluster",
     "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN": "wants a secret of Kubernetes",
@@ -119,7 +126,6 @@ NOT_RUN = {
     "helm": "no Kubernetes here",
     "kubectl": "no Kubernetes here; the manifests are held against the schemas in tests/test_cluster_files.py",
     "ray metrics launch-prometheus": "downloads Prometheus",
-    "cp cluster/grafana-dashboard.json": "wants Grafana on the head node",
     "grafana-server": "wants Grafana on the head node",
 }
 

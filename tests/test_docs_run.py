@@ -10,8 +10,10 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import venv
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,6 +213,28 @@ def test_a_new_feature_and_a_new_stage(tmp_path, tiny_model_folder):
     row = pd.read_csv(tmp_path / "results" / "single" / "results.csv").iloc[0]
     assert row["question_mark_share"] == 1
     assert "question_mark_share" in site.run("python -m raylora.features --describe")
+
+
+@pytest.mark.parametrize("text", RUN["setting up"])
+def test_setting_up(text, tmp_path):
+    """In a home and an environment of the test's own; of what is installed, only that it could be."""
+    words = text.split()
+    if words[0] == "pip":
+        try:
+            socket.create_connection(("pypi.org", 443), 10).close()
+        except OSError:
+            pytest.skip("no network")
+        words = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", *shlex.split(text)[2:]]
+    elif words[0] == ".":
+        venv.create(tmp_path / ".venv", symlinks=True)
+        words = ["bash", "-c", f"cd {tmp_path}; {text}; command -v python"]
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if words[0] == "bash":
+        assert done.stdout.strip() == str(tmp_path / ".venv" / "bin" / "python")
+    if words[0] == "ray":
+        assert (tmp_path / ".ray" / "auth_token").read_text().strip() in done.stdout
 
 
 def test_a_made_up_run(tmp_path, tiny_model_folder):

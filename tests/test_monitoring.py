@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 
 from raylora import mmlu
 from raylora.config import load_config
@@ -269,6 +270,7 @@ def watched(tmp_path_factory, tiny_model_folder) -> Iterator[Watched]:
         token = subprocess.run([*RAY, "get-auth-token"], capture_output=True, text=True, check=True).stdout.strip()
         targets = [f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in ray.nodes()]
         thread.start()
+        wait_until(lambda: runs)
         yield Watched(f"http://127.0.0.1:{port}", token, targets, len(plan.experiments), time.monotonic())
         assert thread.is_alive(), "the run was over before it was looked at"
         runs[0].begin_no_more()
@@ -373,6 +375,23 @@ def prometheus(watched: Watched, tmp_path) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.wait(30)
+
+
+@pytest.mark.slow
+def test_grafana_finds_the_dashboard_where_the_docs_put_it(watched: Watched):
+    """Ray's own provisioning file names the folder; Grafana itself is in no package index."""
+    import ray
+
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "metrics" / "grafana"
+    (text,) = [line.strip() for line in DOCS.read_text().splitlines() if line.startswith("    cp ")]
+    words = text.replace("/tmp/ray/session_latest/metrics/grafana", str(folder)).split()
+    subprocess.run(words, cwd=ROOT, check=True)
+    assert (folder / "dashboards" / DASHBOARD.name).read_bytes() == DASHBOARD.read_bytes()
+    (provider,) = folder.glob("provisioning/dashboards/*.yml")
+    assert (
+        Path(yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]).resolve()
+        == (folder / "dashboards").resolve()
+    )
 
 
 @pytest.mark.slow
