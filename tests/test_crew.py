@@ -151,13 +151,16 @@ def test_a_product_that_was_taken_away_is_made_again(tmp_path):
     store, one = Store(tmp_path), make_experiment("one")
     folder = store.folder(one)
     (folder / "adapter").mkdir(parents=True)
-    (folder / "loss_curve.csv").write_text("step,loss\n")
+    files = [folder / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    for file in (*files, folder / "loss_curve.csv"):
+        file.write_text("what a training makes")
     store.write_stage(one, "train", {"train_loss": 1.0})
     assert store.read_stage(one, "train") == {"train_loss": 1.0}
     assert store.why_not_done(one, "train") == ""
-    (folder / "adapter").rmdir()
+    files[0].write_text("")
+    files[1].unlink()
     assert store.read_stage(one, "train") is None
-    assert store.why_not_done(one, "train") == "adapter missing"
+    assert store.why_not_done(one, "train") == "adapter/adapter_config.json, adapter/adapter_model.safetensors missing"
 
 
 def test_a_grid_that_says_a_value_twice_runs_it_once(tmp_path, tiny_model_folder):
