@@ -7,7 +7,6 @@ Exit code 0: all rows are good; 1: some failed (they have rows too); 2: wrong us
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from rich.console import Console
@@ -23,7 +22,7 @@ def main(argv: list[str]) -> int:
     # Only here: torch and transformers take seconds to import, which a mistake and --help need not wait for.
     from raylora.plan import DEMO_CHUNK, find_files, make_plan
     from raylora.report import print_results
-    from raylora.run import StoppedError, how_to_go_on, print_plan, run_plan
+    from raylora.run import StoppedError, exit_on_sigterm, how_to_go_on, print_plan, run_plan
 
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         print_plan(plan, console)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running is stopped in order
+    exit_on_sigterm()
     try:
         rows = run_plan(plan, console)
     except (KeyboardInterrupt, StoppedError) as stop:

@@ -180,29 +180,19 @@ class RunOptions(BaseModel):
         return address
 
 
-def _apart(settings_cls: Any) -> frozenset[str]:
-    return getattr(settings_cls, "not_from_environment", frozenset())
-
-
-class _ModelNameEnv(EnvSettingsSource):
-    """The environment, where ``MODEL_NAME`` is another name for ``RAYLORA_MODEL``."""
+class _Environment(EnvSettingsSource):
+    """The variables that are ours; ``MODEL_NAME`` is another name for ``RAYLORA_MODEL``."""
 
     def __call__(self) -> dict[str, Any]:
-        values = {k: v for k, v in super().__call__().items() if k not in _apart(self.settings_cls)}
-        if "model" in self.settings_cls.model_fields and (name := self.env_vars.get("model_name")):
-            values.setdefault("model", name)
+        own = {*self.settings_cls.model_fields} - self.settings_cls.not_from_environment  # type: ignore[attr-defined]
+        values = {name: value for name, value in super().__call__().items() if name in own}
+        if "model" in own and (model := self.env_vars.get("model_name")):
+            values.setdefault("model", model)
         return values
 
 
-class _ModelNameDotEnv(DotEnvSettingsSource):
-    """``.env``, which may hold settings of other programs too: only ours are taken."""
-
-    def __call__(self) -> dict[str, Any]:
-        fields = self.settings_cls.model_fields
-        values = {k: v for k, v in super().__call__().items() if k in fields and k not in _apart(self.settings_cls)}
-        if "model" in self.settings_cls.model_fields and (name := self.env_vars.get("model_name")):
-            values.setdefault("model", name)
-        return values
+class _DotEnv(_Environment, DotEnvSettingsSource):
+    """``.env``, which may hold settings of other programs too."""
 
 
 _SETTINGS = SettingsConfigDict(
@@ -235,7 +225,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Strongest first: arguments, ``.env``, the environment. Command line and YAML are put around them."""
-        return init_settings, _ModelNameDotEnv(settings_cls), _ModelNameEnv(settings_cls)
+        return init_settings, _DotEnv(settings_cls), _Environment(settings_cls)
 
     def settings_of(self, *groups: type[BaseModel]) -> dict[str, Any]:
         """The options of these groups as plain JSON values."""
@@ -369,10 +359,10 @@ def _read_variables(settings: type[Settings]) -> Mapping[str, Collection[str]]:
         UserError: ``.env`` cannot be read, or a name is nearly one of ours: it would change nothing, silently.
     """
     try:
-        dotenv = _ModelNameDotEnv(settings).env_vars
+        dotenv = _DotEnv(settings).env_vars
     except UnicodeDecodeError as error:
         raise UserError(f".env: not UTF-8 at byte {error.start}") from None
-    variables = {".env": dotenv, "the environment": _ModelNameEnv(settings).env_vars}
+    variables = {".env": dotenv, "the environment": _Environment(settings).env_vars}
     for place, names in variables.items():
         _check_names(place, names, settings)
     return variables

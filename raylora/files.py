@@ -44,6 +44,15 @@ class RemoteError(OSError):
         return type(self), self._of
 
 
+@contextlib.contextmanager
+def writing(option: str, place: Path) -> Iterator[None]:
+    """Around what writes to a place that the user gave: what cannot be written is a line that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {place}: cannot be written to: {error.strerror}") from error
+
+
 # Places
 
 

@@ -101,9 +101,9 @@ def _with_unmeasured(predictor: Predictor, table: pd.DataFrame) -> pd.DataFrame:
     good = table[table["error"] == ""]
     if good.empty:
         return table
-    unmeasured = pd.Series(predictor.unmeasured(good, "the chunk's features"), index=good.index)
-    errors = ("not measured: " + unmeasured).where(unmeasured != "", "")
-    return table.assign(error=errors.reindex(table.index).fillna(table["error"]))
+    errors = table["error"].copy()
+    errors[good.index] = [f"not measured: {u}" if u else "" for u in predictor.unmeasured(good, "the chunk's features")]
+    return table.assign(error=errors)
 
 
 def order_by_expected_best(draws: np.ndarray, predictions: np.ndarray) -> tuple[list[int], list[float]]:

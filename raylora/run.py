@@ -144,6 +144,11 @@ def run_pending(
             raise KeyboardInterrupt
 
 
+def exit_on_sigterm() -> None:
+    """So that what is running is stopped in order. For the main thread: no other may handle signals."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 class _Interrupts:
     """Ctrl-C, once: nothing new is begun, and what is nearly done may finish. Twice, or some time later: stop now."""
 
@@ -158,8 +163,7 @@ class _Interrupts:
     def __enter__(self) -> _Interrupts:
         if self._in_main_thread:  # no other may handle signals
             self._former = signal.signal(signal.SIGINT, self._handle)
-            # Ray puts a handler of its own in the place of ours as it starts, which aborts.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            exit_on_sigterm()  # again: as it starts Ray puts a handler of its own in its place, which aborts
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ from raylora.config import Config, Method, load_settings, main_with_one_line_err
 from raylora.datasets import list_dataset_files
 from raylora.features.columns import COLUMNS as FEATURE_COLUMNS
 from raylora.features.columns import RUN_COLUMNS, FeatureColumn, describe_columns
-from raylora.files import Location, reading
+from raylora.files import Location, reading, writing
 from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
 from raylora.run import StoppedError, how_to_go_on, print_plan, run_plan
@@ -86,10 +86,8 @@ def _check_place(path: Path | None) -> None:
     """
     if path is None:
         return
-    try:
+    with writing("--output-csv", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-csv {path}: {error.strerror}") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--output-csv {path}: {'is a folder' if path.is_dir() else 'cannot be written to'}")
 
@@ -114,10 +112,8 @@ def main(argv: list[str]) -> int:
     def write_csv(rows: Sequence[ResultRow]) -> None:
         if config.output_csv is not None:
             table = rows_to_table(rows, COLUMNS)[COLUMNS]
-            try:
+            with writing("--output-csv", config.output_csv):
                 write_atomically(config.output_csv, lambda partial: table.to_csv(partial, index=False))
-            except OSError as error:
-                raise UserError(f"--output-csv {config.output_csv}: {error.strerror}") from error
 
     try:
         rows = run_plan(plan, console, write_csv)

@@ -236,8 +236,9 @@ class Examiner:
             self.store.fetch(path)
             if (score := _kept(path, lambda: load_score(path))) is None:
                 with self.loaded.base():
-                    score = self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
+                    self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
                 self.store.share(path)
+                score = load_score(path)  # another machine's, if it was the first to be done
             return score
         return _kept(path, lambda: load_score(path))
 

@@ -11,8 +11,7 @@ and a calibration figure. ``fit --help`` and so on show all options.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raylora.config import Settings, load_settings, main_with_one_line_errors, split_commas
+from raylora.files import writing
 from raylora.predict.predictor import load_predictor
 from raylora.predict.tables import NAME_COLUMNS, Known, Target, known_from_table, names_of, numbers_of
 from raylora.predict.validation import fit_predictor, scores
@@ -79,14 +79,14 @@ def fit(argv: list[str], console: Console) -> None:
     if len(known.target) < 1 / (1 - config.coverage) - 1:
         raise UserError(f"{path}: {len(known.target)} good rows are too few for --coverage {config.coverage:g}")
     _note_few_groups(known, config.coverage, console)
-    with _writing(config.output):
+    with writing("--output", config.output):
         config.output.mkdir(parents=True, exist_ok=True)
     predictor, held_out = fit_predictor(
         known, config.target, config.coverage, config.folds, config.seed, config.threads
     )
     from raylora.predict.figures import write_calibration  # a second that a mistake need not wait for
 
-    with _writing(config.output):
+    with writing("--output", config.output):
         predictor.save(config.output)
         write_text(config.output / "predictor.json", to_json(predictor.card))
         write_atomically(config.output / "held_out.csv", lambda p: held_out.to_csv(p, index=False))
@@ -106,15 +106,6 @@ def _note_few_groups(known: Known, coverage: float, console: Console) -> None:
         )
 
 
-@contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    """What cannot be written is a line that names the option."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output {place}: cannot be written to: {error.strerror}") from error
-
-
 def predict(argv: list[str], console: Console) -> None:
     (path, table_path), argv = _take_paths(argv, "predict", "PREDICTOR", "TABLE")
     config = load_settings(PredictConfig, argv, f"{PROG} predict PREDICTOR TABLE")
@@ -127,7 +118,7 @@ def predict(argv: list[str], console: Console) -> None:
     named = [name for name in NAME_COLUMNS if name in table]
     full = pd.concat([table[named], found], axis=1) if named else found
     if config.output is not None:
-        with _writing(config.output):
+        with writing("--output", config.output):
             write_atomically(config.output, lambda partial: full.to_csv(partial, index=False))
     print_predictions(names_of(table), found, target, console)
     if measured is not None:

@@ -77,9 +77,11 @@ class Predictor:
 
     def unmeasured(self, table: pd.DataFrame, place: str = "TABLE") -> list[str]:
         """For each row the columns that are null there, and in no row that it was fitted on."""
-        may_be_null = set(self.card.get("columns_with_nulls", []))
-        asked = self.features_of(table, place).drop(columns=[c for c in self.columns if c in may_be_null])
-        return [", ".join(asked.columns[row]) for row in asked.isna().to_numpy()]
+        return self._unmeasured(self.features_of(table, place))
+
+    def _unmeasured(self, features: pd.DataFrame) -> list[str]:
+        needed = features.drop(columns=self.card.get("columns_with_nulls", []))
+        return [", ".join(needed.columns[row]) for row in needed.isna().to_numpy()]
 
     def predict(self, table: pd.DataFrame, coverage: float | None = None, place: str = "TABLE") -> pd.DataFrame:
         """``prediction``, ``low``, ``high`` and ``outside``: the features beyond all values it was fitted on.
@@ -95,7 +97,8 @@ class Predictor:
             UserError: a column is missing, no row has all that is needed, or ``coverage`` needs more rows than it was
                 fitted on.
         """
-        features, unmeasured = self.features_of(table, place), np.array(self.unmeasured(table, place), dtype=object)
+        features = self.features_of(table, place)
+        unmeasured = self._unmeasured(features)
         if all(unmeasured):
             raise UserError(
                 f"{place}: not measured in any row: {unmeasured[0]}" if len(unmeasured) else f"{place}: empty"
@@ -107,7 +110,7 @@ class Predictor:
         # At low levels the folds' predictions may lie all on one side of the final model's: an interval holds its own.
         values = {"prediction": prediction, "low": np.minimum(low, prediction), "high": np.maximum(high, prediction)}
         found = pd.DataFrame(values, index=table.index)
-        found[unmeasured != ""] = np.nan
+        found[[bool(u) for u in unmeasured]] = np.nan
         return found.assign(
             outside=[f"not measured: {u}" if u else o for u, o in zip(unmeasured, outside, strict=True)]
         )
