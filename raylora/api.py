@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from raylora import datasets, mmlu
 from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
 from raylora.encoding import StoredEncoded, encode_each
@@ -21,6 +19,7 @@ from raylora.results import load_results
 from raylora.run import run_plan
 from raylora.store import legacy_result
 from raylora.train import train_adapter
+from raylora.watch import make_console
 
 
 class FineTuner:
@@ -129,7 +128,7 @@ def process_folder(folder_name: str, max_samples: int | None = None, **options: 
     """All datasets of a chunk, on every GPU, as the batch command does it; a result for each, failed ones too."""
     config = _config(chunk=folder_name, max_samples=max_samples, **options)
     chunk, files = find_files(config)
-    rows = run_plan(make_plan(config, files, chunk), Console(highlight=False))
+    rows = run_plan(make_plan(config, files, chunk), make_console())
     return [legacy_result(row) for row in rows]
 
 

@@ -14,10 +14,11 @@ from rich.console import Console
 from raylora import datasets
 from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
 from raylora.records import UserError
+from raylora.watch import make_console
 
 
 def main(argv: list[str]) -> int:
-    console = Console(highlight=False)
+    console = make_console()
     config = ask_for_chunk(load_config(argv), console)
     # Only here: torch and transformers take seconds to import, which a mistake and --help need not wait for.
     from raylora.plan import DEMO_CHUNK, find_files, make_plan
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
     for note in plan.notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+        console.print(f"Note: {note}", soft_wrap=True)
     if config.dry_run:
         print_plan(plan, console)
         return 0
@@ -35,12 +36,12 @@ def main(argv: list[str]) -> int:
     try:
         rows = run_plan(plan, console)
     except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", markup=False, soft_wrap=True)
+        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_results(rows, plan.store, console)
     if config.model == DEMO:
         yours = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk
-        console.print(f"Next: python -m raylora.batch --chunk {yours} --model YOUR_MODEL (see --help)", markup=False)
+        console.print(f"Next: python -m raylora.batch --chunk {yours} --model YOUR_MODEL (see --help)")
     return 0 if all(row.ok for row in rows) else 1
 
 
@@ -52,7 +53,7 @@ def ask_for_chunk(config: Config, console: Console) -> Config:
     if not chunks:
         return config
     for i, chunk in enumerate(chunks, 1):
-        console.print(f"{i:3d}  {chunk.name}", markup=False)
+        console.print(f"{i:3d}  {chunk.name}")
     try:
         answer = console.input("Chunk, by number or name: ").strip()
     except EOFError:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import Console
 
 from raylora import datasets, mmlu
 from raylora.config import Config, FeatureOptions, Method, load_config, main_with_one_line_errors
@@ -49,6 +48,7 @@ from raylora.train import (
     adapters_a_pass,
     train_adapters,
 )
+from raylora.watch import make_console
 
 log = logging.getLogger("raylora.experiment")
 
@@ -430,7 +430,7 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         from raylora.run import print_plan
 
-        print_plan(plan, Console(highlight=False))
+        print_plan(plan, make_console())
         return 0
     use_threads(config)
     with plan.store.held(config.fresh):

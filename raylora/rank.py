@@ -21,7 +21,6 @@ from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from raylora.config import Config, load_settings, main_with_one_line_errors
 from raylora.plan import Plan, find_files, make_plan
@@ -29,6 +28,7 @@ from raylora.predict.predictor import Predictor, load_predictor
 from raylora.records import Experiment, ResultRow, UserError
 from raylora.run import StoppedError, run_pending
 from raylora.store import write_atomically
+from raylora.watch import make_console
 
 NUM_DRAWS = 4000
 RULE = (
@@ -135,19 +135,18 @@ def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
     for _, row in ranking[ranking["error"] == ""].iterrows():
         numbers = [f"{row.prediction:.4f}", f"{row.low:.4f} {row.high:.4f}", f"{row.chance_best:.0%}"]
         cells = (str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:.4f}")
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     console.print(table)
     for _, row in ranking[ranking["error"] != ""].iterrows():
-        console.print(f"FAILED {row.dataset}: {row.error}", markup=False, soft_wrap=True)
+        console.print(f"FAILED {row.dataset}: {row.error}", soft_wrap=True)
     strange = ranking[ranking["outside"].fillna("") != ""]
     if len(strange):
         console.print(
             f"Note: {len(strange)} datasets have features beyond all that the predictor was fitted on "
             "(column outside): their intervals may be too narrow.",
-            markup=False,
             soft_wrap=True,
         )
-    console.print(RULE, markup=False, soft_wrap=True)
+    console.print(RULE, soft_wrap=True)
 
 
 def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
@@ -176,7 +175,7 @@ def _of_the_batch(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    console = Console(highlight=False)
+    console = make_console()
     config = load_settings(RankConfig, argv, "python -m raylora.rank")
     predictor = load_predictor(config.predictor)
     steps = config.probe_steps if predictor.card["needs_probe"] else 0
@@ -184,23 +183,23 @@ def main(argv: list[str]) -> int:
         raise UserError("--probe-steps 0: the predictor uses dynamic features; give steps, or fit --leave-out dynamic")
     config = config.model_copy(update={"stages": ("features",), "probe_steps": steps, "trackers": ()})
     for note in _notes(predictor, config):
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+        console.print(f"Note: {note}", soft_wrap=True)
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
     try:
         table = measure_features(plan, console)
     except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} What is measured is kept: the same command goes on.", markup=False)
+        console.print(f"{stop or 'Stopped.'} What is measured is kept: the same command goes on.")
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
     path = plan.store.root / "ranking.csv"
     write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
     plan.store.publish("ranking.csv")
     print_ranking(ranking, predictor.card["target"], console)
-    console.print(f"Files: {path}", markup=False, soft_wrap=True)
+    console.print(f"Files: {path}", soft_wrap=True)
     limit = ["--max-experiments", str(config.budget)] if config.budget else []
     words = ["python", "-m", "raylora.batch", *_of_the_batch(argv), "--order", str(path), *limit]
-    console.print(f"Next: {shlex.join(words)}", markup=False, soft_wrap=True)
+    console.print(f"Next: {shlex.join(words)}", soft_wrap=True)
     return 0 if (ranking["error"] == "").all() else 1
 
 

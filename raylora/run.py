@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from raylora.config import Config
 from raylora.estimate import gigabytes
@@ -126,7 +125,7 @@ def run_pending(
         _Interrupts(console) as interrupts,
         tracking(plan, console) as trackers,
     ):
-        console.print(dashboard, markup=False, soft_wrap=True)
+        console.print(dashboard, soft_wrap=True)
 
         def on_start(run: scheduler.Run) -> None:
             watch.connect(run.read)
@@ -179,9 +178,7 @@ class _Interrupts:
         threading.Thread(target=self._finish, daemon=True).start()
 
     def _finish(self) -> None:
-        self._console.print(
-            f"Stopping: what is done within {GRACE_SECONDS} s is kept; Ctrl-C again stops now.", markup=False
-        )
+        self._console.print(f"Stopping: what is done within {GRACE_SECONDS} s is kept; Ctrl-C again stops now.")
         self.begin_no_more()
         if not self._over.wait(GRACE_SECONDS):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -229,7 +226,7 @@ def _machine() -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     """``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
     done = plan.done()
-    table = Table(title=Text(f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done"))
+    table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
     for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
@@ -239,10 +236,10 @@ def print_plan(plan: Plan, console: Console) -> None:
         todo = "" if e.experiment_id in done else "; ".join(f"{s}: {why[s]}" for s in stages if why[s])
         size = (f"{e.num_examples:,}", f"{e.num_tokens:,}", _memory(e), _duration(e.estimated_seconds))
         cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
-        table.add_row(*map(Text, cells))  # names and records of users are no markup
+        table.add_row(*cells)
     console.print(table)
     if plan.misfit:
-        console.print(f"Nothing can be run here: {plan.misfit}", markup=False, soft_wrap=True)
+        console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
     left = [e for e in plan.experiments if e.experiment_id not in done]
     if left and any(e.estimated_seconds for e in left):
         seconds = sum(e.estimated_seconds or 0.0 for e in left)

@@ -164,7 +164,7 @@ class Trackers:
             self._thread.join(timeout=CLOSING_SECONDS)
         if self._thread.is_alive():
             names = ", ".join(self._trackers or self._plan.config.trackers)
-            self._console.print(f"Warning: {names} took too long: the last rows may be missing there", markup=False)
+            self._console.print(f"Warning: {names} took too long: the last rows may be missing there")
 
     def _send(self) -> None:
         for chosen in self._plan.config.trackers:
@@ -186,9 +186,7 @@ class Trackers:
         except Exception as error:  # noqa: BLE001 a tracker fails in any way, and is never worth a row
             self._trackers.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self._console.print(
-                f"Warning: {name} gets no more rows of this run: {reason}", markup=False, soft_wrap=True
-            )
+            self._console.print(f"Warning: {name} gets no more rows of this run: {reason}", soft_wrap=True)
 
 
 def check_trackers(config: Config) -> None:

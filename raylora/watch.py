@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,18 +11,22 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from raylora.records import ResultRow
 
 REFRESH_SECONDS = 1.0
 
 
+def make_console(**options: Any) -> Console:
+    """Where all of raylora prints. What users call their things stands there as it is: no markup, no emoji."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
 class Watch:
     """Shows what every worker does and what is finished, from its ``with`` to the end of it."""
 
     def __init__(self, num_total: int, num_done: int, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.console = console or make_console()
         self.num_total, self.num_done, self.num_failed = num_total, num_done, 0
         self.num_before = num_done
         self.started = time.monotonic()
@@ -57,7 +60,7 @@ class Watch:
         """One line for each row that is done."""
         self.num_done += 1
         self.num_failed += not row.ok
-        self.console.print(f"[{self.num_done}/{self.num_total}] {describe(row)}", markup=False, soft_wrap=True)
+        self.console.print(f"[{self.num_done}/{self.num_total}] {describe(row)}", soft_wrap=True)
 
     def _poll(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
@@ -69,7 +72,7 @@ class Watch:
                 continue
             progress = sight.progress
             for note in sight.notes[self._num_notes :]:
-                self.console.print(f"Note: {note}", markup=False, soft_wrap=True)
+                self.console.print(f"Note: {note}", soft_wrap=True)
             self._num_notes = len(sight.notes)
             if self._live:
                 self._live.update(self._table(progress))
@@ -80,7 +83,7 @@ class Watch:
         for p in progress:
             if self._shown.get(p.worker) != (p.dataset, p.stage):
                 self._shown[p.worker] = (p.dataset, p.stage)
-                self.console.print(f"worker {p.worker}: {p.dataset} · {p.stage}", markup=False, soft_wrap=True)
+                self.console.print(f"worker {p.worker}: {p.dataset} · {p.stage}", soft_wrap=True)
 
     def _table(self, progress: list[Any]) -> Table:
         elapsed = time.monotonic() - self.started
@@ -96,7 +99,7 @@ class Watch:
             rate = p.done / seconds
             left = clock((p.total - p.done) / rate) if rate else ""
             cells = (str(p.worker), p.dataset, p.stage, f"{p.done}/{p.total}", f"{rate:.1f}/s" if rate else "", left)
-            table.add_row(*map(Text, cells))
+            table.add_row(*cells)
         return table
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from rich.console import Console
 
 from raylora import api, batch
 from raylora.config import load_config
@@ -25,6 +24,7 @@ from raylora.experiment import Workbench
 from raylora.plan import find_files, make_plan
 from raylora.records import MachineError, UserError
 from raylora.run import run_plan
+from raylora.watch import make_console
 from tests.tiny import make_model
 
 NUM_RECORDS = 8
@@ -75,7 +75,7 @@ def run(options, **more):
     """The rows of a run in this process's Ray, by dataset."""
     config = load_config(**{**options, "chunk": "chunk_1", **more})
     chunk, files = find_files(config)
-    rows = run_plan(make_plan(config, files, chunk), Console(quiet=True))
+    rows = run_plan(make_plan(config, files, chunk), make_console(quiet=True))
     assert len({row.values["experiment_id"] for row in rows}) == len(rows)
     return {row.values["dataset"]: row.values for row in rows}
 
@@ -132,7 +132,7 @@ def test_a_row_is_in_the_tables_before_the_next_one_is_made(ray_with_gpus, optio
     def look(rows):
         seen.append((len(rows), sum(1 for _ in plan.store.root.glob("experiments/*/result.json"))))
 
-    run_plan(plan, Console(quiet=True), look)
+    run_plan(plan, make_console(quiet=True), look)
     assert (1, 1) in seen, "rows written to the tables, rows made"
 
 
@@ -174,9 +174,8 @@ def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_pa
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     config = load_config(**options, chunk="chunk_1", grid={"lora_r": [2, 4], "num_epochs": [1, 2]})
     chunk, files = find_files(config)
-    from rich.console import Console
 
-    rows = run_plan(make_plan(config, files, chunk), Console(quiet=True))
+    rows = run_plan(make_plan(config, files, chunk), make_console(quiet=True))
     assert {(r.values["lora_r"], r.values["num_epochs"]) for r in rows} == {(2, 1), (2, 2), (4, 1), (4, 2)}
     assert all(r.ok for r in rows)
     assert len({r.values["train_final_loss"] for r in rows}) == 4

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raylora import estimate, run
@@ -19,6 +18,7 @@ from raylora.model import load_model
 from raylora.passes import Job, Passes
 from raylora.plan import find_files, make_plan
 from raylora.records import Example, Message, UserError
+from raylora.watch import make_console
 from tests.test_batch import OPTIONS, write_dataset
 from tests.tiny import make_tokenizer
 
@@ -160,7 +160,7 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     assert long.num_tokens == pytest.approx(10 * short.num_tokens, rel=0.1)
     assert long.estimated_seconds > short.estimated_seconds > 0
     assert bad.estimated_seconds is None
-    console = Console(width=200, file=io.StringIO(), record=True)
+    console = make_console(width=200, file=io.StringIO(), record=True)
     run.print_plan(plan, console)
     assert "for one worker, stages that are done not taken off" in console.export_text()
     with pytest.raises(UserError, match="fewer --num-workers"):

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from raylora import trackers
 from raylora.config import load_config
@@ -24,6 +23,7 @@ from raylora.experiment import ROW_COLUMNS
 from raylora.records import ResultRow, UserError
 from raylora.store import Store
 from raylora.trackers import check_trackers, points_of, settings_and_numbers, tracking
+from raylora.watch import make_console
 from tests.test_batch import OPTIONS, command, write_dataset
 
 
@@ -51,7 +51,7 @@ def make_plan(folder: Path, chosen: str, rows: list[ResultRow]):
 def track(plan, rows) -> str:
     """Log rows as a run does; what was printed."""
     out = io.StringIO()
-    with tracking(plan, Console(file=out, width=200)) as found:
+    with tracking(plan, make_console(file=out, width=200)) as found:
         for row in rows:
             found.log_row(row)
     return out.getvalue()

@@ -26,7 +26,7 @@ from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
 from raylora.run import StoppedError, how_to_go_on, print_plan, run_plan
 from raylora.store import rows_to_table, write_atomically
-from raylora.watch import clock
+from raylora.watch import clock, make_console
 
 HYPERPARAMETERS = tuple(
     FeatureColumn(name, "hyperparameters", "", -math.inf, math.inf, str(option.description))
@@ -72,10 +72,10 @@ def print_summary(rows: Sequence[ResultRow], console: Console) -> None:
         v = row.values
         text = f"{v['dataset']}: {clock(taken)}" if row.ok else f"FAILED {v['dataset']}: {v['error']}"
         notes = f" ({v['feature_notes']})" if row.ok and v.get("feature_notes") else ""
-        console.print(text + notes, markup=False, soft_wrap=True)
+        console.print(text + notes, soft_wrap=True)
     good = sum(row.ok for row in rows)
     each = f", {clock(sum(seconds) / good)} each" if good else ""
-    console.print(f"{good} of {len(rows)} datasets measured in {clock(sum(seconds))}{each}.", markup=False)
+    console.print(f"{good} of {len(rows)} datasets measured in {clock(sum(seconds))}{each}.")
 
 
 def _check_place(path: Path | None) -> None:
@@ -93,7 +93,7 @@ def _check_place(path: Path | None) -> None:
 
 
 def main(argv: list[str]) -> int:
-    console = Console(highlight=False)
+    console = make_console()
     words = [word.partition("=") for word in argv]
     names = [word.replace("_", "-") if word.startswith("--") else word for word, _, _ in words]
     argv = [RENAMED.get(name, name) + mark + value for name, (_, mark, value) in zip(names, words, strict=True)]
@@ -118,10 +118,10 @@ def main(argv: list[str]) -> int:
     try:
         rows = run_plan(plan, console, write_csv)
     except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", markup=False)
+        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     print_summary(rows, console)
-    console.print(f"Files: {config.output_csv or plan.store.place}", markup=False, soft_wrap=True)
+    console.print(f"Files: {config.output_csv or plan.store.place}", soft_wrap=True)
     return 0 if all(row.ok for row in rows) else 1
 
 

@@ -18,7 +18,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
-from rich.text import Text
 
 from raylora import mmlu
 from raylora.config import EvaluationConfig, load_settings, main_with_one_line_errors
@@ -27,6 +26,7 @@ from raylora.records import Score
 from raylora.remote_store import store_at
 from raylora.sources import quiet_libraries, resolve_model
 from raylora.store import Store, safe_name
+from raylora.watch import make_console
 
 SIGNIFICANT = 0.05
 """An adjusted p-value below this is shown as a change."""
@@ -59,7 +59,7 @@ def evaluate_all(config: MmluConfig, console: Console) -> list[Evaluated]:
         check_adapter(folder)
     asked = mmlu.load_question_set(config)
     for note in asked.notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+        console.print(f"Note: {note}", soft_wrap=True)
     source = resolve_model(config.model)
     of_model, of_questions = mmlu.model_key(config, source), mmlu.questions_key(config, asked)
     mmlu.check_prompt_style(config, source)
@@ -148,18 +148,16 @@ def print_tables(found: list[Evaluated], console: Console) -> None:
         cells += [v[f"accuracy_{group}"] for group in mmlu.SHORT_GROUPS]
         change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"]
         change.append(f"{v['mcnemar_p_value']:.2g}")
-        table.add_row(
-            Text(e.name), *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else [])
-        )
+        table.add_row(e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else []))
     console.print(table)
     for e in found:
         info, summary = e.score.info, mmlu.summarize(e.score)
         odd = {"unparsed": summary["num_unparsed"], "with a cut prompt": summary["num_truncated"]}
         for what, count in odd.items():
             if count:
-                console.print(f"{e.name}: {count} of {summary['total_questions']} {what}", markup=False)
+                console.print(f"{e.name}: {count} of {summary['total_questions']} {what}")
         if info.get("no_prefix_because") and info["scoring"] == "logits":
-            console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", markup=False, soft_wrap=True)
+            console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
     for e in found[1:]:
         print_changed_subjects(e, base, console)
 
@@ -170,10 +168,10 @@ def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) 
     moved = table[table["holm_p_value"] < SIGNIFICANT].sort_values("difference")
     for row in moved.itertuples():
         text = f"{evaluated.name}: {row.subject} {row.difference:+.3f} (Holm-adjusted p {row.holm_p_value:.2g})"
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     if moved.empty:
         text = f"{evaluated.name}: none of {len(table)} subjects changed (Holm-adjusted p < {SIGNIFICANT})"
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def _one_adapter_each(argv: list[str]) -> list[str]:
@@ -196,10 +194,10 @@ def main(argv: list[str]) -> int:
         import torch
 
         torch.set_num_threads(config.threads)
-    console = Console(highlight=False)
+    console = make_console()
     found = evaluate_all(config, console)
     print_tables(found, console)
-    console.print(f"Files: {found[0].path.parents[2]}", markup=False, soft_wrap=True)
+    console.print(f"Files: {found[0].path.parents[2]}", soft_wrap=True)
     return 0
 
 

@@ -22,7 +22,6 @@ from pydantic_settings import NoDecode
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from raylora.config import Settings, load_settings, main_with_one_line_errors, split_commas
 from raylora.files import writing
@@ -32,6 +31,7 @@ from raylora.predict.validation import fit_predictor, scores
 from raylora.records import UserError
 from raylora.results import read_table
 from raylora.store import to_json, write_atomically, write_text
+from raylora.watch import make_console
 
 PROG = "python -m raylora.predict"
 
@@ -75,7 +75,7 @@ def fit(argv: list[str], console: Console) -> None:
     config = load_settings(FitConfig, argv, f"{PROG} fit TABLE")
     known = known_from_table(read_table(path), config.target, config.group, config.leave_out, str(path))
     for note in known.notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+        console.print(f"Note: {note}", soft_wrap=True)
     if len(known.target) < 1 / (1 - config.coverage) - 1:
         raise UserError(f"{path}: {len(known.target)} good rows are too few for --coverage {config.coverage:g}")
     _note_few_groups(known, config.coverage, console)
@@ -92,8 +92,8 @@ def fit(argv: list[str], console: Console) -> None:
         write_atomically(config.output / "held_out.csv", lambda p: held_out.to_csv(p, index=False))
         write_calibration(config.output / "calibration.png", predictor, held_out)
     print_card(predictor.card, console)
-    console.print(f"Files: {config.output}", markup=False, soft_wrap=True)
-    console.print(f"Next: {PROG} predict {config.output} TABLE", markup=False, soft_wrap=True)
+    console.print(f"Files: {config.output}", soft_wrap=True)
+    console.print(f"Next: {PROG} predict {config.output} TABLE", soft_wrap=True)
 
 
 def _note_few_groups(known: Known, coverage: float, console: Console) -> None:
@@ -101,7 +101,6 @@ def _note_few_groups(known: Known, coverage: float, console: Console) -> None:
     if known.groups is not None and (num := len(np.unique(known.groups))) < 1 / (1 - coverage) - 1:
         console.print(
             f"Note: {num} groups are few for --coverage {coverage:g}: intervals may hold less than that of new ones",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -111,7 +110,7 @@ def predict(argv: list[str], console: Console) -> None:
     config = load_settings(PredictConfig, argv, f"{PROG} predict PREDICTOR TABLE")
     predictor, table = load_predictor(path), read_table(table_path)
     for note in predictor.notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+        console.print(f"Note: {note}", soft_wrap=True)
     found = predictor.predict(table, config.coverage, str(table_path))
     target = predictor.card["target"]
     measured = numbers_of(table, [target], str(table_path))[target] if target in table else None
@@ -124,7 +123,7 @@ def predict(argv: list[str], console: Console) -> None:
     if measured is not None:
         _print_check(target, measured, found, console)
     if config.output is not None:
-        console.print(f"Files: {config.output}", markup=False, soft_wrap=True)
+        console.print(f"Files: {config.output}", soft_wrap=True)
 
 
 def _print_check(target: str, measured: pd.Series, found: pd.DataFrame, console: Console) -> None:
@@ -136,7 +135,6 @@ def _print_check(target: str, measured: pd.Series, found: pd.DataFrame, console:
         console.print(
             f"Of {there.sum()} rows with a measured {target}: RMSE {rmse:.4f}, {inside:.1%} inside their intervals "
             "(too good where the predictor was fitted on them).",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -154,7 +152,7 @@ def print_predictions(names: list[str], found: pd.DataFrame, target: str, consol
         numbers = ("", "")
         if pd.notna(row["prediction"]):
             numbers = (f"{row['prediction']:.4f}", f"{row['low']:.4f} {row['high']:.4f}")
-        table.add_row(*map(Text, (names[i], *numbers, shown)))
+        table.add_row(names[i], *numbers, shown)
     console.print(table)
 
 
@@ -170,7 +168,6 @@ def print_card(card: dict[str, Any], console: Console, num_features: int | None 
     console.print(
         f"{card['target']} from {len(card['columns'])} features, {card['num_rows']} rows; "
         f"{card['num_folds']} folds{grouped}; model: {card['kind']} (in folds: {', '.join(card['kinds_of_folds'])})",
-        markup=False,
         soft_wrap=True,
     )
     models = {"predictor": card, **card["baselines"]}
@@ -179,12 +176,11 @@ def print_card(card: dict[str, Any], console: Console, num_features: int | None 
         table.add_row(name, f"{s['rmse']:.5f}", f"{s['mae']:.5f}", f"{s['r2']:.3f}", f"{s['rank_correlation']:.3f}")
     console.print(table)
     levels = ", ".join(f"{float(k):.0%}: {v:.1%}" for k, v in card["coverage_by_level"].items())
-    console.print(f"Held-out rows inside intervals of level {levels}", markup=False, soft_wrap=True)
+    console.print(f"Held-out rows inside intervals of level {levels}", soft_wrap=True)
     if "feature_groups" in card:
         console.print(_group_table(card["feature_groups"]))
         console.print(
             "(semantic and perplexity cost their seconds together, those of text among them: one pass makes them)",
-            markup=False,
         )
         console.print(_importance_table(card["importance"], num_features))
 
@@ -233,7 +229,7 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(COMMANDS)} (see --help)")
-    COMMANDS[argv[0]](argv[1:], Console(highlight=False))
+    COMMANDS[argv[0]](argv[1:], make_console())
     return 0
 
 

@@ -52,7 +52,7 @@ def try_write_report(store: Store, console: Console) -> None:
         store.publish("report.html")
     except Exception as error:  # noqa: BLE001 - whatever it is, the tables are written and worth more than the page
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        console.print(f"Warning: no report.html ({cause})", markup=False, soft_wrap=True)
+        console.print(f"Warning: no report.html ({cause})", soft_wrap=True)
 
 
 def render(run: Run, price: float | None = None) -> str:

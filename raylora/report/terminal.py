@@ -8,28 +8,28 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from raylora.records import ResultRow
 from raylora.store import Store
+from raylora.watch import make_console
 
 
 def print_results(rows: Sequence[ResultRow], store: Store, console: Console | None = None) -> None:
     """The datasets from the best change in accuracy to the worst, the failures with causes, and where files lie."""
-    console = console or Console(highlight=False)
+    console = console or make_console()
     good = sorted((r for r in rows if r.ok), key=lambda r: -(r.values.get("accuracy_change") or 0))
     failed = [r for r in rows if not r.ok]
     if good:
         console.print(_ranking(good))
     for row in failed:
-        console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", markup=False, soft_wrap=True)
-    console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", markup=False, soft_wrap=True)
-    console.print("  results.csv, results.parquet   one row a dataset", markup=False)
+        console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
+    console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)
+    console.print("  results.csv, results.parquet   one row a dataset")
     if (store.root / "report.html").is_file():
-        console.print("  report.html                    figures, for a browser", markup=False)
+        console.print("  report.html                    figures, for a browser")
     if (store.root / "run.json").is_file():
-        console.print("  run.json                       settings, versions, hashes", markup=False)
-    console.print("  experiments/                   adapter, scores, loss curve and log of each", markup=False)
+        console.print("  run.json                       settings, versions, hashes")
+    console.print("  experiments/                   adapter, scores, loss curve and log of each")
 
 
 def _ranking(rows: Sequence[ResultRow]) -> Table:
@@ -54,7 +54,7 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
     for row in rows:
         cells = [str(cell(row.values)) for cell in columns.values()]
         cells += [str(row.values[k]) for k in varied]
-        table.add_row(*map(Text, cells))  # names of users are no markup
+        table.add_row(*cells)
     return table
 
 

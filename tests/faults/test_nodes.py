@@ -21,6 +21,7 @@ from raylora import mmlu
 from raylora.config import load_config
 from raylora.plan import find_files, make_plan
 from raylora.run import run_plan
+from raylora.watch import make_console
 from tests.faults.runs import DATASETS, OPTIONS, still, write_chunk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -58,7 +59,7 @@ def wait_for_rows(results: Path, num: int) -> None:
 
 
 def recorder(tmp_path: Path) -> Console:
-    return Console(record=True, width=300, file=(tmp_path / "shown.txt").open("w"))
+    return make_console(record=True, width=300, file=(tmp_path / "shown.txt").open("w"))
 
 
 def test_nodes_that_leave_and_join_cost_no_row_and_no_attempt(cluster, tmp_path, tiny_model_folder):
@@ -81,7 +82,7 @@ def test_nodes_that_leave_and_join_cost_no_row_and_no_attempt(cluster, tmp_path,
     assert {row["num_attempts"] for row in rows.values()} == {1}, shown
     # The number after the first two may have gone to a worker that was to start on the node that left.
     assert re.search(r"worker [2-9]: ", shown), "the node that joined was not used"
-    again = run(cluster, data, tmp_path / "again", tiny_model_folder, Console(quiet=True), **more)
+    again = run(cluster, data, tmp_path / "again", tiny_model_folder, make_console(quiet=True), **more)
     assert {k: still(v) for k, v in rows.items()} == {k: still(v) for k, v in again.items()}
 
 
@@ -98,7 +99,9 @@ def test_idle_gpus_help_with_the_questions_of_the_last_experiment(cluster, tmp_p
     cluster.add_node(num_cpus=1, num_gpus=2)
     console = recorder(tmp_path)
     shared = run(cluster, data, tmp_path / "two", tiny_model_folder, console, **asked)["only"]
-    alone = run(cluster, data, tmp_path / "one", tiny_model_folder, Console(quiet=True), num_workers=1, **asked)["only"]
+    alone = run(cluster, data, tmp_path / "one", tiny_model_folder, make_console(quiet=True), num_workers=1, **asked)[
+        "only"
+    ]
     assert "helping mmlu" in console.export_text()
     (path,) = (tmp_path / "two").glob("chunk_1/experiments/*/scores.parquet")
     (other,) = (tmp_path / "one").glob("chunk_1/experiments/*/scores.parquet")

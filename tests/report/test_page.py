@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 from raylora.report import try_write_report
 from raylora.store import Store
+from raylora.watch import make_console
 
 
 def test_names_are_escaped(odd_run):
@@ -54,7 +54,7 @@ def test_a_report_that_fails_is_one_line_and_no_more(tmp_path):
     (tmp_path / "results.csv").write_text("dataset\nx\n")
     (tmp_path / "report.html").mkdir()
     (tmp_path / "report.html" / "file").touch()
-    try_write_report(Store(tmp_path), Console(file=out, width=300))
+    try_write_report(Store(tmp_path), make_console(file=out, width=300))
     assert out.getvalue().startswith("Warning: no report.html (")
     assert len(out.getvalue().splitlines()) == 1
     assert not list(tmp_path.glob(".partial-*"))
