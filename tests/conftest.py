@@ -33,6 +33,24 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
+@pytest.fixture(scope="module")
+def ray_with_gpus():
+    """A Ray of this process with four logical GPUs."""
+    import ray
+
+    ray.init(num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def options(tmp_path, tiny_model_folder):
+    """Of a run of ``chunk_1`` below the test's folder."""
+    from tests.chunks import OPTIONS
+
+    return {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "results"}
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data that is not in the repository: skipped with a reason where it is missing."""

@@ -13,8 +13,8 @@ import pandas as pd
 import psutil
 import pytest
 
+from tests.chunks import OPTIONS, command, write_dataset
 from tests.local_cluster import ROOT, TOKEN, LocalCluster, local_cluster, works_in
-from tests.test_batch import OPTIONS, command, write_dataset
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from raylora.foreman import Calls, CannotGoOnError, Foreman, MachineFailedError,
 from raylora.plan import make_plan
 from raylora.records import Experiment, MachineError
 from raylora.store import Store
-from tests.test_batch import OPTIONS, write_dataset
+from tests.chunks import OPTIONS, write_dataset
 
 PLACES = [Place("host", "0", "node"), Place("host", "1", "node")]
 

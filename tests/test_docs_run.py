@@ -20,10 +20,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.chunks import write_dataset
 from tests.docs_commands import ROOT, RUN
 from tests.local_cluster import TOKEN, local_cluster
 from tests.objects import BUCKET, s3_server
-from tests.test_batch import write_dataset
 from tests.test_docs import apply_diffs, blocks, copy_of_the_code, write_question_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

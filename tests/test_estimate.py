@@ -19,7 +19,7 @@ from raylora.passes import Job, Passes
 from raylora.plan import find_files, make_plan
 from raylora.records import Example, Message, UserError
 from raylora.watch import make_console
-from tests.test_batch import OPTIONS, write_dataset
+from tests.chunks import OPTIONS, write_dataset
 from tests.tiny import make_tokenizer
 
 CPU = estimate.Machine("cpu", 4, 24 * 10**9, 1e11)

@@ -16,7 +16,7 @@ from raylora.plan import make_plan
 from raylora.records import Example, Message, UserError
 from raylora.sources import model_hash, resolve_model
 from raylora.train import train_adapter
-from tests.test_batch import OPTIONS, write_dataset
+from tests.chunks import OPTIONS, write_dataset
 
 METHOD = Method(lora_r=4, num_epochs=2, batch_size=2, gradient_accumulation=1, learning_rate=5e-3, lora_dropout=0.1)
 EXAMPLES = [

@@ -21,8 +21,8 @@ from raylora.mmlu.examine import DEMO_QUESTIONS
 from raylora.plan import find_files, make_plan
 from raylora.records import ResultRow, UserError
 from raylora.remote_store import RemoteStore, store_at
+from tests.chunks import OPTIONS, command, run, still, write_dataset
 from tests.objects import BUCKET, SECRET, Objects, s3_server
-from tests.test_batch import OPTIONS, command, run, still, write_dataset
 
 NUM_DATASETS = 3
 OUT = "out/chunk_1"

@@ -20,7 +20,7 @@ from raylora.encoding import render_chat
 from raylora.model import load_model, load_tokenizer
 from raylora.records import Message, UserError
 from raylora.store import safe_name
-from tests.test_batch import write_dataset
+from tests.chunks import write_dataset
 from tests.tiny import make_model, save_model
 
 HOSTILE = [

@@ -14,7 +14,7 @@ from raylora.config import load_config
 from raylora.crew import Crew, Member, Place, Survey
 from raylora.experiment import Workbench
 from raylora.plan import find_files, make_plan
-from tests.test_batch import OPTIONS, run, still, write_dataset
+from tests.chunks import OPTIONS, run, still, write_dataset
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from raylora.records import ResultRow, UserError
 from raylora.store import Store
 from raylora.trackers import check_trackers, points_of, settings_and_numbers, tracking
 from raylora.watch import make_console
-from tests.test_batch import OPTIONS, command, write_dataset
+from tests.chunks import OPTIONS, command, write_dataset
 
 
 def make_row(name: str = "dolly", **values) -> ResultRow:

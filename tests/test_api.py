@@ -1,0 +1,43 @@
+"""The names that users of the research code know."""
+
+from __future__ import annotations
+
+import pytest
+
+from raylora import api
+from raylora.records import UserError
+from tests.chunks import write_dataset
+
+
+def test_run_experiment_and_process_folder(ray_with_gpus, options, tmp_path):
+    path = write_dataset(tmp_path / "data" / "chunk_1", "data")
+    more = {k: v for k, v in options.items() if k != "max_samples"}
+    single = api.run_experiment(path, max_samples=20, **more)
+    accuracy = single["results"]["finetuned_model"]["overall_accuracy"]
+    assert 0 <= accuracy <= 1
+    assert single["results"]["base_model"]["total_questions"] == 20
+    (from_folder,) = api.process_folder("chunk_1", max_samples=20, **more)
+    assert from_folder["results"] == single["results"]
+    table = api.load_results(tmp_path / "results" / "chunk_1")
+    assert table["overall_accuracy"].item() == accuracy
+    with pytest.raises(UserError):
+        api.run_experiment(tmp_path / "missing.json", **more)
+
+
+def test_fine_tuner(options, tmp_path):
+    from peft import PeftModel
+
+    path = write_dataset(tmp_path, "data")
+    tuner = api.FineTuner(**options)
+    dataset = tuner.prepare_context_dataset(path)
+    model, tokenizer, lora = tuner.prepare_model()
+    result = tuner.train(dataset, model, tokenizer, lora, output_dir=tmp_path / "adapter")
+    metrics = result["training_metrics"]
+    assert metrics["train_final_loss"] < metrics["train_initial_loss"]
+    assert len(result["loss_curve"]) == metrics["num_train_steps"] == 8
+    again = tuner.train(dataset, model, tokenizer, lora)
+    assert again["training_metrics"]["train_final_loss"] == metrics["train_final_loss"]
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(options["model"])
+    assert PeftModel.from_pretrained(base, tmp_path / "adapter").peft_config["default"].r == 16
