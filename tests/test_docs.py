@@ -79,7 +79,7 @@ def refuses_only_the_unknown(words: list[str]) -> bool:
     try:
         run_main([*words, UNKNOWN])
     except UserError as error:
-        return any(f"{words} {UNKNOWN}" in str(error) for words in ("unknown option", "unrecognized arguments:"))
+        return any(f"{said} {UNKNOWN}" in str(error) for said in ("unknown option", "unrecognized arguments:"))
     return False
 
 

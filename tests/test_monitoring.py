@@ -29,6 +29,7 @@ from raylora.experiment import Workbench
 from raylora.metrics import METRICS, STATES
 from raylora.plan import find_files, make_plan
 from tests.chunks import OPTIONS, write_dataset
+from tests.docs_commands import RUN
 from tests.local_cluster import RAY, free_ports
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.test_metrics import DASHBOARD, DOCS, ROOT, expressions
@@ -205,43 +206,44 @@ def retries(found: dict) -> float:
     return sum(found["ray_raylora_retries_total"].values())
 
 
+def command_of_the_docs(program: str, session: Path) -> list[str]:
+    """The one of a program, for this session in the place of the latest one."""
+    (text,) = [line for line in DOCS.read_text().splitlines() if line.startswith(f"    {program} ")]
+    assert text.strip() in RUN["a run to watch"]
+    return text.replace("/tmp/ray/session_latest", str(session)).split()
+
+
 @pytest.fixture
-def prometheus(watched: Watched, tmp_path) -> Iterator[str]:
-    """The address of a real Prometheus that reads the file which Ray wrote for it."""
+def session(watched: Watched) -> Path:
+    """The folder of Ray's session."""
     import ray
 
-    program = shutil.which("prometheus")
-    if program is None:
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+@pytest.fixture
+def prometheus(session: Path, tmp_path) -> Iterator[str]:
+    """The address of a real Prometheus that reads the file which Ray wrote for it."""
+    words = command_of_the_docs("prometheus", session)
+    if shutil.which(words[0]) is None:
         pytest.skip("no prometheus: apt-get install prometheus")
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
     (port,) = free_ports(1)
-    server = subprocess.Popen(
-        [
-            program, "--config.file", session / "metrics/prometheus/prometheus.yml", "--storage.tsdb.path", tmp_path,
-            "--web.listen-address", f"127.0.0.1:{port}",
-        ],
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    own = ["--storage.tsdb.path", tmp_path, "--web.listen-address", f"127.0.0.1:{port}"]
+    server = subprocess.Popen([*words, *own], stderr=subprocess.DEVNULL)
     yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.wait(30)
 
 
 @pytest.mark.slow
-def test_grafana_finds_the_dashboard_where_the_docs_put_it(watched: Watched):
+def test_grafana_finds_the_dashboard_where_the_docs_put_it(session: Path):
     """Ray's own provisioning file names the folder; Grafana itself is in no package index."""
-    import ray
-
-    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "metrics" / "grafana"
-    (text,) = [line.strip() for line in DOCS.read_text().splitlines() if line.startswith("    cp ")]
-    words = text.replace("/tmp/ray/session_latest/metrics/grafana", str(folder)).split()
-    subprocess.run(words, cwd=ROOT, check=True)
+    folder = session / "metrics" / "grafana"
+    subprocess.run(command_of_the_docs("cp", session), cwd=ROOT, check=True)
     assert (folder / "dashboards" / DASHBOARD.name).read_bytes() == DASHBOARD.read_bytes()
     (provider,) = folder.glob("provisioning/dashboards/*.yml")
-    assert (
-        Path(yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]).resolve()
-        == (folder / "dashboards").resolve()
-    )
+    (provided,) = yaml.safe_load(provider.read_text())["providers"]
+    assert Path(provided["options"]["path"]).resolve() == (folder / "dashboards").resolve()
 
 
 @pytest.mark.slow

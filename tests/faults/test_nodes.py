@@ -99,9 +99,8 @@ def test_idle_gpus_help_with_the_questions_of_the_last_experiment(cluster, tmp_p
     cluster.add_node(num_cpus=1, num_gpus=2)
     console = recorder(tmp_path)
     shared = run(cluster, data, tmp_path / "two", tiny_model_folder, console, **asked)["only"]
-    alone = run(cluster, data, tmp_path / "one", tiny_model_folder, make_console(quiet=True), num_workers=1, **asked)[
-        "only"
-    ]
+    quiet = make_console(quiet=True)
+    alone = run(cluster, data, tmp_path / "one", tiny_model_folder, quiet, num_workers=1, **asked)["only"]
     assert "helping mmlu" in console.export_text()
     (path,) = (tmp_path / "two").glob("chunk_1/experiments/*/scores.parquet")
     (other,) = (tmp_path / "one").glob("chunk_1/experiments/*/scores.parquet")
