@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+"""The only place that states it: pyproject.toml reads it here, so a checkout that was never installed knows it, too."""
+
 _PUBLIC = {
     "FineTuner": "raylora.api",
     "evaluate_mmlu": "raylora.api",

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from raylora import __version__
 from raylora.config import Config
 from raylora.estimate import gigabytes
 from raylora.experiment import ROW_COLUMNS, error_row
@@ -204,6 +205,8 @@ def _manifest(plan: Plan) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "raylora":  # what is imported, which need not be what is installed
+        return __version__
     try:
         return version(package)
     except PackageNotFoundError:
