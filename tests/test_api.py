@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylora import api
-from raylora.records import UserError
-from tests.chunks import write_dataset
+from raylora import api, rows
+from raylora.errors import UserError
+from tests.helpers.chunks import write_dataset
 
 
 def test_run_experiment_and_process_folder(ray_with_gpus, options, tmp_path):
@@ -18,7 +18,7 @@ def test_run_experiment_and_process_folder(ray_with_gpus, options, tmp_path):
     assert single["results"]["base_model"]["total_questions"] == 20
     (from_folder,) = api.process_folder("chunk_1", max_samples=20, **more)
     assert from_folder["results"] == single["results"]
-    table = api.load_results(tmp_path / "results" / "chunk_1")
+    table = rows.load_results(tmp_path / "results" / "chunk_1")
     assert table["overall_accuracy"].item() == accuracy
     with pytest.raises(UserError):
         api.run_experiment(tmp_path / "missing.json", **more)

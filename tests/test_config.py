@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raylora.config import Config, Method, load_config, main_with_one_line_errors
-from raylora.records import UserError
+from raylora.commands.run_command import run_command
+from raylora.config import Config, Method, load_config
+from raylora.errors import UserError
+from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_bad_yaml_is_one_line(text, expected):
 
 
 def test_shipped_configurations_are_valid():
-    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    files = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(files) >= 4
     for file in files:
         config = load_config(["--config", str(file)])
@@ -132,8 +134,8 @@ def test_a_misspelt_variable_is_not_passed_over(monkeypatch, tmp_path):
 
 def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(monkeypatch, tmp_path):
     """``.env`` and MODEL_NAME are shared by all commands, also by those that load no model."""
-    from raylora.config import load_settings
-    from raylora.predict.__main__ import FitConfig
+    from raylora.commands.predict import FitConfig
+    from raylora.config_sources import load_settings
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL_NAME", "demo")
@@ -155,6 +157,6 @@ def test_ctrl_c_before_anything_runs_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        main_with_one_line_errors(main, [])
+        run_command(main, [])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "Stopped.\n"

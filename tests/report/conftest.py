@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from raylora.mmlu import SUBJECT_GROUPS
-from raylora.report import write_report
-from tests.report.odd import ODD_RUNS
-from tests.runs import dataset_names, write_run
+from raylora.mmlu.questions import SUBJECT_GROUPS
+from raylora.report.page import write_report
+from tests.helpers.odd import ODD_RUNS
+from tests.helpers.runs import dataset_names, write_run
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import permutation_test, spearmanr
 
-from raylora.mmlu import compare_subjects
-from raylora.mmlu.statistics import compare
+from raylora.mmlu.statistics import compare, compare_subjects
 from raylora.records import Score
 from raylora.report import findings
-from raylora.report.gather import Answers, Run, load_run, loss_curve
 from raylora.report.page import page_data
-from tests.runs import make_score, write_run
+from raylora.report.read_run import Answers, FinishedRun, load_run, loss_curve
+from tests.helpers import ROOT
+from tests.helpers.runs import make_score, write_run
 
 
 def test_a_subjects_p_values_are_those_of_mmlu():
@@ -30,7 +30,7 @@ def test_a_subjects_p_values_are_those_of_mmlu():
     expected = compare_subjects(score, base).set_index("subject")
     names, codes = np.unique(base.questions["subject"], return_inverse=True)
     ours, theirs = (s.questions["correct"].to_numpy() for s in (score, base))
-    found = findings._by_subject(ours, theirs, codes, len(names))
+    found = findings.correct_by_subject(ours, theirs, codes, len(names))
     for k, name in enumerate(names):
         assert found["gained"][k] == expected.loc[name, "num_gained"]
         assert found["lost"][k] == expected.loc[name, "num_lost"]
@@ -92,7 +92,7 @@ def test_experiments_of_one_dataset_are_named_by_what_varies_and_count_once(tmp_
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=12))
 def test_every_experiment_has_a_name_of_its_own(names):
     table = pd.DataFrame({"dataset": names, "experiment_id": [f"x-{i:08d}" for i in range(len(names))]})
-    assert len(set(Run(Path("nowhere"), table, {}).labels)) == len(names)
+    assert len(set(FinishedRun(Path("nowhere"), table, {}).labels)) == len(names)
 
 
 def test_scores_of_another_run_are_left_out(forty, tmp_path):
@@ -127,7 +127,7 @@ def test_an_experiment_id_never_leads_out_of_the_folder(tmp_path):
     (tmp_path / "secret").mkdir()
     (tmp_path / "run" / "experiments").mkdir(parents=True)
     ids = ["../../secret", "..", ".", "", "/etc"]
-    run = Run(tmp_path / "run", pd.DataFrame({"experiment_id": ids}), {})
+    run = FinishedRun(tmp_path / "run", pd.DataFrame({"experiment_id": ids}), {})
     assert [run.folder(i) for i in range(len(ids))] == [None] * len(ids)
 
 
@@ -140,7 +140,7 @@ def test_answers_of_the_same_questions_only():
 def test_a_long_loss_curve_becomes_means(tmp_path):
     folder = tmp_path / "experiments" / "one"
     folder.mkdir(parents=True)
-    run = Run(tmp_path, pd.DataFrame({"experiment_id": ["one"]}), {})
+    run = FinishedRun(tmp_path, pd.DataFrame({"experiment_id": ["one"]}), {})
     pd.DataFrame({"step": range(1, 801), "loss": [3.0, 1.0] * 400}).to_csv(folder / "loss_curve.csv")
     steps, losses = loss_curve(run, 0)
     assert len(steps) == 80
@@ -172,7 +172,7 @@ def test_costs_name_the_gpus_that_were_used_and_the_runs_own_price(forty, tmp_pa
 
 def test_the_mends_of_the_page_are_those_of_the_documentation():
     """Line by line: every option that the documentation tells to use, the page tells too."""
-    text = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
     rows = text.partition("## In the row of a dataset")[2].partition("##")[0].strip().splitlines()[2:]
     assert len(rows) > 12
     for row in rows:

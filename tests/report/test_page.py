@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from raylora.report import try_write_report
-from raylora.store import Store
-from raylora.watch import make_console
+from raylora.console import make_console
+from raylora.report.page import try_write_report
+from raylora.storage.store import Store
 
 
 def test_names_are_escaped(odd_run):
