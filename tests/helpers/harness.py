@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a live model and local questions: the reference that MMLU's scores are held against.
 
-    python -m tests.helpers.harness        # records tests/helpers/data/mmlu_reference.json anew (20 minutes on two cores)
+    python -m tests.helpers.harness    # records data/mmlu_reference.json anew (20 minutes on two cores)
 
 Prompts come from the harness's own task files, log-likelihoods from its ``hf`` backend, accuracies from its groups.
 Only the place of the data is ours, as there is no hub.
