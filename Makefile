@@ -18,7 +18,7 @@ test-slow: $(VENV)/.dev  ## the tests marked slow
 test-mlflow: $(VENV)/.dev  ## the tracker of MLflow against its real server, which has an environment of its own
 	@test -x $(VENV)-mlflow/bin/mlflow || { $(PYTHON) -m venv $(VENV)-mlflow && \
 		$(VENV)-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow; }
-	@RAYLORA_MLFLOW=$(CURDIR)/$(VENV)-mlflow/bin/mlflow $(BIN)/python -m pytest -q -m 'slow or not slow' tests/test_trackers.py
+	@RAYLORA_MLFLOW=$(CURDIR)/$(VENV)-mlflow/bin/mlflow $(BIN)/python -m pytest -q -m 'slow or not slow' tests/run/test_trackers.py
 
 check: $(VENV)/.dev  ## lint, format and types
 	@$(BIN)/ruff check .

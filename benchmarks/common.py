@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from raylora.config import ModelOptions
-from raylora.files import cache_folder
-from raylora.model import LoadedModel, load_model, load_tokenizer
-from raylora.sources import quiet_libraries, resolve_model
-from raylora.store import write_atomically
+from raylora.model.adapters import LoadedModel
+from raylora.model.loading import load_model, load_tokenizer
+from raylora.model.sources import quiet_libraries, resolve_model
+from raylora.storage.atomic import write_atomically
+from raylora.storage.places import cache_folder
 
 SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", "../shared/data"))
 SHAPES = {

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks import common
+from raylora.mmlu.questions import load_questions, select_questions
 
 
 def raylora_command(files: list[Path], folder: Path, options: argparse.Namespace) -> list[str]:
@@ -56,10 +57,9 @@ def research(file: Path, options: argparse.Namespace) -> None:
     from benchmarks.features import research_way
     from benchmarks.mmlu import ask_by_writing
     from benchmarks.training import run_padded
-    from raylora import mmlu
     from raylora.config import Method
-    from raylora.datasets import load_dataset, sample_examples
-    from raylora.encoding import encode_example
+    from raylora.data.datasets import load_dataset, sample_examples
+    from raylora.data.encoding import encode_example
 
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -70,7 +70,7 @@ def research(file: Path, options: argparse.Namespace) -> None:
         seconds[stage] = round(now - started, 1)
         started = now
 
-    questions = mmlu.select_questions(mmlu.load_questions(questions_file()), options.num_questions, 0)
+    questions = select_questions(load_questions(questions_file()), options.num_questions, 0)
     dataset = load_dataset(file, limit=options.num_records)
     examples = sample_examples(dataset.examples, 0, dataset.seed)
     loaded = common.load(options.model, options.quantization, None)

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from benchmarks import common
 from benchmarks.load import make_records
 from raylora.config import FeatureOptions, Method
-from raylora.datasets import load_dataset, sample_examples
-from raylora.encoding import EncodedExample, encode_example
-from raylora.features.dynamic import _general_examples
+from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.encoding import EncodedExample, encode_example
 from raylora.features.pipeline import extract_features
+from raylora.features.probe import general_examples
 from raylora.features.static import count_held_out
 from raylora.features.text import text_features
-from raylora.model import LoadedModel
+from raylora.model.adapters import LoadedModel
 from raylora.records import Example, Message
 
 STATIC_WIDTH, PROBE_WIDTH, MICRO_BATCH = 256, 128, 2
@@ -106,7 +106,7 @@ def compare(options: argparse.Namespace) -> None:
     ours = sum(map(len, encoded)) + answers + 2 * options.steps * per_step * mean_length
     # Sharpness, forgetting and losses of what is held out, which the research code's probe does not measure.
     held_out = sum(map(len, encoded[: count_held_out(len(encoded))]))
-    more = 3 * held_out + 2 * sum(map(len, _general_examples(loaded.tokenizer)))
+    more = 3 * held_out + 2 * sum(map(len, general_examples(loaded.tokenizer)))
     theirs = 3 * len(encoded) * STATIC_WIDTH + 2 * options.steps * per_step * PROBE_WIDTH
     best = {way: min(m.seconds for m in runs) for way, runs in taken.items()}
     rows = [
@@ -136,8 +136,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def measure_text(options: argparse.Namespace) -> None:
     """Examples of real and made-up words, ever new ones as their number grows; a tenth of them near-copies."""
-    from raylora.model import load_tokenizer
-    from raylora.sources import resolve_model
+    from raylora.model.loading import load_tokenizer
+    from raylora.model.sources import resolve_model
 
     tokenizer = load_tokenizer(resolve_model(options.model))
     rows = []

@@ -27,11 +27,12 @@ import torch
 
 from benchmarks import common
 from raylora.config import Config, load_config
-from raylora.datasets import list_dataset_files, load_dataset, survey
-from raylora.experiment import Workbench, run_experiment
+from raylora.data.datasets import list_dataset_files, load_dataset, survey
+from raylora.errors import UserError
+from raylora.experiment.story import run_experiment
+from raylora.experiment.workbench import Workbench
 from raylora.features.text import text_features
-from raylora.plan import DEMO_FOLDER, make_plan
-from raylora.records import UserError
+from raylora.planning.plan import DEMO_FOLDER, make_plan
 
 CPU = torch.device("cpu")
 NUM_RARE = 200_000
@@ -83,7 +84,7 @@ def write_many(folder: Path, num: int) -> Path:
 
 
 def config_of(folder: Path) -> Config:
-    from tests.tiny import save_model
+    from tests.helpers.tiny import save_model
 
     model = folder / "model"
     if not model.is_dir():
@@ -100,7 +101,7 @@ def run_part(part: str, path: Path, folder: Path) -> dict[str, Any]:
     elif part == "load":
         taken = common.measure(lambda: load_dataset(path).seed, CPU)
     elif part == "text features":
-        from tests.tiny import make_tokenizer
+        from tests.helpers.tiny import make_tokenizer
 
         examples = load_dataset(path).examples
         before = common.measure(lambda: None, CPU).peak_bytes

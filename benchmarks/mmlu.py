@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from raylora import mmlu
-from raylora.mmlu.prompts import harness_prompt
-from raylora.model import LoadedModel
+from raylora.mmlu.prompts import build_shots, encode_questions, harness_prompt
+from raylora.mmlu.questions import load_questions, select_questions
+from raylora.mmlu.scoring import evaluate
+from raylora.model.adapters import LoadedModel
 from raylora.records import Question
 
 LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
@@ -29,26 +30,26 @@ LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
 
 def choose(folder: Path, num_questions: int, num_fewshot: int) -> tuple[list[Question], dict[str, list[Question]]]:
     """A seeded sample over all subjects; with shots, twenty questions a subject, as many subjects as that makes."""
-    everything = mmlu.load_questions(folder / "test_all_subjects.json")
+    everything = load_questions(folder / "test_all_subjects.json")
     if num_fewshot == 0:
         per_subject: dict[str, list[Question]] = {}
         for q in everything:
             per_subject.setdefault(q.subject, []).append(q)
         each = max(1, num_questions // len(per_subject))
-        return [q for group in per_subject.values() for q in mmlu.select_questions(group, each, 0)], {}
-    dev = mmlu.load_questions(folder / "dev_all_subjects.json")
+        return [q for group in per_subject.values() for q in select_questions(group, each, 0)], {}
+    dev = load_questions(folder / "dev_all_subjects.json")
     subjects = ("abstract_algebra", "astronomy", "college_biology", "international_law", "philosophy", "sociology")
     wanted = list(itertools.islice(itertools.cycle(subjects), max(1, num_questions // 20)))
     chosen = []
     for subject in dict.fromkeys(wanted):
         group = [q for q in everything if q.subject == subject]
-        chosen += mmlu.select_questions(group, 20, 0)
-    return chosen, mmlu.build_shots(dev, set(wanted), num_fewshot)
+        chosen += select_questions(group, 20, 0)
+    return chosen, build_shots(dev, set(wanted), num_fewshot)
 
 
 def ask_raylora(loaded: LoadedModel, questions: Sequence[Question], shots: dict) -> np.ndarray:
-    encoded = mmlu.encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
-    return mmlu.evaluate(loaded.model, loaded.tokenizer, encoded).questions[LOGPROBS].to_numpy()
+    encoded = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
+    return evaluate(loaded.model, loaded.tokenizer, encoded).questions[LOGPROBS].to_numpy()
 
 
 def ask_harness(lm: Any, questions: Sequence[Question], shots: dict) -> np.ndarray:
@@ -80,7 +81,7 @@ def best_harness(
     loaded: LoadedModel, questions: Sequence[Question], shots: dict, sizes: Sequence[int]
 ) -> tuple[Any, int]:
     """The harness at the batch size that is fastest on a few of the questions."""
-    from tests.harness import make_lm
+    from tests.helpers.harness import make_lm
 
     few = list(questions)[:: max(1, len(questions) // 24)]
     sizes = sizes or ((1, 2, 4, 8, 16) if loaded.device.type == "cpu" else (8, 16, 32, 64))
@@ -112,7 +113,7 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
         for way, run in ways.items():
             taken[way].append(common.measure(run, loaded.device))
             print(f"{way}: {taken[way][-1].seconds:.1f} s, {taken[way][-1].cpu_seconds:.1f} CPU s", flush=True)
-    prompts = mmlu.encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
+    prompts = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
     num_tokens = sum(len(e) for e in prompts)
     dtype = torch.bfloat16 if loaded.device.type == "cuda" else torch.float32
     limit = common.matrix_rate(loaded.device, dtype)
@@ -144,10 +145,10 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
 
 def count_flips(loaded: LoadedModel, questions: Sequence[Question], shots: dict, options: argparse.Namespace) -> None:
     """How many answers change with the token budget, and how near their best two choices were."""
-    encoded = mmlu.encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
+    encoded = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
     found = {}
     for budget in (128, 512, 2048):
-        score = mmlu.evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget)
+        score = evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget)
         found[budget] = score.questions[LOGPROBS].to_numpy()
         print(f"token budget {budget}: {score.info['mmlu_seconds']:.1f} s", flush=True)
     base = found[512]

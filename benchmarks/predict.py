@@ -18,7 +18,7 @@ from sklearn.model_selection import RepeatedKFold
 
 from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor, scores
-from raylora.results import read_table
+from raylora.rows import read_table
 
 SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SAMPLE = SHARED / "tuneahead_metadataset_sample.csv"

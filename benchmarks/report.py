@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from raylora.mmlu.questions import SUBJECT_GROUPS
-from raylora.report import write_report
-from tests.runs import dataset_names, write_run
+from raylora.report.page import write_report
+from tests.helpers.runs import dataset_names, write_run
 
 # Milliseconds from a call until two frames later, when what it changed has been painted.
 PAINTED = """(act) => new Promise((done) => {
@@ -71,7 +71,7 @@ def measure(num: int, num_questions: int, browser: Any, folder: Path) -> dict[st
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    from tests.report.chromium import CHROMIUM, FLAGS
+    from tests.helpers.chromium import CHROMIUM, FLAGS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--datasets", type=int, nargs="+", default=[40, 500])

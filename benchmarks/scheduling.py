@@ -21,15 +21,16 @@ import psutil
 import ray
 
 from benchmarks import common
-from raylora import run
+from raylora.cluster.ray_run import run_experiments
+from raylora.cluster.retries import RetryingExecutor, WorkerCalls
+from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
 from raylora.config import Config, load_config
-from raylora.crew import Crew, Member, Place, Survey
-from raylora.experiment import make_row
-from raylora.foreman import Calls, Foreman, NodeLostError, WorkerFailedError
-from raylora.plan import Plan
-from raylora.records import Experiment, Progress, ResultRow
-from raylora.scheduler import run_experiments
-from raylora.store import Store
+from raylora.errors import NodeLostError, WorkerFailedError
+from raylora.planning.plan import Plan
+from raylora.records import Experiment, ProgressCallback, ResultRow
+from raylora.rows import make_row
+from raylora.run import execute
+from raylora.storage.store import Store
 
 STAGES = ("features", "train", "mmlu")
 GPUS_A_NODE = 8
@@ -54,13 +55,13 @@ def make_experiments(num: int, seconds: float, seed: int = 0) -> list[Experiment
     ]
 
 
-class SleepingBench:
+class SleepingRunner:
     """Runs an experiment by sleeping through its stages."""
 
     def __init__(self, config: Config, store: Store) -> None:
         self.config, self.store = config, store
 
-    def run(self, experiment: Experiment, progress: Progress) -> ResultRow:
+    def run(self, experiment: Experiment, progress: ProgressCallback) -> ResultRow:
         if num := experiment.settings.get("together"):
             self._wait_for_others(experiment, num)
         for stage in STAGES:
@@ -78,7 +79,7 @@ class SleepingBench:
         while sum(1 for _ in folder.iterdir()) < num:
             time.sleep(0.01)
 
-    def help(self, experiment: Experiment, name: str, progress: Progress) -> int:
+    def help(self, experiment: Experiment, name: str, progress: ProgressCallback) -> int:
         return 0
 
 
@@ -102,9 +103,9 @@ def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, flo
             for e in make_experiments(num_workers, 0.0)
         ]
         rows: dict[str, ResultRow] = {}
-        tables = run._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
+        tables = execute._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
         started = 0.0
-        for row in run_experiments(config, store, [*warm, *experiments], make_bench=SleepingBench):
+        for row in run_experiments(config, store, [*warm, *experiments], make_runner=SleepingRunner):
             name = row.values["experiment_id"]
             if name.startswith("warm_"):
                 started = time.perf_counter()
@@ -144,30 +145,31 @@ class Failing:
     """Workers of a cluster in which things go wrong, as threads that sleep."""
 
     def __init__(self, num_gpus: int, store: Store, config: Config, worker_dies: float, node_dies: float) -> None:
-        self.bench = SleepingBench(config, store)
+        self.bench = SleepingRunner(config, store)
         self.num_gpus, self.worker_dies, self.node_dies = num_gpus, worker_dies, node_dies
         self.lock = threading.Lock()
         self.random = random.Random(0)
         self.free = [
-            Place(f"node-{i // GPUS_A_NODE}", str(i % GPUS_A_NODE), f"{i // GPUS_A_NODE}") for i in range(num_gpus)
+            WorkerPlace(f"node-{i // GPUS_A_NODE}", str(i % GPUS_A_NODE), f"{i // GPUS_A_NODE}")
+            for i in range(num_gpus)
         ]
         self.num_deaths = self.num_lost = 0
         self.seconds_lost = 0.0
 
-    def start(self) -> Member:
+    def start(self) -> PoolWorker:
         with self.lock:
             place = self.free.pop(0)
         time.sleep(0.02)  # at the scale of the simulation, the minute in which a model is loaded
-        return Member(None, place)
+        return PoolWorker(None, place)
 
-    def stop(self, member: Member) -> None:
+    def stop(self, member: PoolWorker) -> None:
         with self.lock:
             self.free.append(member.place)
 
-    def survey(self) -> Survey:
-        return Survey(self.num_gpus, frozenset(str(i) for i in range(self.num_gpus // GPUS_A_NODE + 1)))
+    def survey(self) -> Capacity:
+        return Capacity(self.num_gpus, frozenset(str(i) for i in range(self.num_gpus // GPUS_A_NODE + 1)))
 
-    def run(self, member: Member, experiment: Experiment) -> dict[str, Any]:
+    def run(self, member: PoolWorker, experiment: Experiment) -> dict[str, Any]:
         with self.lock:
             fate, when = self.random.random(), self.random.random()
         if fate < self.worker_dies + self.node_dies:
@@ -190,9 +192,9 @@ def simulate(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config, store = load_config(model="demo"), Store(Path(folder))
             site = Failing(num_gpus, store, config, worker_dies=0.01, node_dies=0.002)
-            crew = Crew(site.start, site.stop, site.survey)
-            calls = Calls(site.run, lambda *_: 0, lambda *_: 0, set)
-            foreman = Foreman(config, store, crew, calls, on_gpus=False)
+            crew = WorkerPool(site.start, site.stop, site.survey)
+            calls = WorkerCalls(site.run, lambda *_: 0, lambda *_: 0, set)
+            foreman = RetryingExecutor(config, store, crew, calls, on_gpus=False)
             process = psutil.Process()
             memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
             started = time.perf_counter()

@@ -17,12 +17,12 @@ _PUBLIC = {
     "evaluate_mmlu_with_model": "raylora.api",
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
-    "load_results": "raylora.results",
-    "DynamicProbeAnalyzer": "raylora.features.dynamic",
+    "load_results": "raylora.rows",
+    "DynamicProbeAnalyzer": "raylora.features.probe",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
-    "HyperParams": "raylora.features.dynamic",
+    "HyperParams": "raylora.features.probe",
     "StaticFeatureExtractor": "raylora.features.static",
-    "UserError": "raylora.records",
+    "UserError": "raylora.errors",
 }
 __all__ = [*sorted(_PUBLIC)]
 

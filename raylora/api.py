@@ -6,20 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raylora import datasets, mmlu
-from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config, load_settings
-from raylora.encoding import StoredEncoded, encode_each
-from raylora.experiment import Workbench, use_threads
-from raylora.experiment import run_experiment as run_planned_experiment
-from raylora.files import location
-from raylora.model import LoadedModel, as_loaded, check_adapter, context_window, load_model
-from raylora.plan import find_files, make_plan
-from raylora.records import Dataset, Example, UserError
-from raylora.results import load_results
-from raylora.run import run_plan
-from raylora.store import legacy_result
-from raylora.train import train_adapter
-from raylora.watch import make_console
+from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config
+from raylora.config_sources import load_settings
+from raylora.console import make_console
+from raylora.data import datasets
+from raylora.data.encoding import StoredEncoded, encode_each
+from raylora.errors import UserError
+from raylora.experiment.story import run_experiment as run_planned_experiment
+from raylora.experiment.workbench import Workbench, use_threads
+from raylora.mmlu.prompts import encode_questions
+from raylora.mmlu.question_set import load_question_set
+from raylora.mmlu.scoring import evaluate
+from raylora.mmlu.statistics import summarize
+from raylora.model.adapters import LoadedModel, check_adapter
+from raylora.model.loading import as_loaded, context_window, load_model
+from raylora.planning.plan import find_files, make_plan
+from raylora.records import Dataset, Example
+from raylora.rows import load_results
+from raylora.run.execute import run_plan
+from raylora.storage.legacy import legacy_result
+from raylora.storage.places import location
+from raylora.training.loop import train_adapter
 
 
 class FineTuner:
@@ -156,11 +163,11 @@ def evaluate_mmlu(
     config = _evaluation_config(dataset_path, max_samples, {"model": base_model_path, **options})
     if adapter_path is not None:
         check_adapter(Path(adapter_path))
-    mmlu.load_question_set(config)  # a bad file is known before the model is loaded
+    load_question_set(config)  # a bad file is known before the model is loaded
     loaded = load_model(ModelOptions(**config.settings_of(ModelOptions)))
     if adapter_path is not None:
         loaded.attach_saved(Path(adapter_path))
-    return _evaluate(config, loaded.model, loaded.tokenizer)
+    return _evaluate_with(config, loaded.model, loaded.tokenizer)
 
 
 def evaluate_mmlu_with_model(
@@ -178,7 +185,7 @@ def evaluate_mmlu_with_model(
         ``macro_accuracy``, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
         ``questions``, a DataFrame with a row each.
     """
-    return _evaluate(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
+    return _evaluate_with(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
 
 
 def _evaluation_config(
@@ -188,11 +195,11 @@ def _evaluation_config(
     return load_settings(EvaluationConfig, None, "evaluate_mmlu", **given)
 
 
-def _evaluate(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
-    asked = mmlu.load_question_set(config)
-    encoded = mmlu.encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
-    score = mmlu.evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
-    return {**mmlu.summarize(score), "questions": score.questions}
+def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
+    asked = load_question_set(config)
+    encoded = encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
+    score = evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
+    return {**summarize(score), "questions": score.questions}
 
 
 def _config(**options: Any) -> Config:

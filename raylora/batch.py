@@ -1,67 +1,7 @@
-"""Train, evaluate and describe every dataset of a chunk.
+"""``python -m raylora.batch``: see ``raylora.commands.batch``."""
 
-    python -m raylora.batch --chunk chunk_001
-
-Exit code 0: all rows are good; 1: some failed (they have rows too); 2: wrong use; 130: stopped by Ctrl-C.
-"""
-
-from __future__ import annotations
-
-import sys
-
-from rich.console import Console
-
-from raylora import datasets
-from raylora.config import DEMO, Config, load_config, main_with_one_line_errors
-from raylora.records import UserError
-from raylora.watch import make_console
-
-
-def main(argv: list[str]) -> int:
-    console = make_console()
-    config = ask_for_chunk(load_config(argv), console)
-    # Only here: torch and transformers take seconds to import, which a mistake and --help need not wait for.
-    from raylora.plan import DEMO_CHUNK, find_files, make_plan
-    from raylora.report import print_results
-    from raylora.run import StoppedError, exit_on_sigterm, how_to_go_on, print_plan, run_plan
-
-    chunk, files = find_files(config)
-    plan = make_plan(config, files, chunk)
-    for note in plan.notes:
-        console.print(f"Note: {note}", soft_wrap=True)
-    if config.dry_run:
-        print_plan(plan, console)
-        return 0
-    exit_on_sigterm()
-    try:
-        rows = run_plan(plan, console)
-    except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", soft_wrap=True)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
-    print_results(rows, plan.store, console)
-    if config.model == DEMO:
-        yours = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk
-        console.print(f"Next: python -m raylora.batch --chunk {yours} --model YOUR_MODEL (see --help)")
-    return 0 if all(row.ok for row in rows) else 1
-
-
-def ask_for_chunk(config: Config, console: Console) -> Config:
-    """Where no chunk is named at a terminal: list those there are, and ask."""
-    if config.chunk is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return config
-    chunks = datasets.list_chunks(config.data_root)
-    if not chunks:
-        return config
-    for i, chunk in enumerate(chunks, 1):
-        console.print(f"{i:3d}  {chunk.name}")
-    try:
-        answer = console.input("Chunk, by number or name: ").strip()
-    except EOFError:
-        answer = ""
-    if not answer:
-        raise UserError("--chunk: none was chosen")
-    return config.model_copy(update={"chunk": answer})
-
+from raylora.commands.batch import main
+from raylora.commands.run_command import run_command
 
 if __name__ == "__main__":
-    main_with_one_line_errors(main)
+    run_command(main)

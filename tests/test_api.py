@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylora import api
-from raylora.records import UserError
-from tests.chunks import write_dataset
+from raylora import api, evaluate_mmlu_with_model, rows
+from raylora.errors import UserError
+from tests.helpers.chunks import write_dataset
 
 
 def test_run_experiment_and_process_folder(ray_with_gpus, options, tmp_path):
@@ -18,7 +18,7 @@ def test_run_experiment_and_process_folder(ray_with_gpus, options, tmp_path):
     assert single["results"]["base_model"]["total_questions"] == 20
     (from_folder,) = api.process_folder("chunk_1", max_samples=20, **more)
     assert from_folder["results"] == single["results"]
-    table = api.load_results(tmp_path / "results" / "chunk_1")
+    table = rows.load_results(tmp_path / "results" / "chunk_1")
     assert table["overall_accuracy"].item() == accuracy
     with pytest.raises(UserError):
         api.run_experiment(tmp_path / "missing.json", **more)
@@ -41,3 +41,10 @@ def test_fine_tuner(options, tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(options["model"])
     assert PeftModel.from_pretrained(base, tmp_path / "adapter").peft_config["default"].r == 16
+
+
+def test_a_model_that_is_loaded_already_is_evaluated_as_it_is(tiny_model, tokenizer, question_file):
+    found = evaluate_mmlu_with_model(tiny_model, tokenizer, question_file, batch_size=4, max_samples=6)
+    assert found["total_questions"] == 6
+    assert found["correct_questions"] == found["questions"]["correct"].sum()
+    assert found["overall_accuracy"] == found["correct_questions"] / 6

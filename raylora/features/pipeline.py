@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raylora.config import FeatureOptions, Method
-from raylora.datasets import sample_examples
-from raylora.features.columns import FEATURE_NAMES
-from raylora.features.dynamic import HyperParams, run_probe
+from raylora.data.datasets import sample_examples
+from raylora.features.probe import HyperParams, run_probe
 from raylora.features.static import OfLoadedModel, as_dataset, extract_static, join_notes
-from raylora.model import LoadedModel, borrowed
-from raylora.records import Dataset, Example, Progress, ignore_progress
+from raylora.model.adapters import LoadedModel
+from raylora.model.loading import borrowed
+from raylora.records import Dataset, Example, ProgressCallback, ignore_progress
+from raylora.rows import FEATURE_NAMES
 
 
 def extract_features(
@@ -22,7 +23,7 @@ def extract_features(
     options: FeatureOptions,
     token_budget: int,
     seed: int,
-    progress: Progress = ignore_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> dict[str, Any]:
     """Every feature by column name, with ``feature_notes`` and the seconds of each part.
 

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from sklearn.ensemble import IsolationForest
 
-from raylora.datasets import parse_record, sample_examples
-from raylora.encoding import EncodedExample, TrainOn
+from raylora.data.datasets import sample_examples
+from raylora.data.encoding import EncodedExample, TrainOn
+from raylora.data.parse_record import parse_record
+from raylora.errors import ErrorKind, UserError
 from raylora.features import text
-from raylora.features.columns import STATIC_NAMES
-from raylora.features.forward import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
-from raylora.losses import ExampleLoss
-from raylora.packed import packed_linears
-from raylora.records import Dataset, Example, Progress, UserError, ignore_progress
+from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
+from raylora.model.onednn import onednn_linears
+from raylora.records import Dataset, Example, ProgressCallback, ignore_progress
+from raylora.rows import STATIC_NAMES
+from raylora.training.losses import ExampleLoss
 
 HELD_OUT_SHARE = 0.2
 MAX_HELD_OUT = 32
@@ -116,7 +118,7 @@ def as_dataset(dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]
             num_bad += len(errors)
             num_chars += _num_chars(record)
     if not examples:
-        raise UserError("the dataset has no valid example")
+        raise UserError("the dataset has no valid example", kind=ErrorKind.BAD_RECORDS)
     return Dataset("", tuple(examples), len(dataset), num_chars, num_bad_records=num_bad)
 
 
@@ -140,7 +142,7 @@ def extract_static(
     max_length: int = 1024,
     token_budget: int = 512,
     train_on: TrainOn = "answer",
-    progress: Progress = ignore_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> StaticResult:
     """Static features: of size and text from all of ``dataset``, the others from ``sample``.
 
@@ -162,7 +164,7 @@ def extract_static(
     held_out_losses: list[ExampleLoss] = []
     num_valid = 0
     if usable:
-        with packed_linears(model, token_budget, with_head=True):
+        with onednn_linears(model, token_budget, with_head=True):
             first = measure_all(model, tokenizer, held_out, train_on, token_budget, progress)
             held_out_losses = [m.labels for m in first]
             measured = [*first, *measure_all(model, tokenizer, others, train_on, token_budget, progress)]

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from raylora.encoding import pad_left
+from raylora.data.minibatch import pad_left
 from raylora.mmlu.prompts import EncodedQuestion
-from raylora.model import at_output_head
+from raylora.model.forward import at_output_head
 
 
 class _LentLayer(DynamicLayer):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylora.store import partial_of, read_json, write_text
+from raylora.storage.atomic import partial_of, read_json, write_text
 
 OWNER = "owner"
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylora.encoding import render_chat
+from raylora.data.encoding import render_chat
+from raylora.errors import UserError
 from raylora.mmlu.questions import LETTERS
-from raylora.records import Message, Question, UserError
+from raylora.records import Message, Question
 
 PromptStyle = Literal["harness", "chat"]
-CHUNK = 256
+ENCODED_AT_ONCE = 256
 """Questions tokenized together."""
 CHAT_INSTRUCTION = "Answer with the letter of the right option only: A, B, C or D."
 
@@ -76,8 +77,8 @@ def encode_questions(
     if prompt_style == "chat" and not tokenizer.chat_template:
         raise UserError("--prompt-style chat: the tokenizer has no chat template; use --prompt-style harness")
     encoded: list[EncodedQuestion] = []
-    for start in range(0, len(questions), CHUNK):
-        chunk = questions[start : start + CHUNK]
+    for start in range(0, len(questions), ENCODED_AT_ONCE):
+        chunk = questions[start : start + ENCODED_AT_ONCE]
         if prompt_style == "chat":
             contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in chunk]
             parts = _split(

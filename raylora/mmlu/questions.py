@@ -14,12 +14,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylora.files import reason
-from raylora.records import Question, UserError, digest
+from raylora.errors import UserError, reason
+from raylora.records import Question, digest
 
 LETTERS = "ABCD"
 # As lm-evaluation-harness has them.
-GROUPS = {
+SUBJECT_GROUP_NAMES = {
     "stem": """
         abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
         college_mathematics college_physics computer_security conceptual_physics electrical_engineering
@@ -42,11 +42,11 @@ GROUPS = {
     """,
 }
 SHORT_GROUPS = {"stem": "STEM", "humanities": "hum.", "social_sciences": "social", "other": "other"}
-SUBJECT_GROUPS = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
+SUBJECT_GROUPS = {subject: group for group, subjects in SUBJECT_GROUP_NAMES.items() for subject in subjects.split()}
 """The group of each of the 57 subjects."""
 
 Split = Literal["test", "dev"]
-Place = tuple[str, dict[str, Any]]
+QuestionPlace = tuple[str, dict[str, Any]]
 """Where a raw question stands, and its fields."""
 
 
@@ -95,7 +95,7 @@ def _parse_letter(place: str, answer: Any) -> int:
     raise UserError(f"{place}: answer {str(answer)[:40]!r}; expected 0 to 3 or A to D")
 
 
-def _read_raw(path: Path, split: Split) -> Iterator[Place]:
+def _read_raw(path: Path, split: Split) -> Iterator[QuestionPlace]:
     try:
         if path.is_dir():
             yield from _read_folder(path, split)
@@ -109,7 +109,7 @@ def _read_raw(path: Path, split: Split) -> Iterator[Place]:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
-def _read_folder(folder: Path, split: Split) -> Iterator[Place]:
+def _read_folder(folder: Path, split: Split) -> Iterator[QuestionPlace]:
     files = _files_of(folder, split)
     if split == "test" and not files:  # nothing is named for a split: all of it are the questions
         files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.csv"))
@@ -129,7 +129,7 @@ def _files_of(folder: Path, split: Split) -> list[Path]:
     return sorted(folder.glob(f"*/{split}-*.parquet"))
 
 
-def _read_parquet(path: Path) -> Iterator[Place]:
+def _read_parquet(path: Path) -> Iterator[QuestionPlace]:
     data = _bytes_of(path)
     try:
         rows = pq.read_table(pa.BufferReader(data)).to_pylist()
@@ -139,7 +139,7 @@ def _read_parquet(path: Path) -> Iterator[Place]:
         yield f"question {i}", fields
 
 
-def _read_csv(path: Path) -> Iterator[Place]:
+def _read_csv(path: Path) -> Iterator[QuestionPlace]:
     """Lines without a header: question, four choices, letter. The subject is the file's name."""
     subject = path.stem
     for split in ("_test", "_dev", "_val"):
@@ -172,7 +172,7 @@ def _decode(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def _read_json(path: Path) -> Iterator[Place]:
+def _read_json(path: Path) -> Iterator[QuestionPlace]:
     text = _decode(path)
     try:
         values = json.loads(text)

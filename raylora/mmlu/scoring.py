@@ -23,23 +23,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from raylora.encoding import pad_token_of
+from raylora.data.encoding import pad_token_of
 from raylora.mmlu.answers import parse_answer, write_answers
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
 from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
-from raylora.model import is_out_of_memory
-from raylora.packed import packed_linears
-from raylora.records import Progress, Score, ignore_progress
-from raylora.tally import tally
+from raylora.model.memory import is_out_of_memory
+from raylora.model.onednn import onednn_linears
+from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
+from raylora.work_counts import work_counts
 
 log = logging.getLogger("raylora.mmlu")
 
-CPU_TOKEN_BUDGET = 512
+CPU_QUESTION_TOKENS = 512
 """Padded tokens in a batch on a CPU: larger ones are slower, as they leave its caches (benchmarks/NOTES.md)."""
 MAX_GPU_TOKEN_BUDGET = 16384
-MEMORY_SHARE = 0.8
+SCORING_MEMORY_SHARE = 0.8
 """Of the free GPU memory, what a batch may take."""
 MIN_TOKENS_SPARED = 64
 """A prefix must spare this many tokens and half a batch: so much is lost by a pass of its own and torn batches."""
@@ -65,7 +65,7 @@ class _Budget:
         """Half of what the failed batch held, which may be far less than the budget allowed."""
         self.tokens = max(1, min(self.tokens, held) // 2)
         self.num_backoffs += 1
-        tally.oom_backoffs += 1
+        work_counts.oom_backoffs += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -76,7 +76,7 @@ def evaluate(
     encoded: Sequence[EncodedQuestion],
     scoring: Literal["logits", "generate"] = "logits",
     token_budget: int | None = None,
-    progress: Progress = ignore_progress,
+    progress: ProgressCallback = ignore_progress,
     journal: Journal | None = None,
 ) -> Score:
     """Ask ``model``, as it is now, every question.
@@ -131,7 +131,7 @@ def answer(
     journal: Journal,
     scoring: Literal["logits", "generate"] = "logits",
     token_budget: int | None = None,
-    progress: Progress = ignore_progress,
+    progress: ProgressCallback = ignore_progress,
 ) -> _Asked:
     """Ask what the journal does not know yet: its owner until it knows everything, a helper while batches are free."""
     pad = pad_token_of(tokenizer)
@@ -149,8 +149,8 @@ def answer(
         for batch in _in_turn(batches, journal):
             for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
                 journal.add(answers)
-                tally.questions += len(answers)
-                progress("mmlu", len(journal.answers), len(encoded))
+                work_counts.questions += len(answers)
+                progress(ProgressStage.MMLU, len(journal.answers), len(encoded))
             if budget.tokens != journal.reduced:
                 journal.open(cut, budget.tokens)
     return _Asked(parts, budget, no_prefix)
@@ -246,20 +246,20 @@ def _parts(encoded: Sequence[EncodedQuestion], least_saving: float) -> list[_Par
         by_subject[e.question.subject].append(i)
     parts, others = [], []
     for indices in by_subject.values():
-        length = _common_prefix([encoded[i] for i in indices])
+        length = common_prefix([encoded[i] for i in indices])
         if length * (len(indices) - 1) >= least_saving:
             parts.append(_Part(longest_first(indices), length))
         else:
             others += indices
     if others:
         # Even prompts of different subjects begin with the same dozen words.
-        length = _common_prefix([encoded[i] for i in others])
+        length = common_prefix([encoded[i] for i in others])
         worth = length * (len(others) - 1) >= least_saving
         parts.append(_Part(longest_first(others), length if worth else 0))
     return sorted(parts, key=lambda part: (-len(encoded[part.indices[0]]), part.indices[0]))
 
 
-def _common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
+def common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
     """Tokens that all prompts begin with, at least one less than the shortest has. 0 where choices are long."""
     if len(encoded) < 2 or not all(e.single_token for e in encoded):
         return 0
@@ -289,7 +289,7 @@ def find_token_budget(model: Any, encoded: Sequence[EncodedQuestion], pad: int) 
     On a GPU the longest prompt is asked once, and what it took tells how many tokens the free memory holds.
     """
     if model.device.type != "cuda" or not encoded:
-        return CPU_TOKEN_BUDGET
+        return CPU_QUESTION_TOKENS
     longest = max(encoded, key=len)
     device = model.device
     torch.cuda.reset_peak_memory_stats(device)
@@ -298,7 +298,7 @@ def find_token_budget(model: Any, encoded: Sequence[EncodedQuestion], pad: int) 
     per_token = max(1.0, (torch.cuda.max_memory_allocated(device) - before) / len(longest))
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + cached
-    tokens = int(min(MEMORY_SHARE * free / per_token, MAX_GPU_TOKEN_BUDGET))
+    tokens = int(min(SCORING_MEMORY_SHARE * free / per_token, MAX_GPU_TOKEN_BUDGET))
     return max(256, 1 << (max(tokens, 1).bit_length() - 1))
 
 
@@ -309,7 +309,7 @@ def _for_inference(model: Any) -> Iterator[None]:
     # What a GPU adapter computes in float32 goes through bfloat16, as it did in training.
     autocast = torch.autocast("cuda", dtype=model.dtype) if model.device.type == "cuda" else contextlib.nullcontext()
     try:
-        with torch.inference_mode(), autocast, packed_linears(model, CPU_TOKEN_BUDGET):
+        with torch.inference_mode(), autocast, onednn_linears(model, CPU_QUESTION_TOKENS):
             yield
     finally:
         model.train(was_training)

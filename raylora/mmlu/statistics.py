@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from raylora.mmlu.questions import GROUPS, SUBJECT_GROUPS
+from raylora.mmlu.questions import SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
 from raylora.records import Score
 
 NUM_RESAMPLES = 10_000
@@ -32,7 +32,10 @@ def summarize(score: Score) -> dict[str, Any]:
         "total_questions": score.total_questions,
         "correct_questions": score.correct_questions,
         "macro_accuracy": float(np.mean([s["accuracy"] for s in subjects.values()])),
-        "groups": {name: groups.get(name, {"accuracy": None, "stderr": None, "num_questions": 0}) for name in GROUPS},
+        "groups": {
+            name: groups.get(name, {"accuracy": None, "stderr": None, "num_questions": 0})
+            for name in SUBJECT_GROUP_NAMES
+        },
         "subjects": subjects,
         "num_unparsed": int((table["prediction"] == "").sum()),
         "num_truncated": score.info.get("num_truncated", 0),

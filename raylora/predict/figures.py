@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from raylora.predict.predictor import Predictor, conformal_rank
-from raylora.store import write_atomically
+from raylora.storage.atomic import write_atomically
 
 
 def draw_calibration(predictor: Predictor, held_out: pd.DataFrame) -> Figure:

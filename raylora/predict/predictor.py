@@ -17,9 +17,9 @@ import pandas as pd
 import sklearn
 import skops.io
 
+from raylora.errors import UserError
 from raylora.predict.tables import numbers_of
-from raylora.records import UserError
-from raylora.store import write_atomically
+from raylora.storage.atomic import write_atomically
 
 FILE_NAME = "predictor.skops"
 TRUSTED_TYPES = ["numpy.dtype", "sklearn.tree._tree.Tree", "sklearn.utils._bunch.Bunch"]
@@ -194,7 +194,7 @@ def load_predictor(path: Path) -> Predictor:
         strange = sorted(set(skops.io.get_untrusted_types(file=file)) - set(TRUSTED_TYPES))
         if strange:
             raise UserError(f"{file}: holds types that no predictor needs, and is not opened: {', '.join(strange)}")
-        return _checked(skops.io.load(file, trusted=TRUSTED_TYPES))
+        return _checked_content(skops.io.load(file, trusted=TRUSTED_TYPES))
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 a file that anyone may have written fails in any way
@@ -205,7 +205,7 @@ def load_predictor(path: Path) -> Predictor:
         ) from None
 
 
-def _checked(content: Any) -> Predictor:
+def _checked_content(content: Any) -> Predictor:
     """What was read, if its parts fit together: trees with a wild index would read beyond their arrays."""
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"not a raylora predictor of format {FORMAT}")

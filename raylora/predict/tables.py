@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from raylora.config import Method
-from raylora.features.columns import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES
-from raylora.records import UserError
+from raylora.errors import UserError
+from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES
 
 Target = Literal["overall_accuracy", "accuracy_change"]
 TARGETS: tuple[str, ...] = get_args(Target)
@@ -35,9 +35,9 @@ def _groups() -> dict[str, tuple[str, ...]]:
     return {**{name: tuple(columns) for name, columns in by_name.items()}, "hyperparameters": HYPERPARAMETERS}
 
 
-GROUPS = _groups()
+FEATURE_GROUPS = _groups()
 """Feature columns by what it takes to have them: reading text, a forward pass, a probe, nothing (hyperparameters)."""
-GROUP_ALIASES = {"static": (*GROUPS["text"], *GROUPS["semantic"], *GROUPS["perplexity"])}
+GROUP_ALIASES = {"static": (*FEATURE_GROUPS["text"], *FEATURE_GROUPS["semantic"], *FEATURE_GROUPS["perplexity"])}
 KNOWN_COLUMNS = (*STATIC_NAMES, *PROBE_NAMES, *HYPERPARAMETERS)
 """What is known before a training. Anything else (losses, seconds, scores) comes out of it, or names a row."""
 
@@ -76,7 +76,7 @@ def known_from_table(
     notes: list[str] = []
     if target not in table:
         there = [name for name in TARGETS if name in table]
-        mend = f"it has {there[0]}: --target {there[0]}" if there else _closest(target, table.columns)
+        mend = f"it has {there[0]}: --target {there[0]}" if there else _closest_column(target, table.columns)
         raise UserError(f"{place}: no column {target}; {mend}")
     good = table[numbers_of(table, [target], place)[target].notna()]
     if "status" in good:
@@ -151,7 +151,7 @@ def _groups_of(
         group = repeated[0]
         notes.append(f"rows with the same {group} are kept together in validation (--group none: they are not)")
     if group not in good:
-        raise UserError(f"--group {group}: {place} has no such column; {_closest(group, good.columns)}")
+        raise UserError(f"--group {group}: {place} has no such column; {_closest_column(group, good.columns)}")
     codes, found = pd.factorize(good[group])
     unnamed = codes == -1  # each a group of its own: nothing says that they belong together
     codes[unnamed] = len(found) + np.arange(unnamed.sum())
@@ -169,12 +169,12 @@ def columns_left_out(leave_out: Sequence[str]) -> list[str]:
     Raises:
         UserError: a word is neither a group nor a column.
     """
-    choices = {**GROUPS, **GROUP_ALIASES, **{name: (name,) for name in KNOWN_COLUMNS}}
+    choices = {**FEATURE_GROUPS, **GROUP_ALIASES, **{name: (name,) for name in KNOWN_COLUMNS}}
     for word in leave_out:
         if word not in choices:
-            groups = ", ".join((*GROUPS, *GROUP_ALIASES))
+            groups = ", ".join((*FEATURE_GROUPS, *GROUP_ALIASES))
             raise UserError(
-                f"--leave-out {word}: no such group or column; {_closest(word, choices)} (groups: {groups})"
+                f"--leave-out {word}: no such group or column; {_closest_column(word, choices)} (groups: {groups})"
             )
     return [column for word in leave_out for column in choices[word]]
 
@@ -212,7 +212,7 @@ def names_of(table: pd.DataFrame) -> list[str]:
 
 
 def group_of(column: str) -> str:
-    return next(group for group, columns in GROUPS.items() if column in columns)
+    return next(group for group, columns in FEATURE_GROUPS.items() if column in columns)
 
 
 def needs_probe(columns: Iterable[str]) -> bool:
@@ -220,7 +220,7 @@ def needs_probe(columns: Iterable[str]) -> bool:
     return not set(PROBE_NAMES).isdisjoint(columns)
 
 
-def _closest(name: str, there: Iterable[Any]) -> str:
+def _closest_column(name: str, there: Iterable[Any]) -> str:
     names = [str(column) for column in there]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

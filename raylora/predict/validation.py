@@ -20,7 +20,7 @@ from sklearn.model_selection import cross_val_predict
 
 from raylora.predict.models import choose_model, make_baselines, make_candidates, make_folds
 from raylora.predict.predictor import Predictor, conformal_rank
-from raylora.predict.tables import GROUPS, Known, group_of, needs_probe
+from raylora.predict.tables import FEATURE_GROUPS, Known, group_of, needs_probe
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 NUM_SHUFFLES = 3
@@ -162,7 +162,7 @@ def _group_gains(
     own are known in newer tables.
     """
     columns = list(known.features.columns)
-    groups = {name: [c for c in columns if group_of(c) == name] for name in GROUPS}
+    groups = {name: [c for c in columns if group_of(c) == name] for name in FEATURE_GROUPS}
     groups = {name: own for name, own in groups.items() if own}
     sets = {("all", ""): columns}
     for name, own in groups.items():
@@ -181,13 +181,13 @@ def _group_gains(
             "rmse_without": found.get(("without", name)),
             "rmse_alone": found[("alone", name)],
             "gain": found[("without", name)] - found[("all", "")] if ("without", name) in found else None,
-            "seconds": _seconds(known.seconds, name, own),
+            "seconds": seconds_of(known.seconds, name, own),
         }
         for name, own in groups.items()
     }
 
 
-def _seconds(seconds: dict[str, float], group: str, columns: Sequence[str]) -> float | None:
+def seconds_of(seconds: dict[str, float], group: str, columns: Sequence[str]) -> float | None:
     """Mean seconds a dataset that a group costs: known where the table has them, 0 for hyperparameters."""
     if group == "hyperparameters":
         return 0.0

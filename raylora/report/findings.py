@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, false_discovery_control, rankdata, spearmanr
 
-from raylora.features.columns import COLUMNS
 from raylora.mmlu.questions import SUBJECT_GROUPS
 from raylora.mmlu.statistics import holm
-from raylora.report.gather import Answers, Run, answers_of, loss_curve, read_base
+from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
+from raylora.rows import FEATURE_COLUMNS
 
 ALPHA = 0.05
 MIN_DATASETS = 4
@@ -50,7 +50,7 @@ MENDS = {
 """What to do, by what an error says; the first that is found in it. docs/troubleshooting.md says the same at length."""
 
 
-def ranking(run: Run) -> dict[str, Any]:
+def ranking(run: FinishedRun) -> dict[str, Any]:
     """Holm-adjusted McNemar p-values by row (None where MMLU was not asked), and counts of what they find."""
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
@@ -68,7 +68,7 @@ def ranking(run: Run) -> dict[str, Any]:
     }
 
 
-def subjects(run: Run) -> dict[str, Any] | None:
+def subjects(run: FinishedRun) -> dict[str, Any] | None:
     """Questions gained and lost by experiment and subject, with p-values adjusted over an experiment's subjects.
 
     Returns:
@@ -87,7 +87,7 @@ def subjects(run: Run) -> dict[str, Any] | None:
             reference = base
             names, codes = np.unique(base.subjects.to_numpy().astype(str), return_inverse=True)
         if base.same_questions(reference):
-            rows[row] = _by_subject(ours.correct, base.correct, codes, len(names))
+            rows[row] = correct_by_subject(ours.correct, base.correct, codes, len(names))
     if reference is None:
         return None
     sizes = np.bincount(codes, minlength=len(names))
@@ -102,7 +102,7 @@ def subjects(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, num: int) -> dict[str, list[float]]:
+def correct_by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, num: int) -> dict[str, list[float]]:
     gained = np.bincount(codes[ours & ~base], minlength=num)
     lost = np.bincount(codes[base & ~ours], minlength=num)
     # The exact McNemar test (as in mmlu.statistics) of all subjects at once: the binomial at 1/2 is symmetric.
@@ -110,7 +110,7 @@ def _by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, num: int)
     return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": holm(p_values).tolist()}
 
 
-def features(run: Run) -> dict[str, Any]:
+def features(run: FinishedRun) -> dict[str, Any]:
     """Spearman's rank correlation of every feature with the change in accuracy, over datasets.
 
     Experiments of one dataset (a grid) count once, by their means: they share their data and are not independent.
@@ -120,13 +120,13 @@ def features(run: Run) -> dict[str, Any]:
         1995), ``num`` datasets with both values; ``num_tested``; ``num_expected``: p-values below ``ALPHA`` if no
         feature had anything to do with the change; ``num_raw`` and ``num_adjusted``: how many are.
     """
-    names = [column.name for column in COLUMNS if column.unit != "text" and column.group != "bookkeeping"]
+    names = [column.name for column in FEATURE_COLUMNS if column.unit != "text" and column.group != "bookkeeping"]
     table = pd.DataFrame({name: run.numbers(name) for name in [*names, "accuracy_change"]})[run.ok]
     hashes = pd.Series(run.texts("data_hash"))
     keys = (pd.Series(run.texts("dataset")) + "\0" + hashes)[run.ok]
     means = table.groupby(keys).mean()
     found: list[dict[str, Any]] = []
-    for column in (c for c in COLUMNS if c.name in names):
+    for column in (c for c in FEATURE_COLUMNS if c.name in names):
         pairs = means[[column.name, "accuracy_change"]].dropna()
         rho, p_value = spearman(pairs[column.name].to_numpy(), pairs["accuracy_change"].to_numpy())
         found.append(
@@ -173,13 +173,13 @@ def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
     return rho, float((np.abs(products) >= abs(observed) - 1e-9).mean())
 
 
-def curves(run: Run) -> dict[int, dict[str, list[float]]]:
+def curves(run: FinishedRun) -> dict[int, dict[str, list[float]]]:
     """Loss curves by row number: ``steps`` and ``losses``."""
     found = {row: loss_curve(run, row) for row in range(len(run.table))}
     return {row: {"steps": c[0], "losses": c[1]} for row, c in found.items() if c}
 
 
-def costs(run: Run) -> dict[str, Any]:
+def costs(run: FinishedRun) -> dict[str, Any]:
     """Seconds of a worker by row and stage. What is in no stage (loading, waiting, writing) is ``other``.
 
     A row that was taken up from earlier stages has a total that leaves them out: then nothing is other.
@@ -199,7 +199,7 @@ def costs(run: Run) -> dict[str, Any]:
     }
 
 
-def failures(run: Run) -> list[dict[str, Any]]:
+def failures(run: FinishedRun) -> list[dict[str, Any]]:
     """Of each row that is not good: ``row``, ``cause``, ``mend``."""
     texts = run.texts("error")
     return [
@@ -214,7 +214,7 @@ def mend_of(error: str) -> str:
     return known or "mend the file where the cause points; the same command then runs it anew"
 
 
-def oddities(run: Run) -> list[dict[str, Any]]:
+def oddities(run: FinishedRun) -> list[dict[str, Any]]:
     """What is no failure and yet worth a look: ``row`` and ``what``, one for each of a row's oddities."""
     found = []
     unparsed, asked = run.numbers("num_unparsed"), run.numbers("total_questions")

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from raylora.config import Config
 from raylora.report import findings
-from raylora.report.gather import Run, load_run
-from raylora.store import Store, write_text
+from raylora.report.read_run import FinishedRun, load_run
+from raylora.storage.atomic import write_text
+from raylora.storage.store import Store
 
 SCRIPTS = ("core.js", "table.js", "ranking.js", "figures.js", "heatmap.js", "sections.js")
 
@@ -55,7 +56,7 @@ def try_write_report(store: Store, console: Console) -> None:
         console.print(f"Warning: no report.html ({cause})", soft_wrap=True)
 
 
-def render(run: Run, price: float | None = None) -> str:
+def render(run: FinishedRun, price: float | None = None) -> str:
     environment = Environment(
         loader=PackageLoader("raylora.report", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -81,7 +82,7 @@ def render(run: Run, price: float | None = None) -> str:
     return page.encode("utf-8", "replace").decode()  # a file's name may hold bytes that are no text
 
 
-def page_data(run: Run, price: float | None) -> dict[str, Any]:
+def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
     """Everything the script draws."""
     return {
         "chunk": str(run.manifest.get("chunk") or run.root.absolute().name),
@@ -104,7 +105,7 @@ def page_data(run: Run, price: float | None) -> dict[str, Any]:
     }
 
 
-def _price_of(run: Run) -> float | None:
+def _price_of(run: FinishedRun) -> float | None:
     configuration = run.manifest.get("configuration")
     price = configuration.get("price") if isinstance(configuration, dict) else None
     return float(price) if isinstance(price, int | float) else None
@@ -120,14 +121,14 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else _text(value)
+    return value if value is None or isinstance(value, str | int | bool) else _text_or_none(value)
 
 
-def _text(value: Any) -> str | None:
+def _text_or_none(value: Any) -> str | None:
     return None if value is pd.NA or value != value else str(value)
 
 
-def settings_of(run: Run) -> list[tuple[str, str, bool]]:
+def settings_of(run: FinishedRun) -> list[tuple[str, str, bool]]:
     """The run's options: name, value, and whether it differs from what raylora does by itself."""
     configuration = run.manifest.get("configuration")
     if not isinstance(configuration, dict):
@@ -140,7 +141,7 @@ def settings_of(run: Run) -> list[tuple[str, str, bool]]:
     return [(str(name), _shown(value), differs(name, value)) for name, value in configuration.items()]
 
 
-def facts_of(run: Run) -> list[tuple[str, dict[str, str]]]:
+def facts_of(run: FinishedRun) -> list[tuple[str, dict[str, str]]]:
     """The rest of ``run.json``: versions, machine, hashes, each with its title."""
     groups = {
         "Versions": run.manifest.get("versions"),

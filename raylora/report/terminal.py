@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from raylora.console import make_console
 from raylora.records import ResultRow
-from raylora.store import Store
-from raylora.watch import make_console
+from raylora.storage.store import Store
 
 
 def print_results(rows: Sequence[ResultRow], store: Store, console: Console | None = None) -> None:

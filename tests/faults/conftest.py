@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.runs import Site, environment, write_chunk
+from tests.helpers.fault_runs import Site, environment, write_chunk
 
 
 @pytest.fixture(scope="session")

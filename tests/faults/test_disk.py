@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.runs import assert_equal_rows
+from tests.helpers.fault_runs import assert_equal_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

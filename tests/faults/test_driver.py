@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import DATASETS, NUM_DATASETS, assert_equal_rows, processes_of, wait_until_gone
+from tests.helpers.fault_runs import DATASETS, NUM_DATASETS, assert_equal_rows, processes_of, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 NUM_KILLS = 20

@@ -17,12 +17,12 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from raylora import mmlu
 from raylora.config import load_config
-from raylora.plan import find_files, make_plan
-from raylora.run import run_plan
-from raylora.watch import make_console
-from tests.faults.runs import DATASETS, OPTIONS, still, write_chunk
+from raylora.console import make_console
+from raylora.mmlu.question_set import DEMO_QUESTIONS
+from raylora.planning.plan import find_files, make_plan
+from raylora.run.execute import run_plan
+from tests.helpers.fault_runs import DATASETS, OPTIONS, still, write_chunk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -92,7 +92,7 @@ def test_idle_gpus_help_with_the_questions_of_the_last_experiment(cluster, tmp_p
     folder = data / "chunk_1"
     folder.mkdir(parents=True)
     (folder / "only.json").write_text(json.dumps([{"question": f"What is {i}?", "answer": "One."} for i in range(8)]))
-    questions = json.loads((Path(mmlu.__file__).parents[1] / "demo" / "questions.json").read_text())
+    questions = json.loads(DEMO_QUESTIONS.read_text())
     many = [{**q, "question": f"{k}. {q['question']}"} for k in range(30) for q in questions]
     (tmp_path / "questions.json").write_text(json.dumps(many))
     asked = {"mmlu": str(tmp_path / "questions.json"), "max_samples": len(many), "token_budget": 256, "num_epochs": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.runs import DATASETS, assert_equal_rows, still
+from tests.helpers.fault_runs import DATASETS, assert_equal_rows, still
 
 pytestmark = pytest.mark.timeout(900)
 STAGES = ["begin", "load", "features", "probe", "train", "mmlu", "write", "half written"]

@@ -11,11 +11,11 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
-from raylora.report import write_report
-from raylora.report.gather import load_run
-from tests.report.chromium import CHROMIUM, FLAGS
-from tests.report.odd import NASTY
-from tests.runs import dataset_names, write_run
+from raylora.report.page import write_report
+from raylora.report.read_run import load_run
+from tests.helpers.chromium import CHROMIUM, FLAGS
+from tests.helpers.odd import NASTY
+from tests.helpers.runs import dataset_names, write_run
 
 
 @pytest.fixture(scope="module")

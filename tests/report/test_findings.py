@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import permutation_test, spearmanr
 
-from raylora.mmlu import compare_subjects
-from raylora.mmlu.statistics import compare
+from raylora.mmlu.statistics import compare, compare_subjects
 from raylora.records import Score
 from raylora.report import findings
-from raylora.report.gather import Answers, Run, load_run, loss_curve
 from raylora.report.page import page_data
-from tests.runs import make_score, write_run
+from raylora.report.read_run import load_run
+from tests.helpers import ROOT
+from tests.helpers.runs import make_score, write_run
 
 
 def test_a_subjects_p_values_are_those_of_mmlu():
@@ -30,7 +27,7 @@ def test_a_subjects_p_values_are_those_of_mmlu():
     expected = compare_subjects(score, base).set_index("subject")
     names, codes = np.unique(base.questions["subject"], return_inverse=True)
     ours, theirs = (s.questions["correct"].to_numpy() for s in (score, base))
-    found = findings._by_subject(ours, theirs, codes, len(names))
+    found = findings.correct_by_subject(ours, theirs, codes, len(names))
     for k, name in enumerate(names):
         assert found["gained"][k] == expected.loc[name, "num_gained"]
         assert found["lost"][k] == expected.loc[name, "num_lost"]
@@ -89,12 +86,6 @@ def test_experiments_of_one_dataset_are_named_by_what_varies_and_count_once(tmp_
     assert {f["num"] for f in found["columns"]} == {5}
 
 
-@given(st.lists(st.text(max_size=4), min_size=1, max_size=12))
-def test_every_experiment_has_a_name_of_its_own(names):
-    table = pd.DataFrame({"dataset": names, "experiment_id": [f"x-{i:08d}" for i in range(len(names))]})
-    assert len(set(Run(Path("nowhere"), table, {}).labels)) == len(names)
-
-
 def test_scores_of_another_run_are_left_out(forty, tmp_path):
     root = shutil.copytree(forty, tmp_path / "chunk_042")
     run = load_run(root)
@@ -123,35 +114,6 @@ def test_of_several_bases_the_runs_own_is_taken(tmp_path):
     assert findings.subjects(load_run(root)) is None, "two bases fit, and nothing says which one it was"
 
 
-def test_an_experiment_id_never_leads_out_of_the_folder(tmp_path):
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "run" / "experiments").mkdir(parents=True)
-    ids = ["../../secret", "..", ".", "", "/etc"]
-    run = Run(tmp_path / "run", pd.DataFrame({"experiment_id": ids}), {})
-    assert [run.folder(i) for i in range(len(ids))] == [None] * len(ids)
-
-
-def test_answers_of_the_same_questions_only():
-    first = Answers(pa.chunked_array([["a/0", "a/1"]]), pa.chunked_array([["a", "a"]]), np.array([True, False]))
-    assert not first.same_questions(Answers(pa.chunked_array([["a/0"]]), pa.chunked_array([["a"]]), np.array([True])))
-    assert first.same_questions(Answers(pa.chunked_array([["a/0"], ["a/1"]]), first.subjects, ~first.correct))
-
-
-def test_a_long_loss_curve_becomes_means(tmp_path):
-    folder = tmp_path / "experiments" / "one"
-    folder.mkdir(parents=True)
-    run = Run(tmp_path, pd.DataFrame({"experiment_id": ["one"]}), {})
-    pd.DataFrame({"step": range(1, 801), "loss": [3.0, 1.0] * 400}).to_csv(folder / "loss_curve.csv")
-    steps, losses = loss_curve(run, 0)
-    assert len(steps) == 80
-    assert steps[0] == 5.5
-    assert losses == [2.0] * 80
-    pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, float("nan"), 1.0]}).to_csv(folder / "loss_curve.csv")
-    assert loss_curve(run, 0) == ([1.0, 3.0], [2.0, 1.0])
-    (folder / "loss_curve.csv").write_text("step,loss\n")
-    assert loss_curve(run, 0) is None
-
-
 def test_every_failure_has_a_cause_and_a_mend(forty):
     found = findings.failures(load_run(forty))
     assert len(found) == 3
@@ -172,7 +134,7 @@ def test_costs_name_the_gpus_that_were_used_and_the_runs_own_price(forty, tmp_pa
 
 def test_the_mends_of_the_page_are_those_of_the_documentation():
     """Line by line: every option that the documentation tells to use, the page tells too."""
-    text = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
     rows = text.partition("## In the row of a dataset")[2].partition("##")[0].strip().splitlines()[2:]
     assert len(rows) > 12
     for row in rows:

@@ -128,10 +128,10 @@ def around_batches(module: Any) -> None:
 
 
 PATCHES = {
-    "raylora.experiment": around_experiments,
-    "raylora.model": around_models,
-    "raylora.store": around_store,
-    "raylora.losses": around_batches,
+    "raylora.experiment.story": around_experiments,
+    "raylora.model.loading": around_models,
+    "raylora.storage.store": around_store,
+    "raylora.model.forward": around_batches,
 }
 
 

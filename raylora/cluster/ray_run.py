@@ -1,0 +1,376 @@
+"""Experiments on all GPUs of a Ray cluster. The only module that imports ray.
+
+A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
+holds the crew: workers, each an actor in its own process with one GPU and the base model. The supervisor sees a worker
+die, hang or raise and tries again with another one; it always returns a row, so the pipeline itself never fails.
+
+    experiments -> Ray Dataset -> supervisor (crew.py, foreman.py) -> rows
+                                   |- worker on GPU 0     |
+                                   '- worker on GPU 1     '-> board: who does what, notes <- the command reads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.util.metrics
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+
+from raylora.cluster.failures import store_failure
+from raylora.cluster.metrics import RunMeter, WorkerMeter
+from raylora.cluster.retries import RetryingExecutor, WorkerCalls
+from raylora.cluster.status import Status, StatusBoard
+from raylora.cluster.worker import Worker, check_gpu
+from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
+from raylora.config import Config
+from raylora.errors import (
+    CannotGoOnError,
+    ClusterLostError,
+    ErrorKind,
+    MachineError,
+    MachineFailedError,
+    NodeLostError,
+    UserError,
+    WorkerFailedError,
+    kind_of,
+    one_line,
+)
+from raylora.records import Experiment, ResultRow
+from raylora.storage.store import Store
+
+STATES_SECONDS = 2.0
+"""How often the supervisor says how many experiments are in which state."""
+MAX_THREADS = 1024
+"""Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
+
+
+class RayWorker(Worker):
+    """A worker as an actor of Ray."""
+
+    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
+        super().__init__(*args, name=name, meter=WorkerMeter(name, ray.util.metrics), show=_set_title, **kwargs)
+
+    def __repr__(self) -> str:
+        """Ray's dashboard shows it beside the name."""
+        return str(self._place())
+
+    def where(self) -> WorkerPlace:
+        """Raises MachineError where its GPU cannot be used."""
+        place = self._place()
+        if place.gpu:
+            check_gpu()
+        return place
+
+    def _place(self) -> WorkerPlace:
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return WorkerPlace(socket.gethostname(), ",".join(map(str, gpus)), context.get_node_id())
+
+
+def _set_title(text: str) -> None:
+    """What `ps`, and the dashboard, call this process until the actor's method returns: Ray then names it itself.
+
+    Ray's own metrics of a process have its title for a label, so each new one costs Prometheus some series.
+    """
+    with contextlib.suppress(AttributeError):  # Ray has no public name for it
+        ray._raylet.setproctitle(f"ray::{text}")  # by the first letters `ray stop` finds its processes
+
+
+class Supervisor:
+    """Holds the crew of a run. Called by many threads at once, each with an experiment."""
+
+    def __init__(
+        self,
+        make_runner: Callable[..., Any] | None,
+        config: Config,
+        store: Store,
+        board: Any,
+        resources: dict[str, Any],
+        num_experiments: int,
+        folder: str,
+    ) -> None:
+        self._make_runner, self._config, self._store, self._board = make_runner, config, store, board
+        self._resources, self._num_experiments, self._folder = resources, num_experiments, folder
+        self._numbers, self._namespace = itertools.count(), _new_namespace()
+        self._meter = RunMeter(ray.util.metrics)
+        self._finished: list[str] = []  # states of rows; appending needs no lock
+        num_workers = max(1, self._survey().num_workers)
+        self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
+        self._crew = WorkerPool(self._start, self._stop, self._survey, self._note)
+        calls = WorkerCalls(self._run, self._train, self._help, self._being_evaluated)
+        self._foreman = RetryingExecutor(config, store, self._crew, calls, "num_gpus" in resources, self._note_retry)
+        threading.Thread(target=self._show_states, daemon=True).start()
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        try:
+            values = self._foreman.run(Experiment(**json.loads(item["experiment"])), item["rank"])
+        except CannotGoOnError as error:
+            self._crew.begin_no_more()
+            return {"row": "null", "stop": str(error)}
+        if values:
+            self._finished.append(values["status"])
+        return {"row": json.dumps(values), "stop": ""}
+
+    def _note(self, text: str) -> None:
+        self._board.note.remote(text)
+
+    def _note_retry(self, text: str) -> None:
+        self._note(text)
+        self._meter.retried()
+
+    def _show_states(self) -> None:
+        while True:
+            finished, running = Counter(self._finished), self._foreman.num_at_work
+            waiting = max(0, self._num_experiments - finished.total() - running)
+            self._meter.show({**finished, "waiting": waiting, "running": running})
+            time.sleep(STATES_SECONDS)
+
+    # What the crew asks for
+
+    def _survey(self) -> Capacity:
+        nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        wanted = self._config.num_workers
+        if "num_gpus" in self._resources:
+            return Capacity(min(wanted or num_gpus, num_gpus), nodes)
+        return Capacity(wanted or 1, nodes)
+
+    def _start(self) -> PoolWorker:
+        number = next(self._numbers)
+        name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
+        # The foreman stops it when it has died. But where memory runs out Ray first ends what may be restarted: that is
+        # to be the worker that takes it, and not the supervisor, with which all of them end.
+        actor: Any = ray.remote(RayWorker).options(
+            name=name, namespace=self._namespace, max_restarts=1, **self._resources
+        )
+        worker = actor.remote(
+            self._make_runner,
+            self._config,
+            self._store,
+            self._board,
+            number,
+            self._num_threads,
+            folder=self._folder,
+            name=name,
+        )
+        return PoolWorker(worker, ray.get(worker.where.remote()), number)
+
+    def _stop(self, member: PoolWorker) -> None:
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(member.worker, no_restart=True)
+            self._board.clear.remote(member.number)
+
+    # What the foreman asks for
+
+    def _run(self, member: PoolWorker, experiment: Experiment) -> dict[str, Any]:
+        values: dict[str, Any] = self._ask(member, member.worker.run.remote(experiment), self._config.timeout)
+        return values
+
+    def _train(self, member: PoolWorker, experiments: Sequence[Experiment]) -> int:
+        timeout = self._config.timeout and self._config.timeout * len(experiments)
+        return int(self._ask(member, member.worker.train.remote(list(experiments)), timeout))
+
+    def _help(self, member: PoolWorker, experiment: Experiment) -> int:
+        return int(self._ask(member, member.worker.help.remote(experiment), self._config.timeout))
+
+    def _ask(self, member: PoolWorker, answer: Any, timeout: float | None) -> Any:
+        try:
+            return ray.get(answer, timeout=timeout)
+        except GetTimeoutError as error:
+            raise WorkerFailedError(f"gave up after --timeout {timeout:g} s", kind=ErrorKind.TIMEOUT) from error
+        except RayTaskError as error:
+            if failure := store_failure(error.cause, self._store):
+                raise failure from error
+            text, kind = one_line(error.cause), kind_of(error.cause)
+            if isinstance(error.cause, MachineError):
+                raise MachineFailedError(text, kind=kind) from error
+            raise WorkerFailedError(f"{type(error.cause).__name__}: {text}", kind=kind) from error
+        except OutOfMemoryError as error:
+            text = "its worker process was killed: the node ran out of memory"
+            raise WorkerFailedError(text, kind=ErrorKind.NODE_OUT_OF_MEMORY) from error
+        except RayActorError as error:
+            if isinstance(error, NodeDiedError) or self._is_lost(member):
+                raise NodeLostError(f"the node {member.place.host} is gone") from error
+            text = "its worker process died: it crashed or was killed, perhaps for memory"
+            raise WorkerFailedError(text, kind=ErrorKind.WORKER_DIED) from error
+        except RayError as error:
+            raise WorkerFailedError(f"{type(error).__name__}: {one_line(error)}") from error
+
+    def _is_lost(self, member: PoolWorker) -> bool:
+        """Whether the member's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
+        node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == member.place.node), None)
+        if node is None or not node["Alive"]:
+            return True
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=5).close()
+        except OSError:
+            return True
+        return False
+
+    def _being_evaluated(self) -> set[str]:
+        sight: Status = ray.get(self._board.read.remote(), timeout=60)
+        if sight.stopping:
+            self._crew.begin_no_more()
+        return {p.experiment_id for p in sight.progress if p.can_share}
+
+
+@contextlib.contextmanager
+def cluster(config: Config) -> Iterator[str]:
+    """A running Ray: the one at ``config.address``, the one this process is in already, or a new one on this machine.
+
+    Yields:
+        One line that says how to open its dashboard.
+
+    Raises:
+        UserError: there is no cluster at the address, or it does not let us in.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        yield "Ray was running already"
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core writes warnings of its own to the terminal
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if config.address:
+        context = _join(config.address, quiet)
+    else:
+        # A Ray of its own, whatever else runs on this machine.
+        own = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
+        context = ray.init(num_gpus=_visible_gpus(), **own, **quiet)
+    try:
+        url = getattr(context, "dashboard_url", None)
+        yield f"Ray dashboard: http://{url} (token: ray get-auth-token)" if url else "Ray dashboard: not running"
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str, options: dict[str, Any]) -> Any:
+    try:
+        return ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        if "token" in f"{error} {error.__cause__}".lower():
+            raise UserError(
+                f"--address {address}: the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what "
+                "`ray get-auth-token` prints on its head node"
+            ) from None
+        raise UserError(f"--address {address}: no Ray cluster there ({one_line(error)})") from None
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """What the command can do with a run that goes on: look at it, and have it begin nothing new."""
+
+    board: Any
+
+    def read(self) -> Status:
+        sight: Status = ray.get(self.board.read.remote(), timeout=10)
+        return sight
+
+    def begin_no_more(self) -> None:
+        self.board.begin_no_more.remote()
+
+
+def run_experiments(
+    config: Config,
+    store: Store,
+    experiments: Sequence[Experiment],
+    on_start: Callable[[RunHandle], None] = lambda _: None,
+    make_runner: Callable[..., Any] | None = None,
+) -> Iterator[ResultRow]:
+    """Rows as they finish, one for each experiment that was begun, in the running Ray.
+
+    Args:
+        on_start: told of the run before its first row.
+        make_runner: makes what a worker runs experiments with; an ``ExperimentRunner`` if None.
+
+    Raises:
+        CannotGoOnError: results cannot be kept.
+        ClusterLostError: Ray broke down.
+    """
+    if not experiments:
+        return
+    named = {"name": "raylora-board", "namespace": _new_namespace()}
+    board = ray.remote(StatusBoard).options(num_cpus=0, label_selector=_this_node(), **named).remote()
+    on_start(RunHandle(board))
+    seen: set[str] = set()
+    try:
+        dataset = _map_experiments(config, store, experiments, board, make_runner)
+        # Not iter_rows: it holds every row back until the next one is there.
+        batches = dataset.iter_batches(prefetch_batches=0, batch_size=None, batch_format="pyarrow")
+        for item in (item for batch in batches for item in batch.to_pylist()):
+            values = json.loads(item["row"])
+            if item["stop"]:
+                raise CannotGoOnError(item["stop"])
+            # A supervisor that was killed is run again by Ray; its row may come twice.
+            if values and values["experiment_id"] not in seen:
+                seen.add(values["experiment_id"])
+                yield ResultRow(values)
+    except RayError as error:
+        raise ClusterLostError(_first_line(error)) from error
+
+
+def _map_experiments(
+    config: Config, store: Store, experiments: Sequence[Experiment], board: Any, make_runner: Callable[..., Any] | None
+) -> Any:
+    """The Ray Dataset of the rows: lazy, and streaming."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # The supervisor's threads come in any order: the rank keeps the largest first.
+    items = [{"experiment": json.dumps(asdict(e)), "rank": rank} for rank, e in enumerate(experiments)]
+    num_threads = min(len(items), MAX_THREADS)
+    return ray.data.from_items(items, override_num_blocks=len(items)).map(
+        Supervisor,
+        fn_constructor_args=(make_runner, config, store, board, _resources_of_a_worker(), len(items), str(Path.cwd())),
+        compute=ActorPoolStrategy(
+            size=1,
+            max_tasks_in_flight_per_actor=num_threads,
+            max_concurrent_calls_per_actor=num_threads,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=0,
+        label_selector=_this_node(),
+    )
+
+
+def _new_namespace() -> str:
+    """Where names are free: other runs of the cluster have the same, and a dead actor keeps its own for a while."""
+    return f"raylora-{uuid.uuid4().hex}"
+
+
+def _this_node() -> dict[str, str]:
+    """What holds a run together lives where the command lives: no other node can take it away."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
+def _resources_of_a_worker() -> dict[str, Any]:
+    """A GPU where the cluster has any; else nothing that Ray counts, spread over the nodes."""
+    if ray.cluster_resources().get("GPU", 0):
+        return {"num_gpus": 1, "num_cpus": 0}
+    return {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

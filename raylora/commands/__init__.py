@@ -1,0 +1,1 @@
+"""The commands: options in, work, exit codes out."""

@@ -1,0 +1,206 @@
+"""Evaluate any model, and any number of its adapters, without training.
+
+    python -m raylora.mmlu --model demo --questions demo --adapter results/chunk_demo/experiments/.../adapter
+
+Writes ``results/mmlu/<model>/``: ``summary.csv`` (a row a model), ``subjects.csv`` (a row a model and subject) and the
+answer to every question as Parquet. What was evaluated before is not evaluated again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from raylora.config import EvaluationConfig
+from raylora.config_sources import load_settings
+from raylora.console import make_console
+from raylora.mmlu.evaluator import Evaluator, check_prompt_style
+from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
+from raylora.mmlu.questions import SHORT_GROUPS
+from raylora.mmlu.scoring import load_score
+from raylora.mmlu.statistics import compare, compare_subjects, summarize
+from raylora.model.adapters import adapter_hash, check_adapter
+from raylora.model.sources import quiet_libraries, resolve_model
+from raylora.records import Score
+from raylora.storage.remote_store import store_at
+from raylora.storage.store import Store, safe_name
+
+SIGNIFICANT = 0.05
+"""An adjusted p-value below this is shown as a change."""
+
+
+class MmluConfig(EvaluationConfig):
+    """Evaluate a model and its adapters on MMLU."""
+
+    adapter: list[Path] = Field(default_factory=list, description="folders of PEFT adapters")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model's score, and where it is kept. ``name`` is ``base`` or the adapter's."""
+
+    name: str
+    score: Score
+    path: Path
+
+
+def evaluate_all(config: MmluConfig, console: Console) -> list[Evaluated]:
+    """The base and every adapter, in the order given.
+
+    Raises:
+        UserError: the questions, the model or an adapter cannot be used; known before any model is loaded, as far as
+            that is possible.
+    """
+    quiet_libraries()
+    for folder in config.adapter:
+        check_adapter(folder)
+    asked = load_question_set(config)
+    for note in asked.notes:
+        console.print(f"Note: {note}", soft_wrap=True)
+    source = resolve_model(config.model)
+    of_model, of_questions = model_key(config, source), questions_key(config, asked)
+    check_prompt_style(config, source)
+    store = store_at(config.output / "mmlu" / safe_name(str(config.model), of_model))
+    with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        found = _evaluate_all(config, store, of_model, of_questions, bar)
+        write_tables(store, found)
+    return found
+
+
+def _evaluate_all(
+    config: MmluConfig, store: Store, of_model: dict[str, Any], of_questions: dict[str, Any], bar: Bar
+) -> list[Evaluated]:
+    def progress(name: str) -> Any:
+        task = bar.add_task(name, total=None)
+        return lambda _, done, total: bar.update(task, completed=done, total=total)
+
+    examiner = Evaluator(config, store)
+    base_key = score_key(of_model, of_questions)
+    base = examiner.base_score(base_key, wait=True, progress=progress("base"))
+    assert base is not None
+    found = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
+    for folder in config.adapter:
+        key = score_key(of_model, of_questions, adapter_hash(folder))
+        name = _adapter_name(folder)
+        path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
+        store.fetch(path)
+        if not path.is_file():
+            examiner.loaded.attach_saved(folder)
+            try:
+                examiner.score(base_key, key, path, progress(name))
+            finally:
+                examiner.loaded.detach()
+            store.share(path)
+        found.append(Evaluated(name, load_score(path), store.shown(path)))
+    return found
+
+
+def _adapter_name(folder: Path) -> str:
+    """What people call it: its folder, or that of the experiment whose ``adapter`` it is."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "adapter" else folder.name
+
+
+def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
+    """Accuracies, standard errors and the change from the base, flat."""
+    summary = summarize(evaluated.score)
+    groups: dict[str, Any] = {}
+    for name, group in summary["groups"].items():
+        groups |= {f"accuracy_{name}": group["accuracy"], f"stderr_{name}": group["stderr"]}
+    change = compare(evaluated.score, base)
+    info = evaluated.score.info
+    return {
+        "model": evaluated.name,
+        **{key: value for key, value in summary.items() if key not in {"groups", "subjects"}},
+        **groups,
+        **{f"change_{key}" if key == "difference" else key: value for key, value in change.items()},
+        **{key: info.get(key) for key in ("token_budget", "num_shared_prefixes", "no_prefix_because", "mmlu_seconds")},
+        "scores": str(evaluated.path),
+    }
+
+
+def write_tables(store: Store, found: list[Evaluated]) -> None:
+    base = found[0].score
+    summary = pd.DataFrame([summary_row(e, base) for e in found])
+    subjects = []
+    for e in found:
+        accuracy = pd.DataFrame.from_dict(summarize(e.score)["subjects"], orient="index")
+        change = compare_subjects(e.score, base).set_index("subject").drop(columns="num_questions")
+        subjects.append(accuracy.join(change).rename_axis("subject").reset_index().assign(model=e.name))
+    table = pd.concat(subjects, ignore_index=True)
+    table = table[["model", *table.columns.drop("model")]]
+    store.write_file("summary.csv", lambda p: summary.to_csv(p, index=False))
+    store.write_file("subjects.csv", lambda p: table.to_csv(p, index=False))
+
+
+def print_tables(found: list[Evaluated], console: Console) -> None:
+    base = found[0].score
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    names = ("model", "accuracy", "stderr", "macro", *SHORT_GROUPS.values(), "change", "95% interval", "p")
+    for name in names:
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, overflow="ellipsis")
+    for e in found:
+        v = summary_row(e, base)
+        cells = [v["overall_accuracy"], v["overall_stderr"], v["macro_accuracy"]]
+        cells += [v[f"accuracy_{group}"] for group in SHORT_GROUPS]
+        change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"]
+        change.append(f"{v['mcnemar_p_value']:.2g}")
+        table.add_row(e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else []))
+    console.print(table)
+    for e in found:
+        info, summary = e.score.info, summarize(e.score)
+        odd = {"unparsed": summary["num_unparsed"], "with a cut prompt": summary["num_truncated"]}
+        for what, count in odd.items():
+            if count:
+                console.print(f"{e.name}: {count} of {summary['total_questions']} {what}")
+        if info.get("no_prefix_because") and info["scoring"] == "logits":
+            console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
+    for e in found[1:]:
+        print_changed_subjects(e, base, console)
+
+
+def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:
+    """The subjects that an adapter moved, by what their p-values say together; ``subjects.csv`` has them all."""
+    table = compare_subjects(evaluated.score, base)
+    moved = table[table["holm_p_value"] < SIGNIFICANT].sort_values("difference")
+    for row in moved.itertuples():
+        text = f"{evaluated.name}: {row.subject} {row.difference:+.3f} (Holm-adjusted p {row.holm_p_value:.2g})"
+        console.print(text, soft_wrap=True)
+    if moved.empty:
+        text = f"{evaluated.name}: none of {len(table)} subjects changed (Holm-adjusted p < {SIGNIFICANT})"
+        console.print(text, soft_wrap=True)
+
+
+def _one_adapter_each(argv: list[str]) -> list[str]:
+    """``--adapter A B`` as ``--adapter A --adapter B``."""
+    words: list[str] = []
+    of_adapter = False
+    for word in argv:
+        if of_adapter and not word.startswith("-") and words[-1] != "--adapter":
+            words.append("--adapter")
+        of_adapter = word == "--adapter" or (of_adapter and not word.startswith("-"))
+        words.append(word)
+    return words
+
+
+def main(argv: list[str]) -> int:
+    argv = [word.replace("--questions", "--mmlu", 1) if word.startswith("--questions") else word for word in argv]
+    argv = _one_adapter_each(argv)
+    config = load_settings(MmluConfig, argv, "python -m raylora.mmlu")
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    console = make_console()
+    found = evaluate_all(config, console)
+    print_tables(found, console)
+    console.print(f"Files: {found[0].path.parents[2]}", soft_wrap=True)
+    return 0

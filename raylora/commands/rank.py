@@ -1,0 +1,144 @@
+"""Which datasets of a chunk are worth training on? Features only, no training: a prediction for each, and an order.
+
+    python -m raylora.rank --chunk chunk_002 --predictor results/predictor --budget 5
+    python -m raylora.batch --chunk chunk_002 --order results/chunk_002/ranking.csv --max-experiments 5
+
+The features go to the folder of the chunk's results, as the batch command's do: it does not measure them again, given
+the same options. A predictor of dynamic features needs the probe (a training of a few steps, thrown away); for any
+other the probe is left out. Writes ``ranking.csv`` there: rows in the order in which they should be trained.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from raylora.config import Config
+from raylora.config_sources import load_settings
+from raylora.console import make_console
+from raylora.errors import StoppedError, UserError
+from raylora.planning.plan import Plan, find_files, make_plan
+from raylora.predict.predictor import Predictor, load_predictor
+from raylora.predict.ranking import rank
+from raylora.records import Experiment, ResultRow
+from raylora.run.execute import run_pending
+from raylora.storage.atomic import write_atomically
+
+RULE = (
+    "Order: each next one raises most how good the best of those trained is expected to be (in draws from the "
+    "predictor's held-out errors), so that a budget is not spent on several that are good or bad together."
+)
+
+
+class RankConfig(Config):
+    """Predict what training on each dataset would do, and in which order to train."""
+
+    predictor: Path = Field(Path("results/predictor"), description="folder or file that raylora.predict fit wrote")
+    budget: int | None = Field(None, ge=1, description="trainings that can be paid for (default: all)")
+    coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: the predictor's)")
+
+
+def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
+    """A row for each experiment: what it is, its features where they can be measured, and ``error`` where not.
+
+    No table of the run is touched: only features that are not there yet are measured and put into the store.
+
+    Raises:
+        StoppedError, KeyboardInterrupt: as ``run_plan``.
+    """
+    rows: dict[str, ResultRow] = {}
+    with plan.store.held(plan.config.fresh):
+        pending = [e for e in plan.experiments if not e.error and plan.store.read_stage(e, "features") is None]
+        if pending:
+            run_pending(plan, pending, rows, console, lambda: None)
+        return pd.DataFrame([_features_row(plan, e, rows.get(e.experiment_id)) for e in plan.experiments])
+
+
+def _features_row(plan: Plan, experiment: Experiment, row: ResultRow | None) -> dict[str, Any]:
+    measured = plan.store.read_stage(experiment, "features") if not experiment.error else None
+    failed = experiment.error or ("" if measured else (row.values.get("error") if row else "") or "not measured")
+    known = {"dataset": experiment.dataset, "experiment_id": experiment.experiment_id, "error": failed}
+    return {**known, **experiment.settings, **(measured or {})}
+
+
+def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
+    table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("train", "dataset", "prediction", "interval", "best of all", "best so far"):
+        table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
+    for _, row in ranking[ranking["error"] == ""].iterrows():
+        numbers = [f"{row.prediction:.4f}", f"{row.low:.4f} {row.high:.4f}", f"{row.chance_best:.0%}"]
+        cells = (str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:.4f}")
+        table.add_row(*cells)
+    console.print(table)
+    for _, row in ranking[ranking["error"] != ""].iterrows():
+        console.print(f"FAILED {row.dataset}: {row.error}", soft_wrap=True)
+    strange = ranking[ranking["outside"].fillna("") != ""]
+    if len(strange):
+        console.print(
+            f"Note: {len(strange)} datasets have features beyond all that the predictor was fitted on "
+            "(column outside): their intervals may be too narrow.",
+            soft_wrap=True,
+        )
+    console.print(RULE, soft_wrap=True)
+
+
+def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
+    card, notes = predictor.card, predictor.notes
+    if card["needs_probe"]:
+        notes.append(
+            f"the predictor uses dynamic features: a probe of {config.probe_steps} steps is run on each dataset"
+        )
+    else:
+        notes.append("the predictor uses no dynamic features: no probe is run")
+    if card["base_models"] and config.model not in card["base_models"]:
+        notes.append(f"the predictor was fitted on runs of {', '.join(card['base_models'])}, this is {config.model}")
+    return notes
+
+
+def batch_options(argv: Sequence[str]) -> list[str]:
+    """Of this command's options those that the batch command has too."""
+    words, kept, own = list(argv), [], ("--predictor", "--budget", "--coverage", "--fresh", "--no-fresh")
+    while words:
+        word = words.pop(0)
+        if word.partition("=")[0] not in own:
+            kept.append(word)
+        elif "=" not in word and words and not words[0].startswith("--"):
+            words.pop(0)
+    return kept
+
+
+def main(argv: list[str]) -> int:
+    console = make_console()
+    config = load_settings(RankConfig, argv, "python -m raylora.rank")
+    predictor = load_predictor(config.predictor)
+    steps = config.probe_steps if predictor.card["needs_probe"] else 0
+    if predictor.card["needs_probe"] and steps == 0:
+        raise UserError("--probe-steps 0: the predictor uses dynamic features; give steps, or fit --leave-out dynamic")
+    config = config.model_copy(update={"stages": ("features",), "probe_steps": steps, "trackers": ()})
+    for note in _notes(predictor, config):
+        console.print(f"Note: {note}", soft_wrap=True)
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    try:
+        table = measure_features(plan, console)
+    except (KeyboardInterrupt, StoppedError) as stop:
+        console.print(f"{stop or 'Stopped.'} What is measured is kept: the same command goes on.")
+        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
+    path = plan.store.root / "ranking.csv"
+    write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
+    plan.store.publish("ranking.csv")
+    print_ranking(ranking, predictor.card["target"], console)
+    console.print(f"Files: {path}", soft_wrap=True)
+    limit = ["--max-experiments", str(config.budget)] if config.budget else []
+    words = ["python", "-m", "raylora.batch", *batch_options(argv), "--order", str(path), *limit]
+    console.print(f"Next: {shlex.join(words)}", soft_wrap=True)
+    return 0 if (ranking["error"] == "").all() else 1

@@ -1,0 +1,1 @@
+"""One dataset: features, training, MMLU, one row. Knows nothing of Ray."""

@@ -1,0 +1,36 @@
+"""Questions asked for the process that evaluates an experiment."""
+
+from __future__ import annotations
+
+from raylora.experiment.workbench import Workbench
+from raylora.model.adapters import adapter_hash
+from raylora.records import Experiment, ProgressCallback, digest, ignore_progress
+
+
+def help_experiment(
+    bench: Workbench, experiment: Experiment, name: str, progress: ProgressCallback = ignore_progress
+) -> int:
+    """Ask questions for the process that evaluates this experiment, or the base for it, from the last one backwards.
+
+    Args:
+        name: this process's name; no two helpers of an evaluation have the same.
+
+    Returns:
+        The number of questions asked: 0 where there is nothing to help with.
+    """
+    base_path = bench.store.base_file(experiment.base_key, "scores.parquet")
+    if bench.is_being_scored(experiment.base_key, base_path):
+        with bench.loaded.base():
+            return bench.help_score(experiment.base_key, experiment.base_key, base_path, name, progress)
+    folder, path = bench.store.adapter_folder(experiment), bench.store.scores_path(experiment)
+    if not folder.is_dir() or not bench.is_being_scored(key := score_key_of(bench, experiment), path):
+        return 0
+    bench.loaded.attach_saved(folder)
+    try:
+        return bench.help_score(experiment.base_key, key, path, name, progress)
+    finally:
+        bench.loaded.detach()
+
+
+def score_key_of(bench: Workbench, experiment: Experiment) -> str:
+    return digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])

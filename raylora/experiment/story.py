@@ -1,0 +1,142 @@
+"""The whole story of one dataset: features, training, MMLU, one row. Knows nothing of Ray.
+
+Each stage's product is taken from the store where it is there already, and put there when it is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from raylora.config import FeatureOptions, method_of
+from raylora.errors import ErrorKind, TrainingDivergedError, UserError
+from raylora.experiment.helping import score_key_of
+from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
+from raylora.features.pipeline import extract_features
+from raylora.mmlu.statistics import compare, summarize
+from raylora.model.device import device_name
+from raylora.records import Dataset, Experiment, ProgressCallback, ProgressStage, ResultRow, Score, ignore_progress
+from raylora.rows import error_row, make_row
+from raylora.storage.store import LOG
+from raylora.training.loop import train_adapters
+
+log = logging.getLogger("raylora.experiment")
+
+
+def run_experiment(bench: Workbench, experiment: Experiment, progress: ProgressCallback = ignore_progress) -> ResultRow:
+    """Run what of an experiment is not done yet, and store its row.
+
+    A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again, on
+    another machine where this one is at fault.
+    """
+    started = time.perf_counter()
+    with at_hand(bench.store, experiment), log_file(bench.store.folder(experiment) / LOG):
+        try:
+            values = _run_stages(bench, experiment, progress)
+            row = make_row(bench.config, experiment, "ok", **values, total_seconds=time.perf_counter() - started)
+        except UserError as error:
+            log.error("%s", error)
+            row = error_row(bench.config, experiment, str(error), error.kind)
+        bench.store.write_row(experiment, row)
+        log.info("finished: %s", row.values["status"])
+    return row
+
+
+def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:
+    if experiment.error:
+        raise UserError(experiment.error, kind=ErrorKind(experiment.error_kind))
+    stages = bench.config.stages
+    progress(ProgressStage.LOAD, 0, 1)
+    dataset = load_planned_dataset(bench, experiment)
+    values = _dataset_values(dataset) | {"device": device_name()}
+    if "features" in stages:
+        values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
+    if "train" in stages:
+        values |= _stage(bench, experiment, "train", lambda: _train_adapter(bench, experiment, dataset, progress))
+    if "mmlu" in stages:
+        if bench.store.read_stage(experiment, "train") is None:
+            text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
+            raise UserError(text, kind=ErrorKind.ADAPTER)
+        values |= _stage(bench, experiment, "mmlu", lambda: _evaluate_mmlu(bench, experiment, progress))
+    return values
+
+
+def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stage's values: from the store, or made and stored."""
+    if (saved := bench.store.read_stage(experiment, stage)) is not None:
+        log.info("%s: done before", stage)
+        return saved
+    log.info("%s: started", stage)
+    started = time.perf_counter()
+    bench.check_model(experiment)
+    values = make()
+    bench.check_base()
+    values[f"{stage}_seconds"] = time.perf_counter() - started
+    bench.store.write_stage(experiment, stage, values)
+    log.info("%s: %.1f s", stage, values[f"{stage}_seconds"])
+    return values
+
+
+def _extract(bench: Workbench, experiment: Experiment, dataset: Dataset, progress: ProgressCallback) -> dict[str, Any]:
+    config = bench.config
+    options = FeatureOptions(**config.settings_of(FeatureOptions))
+    loaded, method = bench.loaded, method_of(experiment)
+    return extract_features(loaded, dataset, method, options, loaded.feature_token_budget, config.seed, progress)
+
+
+def _train_adapter(
+    bench: Workbench, experiment: Experiment, dataset: Dataset, progress: ProgressCallback
+) -> dict[str, Any]:
+    try:
+        (result,) = train_adapters(bench.loaded, [attach_job(bench, experiment, dataset)], progress)
+        if isinstance(result, TrainingDivergedError):
+            raise result
+        return keep_adapter(bench, experiment, result)
+    finally:
+        bench.loaded.detach()
+
+
+def _evaluate_mmlu(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:
+    base = bench.base_score(experiment.base_key, wait=False, progress=progress)
+    bench.store.forget_stage(experiment, "mmlu")
+    bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
+    try:
+        score = bench.score(
+            experiment.base_key, score_key_of(bench, experiment), bench.store.scores_path(experiment), progress
+        )
+    finally:
+        bench.loaded.detach()
+    if base is None:  # another worker was at it when this one began
+        base = bench.base_score(experiment.base_key, wait=True, progress=progress)
+    assert base is not None
+    return _score_values(score, base)
+
+
+def _score_values(score: Score, base: Score) -> dict[str, Any]:
+    ours, theirs, change = summarize(score), summarize(base), compare(score, base)
+    groups = {f"accuracy_{name}": group["accuracy"] for name, group in ours["groups"].items()}
+    both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")
+    return {
+        **{name: ours[name] for name in (*both, "total_questions", "num_truncated")},
+        **{f"base_{name}": theirs[name] for name in both},
+        **groups,
+        "accuracy_change": change["difference"],
+        "accuracy_change_low": change["ci_low"],
+        "accuracy_change_high": change["ci_high"],
+        "mcnemar_p_value": change["mcnemar_p_value"],
+        "token_budget": score.info["token_budget"],
+        "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
+    }
+
+
+def _dataset_values(dataset: Dataset) -> dict[str, Any]:
+    shown = [f"{bad.place}: {bad.reason}" for bad in dataset.bad_records[:5]]
+    more = dataset.num_bad_records - len(shown)
+    return {
+        "num_examples": len(dataset.examples),
+        "num_bad_records": dataset.num_bad_records,
+        "num_lost_records": dataset.num_lost_records,
+        "bad_records": "; ".join([*shown, f"and {more} more"] if more > 0 else shown),
+    }

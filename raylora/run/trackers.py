@@ -1,0 +1,192 @@
+"""Rows as they finish, to the trackers that people have: MLflow, TensorBoard, Weights & Biases.
+
+    python -m raylora.batch --chunk chunk_001 --trackers mlflow,tensorboard
+
+Each tracker is told of every row that this run finishes, and never of one again. A tracker that fails costs a line, and
+never a row. Where to is each package's own setting: MLFLOW_TRACKING_URI, WANDB_PROJECT, WANDB_MODE and so on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import pandas as pd
+from rich.console import Console
+
+from raylora.config import Method
+from raylora.planning.plan import Plan
+from raylora.records import ResultRow
+
+CLOSING_SECONDS = 60
+"""What a run waits at its end for trackers that are slow."""
+
+
+class Tracker(Protocol):
+    """Where rows are sent to."""
+
+    def log_row(self, row: ResultRow, loss_curve: pd.DataFrame | None) -> None:
+        """One finished row, good or not; ``loss_curve`` has a row a step, where it was trained."""
+
+
+def settings_and_numbers(row: ResultRow) -> tuple[dict[str, Any], dict[str, float]]:
+    """A row as trackers want it: what was chosen, and what was measured. Null values are left out."""
+    values = {name: value for name, value in row.values.items() if value not in (None, "") and value == value}
+    numbers = {
+        name: float(value)
+        for name, value in values.items()
+        if name not in Method.model_fields and isinstance(value, int | float) and math.isfinite(value)
+    }
+    return {name: value for name, value in values.items() if name not in numbers}, numbers
+
+
+class MlflowTracker:
+    """One MLflow run a row, in an experiment named for the chunk."""
+
+    def __init__(self, plan: Plan) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient()
+        name = f"raylora/{plan.chunk}"
+        found = self._client.get_experiment_by_name(name)
+        self._experiment = found.experiment_id if found else self._client.create_experiment(name)
+
+    def log_row(self, row: ResultRow, loss_curve: pd.DataFrame | None) -> None:
+        from mlflow.entities import Metric, Param
+
+        settings, numbers = settings_and_numbers(row)
+        run = self._client.create_run(self._experiment, run_name=str(row.values["dataset"])).info.run_id
+        metrics = [Metric(name, value, 0, 0) for name, value in numbers.items()]
+        metrics += [Metric(f"train/{name}", value, 0, step) for name, step, value in points_of(loss_curve)]
+        params = [Param(name, str(value)[:500]) for name, value in settings.items()]
+        for i in range(0, max(len(metrics), 1), 900):  # the server takes 1000 at a time
+            self._client.log_batch(run, metrics[i : i + 900], params if i == 0 else [])
+        self._client.set_terminated(run, "FINISHED" if row.ok else "FAILED")
+
+
+class TensorBoardTracker:
+    """A folder ``tensorboard/<experiment>`` a row, in the run's folder: ``tensorboard --logdir results``."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._folder = plan.store.root / "tensorboard"
+
+    def log_row(self, row: ResultRow, loss_curve: pd.DataFrame | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        settings, numbers = settings_and_numbers(row)
+        name = str(row.values["experiment_id"])
+        with SummaryWriter(str(self._folder / name)) as writer:
+            for column, step, value in points_of(loss_curve):
+                writer.add_scalar(f"train/{column}", value, step)
+            hparams = {k: settings[k] for k in Method.model_fields if k in settings}
+            writer.add_hparams(hparams, numbers, run_name=".")
+
+
+class WandbTracker:
+    """One run a row, grouped by chunk, in the project of WANDB_PROJECT, or ``raylora``."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def log_row(self, row: ResultRow, loss_curve: pd.DataFrame | None) -> None:
+        import wandb
+
+        settings, numbers = settings_and_numbers(row)
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "raylora"),
+            group=self._plan.chunk,
+            name=str(row.values["dataset"]),
+            dir=str(self._plan.store.root),
+            config=settings,
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        by_step: dict[int, dict[str, float]] = {}
+        for column, step, value in points_of(loss_curve):
+            by_step.setdefault(step, {})[f"train/{column}"] = value
+        for step, values in sorted(by_step.items()):
+            run.log(values, step=step)
+        run.summary.update(numbers)
+        run.finish(exit_code=0 if row.ok else 1)
+
+
+TRACKERS: dict[str, Callable[[Plan], Tracker]] = {
+    "mlflow": MlflowTracker,
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+
+
+def points_of(loss_curve: pd.DataFrame | None) -> Iterator[tuple[str, int, float]]:
+    """A loss curve's values as (column, step, value)."""
+    if loss_curve is None or "step" not in loss_curve:
+        return
+    for column in loss_curve.columns.drop("step"):
+        for step, value in zip(loss_curve["step"], loss_curve[column], strict=True):
+            if pd.notna(value):
+                yield str(column), int(step), float(value)
+
+
+class Trackers:
+    """All trackers of a run behind one call, which never waits: a thread of its own sends the rows.
+
+    A tracker that fails is said once, and left alone from then on.
+    """
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._plan, self._console = plan, console
+        self._trackers: dict[str, Tracker] = {}
+        self._ids = {e.experiment_id: e for e in plan.experiments}
+        self._queue: queue.SimpleQueue[ResultRow | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        if plan.config.trackers:
+            self._thread.start()
+
+    def log_row(self, row: ResultRow) -> None:
+        self._queue.put(row)
+
+    def close(self) -> None:
+        """Wait for rows that are on their way, for a while."""
+        self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=CLOSING_SECONDS)
+        if self._thread.is_alive():
+            names = ", ".join(self._trackers or self._plan.config.trackers)
+            self._console.print(f"Warning: {names} took too long: the last rows may be missing there")
+
+    def _send(self) -> None:
+        for chosen in self._plan.config.trackers:
+            with self._only_a_line(chosen):
+                self._trackers[chosen] = TRACKERS[chosen](self._plan)
+        while (row := self._queue.get()) is not None:
+            for name, tracker in tuple(self._trackers.items()):
+                with self._only_a_line(name):
+                    tracker.log_row(row, self._loss_curve(row))
+
+    def _loss_curve(self, row: ResultRow) -> pd.DataFrame | None:
+        path = self._plan.store.folder(self._ids[row.values["experiment_id"]]) / "loss_curve.csv"
+        return pd.read_csv(path) if row.ok and path.is_file() else None
+
+    @contextlib.contextmanager
+    def _only_a_line(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 a tracker fails in any way, and is never worth a row
+            self._trackers.pop(name, None)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._console.print(f"Warning: {name} gets no more rows of this run: {reason}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def tracking(plan: Plan, console: Console) -> Iterator[Trackers]:
+    """The trackers of a run, from its start to its end, however it comes."""
+    trackers = Trackers(plan, console)
+    try:
+        yield trackers
+    finally:
+        trackers.close()

@@ -1,0 +1,1 @@
+"""Where files lie: places, atomic writes, the store of a run."""

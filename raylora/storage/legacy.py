@@ -1,0 +1,54 @@
+"""A run's results in the form of the research code that users come from."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raylora.records import ResultRow
+from raylora.storage.store import Store
+
+
+def write_legacy_results(store: Store, chunk: str, max_samples: int | None, rows: list[ResultRow]) -> Path:
+    """``batch_mmlu_results_<chunk>_<time>.json`` in the form that users' scripts read."""
+    now = datetime.now(UTC)
+    stamp = now.strftime("%Y%m%d_%H%M%S")
+    report = {
+        "folder_name": chunk,
+        "timestamp": stamp,
+        "total_files": len(rows),
+        "processed_files": sum(row.ok for row in rows),
+        "max_samples": max_samples,
+        "results": [legacy_result(row) for row in rows],
+    }
+    name = f"{safe_prefix(chunk)}_{stamp}.json"
+    store.write_json(name, report)
+    return store.place / name
+
+
+def safe_prefix(chunk: str) -> str:
+    return "batch_mmlu_results_" + (re.sub(r"[^A-Za-z0-9_-]+", "_", chunk) or "chunk")
+
+
+def legacy_result(row: ResultRow) -> dict[str, Any]:
+    """One row as the nested result of the research code."""
+    v = row.values
+    metrics = {k: v.get(k) for k in v if k.startswith(("train_", "num_train", "peak_memory", "num_supervised"))}
+    metrics["train_runtime"] = v.get("train_seconds")
+    return {
+        "dataset": v.get("dataset"),
+        "status": v.get("status"),
+        "error": v.get("error"),
+        "training_info": {"training_metrics": metrics},
+        "results": {
+            "finetuned_model": _scores(v, ""),
+            "base_model": _scores(v, "base_"),
+        },
+    }
+
+
+def _scores(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    names = ("overall_accuracy", "total_questions", "correct_questions")
+    return {name: values.get(name if name == "total_questions" else prefix + name) for name in names}

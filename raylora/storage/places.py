@@ -1,0 +1,113 @@
+"""Places that users name: local paths, and what fsspec reads (``s3://``, ``gs://``, ...). The only importer of fsspec.
+
+Data and questions are read through ``location``: a local path stays a plain ``pathlib.Path``, a URI becomes a path of
+universal-pathlib, which has the same methods. Results on an object store are written and read through ``Remote``, a
+handful of operations on whole objects, each of which happens or does not. Credentials come from where the libraries
+of fsspec look for them (``AWS_PROFILE``, an instance's role, ...), never through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, cast
+from urllib.request import url2pathname
+
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
+
+from raylora.errors import UserError, one_line, without_secrets
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+"""The extra of raylora that a protocol needs."""
+
+
+@contextlib.contextmanager
+def writing(option: str, place: Path) -> Iterator[None]:
+    """Around what writes to a place that the user gave: what cannot be written is a line that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {place}: cannot be written to: {error.strerror}") from error
+
+
+# Places
+
+
+def location(text: str | Path) -> Path:
+    """A place as users write it: a local path (``file://`` too), or a URI as a path with pathlib's methods.
+
+    Raises:
+        UserError: the URI holds a password or a query, its protocol is unknown, or the package for it is missing.
+    """
+    if not isinstance(text, str):
+        if not hasattr(text, "joinpath"):  # a number or nothing, out of a YAML file
+            raise UserError("expected a path")
+        return text
+    if "://" not in text:
+        return Path(text)
+    protocol, _, rest = text.partition("://")
+    if "?" in rest or ":" in rest.rpartition("@")[0]:
+        raise UserError(
+            f"{without_secrets(text)}: no password and no query may stand in it: they would end up in logs; give "
+            "credentials in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS)"
+        )
+    if protocol == "file":
+        return Path(url2pathname(rest.removeprefix("localhost")))
+    _check_protocol(text, protocol)
+    from upath import UPath
+
+    return cast(Path, UPath(text.rstrip("/"), use_listings_cache=False))  # see Remote
+
+
+def _check_protocol(text: str, protocol: str) -> None:
+    from fsspec import get_filesystem_class
+
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        mend = f"pip install 'raylora[{extra}]'" if extra else one_line(error)
+        raise UserError(f"{text}: needs a package more: {mend}") from None
+    except ValueError:
+        raise UserError(f"{text}: {protocol}:// is no protocol that fsspec knows") from None
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a location is no path of this machine."""
+    return not isinstance(path, Path)
+
+
+def _checked_place(text: str | None) -> str | None:
+    if text is not None and "://" in text:
+        location(text)
+    return text
+
+
+Location = Annotated[Path, PlainValidator(location), PlainSerializer(str, when_used="json")]
+"""An option that is a place."""
+LocationText = Annotated[str, AfterValidator(_checked_place)]
+"""An option that may be a place, or a name of ours."""
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again: ``RAYLORA_CACHE``, or ``~/.cache/raylora``."""
+    return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While something remote is read: what a client library raises becomes one line.
+
+    Raises:
+        UserError: no credentials, no such host, ...; an ``OSError`` stays what it is.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error

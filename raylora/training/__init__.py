@@ -1,0 +1,1 @@
+"""Adapters: their products, gradients, losses and steps."""

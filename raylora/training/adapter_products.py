@@ -1,0 +1,211 @@
+"""The products of LoRA adapters while they are trained: several adapters in one pass, and dropout that is cheap.
+
+The parameters are PEFT's own and are saved by it. While a training runs, this takes the place of PEFT's forward pass:
+
+- Every token belongs to one adapter. A minibatch holds the tokens of one adapter after those of another, so that an
+  adapter's products are those of a slice. (PEFT's mixed batches are for inference.)
+- What dropout drops is a hash of the example's seed, the module, and the place in it. It does not depend on how a step
+  is cut into minibatches, on checkpoints, on the device, or on what other adapters are trained beside it.
+- torch draws dropout on a CPU at the cost of a 576 x 576 product, 7 times a layer of SmolLM2-135M; a hash takes a tenth
+  of that (benchmarks/NOTES.md). 16 bits a number are enough, and a byte a number is kept for the way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raylora.data.minibatch import send
+from raylora.errors import ErrorKind, UserError
+from raylora.model.adapters import LoadedModel
+
+_MASK = 2**64 - 1
+LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
+"""PEFT's modules around a matrix: what they make is base(x) + scaling * B A dropout(x)."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``start`` to ``stop`` of a minibatch: one example, trained for ``adapter``, dropped out by ``seed``."""
+
+    start: int
+    stop: int
+    adapter: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """The tokens of one adapter, the factor of its products, and the bytes that are 0 where its input is dropped."""
+
+    start: int
+    stop: int
+    scale: float
+    keep: torch.Tensor | None
+
+
+def _signed(number: int) -> int:
+    """The low 32 bits of ``number``, as torch's int32 has them."""
+    return (number & 0x7FFFFFFF) - (number & 0x80000000)
+
+
+def scramble(h: torch.Tensor) -> torch.Tensor:
+    """Hash each int32 of ``h`` in place: the finalizer of MurmurHash3 (Appleby 2011). torch's shifts keep the sign."""
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    h *= _signed(0x85EBCA6B)
+    h ^= (h >> 13).bitwise_and_(0x7FFFF)
+    h *= _signed(0xC2B2AE35)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h
+
+
+def mix(*numbers: int) -> int:
+    """A 64-bit hash of numbers (the finalizer of SplitMix64, Steele et al. 2014): neighbours share no bits."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+class AdapterProducts:
+    """The adapters ``names`` of a model, in training. Before each forward pass, say whose tokens it holds."""
+
+    def __init__(self, loaded: LoadedModel, names: Sequence[str]) -> None:
+        self._spans: list[Span] = []
+        self._num_tokens = 0
+        self._names = list(names)
+        self._device = loaded.device
+        self._rows = torch.zeros(0, dtype=torch.int32)
+        self._columns: dict[tuple[int, torch.device], torch.Tensor] = {}
+        adapted = [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
+        self._modules = [m for m in adapted if type(m).__name__ in LINEAR and not m.lora_variant]
+        if len(names) > 1 and len(self._modules) < len(adapted):
+            text = "--target-modules: adapters of modules other than linear ones cannot share a pass"
+            raise UserError(text, kind=ErrorKind.TARGET_MODULES)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, the adapted modules compute as this class has it."""
+        for index, module in enumerate(self._modules):
+            module.forward = functools.partial(self._forward, module, index)
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                del module.forward
+
+    def expect(self, spans: Sequence[Span], num_tokens: int) -> None:
+        """The next forward pass, of ``num_tokens``, holds these examples, those of one adapter side by side."""
+        self._spans, self._num_tokens = list(spans), num_tokens
+        rows = torch.zeros(num_tokens, dtype=torch.int32)
+        for span in spans:
+            rows[span.start : span.stop] = _spread_numbers(span.stop - span.start) + _signed(span.seed >> 32)
+        self._rows = send(scramble(rows), self._device)
+
+    def _forward(self, module: Any, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) != self._num_tokens:
+            # An expert sees a part of the tokens, and does not say which: PEFT's own way, for one adapter.
+            if len(self._names) > 1:
+                text = "--target-modules: experts' adapters cannot share a pass"
+                raise UserError(text, kind=ErrorKind.TARGET_MODULES)
+            return type(module).forward(module, x, *args, **kwargs)
+        result = module.base_layer(x, *args, **kwargs)
+        slices, weights = [], []
+        for name in self._names:
+            spans = [s for s in self._spans if s.adapter == name]
+            if not spans or name not in module.lora_A:
+                continue
+            dropout = getattr(module.lora_dropout[name], "p", 0.0)
+            slices.append(self._slice(rows, spans, index, dropout, module.scaling[name]))
+            weights += [module.lora_A[name].weight, module.lora_B[name].weight]
+        if not slices:
+            return result
+        flat = result.reshape(-1, result.shape[-1])
+        return _AddProducts.apply(flat, rows, slices, *weights).view(result.shape)
+
+    def _slice(self, rows: torch.Tensor, spans: list[Span], index: int, dropout: float, scaling: float) -> _Slice:
+        first, last = spans[0].start, spans[-1].stop
+        if dropout == 0:
+            return _Slice(first, last, scaling, None)
+        threshold = round(dropout * 2**16)
+        own = self._rows[first:last].to(rows.device) + _signed(mix(index))
+        words = scramble(scramble(own)[:, None] + self._column_hashes(rows.shape[1], rows.device))
+        # A number is dropped if its half of a word is among the lowest.
+        keep = words.view(torch.int16)[:, : rows.shape[1]] >= threshold - 2**15
+        return _Slice(first, last, scaling / (1 - threshold / 2**16), keep.view(torch.uint8))
+
+    def _column_hashes(self, width: int, device: torch.device) -> torch.Tensor:
+        """A hash for every two columns, (1, width / 2)."""
+        if (width, device) not in self._columns:
+            self._columns[width, device] = scramble(_spread_numbers(math.ceil(width / 2)))[None].to(device)
+        return self._columns[width, device]
+
+
+def _spread_numbers(n: int) -> torch.Tensor:
+    """The numbers from 0, far apart."""
+    return torch.arange(n, dtype=torch.int32) * _signed(0x9E3779B9)
+
+
+class _AddProducts(torch.autograd.Function):
+    """base + scale * B A (keep * x), slice by slice. Base (N, out), x (N, in); A (r, in), B (out, r) of each slice.
+
+    What is kept for the way back is x, which its neighbours keep as well, a byte a number, and A x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: torch.Tensor, x: torch.Tensor, slices: list[_Slice], *weights: torch.Tensor
+    ) -> torch.Tensor:
+        out = base if len(slices) == 1 and slices[0].stop - slices[0].start == len(base) else base.clone()
+        inner = []
+        # In the base's own precision: autocast would lower some of these products and not others.
+        with torch.autocast(base.device.type, enabled=False):
+            for part, a, b in zip(slices, weights[::2], weights[1::2], strict=True):
+                own = slice(part.start, part.stop)
+                h = _after_dropout(x[own].to(base.dtype), part) @ a.to(base.dtype).t()
+                if out is base:
+                    out = torch.addmm(base, h, b.to(base.dtype).t(), alpha=part.scale)
+                else:
+                    out[own].addmm_(h, b.to(base.dtype).t(), alpha=part.scale)
+                inner.append(h)
+        ctx.slices = [_Slice(p.start, p.stop, p.scale, None) for p in slices]
+        ctx.dtype = base.dtype
+        keeps = [p.keep for p in slices if p.keep is not None]
+        ctx.has_keep = [p.keep is not None for p in slices]
+        ctx.save_for_backward(x, *weights, *inner, *keeps)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        n, dtype = len(ctx.slices), ctx.dtype
+        weights, inner, keeps = rest[: 2 * n], rest[2 * n : 3 * n], iter(rest[3 * n :])
+        alone = n == 1 and ctx.slices[0].stop - ctx.slices[0].start == len(x)
+        d_x = torch.zeros_like(x) if ctx.needs_input_grad[1] and not alone else None
+        d_weights: list[torch.Tensor] = []
+        for i, part in enumerate(ctx.slices):
+            own = slice(part.start, part.stop)
+            part = _Slice(part.start, part.stop, part.scale, next(keeps) if ctx.has_keep[i] else None)
+            a, b, slope = weights[2 * i], weights[2 * i + 1], slopes[0][own].to(dtype)
+            d_h = (slope @ b.to(dtype)) * part.scale
+            d_weights.append((d_h.t() @ _after_dropout(x[own].to(dtype), part)).to(a.dtype))
+            d_weights.append((slope.t() @ inner[i] * part.scale).to(b.dtype))
+            if alone and ctx.needs_input_grad[1]:
+                d_x = _after_dropout(d_h @ a.to(dtype), part).to(x.dtype)
+            elif d_x is not None:
+                d_x[own] = _after_dropout(d_h @ a.to(dtype), part)
+        return slopes[0], d_x, None, *d_weights
+
+
+def _after_dropout(x: torch.Tensor, part: _Slice) -> torch.Tensor:
+    return x if part.keep is None else x * part.keep

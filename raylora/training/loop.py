@@ -1,0 +1,284 @@
+"""The training loop of LoRA adapters. The probe of the dynamic features runs the same loop with an observer.
+
+Several adapters are trained beside each other over the same passes through the base, or one alone; it is the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from raylora.config import Method
+from raylora.data.encoding import EncodedExample, lengths_of
+from raylora.errors import ErrorKind, TrainingDivergedError, UserError
+from raylora.model.adapters import LoadedModel
+from raylora.model.device import peak_memory_bytes
+from raylora.model.onednn import onednn_linears
+from raylora.records import ProgressCallback, ProgressStage, ignore_progress
+from raylora.rows import TrainingMetrics
+from raylora.training.gradients import (
+    CPU_TRAINING_TOKENS,
+    ENOUGH_TOKENS,
+    GradientAccumulator,
+    Job,
+    Observer,
+    Step,
+    StepGradient,
+    count_labels,
+)
+from raylora.work_counts import work_counts
+
+ONEDNN_FROM_TOKENS = 4000
+"""On a CPU, from so many tokens on, faster products are worth the second in which weights are packed for them."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    metrics: TrainingMetrics
+    steps: list[Step]
+
+    def loss_curve(self) -> list[dict[str, Any]]:
+        return [asdict(step) for step in self.steps]
+
+
+def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
+    """Share of the peak learning rate at ``step`` (from 0), as transformers' schedules have it."""
+    num_warmup = math.ceil(num_steps * method.warmup_ratio)
+    if step < num_warmup:
+        return step / max(1, num_warmup)
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    if method.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if method.lr_scheduler == "linear" else 1.0
+
+
+def _steps_of_examples(num_examples: int, method: Method, num_steps: int, seed: int) -> Iterator[list[int]]:
+    """Indices of each step's examples: every epoch a new seeded order, its last step as short as it falls."""
+    per_step = method.batch_size * method.gradient_accumulation
+    done, epoch = 0, 0
+    while done < num_steps:
+        order = list(range(num_examples))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, num_examples, per_step):
+            if done == num_steps:
+                return
+            yield order[start : start + per_step]
+            done += 1
+        epoch += 1
+
+
+def count_steps(num_examples: int, method: Method) -> int:
+    """Optimizer steps of a whole training."""
+    per_epoch = math.ceil(num_examples / (method.batch_size * method.gradient_accumulation))
+    return max(1, math.ceil(per_epoch * method.num_epochs))
+
+
+def count_tokens(job: Job, num_steps: int) -> float:
+    """Tokens that go through the model in so many steps, about."""
+    per_step = min(job.method.batch_size * job.method.gradient_accumulation, len(job.examples))
+    return num_steps * per_step * sum(lengths_of(job.examples)) / len(job.examples)
+
+
+def train_adapter(
+    loaded: LoadedModel,
+    parameters: Sequence[torch.nn.Parameter],
+    examples: Sequence[EncodedExample],
+    method: Method,
+    seed: int,
+    num_steps: int | None = None,
+    observer: Observer | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> TrainingResult:
+    """Train the active adapter's ``parameters`` in place; see ``Job`` for the arguments.
+
+    Raises:
+        UserError: there is no supervised token.
+        TrainingDivergedError: the loss became infinite or NaN.
+        torch.OutOfMemoryError: a single example does not fit.
+    """
+    job = Job(parameters, examples, method, seed, loaded.active_adapter, num_steps)
+    (result,) = _train(loaded, [_Trainee(job, loaded.device)], observer, progress)
+    if isinstance(result, TrainingDivergedError):
+        raise result
+    return result
+
+
+def train_adapters(
+    loaded: LoadedModel, jobs: Sequence[Job], progress: ProgressCallback = ignore_progress
+) -> list[TrainingResult | TrainingDivergedError]:
+    """Train several attached adapters, step by step beside each other over the same passes through the base.
+
+    Each becomes what it would become alone, but for float noise: it has its own steps, optimizer, clipping and
+    dropout. One that diverges stops alone. Seconds are shared out by tokens; rates and memory are those of all of them.
+
+    Raises:
+        UserError: an adapter has no supervised token, or is of modules that cannot share a pass.
+        torch.OutOfMemoryError: a single example does not fit.
+    """
+    return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
+
+
+def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
+    """How many adapters like that of ``job``, which is attached, are worth training at once.
+
+    On a GPU as many as fill a minibatch with the tokens of a step, if half of what memory is free holds them: four
+    bytes each for a parameter, its gradient and AdamW's two moments. How large a minibatch may be is known from the
+    trainings before, those of probes among them. On a CPU one: its products are as fast on the tokens of one adapter
+    (benchmarks/NOTES.md).
+    """
+    if loaded.device.type != "cuda":
+        return 1
+    tokens = count_tokens(job, num_steps=1)
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
+    return max(1, min(int((loaded.training_tokens or ENOUGH_TOKENS) / tokens), int(fitting)))
+
+
+class _Trainee:
+    """One adapter on its way: what is left of its steps, and those it has made."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        usable = [i for i, count in enumerate(count_labels(job)) if count]
+        if not usable:
+            text = "no supervised token: every answer is empty, or cut away by --max-length"
+            raise UserError(text, kind=ErrorKind.NO_SUPERVISED_TOKEN)
+        self.num_steps = job.num_steps if job.num_steps is not None else count_steps(len(usable), job.method)
+        orders = _steps_of_examples(len(usable), job.method, self.num_steps, job.seed)
+        self.order = ([usable[i] for i in indices] for indices in orders)
+        self.optimizer = _make_optimizer(job.parameters, job.method, device)
+        self.steps: list[Step] = []
+        self.num_examples = 0
+        self.diverged: TrainingDivergedError | None = None
+
+    @property
+    def is_training(self) -> bool:
+        return self.diverged is None and len(self.steps) < self.num_steps
+
+    def step(self, gradient: StepGradient, observer: Observer | None) -> None:
+        self.num_examples += gradient.num_examples
+        k, method = len(self.steps), self.job.method
+        rate = method.learning_rate * learning_rate_factor(k, self.num_steps, method)
+        try:
+            self.steps.append(
+                take_step(k, self.job.parameters, self.optimizer, gradient, method.max_grad_norm, rate, observer)
+            )
+        except TrainingDivergedError as error:
+            self.diverged = error
+
+
+def _train(
+    loaded: LoadedModel, trainees: Sequence[_Trainee], observer: Observer | None, progress: ProgressCallback
+) -> list[TrainingResult | TrainingDivergedError]:
+    passes = GradientAccumulator(loaded, [t.job for t in trainees], observer)
+    num_steps, on_gpu = max(t.num_steps for t in trainees), loaded.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(loaded.device)
+    for parameter in (p for t in trainees for p in t.job.parameters):
+        parameter.requires_grad_(True)  # PEFT lets one adapter learn at a time
+    pays = sum(count_tokens(t.job, t.num_steps) for t in trainees) >= ONEDNN_FROM_TOKENS
+    started = time.perf_counter()
+    loaded.model.train()
+    try:
+        with (
+            passes.ready(),
+            onednn_linears(loaded.model, CPU_TRAINING_TOKENS, with_backward=True) if pays else contextlib.nullcontext(),
+            torch.random.fork_rng(devices=[loaded.device] if on_gpu else []),
+        ):
+            for k in range(num_steps):
+                busy = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
+                if not busy:
+                    break
+                for i, gradient in passes.backward(busy, k).items():
+                    trainees[i].step(gradient, observer)
+                    work_counts.supervised_tokens += gradient.num_supervised
+                progress(ProgressStage.TRAIN, k + 1, num_steps)
+    finally:
+        loaded.model.eval()
+        passes.restore()
+    seconds = time.perf_counter() - started
+    num_tokens = sum(step.num_tokens for t in trainees for step in t.steps)
+    return [
+        t.diverged or TrainingResult(_summarize(t, passes, seconds / max(1, num_tokens), loaded.device), t.steps)
+        for t in trainees
+    ]
+
+
+def take_step(
+    k: int,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    gradient: StepGradient,
+    max_grad_norm: float,
+    learning_rate: float | None = None,
+    observer: Observer | None = None,
+) -> Step:
+    """Optimizer step ``k``, from 0, with the gradient that is in the parameters.
+
+    Args:
+        gradient: what it comes from.
+        learning_rate: by default the optimizer's own.
+
+    Raises:
+        TrainingDivergedError: the loss or the gradient became infinite or NaN.
+    """
+    if observer:
+        observer.before_clipping()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(gradient.loss) or not math.isfinite(norm):
+        raise TrainingDivergedError(f"the loss became {gradient.loss} at step {k + 1}: lower --learning-rate")
+    if learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    optimizer.step()
+    rate = float(optimizer.param_groups[0]["lr"])
+    step = Step(k + 1, gradient.loss, norm, rate, gradient.num_tokens, gradient.num_supervised)
+    if observer:
+        observer.after_step(step)
+    optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def _make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], method: Method, device: torch.device
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
+        lr=method.learning_rate,
+        betas=(method.adam_beta1, method.adam_beta2),
+        weight_decay=method.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
+def _summarize(
+    trainee: _Trainee, passes: GradientAccumulator, seconds_a_token: float, device: torch.device
+) -> TrainingMetrics:
+    steps = trainee.steps
+    num_tokens = sum(s.num_tokens for s in steps)
+    seconds = num_tokens * seconds_a_token
+    return TrainingMetrics(
+        train_initial_loss=steps[0].loss,
+        train_final_loss=steps[-1].loss,
+        train_loss=sum(s.loss for s in steps) / len(steps),
+        train_seconds=seconds,
+        num_train_examples=trainee.num_examples,
+        num_train_steps=len(steps),
+        num_train_tokens=num_tokens,
+        num_supervised_tokens=sum(s.num_supervised for s in steps),
+        train_samples_per_second=trainee.num_examples / seconds,
+        train_steps_per_second=len(steps) / seconds,
+        train_tokens_per_second=num_tokens / seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+        micro_batch_size=passes.fullest,
+        num_oom_backoffs=passes.num_backoffs,
+        packed=passes.packed,
+        num_adapters=len(passes.jobs),
+    )

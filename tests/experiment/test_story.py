@@ -1,0 +1,79 @@
+"""One experiment in this process: what changes, or goes, under a run is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from raylora.config import load_config
+from raylora.errors import MachineError
+from raylora.experiment.runner import ExperimentRunner
+from raylora.experiment.story import run_experiment
+from raylora.experiment.workbench import Workbench
+from raylora.planning.plan import make_plan
+from tests.helpers.chunks import OPTIONS, planned, write_dataset
+from tests.helpers.tiny import make_model
+
+
+def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tmp_path, tiny_model_folder):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    questions, model = tmp_path / "questions.json", tmp_path / "model"
+    right = [{"subject": "anatomy", "question": f"Q{i}", "choices": list("wxyz"), "answer": i % 4} for i in range(8)]
+    questions.write_text(json.dumps(right))
+    shutil.copytree(tiny_model_folder, model)
+    options = {**options, "mmlu": str(questions), "model": str(model), "max_samples": None}
+    plan = planned(options, stages=("train", "mmlu"))
+    (experiment,) = plan.experiments
+    questions.write_text(json.dumps([{**q, "answer": 0} for q in right]))
+    with plan.store.held(False), pytest.raises(MachineError, match="when the run began"):
+        ExperimentRunner(plan.config, plan.store).run(experiment)
+    assert not list(plan.store.root.rglob("scores.parquet"))
+    assert plan.store.read_row(experiment) is None
+    questions.write_text(json.dumps(right))
+    assert ExperimentRunner(plan.config, plan.store).run(experiment).ok
+    (tmp_path / "other").mkdir()
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", model)
+    plan.store.forget_stage(experiment, "train")
+    with pytest.raises(MachineError, match="model: not what it was when the run began"):
+        ExperimentRunner(plan.config, plan.store).run(experiment)
+
+
+def test_files_that_somebody_took_away_or_cut_are_made_again(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plan = planned(options, stages=("train", "mmlu"))
+    (experiment,) = plan.experiments
+    first = ExperimentRunner(plan.config, plan.store).run(experiment).values
+    adapter = plan.store.adapter_folder(experiment)
+    (base,) = plan.store.root.glob("base/*/scores.parquet")
+    for harm in (
+        (adapter / "adapter_model.safetensors").unlink,
+        lambda: (adapter / "adapter_config.json").write_text(""),
+        lambda: base.write_bytes(b""),
+        lambda: base.with_name("questions.parquet").write_bytes(base.read_bytes()[:100]),
+    ):
+        harm()
+        plan.store.forget_stage(experiment, "mmlu")
+        again = ExperimentRunner(plan.config, plan.store).run(experiment).values
+        assert again["status"] == "ok"
+        for name in ("overall_accuracy", "base_overall_accuracy", "train_final_loss"):
+            assert again[name] == pytest.approx(first[name])
+
+
+def test_a_dataset_that_is_gone_or_changed_since_the_plan_gives_no_row(tmp_path, tiny_model_folder, loaded):
+    write_dataset(tmp_path / "data", "a")
+    file = tmp_path / "data" / "a.json"
+    config = load_config(model=str(tiny_model_folder), output=tmp_path / "out", **OPTIONS)
+    plan = make_plan(config, [file], "single")
+    (experiment,) = plan.experiments
+    bench = Workbench(config, plan.store, loaded)
+    was = file.read_text()
+    for now, why in ((was.replace("What", "Why"), "not what it was when the run began"), (None, "No such file")):
+        file.unlink()
+        if now is not None:
+            file.write_text(now)
+        with pytest.raises(MachineError, match=why):
+            run_experiment(bench, experiment)
+        assert plan.store.read_row(experiment) is None

@@ -1,0 +1,115 @@
+"""Scores are those of plain loops, whatever the batch, the memory and the way of asking."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from raylora.mmlu import scoring
+from raylora.mmlu.scoring import evaluate, load_score, save_score
+from tests.helpers.questions import encode
+from tests.helpers.tiny import make_model
+
+# Scores
+
+
+def plain_logprob(model, context, continuation):
+    """The reference: one choice at a time, no padding, all logits."""
+    ids = torch.tensor([context + continuation])
+    with torch.inference_mode():
+        logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[0]
+    return sum(float(logprobs[len(context) + i - 1, t]) for i, t in enumerate(continuation))
+
+
+@pytest.mark.parametrize("style", ["harness", "chat"])
+@pytest.mark.parametrize("token_budget", [1, 300, 100_000])
+def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model, tokenizer, style, token_budget):
+    encoded = encode(tokenizer, style=style)
+    score = evaluate(tiny_model, tokenizer, encoded, token_budget=token_budget)
+    columns = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
+    expected = [[plain_logprob(tiny_model, e.context_ids, c) for c in e.continuations] for e in encoded]
+    np.testing.assert_allclose(score.questions[columns].to_numpy(), expected, atol=1e-4)
+    assert list(score.questions["question_id"]) == [e.question.question_id for e in encoded]
+    assert list(score.questions["prediction"]) == ["ABCD"[int(np.argmax(row))] for row in expected]
+
+
+def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
+    from dataclasses import replace
+
+    encoded = [replace(e, continuations=[[5, 6], [7], [5, 9, 11], [8]]) for e in encode(tokenizer)]
+    score = evaluate(tiny_model, tokenizer, encoded)
+    for e, row in zip(encoded, score.questions.itertuples(), strict=True):
+        expected = [plain_logprob(tiny_model, e.context_ids, c) for c in e.continuations]
+        assert [row.logprob_a, row.logprob_b, row.logprob_c, row.logprob_d] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("scoring", ["logits", "generate"])
+def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_model, tokenizer, scoring):
+    limit, calls = 1, []
+
+    def refuse_large_batches(module, args, kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        if calls[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    encoded = encode(tokenizer)
+    expected = evaluate(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
+    hook = tiny_model.register_forward_pre_hook(refuse_large_batches, with_kwargs=True)
+    try:
+        score = evaluate(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
+    finally:
+        hook.remove()
+    assert score.info["num_oom_backoffs"] >= 2
+    assert list(score.questions["prediction"]) == list(expected.questions["prediction"])
+    limit = 0
+    hook = tiny_model.register_forward_pre_hook(refuse_large_batches, with_kwargs=True)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate(tiny_model, tokenizer, encoded, scoring)
+    finally:
+        hook.remove()
+
+
+def test_generate_counts_what_it_cannot_read_as_wrong(tiny_model, tokenizer):
+    score = evaluate(tiny_model, tokenizer, encode(tokenizer), "generate")
+    unparsed = score.questions["prediction"] == ""
+    assert score.info["num_unparsed"] == unparsed.sum()
+    assert not score.questions.loc[unparsed, "correct"].any()
+    assert set(score.questions.loc[~unparsed, "prediction"]) <= set("ABCD")
+
+
+def test_generate_writes_what_the_model_writes_alone(tiny_model, tokenizer):
+    encoded = encode(tokenizer)
+    score = evaluate(tiny_model, tokenizer, encoded, "generate")
+    for e, text in zip(encoded, score.questions["text"], strict=True):
+        ids = list(e.context_ids)
+        for _ in range(10):
+            with torch.inference_mode():
+                ids.append(int(tiny_model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert text == tokenizer.decode(ids[len(e.context_ids) :], skip_special_tokens=True)
+
+
+def test_scores_come_back_as_they_were(tiny_model, tokenizer, tmp_path):
+    score = evaluate(tiny_model, tokenizer, encode(tokenizer))
+    save_score(score, tmp_path / "scores.parquet")
+    again = load_score(tmp_path / "scores.parquet")
+    pd.testing.assert_frame_equal(again.questions, score.questions)
+    assert again.info == score.info
+    recomputed = (pd.read_parquet(tmp_path / "scores.parquet").eval("prediction == answer")).mean()
+    assert recomputed == score.overall_accuracy
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_token_budget_of_a_gpu_fits_its_memory(tokenizer, encoded):
+    model = make_model().to("cuda", torch.bfloat16)
+    with torch.inference_mode():
+        budget = scoring.find_token_budget(model, encoded, 0)
+    assert 256 <= budget <= scoring.MAX_GPU_TOKEN_BUDGET
+    assert budget & (budget - 1) == 0
+    score = evaluate(model, tokenizer, encoded)
+    assert score.info["token_budget"] == budget

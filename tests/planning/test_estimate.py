@@ -1,0 +1,196 @@
+"""What an estimate says beside what is there: weights in memory, tensors kept for the way back, tokens that are run."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from raylora.config import ModelOptions, load_config
+from raylora.console import make_console
+from raylora.data.encoding import EncodedExample
+from raylora.data.examples import count_chars
+from raylora.errors import UserError
+from raylora.model.loading import load_model
+from raylora.planning import estimate, hardware, show_plan
+from raylora.planning.plan import find_files, make_plan
+from raylora.records import Example, Message
+from raylora.training.gradients import GradientAccumulator, Job
+from tests.helpers.chunks import OPTIONS, write_dataset
+from tests.helpers.tiny import make_tokenizer
+
+CPU = hardware.Hardware("cpu", 4, 24 * 10**9, 1e11)
+SHAPES = {
+    "SmolLM2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "Llama-3": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request, tmp_path_factory):
+    """A model of two layers, as wide in proportion as those people use."""
+    path = tmp_path_factory.mktemp(request.param)
+    config = LlamaConfig(vocab_size=512, num_hidden_layers=2, pad_token_id=0, **SHAPES[request.param])
+    LlamaForCausalLM(config).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def gpu(gigabytes: float) -> hardware.Hardware:
+    return hardware.Hardware("cuda", 2, int(gigabytes * 1e9), 1e14)
+
+
+def llama_3_8b(folder):
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_weights_take_what_they_take(folder, quantization):
+    shape = estimate.shape_of(str(folder), load_config(model="x").target_modules)
+    loaded = load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
+    held = loaded.model.get_memory_footprint(return_buffers=False)
+    assert estimate.weight_bytes(shape, quantization, CPU) == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_minibatch_keeps_what_is_said(folder, dropout):
+    method = load_config(model="x", lora_dropout=dropout).method()
+    shape = estimate.shape_of(str(folder), method.target_modules)
+    loaded = load_model(ModelOptions(model=str(folder), quantization="none"), torch.device("cpu"))
+    parameters = loaded.attach(method, 0)
+    own = {t.untyped_storage().data_ptr() for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}  # the tensors themselves, so that no storage is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    num_tokens = 200
+    example = EncodedExample(list(range(5, 5 + num_tokens)), *([flag] * num_tokens for flag in (False, True, True)))
+    passes = GradientAccumulator(loaded, [Job(parameters, [example], method, 0)], None)
+    loaded.model.train()
+    with passes.ready(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        passes.backward({0: [0]}, 0)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    adapter = estimate.ADAPTER_BYTES * sum(p.numel() for p in parameters)
+    said = estimate.training_bytes(shape, method, num_tokens, CPU, checkpointing=False)
+    assert said - adapter == pytest.approx(held, rel=0.1)
+
+
+def test_an_8b_model_is_known_by_its_configuration(tmp_path):
+    source = llama_3_8b(tmp_path)
+    config = load_config(model=source)
+    shape = estimate.shape_of(source, config.target_modules)
+    assert shape.layer_weights + shape.other_weights == 8_030_261_248
+    assert estimate.weight_bytes(shape, "none", gpu(80)) == 2 * 8_030_261_248
+    assert estimate.weight_bytes(shape, "8bit", gpu(80)) == pytest.approx(9.08e9, rel=0.01)
+    assert estimate.weight_bytes(shape, "4bit", gpu(80)) == pytest.approx(5.70e9, rel=0.01)
+    assert 16 * config.lora_r * shape.adapter_rows == 16 * 41_943_040, "PEFT counts as many for r 16"
+
+
+def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
+    source = llama_3_8b(tmp_path)
+    config = load_config(model=source, quantization="8bit")
+    shape = estimate.shape_of(source, config.target_modules)
+    assert estimate.misfit(shape, gpu(24), config) == ""
+    line = estimate.misfit(shape, gpu(10), config)
+    assert "it needs 9.8 GB" in line
+    assert "--quantization 4bit would fit" in line
+    assert "\n" not in line
+    assert "--max-memory can put a part of it on the CPU" in estimate.misfit(shape, gpu(6), config)
+    shared = load_config(model=source, max_memory={"0": "5GiB", "cpu": "30GiB"})
+    assert estimate.misfit(shape, gpu(6), shared) == ""
+
+
+def test_memory_that_is_short_makes_minibatches_smaller(tmp_path):
+    source = llama_3_8b(tmp_path)
+    config = load_config(model=source, quantization="4bit", stages="train")
+    shape, sizes = estimate.shape_of(source, config.target_modules), estimate.Sizes(1000, 400.0, 900)
+    roomy, tight = (estimate.estimate(shape, gpu(g), config, config.method(), sizes, 0) for g in (80, 12))
+    assert tight.peak_memory_bytes < 12e9 < roomy.peak_memory_bytes
+    assert tight.seconds == pytest.approx(1.5 * roomy.seconds), "checkpointing runs the way there twice"
+
+
+def test_tokens_that_are_run_are_counted(tmp_path):
+    config = load_config(model="x", sample_size=10, probe_steps=5, batch_size=2, gradient_accumulation=2, num_epochs=3)
+    counts = estimate.token_counts(config, config.method(), estimate.Sizes(100, 50.0, 80), 7000)
+    assert counts == {"train": 5 * 4 * 50 + 3 * 5000, "evaluate": 2 * 10 * 50 + 7000}
+    only_train = config.model_copy(update={"stages": ("train",)})
+    assert estimate.token_counts(only_train, config.method(), estimate.Sizes(100, 50.0, 80), 0) == {"train": 15000}
+
+
+def test_lengths_of_a_sample_stand_for_a_dataset():
+    sample = [Example((Message("user", "What is it?"),), "word " * n, "What is it?") for n in (1, 20, 500)]
+    sizes = estimate.sizes_of(make_tokenizer(), sample, num_examples=300, max_length=64)
+    assert sizes.longest == 64
+    assert sizes.num_tokens == round(100 * sum(estimate.sizes_of(make_tokenizer(), [e], 1, 64).longest for e in sample))
+
+
+def test_a_sorted_files_first_examples_are_weighed_by_its_characters():
+    short, long = (Example((Message("user", "What is it?"),), "word " * n, "What is it?") for n in (3, 300))
+    first = [short] * 32
+    num_chars = sum(map(count_chars, [*first, *[long] * 32]))
+    sizes = estimate.sizes_of(make_tokenizer(), first, 64, 2048, num_chars)
+    true = sum(estimate.sizes_of(make_tokenizer(), [e], 1, 2048).longest for e in (short, long)) / 2
+    assert sizes.mean_tokens == pytest.approx(true, rel=0.25)
+    assert sizes.longest >= sizes.mean_tokens
+    assert estimate.sizes_of(make_tokenizer(), first, 64, 64, num_chars).mean_tokens == 64
+
+
+def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
+    write_dataset(tmp_path / "data" / "chunk_1", "short", num=4)
+    write_dataset(tmp_path / "data" / "chunk_1", "long", num=40)
+    (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
+    options = {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    config = load_config(**options, chunk="chunk_1", dry_run=True)
+    chunk, files = find_files(config)
+    plan = make_plan(config, files, chunk)
+    assert [e.dataset for e in plan.experiments] == ["long", "short", "bad"], "by tokens"
+    long, short, bad = plan.experiments
+    assert long.num_tokens == pytest.approx(10 * short.num_tokens, rel=0.1)
+    assert long.estimated_seconds > short.estimated_seconds > 0
+    assert bad.estimated_seconds is None
+    console = make_console(width=200, file=io.StringIO(), record=True)
+    show_plan.print_plan(plan, console)
+    assert "for one worker, stages that are done not taken off" in console.export_text()
+    with pytest.raises(UserError, match="fewer --num-workers"):
+        make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk).check_fit()
+
+
+def test_a_dataset_that_the_chat_template_refuses_costs_no_other(tmp_path, tiny_model_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    template = "{% for m in messages %}{{ raise_exception('no') if 'tea' in m.content }}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    write_dataset(tmp_path / "data" / "chunk_1", "good")
+    (tmp_path / "data" / "chunk_1" / "tea.json").write_text('[{"question": "tea?", "answer": "yes"}]')
+    options = {**OPTIONS, "model": str(folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    config = load_config(**options, chunk="chunk_1")
+    chunk, files = find_files(config)
+    good, tea = make_plan(config, files, chunk).experiments
+    assert (good.dataset, tea.dataset) == ("good", "tea")
+    assert good.num_tokens > tea.num_tokens == 0
+    assert tea.estimated_seconds is None
+
+
+@pytest.mark.parametrize("change", ["quantized", "nameless"])
+def test_a_model_of_which_nothing_is_known_gets_no_estimate(tmp_path, change):
+    source = llama_3_8b(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    if change == "nameless":
+        values = {"model_type": "no such type"}
+    path.write_text(json.dumps(values))
+    assert estimate.shape_of(source, load_config(model="x").target_modules) is None

@@ -1,0 +1,266 @@
+"""Whole runs with data, questions and results on a real S3 server: real Ray, real processes, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from raylora import rows
+from raylora.commands import batch
+from raylora.config import load_config
+from raylora.errors import UserError
+from raylora.mmlu.question_set import DEMO_QUESTIONS
+from raylora.planning.plan import find_files, make_plan
+from raylora.records import ResultRow
+from raylora.storage.places import location
+from raylora.storage.remote_store import RemoteStore, store_at
+from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
+from tests.helpers.objects import BUCKET, SECRET, Objects, s3_server
+
+NUM_DATASETS = 3
+OUT = "out/chunk_1"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as (_, objects):
+        yield objects
+
+
+@pytest.fixture(scope="module")
+def ray_on_s3(server):
+    """After the server, so that its workers know it."""
+    import ray
+
+    ray.init(num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def objects(server: Objects, tmp_path, monkeypatch):
+    server.remove("")
+    for i in range(NUM_DATASETS):
+        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+        server.put(f"data/chunk_1/{path.name}", path.read_bytes())
+    server.put("mmlu/questions.json", DEMO_QUESTIONS.read_bytes())
+    return server
+
+
+@pytest.fixture
+def options(tiny_model_folder, tmp_path):
+    place = f"s3://{BUCKET}"
+    return {
+        **OPTIONS, "model": str(tiny_model_folder), "mmlu": f"{place}/mmlu/questions.json",
+        "data_root": f"{place}/data", "output": f"{place}/out",
+    }  # fmt: skip
+
+
+@contextmanager
+def on_machine(folder: Path):
+    """A machine is told from another one by what it keeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYLORA_CACHE", str(folder))
+        yield folder
+
+
+def only_process(command_line, machine: Path, **kwargs):
+    environment = {**os.environ, "RAYLORA_CACHE": str(machine)}
+    return subprocess.Popen(command_line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+
+
+def plan_of(options, **more):
+    config = load_config(**options, chunk="chunk_1", **more)
+    chunk, files = find_files(config)
+    return make_plan(config, files, chunk)
+
+
+def stages_logged(objects: Objects, folder: str) -> list[str]:
+    return [line.partition(" INFO ")[2] for line in objects.get(f"{folder}/log.txt").decode().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
+    ray_on_s3, objects, options, tmp_path, capsys
+):
+
+    rows = run(options)
+    local = run({**options, "data_root": tmp_path / "data", "mmlu": str(DEMO_QUESTIONS), "output": tmp_path / "here"})
+    assert len(rows) == NUM_DATASETS
+    assert {k: still(v) for k, v in rows.items()} == {k: still(v) for k, v in local.items()}
+    here = {p.relative_to(tmp_path / "here").as_posix() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    there = {name.removeprefix("out/") for name in objects.names("out/")}
+    stamped = {n for n in here | there if "batch_mmlu_results" in n}
+    needs_files = {n for n in here if n.endswith((".lock", "questions.parquet"))}
+    machinery = {n for n in there if "/run.lock/" in n or n.endswith("/edition")}
+    assert here - stamped - needs_files == there - stamped - machinery
+    assert len(stamped) == 2
+    table = rows.load_results(f"s3://{BUCKET}/{OUT}")
+    assert sorted(table["dataset"]) == sorted(rows)
+    assert list(pd.read_csv(location(f"s3://{BUCKET}/{OUT}/results.csv").open("rb"))["status"]) == ["ok"] * 3
+    before = {n: d for n, d in objects.everything().items() if "/experiments/" in n or "/base/" in n}
+    assert run(options) == rows
+    assert {n: d for n, d in objects.everything().items() if n in before} == before
+    batch.main([*command(options)[3:], "--dry-run"])
+    assert "3 experiments, 3 done" in capsys.readouterr().out
+
+
+def test_no_secret_is_in_anything_that_is_kept(ray_on_s3, objects, options):
+    run(options, limit=1)
+    kept = objects.everything()
+    assert not [name for name, data in kept.items() if SECRET.encode() in data]
+    manifest = json.loads(kept[f"{OUT}/run.json"])
+    assert manifest["configuration"]["output"] == f"s3://{BUCKET}/out"
+
+
+def test_a_half_done_experiment_goes_on_on_another_machine(objects, options, tmp_path):
+    """As after a machine that died in MMLU: adapter and features are uploaded, nothing else is left."""
+    from raylora.experiment.story import run_experiment
+    from raylora.experiment.workbench import Workbench
+
+    with on_machine(tmp_path / "first"):
+        plan = plan_of(options, limit=1)
+        (experiment,) = plan.experiments
+        with plan.store.held(False):
+            whole = run_experiment(Workbench(plan.config, plan.store), experiment)
+        folder = f"{OUT}/experiments/{experiment.experiment_id}"
+        assert not plan.store.folder(experiment).exists(), "what is finished takes no room on the machine"
+    for name in ("result.json", "mmlu.json", "scores.parquet", "log.txt"):
+        objects.remove(f"{folder}/{name}")
+    adapter = objects.get(f"{folder}/adapter/adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "first")
+    with on_machine(tmp_path / "second"):
+        plan = plan_of(options, limit=1)
+        assert plan.done() == {}
+        assert [plan.store.why_not_done(experiment, s) for s in ("features", "train", "mmlu")] == ["", "", "new"]
+        with plan.store.held(False):
+            again = run_experiment(Workbench(plan.config, plan.store), experiment)
+    assert still(again.values) == still(whole.values)
+    assert again.values["train_seconds"] == whole.values["train_seconds"], "it was not trained again"
+    assert objects.get(f"{folder}/adapter/adapter_model.safetensors") == adapter
+    assert stages_logged(objects, folder)[:3] == ["features: done before", "train: done before", "mmlu: started"]
+
+
+def test_a_stage_without_its_json_file_is_made_again(objects, options, tmp_path):
+    from raylora.experiment.story import run_experiment
+    from raylora.experiment.workbench import Workbench
+
+    with on_machine(tmp_path / "first"):
+        plan = plan_of(options, limit=1, stages="train")
+        (experiment,) = plan.experiments
+        with plan.store.held(False):
+            bench = Workbench(plan.config, plan.store)
+            first = run_experiment(bench, experiment)
+            folder = f"{OUT}/experiments/{experiment.experiment_id}"
+            for name in ("result.json", "train.json"):  # killed between two uploads
+                objects.remove(f"{folder}/{name}")
+            objects.put(f"{folder}/adapter/adapter_model.safetensors", b"half of it")
+            second = run_experiment(bench, experiment)
+    assert still(first.values) == still(second.values)
+    assert len(objects.get(f"{folder}/adapter/adapter_model.safetensors")) > 1000
+
+
+def test_the_first_base_score_is_everybodys(objects, tmp_path):
+    place = location(f"s3://{BUCKET}/{OUT}")
+    with on_machine(tmp_path / "a"):
+        one = store_at(place)
+        one.open(False)
+    with on_machine(tmp_path / "b"):
+        two = store_at(place)
+        two.open(False)
+    files = [store.base_file("key", "scores.parquet") for store in (one, two)]
+    for file, text in zip(files, ("one", "two"), strict=True):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    two.share(files[1])
+    one.share(files[0])
+    assert [f.read_text() for f in files] == ["two", "two"]
+    files[0].unlink()
+    one.fetch(files[0])
+    assert files[0].read_text() == "two"
+
+
+def test_fresh_begins_anew_on_every_machine(objects, options, tmp_path):
+    with on_machine(tmp_path / "m"):
+        plan = plan_of(options, limit=1)
+        (experiment,) = plan.experiments
+        with plan.store.held(False):
+            plan.store.write_row(experiment, ResultRow({"status": "ok"}))
+            old = plan.store.root
+            (old / "base").mkdir()
+        other = make_other_machine(plan.store)
+        assert other.root == old
+        with plan.store.held(True):
+            assert plan.store.root != old
+            assert not plan.done()
+            assert not old.exists()
+            assert make_other_machine(plan.store).root == plan.store.root
+        assert plan_of(options, limit=1).done() == {}
+
+
+def make_other_machine(store) -> RemoteStore:
+    import pickle
+
+    return pickle.loads(pickle.dumps(store))
+
+
+def test_reports_find_what_other_machines_made(objects, options, tmp_path):
+    from raylora.experiment.story import run_experiment
+    from raylora.experiment.workbench import Workbench
+
+    with on_machine(tmp_path / "first"):
+        plan = plan_of(options, limit=1)
+        (experiment,) = plan.experiments
+        with plan.store.held(False):
+            run_experiment(Workbench(plan.config, plan.store), experiment)
+    with on_machine(tmp_path / "second"):
+        store = store_at(location(f"s3://{BUCKET}/{OUT}"))
+        store.open(False)
+        store.collect()
+        folder = store.folder(experiment)
+        assert {p.name for p in folder.iterdir()} == {"loss_curve.csv", "scores.parquet", "result.json"}
+        assert len([*store.root.glob("base/*/scores.parquet")]) == 1
+        store.write_file("report.html", lambda p: p.write_text("<p>"))
+    assert objects.get(f"{OUT}/report.html") == b"<p>"
+
+
+def wait_for(condition) -> None:
+    for _ in range(1800):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_gone_on_with_and_a_second_one_is_told(objects, options, tmp_path):
+    num_datasets = 24  # so many that the first run is not done before it is killed
+    for i in range(NUM_DATASETS, num_datasets):
+        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+        objects.put(f"data/chunk_1/{path.name}", path.read_bytes())
+    words = command(options, "--num-workers", "1")
+    first = only_process(words, tmp_path / "first")
+    wait_for(lambda: objects.names(f"{OUT}/run.lock"))
+    told = pytest.raises(UserError, match="another run is writing here")
+    with on_machine(tmp_path / "second"), told, plan_of(options).store.held(False):
+        pass
+    wait_for(lambda: [n for n in objects.names(OUT) if n.endswith("result.json")])
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    rows_before = {n: objects.get(n) for n in objects.names(OUT) if n.endswith("result.json")}
+    assert 1 <= len(rows_before) < num_datasets
+    second = only_process(words, tmp_path / "second", text=True)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, output
+    assert len(rows.load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets
+    assert {n: objects.get(n) for n in rows_before} == rows_before, "what was finished is not done again"
+    assert f"s3://{BUCKET}/{OUT}" in output

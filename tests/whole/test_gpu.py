@@ -1,0 +1,187 @@
+"""What a GPU must do as a CPU does. Each test runs on the CPU too, so that it is known to test what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raylora.config import GPU_TOKEN_BUDGET, Method, ModelOptions
+from raylora.data.encoding import encode_example
+from raylora.model.loading import load_model
+from raylora.training import gradients
+from raylora.training.adapter_products import AdapterProducts, Span
+from raylora.training.gradients import CPU_TRAINING_TOKENS, ENOUGH_TOKENS, GradientAccumulator, Job, tokens_that_fit
+from raylora.training.loop import train_adapter
+from raylora.training.losses import example_losses
+from tests.helpers.training import make_examples
+
+METHOD = Method(lora_r=8, num_epochs=1, batch_size=4, gradient_accumulation=2, learning_rate=2e-3, lora_dropout=0.1)
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+QUANTIZATIONS = ["none", "8bit", "4bit"]
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def load(device, tiny_model_folder):
+    def load(quantization: str, where: torch.device = device):
+        loaded = load_model(ModelOptions(model=str(tiny_model_folder), quantization=quantization), where)
+        return loaded, [encode_example(loaded.tokenizer, e, 256) for e in make_examples(16)]
+
+    return load
+
+
+def keep_of(loaded, seed: int) -> torch.Tensor:
+    """What dropout keeps of the first module's input, on the CPU."""
+    loaded.attach(METHOD, 0)
+    try:
+        adapters = AdapterProducts(loaded, ["default"])
+        adapters.expect([Span(0, 7, "default", seed), Span(7, 12, "default", seed + 1)], 12)
+        rows = torch.zeros(12, 64, device=loaded.device)
+        return adapters._slice(rows, adapters._spans, 0, 0.3, 1.0).keep.cpu()
+    finally:
+        loaded.detach()
+
+
+def test_dropout_drops_the_same_on_every_device(load):
+    here, there = load("none")[0], load("none", torch.device("cpu"))[0]
+    assert torch.equal(keep_of(here, 2**40 + 7), keep_of(there, 2**40 + 7))
+    assert 0.5 < keep_of(here, 3).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_training_leaves_the_base_as_it_was(load, quantization):
+    loaded, encoded = load(quantization)
+    before = loaded.logits_hash()
+    result = train_adapter(loaded, loaded.attach(METHOD, 0), encoded, METHOD, 0, 6)
+    loaded.detach()
+    assert loaded.logits_hash() == before
+    assert result.steps[-1].loss < result.steps[0].loss
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_gradient_is_that_of_pefts_own_forward_pass(load, quantization):
+    """Without dropout; a quantized product, and half precision, depend a little on what is multiplied together."""
+    loaded, encoded = load(quantization)
+    method = METHOD.model_copy(update={"lora_dropout": 0.0})
+    parameters = loaded.attach(method, 0)
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(torch.randn_like(p) * 0.05)
+    runner = GradientAccumulator(loaded, [Job(parameters, encoded, method, 0, loaded.active_adapter)], None)
+    loaded.model.train()
+    with runner.ready():
+        ours = runner.backward({0: range(8)}, 0)[0].loss
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    runner.restore()
+    loaded.model.eval()
+    losses = example_losses(loaded, encoded[:8], "answer", 512, with_gradient=True)
+    peft = torch.cat([p.grad.flatten() for p in parameters])
+    exact = quantization == "none" and loaded.device.type == "cpu"
+    mean = sum(loss.total for loss in losses) / sum(loss.num_supervised for loss in losses)
+    assert ours == pytest.approx(mean, rel=1e-5 if exact else 2e-2)
+    assert float((gradient - peft).norm() / peft.norm()) < (1e-4 if exact else 0.06)
+    loaded.detach()
+
+
+def test_checkpoints_change_nothing_but_memory(load):
+    loaded, encoded = load("none")
+    curves, gradients = [], []
+    for checkpointing in (False, True):
+        parameters = loaded.attach(METHOD, 0)
+        runner = GradientAccumulator(loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None)
+        if checkpointing:
+            runner._running = []
+            runner._back_off()
+            assert loaded.model.is_gradient_checkpointing
+        loaded.model.train()
+        with runner.ready():
+            curves.append([runner.backward({0: range(k, k + 8)}, k)[0].loss for k in range(3)])
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        runner.restore()
+        loaded.detach()
+    assert not loaded.model.is_gradient_checkpointing
+    exact = loaded.device.type == "cpu"
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5 if exact else 1e-2)
+    assert float(gradients[0].norm()) > 0
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < (1e-4 if exact else 0.05)
+
+
+def test_a_minibatch_on_a_gpu_is_what_memory_holds():
+    gigabyte = 2**30
+    assert tokens_that_fit(8e6, 60 * gigabyte) == int(0.8 * 60 * gigabyte / 8e6)
+    assert tokens_that_fit(1e3, 60 * gigabyte) == GPU_TOKEN_BUDGET
+    assert tokens_that_fit(1e12, gigabyte) == 256
+
+
+def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
+    loaded, encoded = load("none")
+    job = Job(loaded.attach(METHOD, 0), encoded * 100, METHOD, 0, loaded.active_adapter)
+    runner = GradientAccumulator(loaded, [job], None)
+    large = [gradients._Item(0, i, 0) for i in range(400)]
+    runner._running = large
+    tokens = runner._num_tokens(large)
+    assert tokens > 2 * ENOUGH_TOKENS
+    runner._back_off()
+    assert runner.token_budget == tokens // 2
+    assert not loaded.model.is_gradient_checkpointing
+    runner._running = large[:4]
+    runner._back_off()
+    assert loaded.model.is_gradient_checkpointing
+    runner.restore()
+    loaded.detach()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_that_really_runs_out_makes_minibatches_smaller_and_changes_no_loss(load):
+    loaded, encoded = load("none")
+    many = encoded * 40
+    method = METHOD.model_copy(update={"batch_size": 320, "gradient_accumulation": 2})
+
+    def losses() -> tuple[list[float], int]:
+        result = train_adapter(loaded, loaded.attach(method, 0), many, method, 0, 2)
+        loaded.detach()
+        return [step.loss for step in result.steps], result.metrics.num_oom_backoffs
+
+    loaded.training_tokens = GPU_TOKEN_BUDGET
+    expected, backoffs = losses()
+    assert backoffs == 0
+    torch.cuda.empty_cache()
+    loaded.training_tokens = GPU_TOKEN_BUDGET
+    _, total = torch.cuda.mem_get_info()
+    taken = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction((taken + 64 * 2**20) / total)
+    try:
+        found, backoffs = losses()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert backoffs > 0
+    assert loaded.training_tokens < GPU_TOKEN_BUDGET, "the next training would find out again"
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_token_takes_is_learnt_in_the_first_step(load):
+    loaded, encoded = load("none")
+    method = METHOD.model_copy(update={"batch_size": 64})
+    train_adapter(loaded, loaded.attach(method, 0), encoded * 40, method, 0, 1)
+    assert loaded.training_tokens == GPU_TOKEN_BUDGET, "a tiny model's minibatches are bound by nothing else"
+
+
+def test_a_cpu_learns_nothing(load, device):
+    if device.type == "cuda":
+        pytest.skip("about the CPU")
+    loaded, encoded = load("none")
+    parameters = loaded.attach(METHOD, 0)
+    assert GradientAccumulator(
+        loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None
+    ).token_budget == (CPU_TRAINING_TOKENS)
+    train_adapter(loaded, parameters, encoded, METHOD, 0, 1)
+    assert loaded.training_tokens is None
