@@ -65,7 +65,7 @@ def run_padded(loaded: LoadedModel, examples: Sequence[EncodedExample], method: 
     try:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(**arguments_of(method, folder, loaded.device.type == "cuda"))
-            Trainer(loaded._peft, arguments, train_dataset=rows).train()
+            Trainer(loaded.peft_model, arguments, train_dataset=rows).train()
     finally:
         if detach:
             loaded.detach("padded")
@@ -88,7 +88,7 @@ def run_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Met
                 tokens = sum(map(len, examples)) / count_steps(len(examples), method)
                 options["per_device_train_batch_size"] = max(1, round(tokens / method.max_length / 4))
             config = SFTConfig(**{**options, **TRL_WAYS[way]})
-            SFTTrainer(loaded._peft, config, train_dataset=data, processing_class=loaded.tokenizer).train()
+            SFTTrainer(loaded.peft_model, config, train_dataset=data, processing_class=loaded.tokenizer).train()
     finally:
         loaded.detach("trl")
 

@@ -110,6 +110,11 @@ class WorkerPool:
         self._closed = threading.Event()
         threading.Thread(target=self._refresh, daemon=True).start()
 
+    @property
+    def num_waiting(self) -> int:
+        """Callers of ``take`` that have no worker yet."""
+        return len(self._waiting)
+
     def take(self, rank: float = 0.0, avoid: WorkerPlace | None = None, work: Any = None) -> PoolWorker | None:
         """Wait for a worker; those of a lower rank come first.
 

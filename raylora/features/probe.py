@@ -188,7 +188,7 @@ def _probe(
         progress=lambda _, done, total: progress(ProgressStage.PROBE, done, total),
     )
     after = example_losses(loaded, held_out, method.train_on, token_budget, with_gradient=True)
-    flatness = _flatness(loaded, parameters, held_out, mean_loss(after), method, token_budget)
+    flatness = landscape_flatness(loaded, parameters, held_out, mean_loss(after), method, token_budget)
     general = example_losses(loaded, general_examples(loaded.tokenizer), "answer", token_budget)
     return {
         **_loss_features(before, after),
@@ -231,7 +231,7 @@ def _observed(observer: ProbeObserver) -> dict[str, float | None]:
     }
 
 
-def _flatness(
+def landscape_flatness(
     loaded: LoadedModel,
     parameters: Sequence[torch.nn.Parameter],
     held_out: Sequence[EncodedExample],

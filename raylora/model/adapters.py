@@ -136,6 +136,11 @@ class LoadedModel:
             self._peft.unload()
             self._peft = None
 
+    @property
+    def peft_model(self) -> Any:
+        """PEFT's wrapper around the model, as other trainers take it; None before the first adapter is attached."""
+        return self._peft
+
     def lora_modules(self) -> list[tuple[str, Any]]:
         """Every module that has an adapter, with its name, in the model's order."""
         from peft.tuners.lora import LoraLayer

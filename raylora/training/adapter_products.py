@@ -126,14 +126,19 @@ class AdapterProducts:
             if not spans or name not in module.lora_A:
                 continue
             dropout = getattr(module.lora_dropout[name], "p", 0.0)
-            slices.append(self._slice(rows, spans, index, dropout, module.scaling[name]))
+            slices.append(self.slice_of(rows, spans, index, dropout, module.scaling[name]))
             weights += [module.lora_A[name].weight, module.lora_B[name].weight]
         if not slices:
             return result
         flat = result.reshape(-1, result.shape[-1])
         return _AddProducts.apply(flat, rows, slices, *weights).view(result.shape)
 
-    def _slice(self, rows: torch.Tensor, spans: list[Span], index: int, dropout: float, scaling: float) -> _Slice:
+    def slice_of(self, rows: torch.Tensor, spans: list[Span], index: int, dropout: float, scaling: float) -> _Slice:
+        """The tokens of ``spans``, which are one adapter's, and what dropout keeps of them in module ``index``.
+
+        Args:
+            rows: the module's input of the whole minibatch, (tokens, width).
+        """
         first, last = spans[0].start, spans[-1].stop
         if dropout == 0:
             return _Slice(first, last, scaling, None)

@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from raylora.config import Config, load_config
-from raylora.experiment.story import _score_values
+from raylora.experiment.story import score_values
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
 from raylora.mmlu.scoring import save_score
 from raylora.records import Experiment, ResultRow, Score, digest
 from raylora.rows import FEATURE_COLUMNS, ROW_COLUMNS, TrainingMetrics, error_row, make_row
-from raylora.run.manifest import PACKAGES, _version
+from raylora.run.manifest import PACKAGES, version_of
 from raylora.storage.store import Store, safe_name
 from raylora.training.gradients import Step
 from raylora.training.loop import TrainingResult
@@ -162,7 +162,7 @@ def write_run(
             "configuration": config.model_dump(mode="json"),
             "hashes": {"model": digest("model"), "questions": digest("questions")},
             "data_hashes": {name: digest(name) for name in names},
-            "versions": {"python": "3.11.9", **{name: _version(name) for name in PACKAGES}},
+            "versions": {"python": "3.11.9", **{name: version_of(name) for name in PACKAGES}},
             "machine": {
                 "platform": "Linux-6.1-x86_64",
                 "cores": 96,
@@ -193,7 +193,7 @@ def _stages(folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: d
     if "mmlu" in stages:
         score = make_score(seed + 7, sizes, base, 0.022 * quality - 0.004)
         save_score(score, folder / "scores.parquet")
-        values |= _score_values(score, base)
+        values |= score_values(score, base)
         seconds["mmlu_seconds"] = float(random.uniform(380, 420))
     values |= seconds
     stage_names = ("features_seconds", "train_seconds", "mmlu_seconds")
