@@ -14,7 +14,7 @@ from raylora.cluster.failures import store_failure
 from raylora.cluster.retries import RetryingExecutor, WorkerCalls
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
 from raylora.config import load_config
-from raylora.errors import CannotGoOnError, MachineError, MachineFailedError, WorkerFailedError
+from raylora.errors import CannotGoOnError, ErrorKind, MachineError, MachineFailedError, WorkerFailedError
 from raylora.experiment.story import run_experiment
 from raylora.experiment.workbench import Workbench
 from raylora.planning.plan import make_plan
@@ -91,11 +91,15 @@ def test_a_worker_that_starts_at_the_second_try_is_enough(tmp_path, monkeypatch)
 def test_what_machines_are_to_blame_for_is_tried_elsewhere_and_again_by_the_next_run(tmp_path):
     told: list[str] = []
     seen: list[WorkerPlace] = []
-    one, error = make_experiment("one"), MachineFailedError("--model /models/llama: no such folder")
+    one, error = (
+        make_experiment("one"),
+        MachineFailedError("--model /models/llama: no such folder", kind=ErrorKind.MODEL),
+    )
     with foreman_of(tmp_path, failing(error, seen), make_crew(told), told) as foreman:
         values = foreman.run(one, 0)
     assert values["status"] == "error"
     assert "no such folder; tried 2 times" in values["error"]
+    assert values["error_kind"] == "model"
     assert set(seen) == set(PLACES), "it was not tried on the other GPU"
     assert Store(tmp_path).read_row(one) is None
 
@@ -112,10 +116,11 @@ def test_what_no_machine_can_do_for_anyone_ends_the_run(tmp_path):
 
 def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
     told: list[str] = []
-    one, error = make_experiment("one"), WorkerFailedError("its worker process died")
+    one, error = make_experiment("one"), WorkerFailedError("its worker process died", kind=ErrorKind.WORKER_DIED)
     with foreman_of(tmp_path, failing(error), make_crew(told), told) as foreman:
         assert foreman.run(one, 0)["status"] == "error"
-    assert Store(tmp_path).read_row(one).values["num_attempts"] == 2
+    values = Store(tmp_path).read_row(one).values
+    assert (values["num_attempts"], values["error_kind"]) == (2, "worker_died")
 
 
 def test_a_full_disk_is_known_by_whoever_says_it(tmp_path):

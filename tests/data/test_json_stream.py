@@ -16,7 +16,7 @@ from raylora.data import disk_list, encoding, examples, json_stream, parse_recor
 from raylora.data.datasets import load_dataset, sample_examples, survey
 from raylora.data.encoding import StoredEncoded, encode_each, encode_example, labels_of, supervised_counts
 from raylora.data.json_stream import RecordStream
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, MachineError, UserError
 from raylora.planning.plan import DEMO_FOLDER
 from raylora.records import Example, Message, digest
 from raylora.training.loop import train_adapter
@@ -175,8 +175,9 @@ def test_a_disk_without_room_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(examples, "MEMORY_CHARS", 0)
-    with pytest.raises(UserError, match="RAYLORA_CACHE"):
+    with pytest.raises(MachineError, match="RAYLORA_CACHE") as raised:
         load_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
+    assert raised.value.kind is ErrorKind.CACHE_FULL
 
 
 @pytest.mark.parametrize("train_on", ["answer", "all"])
