@@ -27,12 +27,12 @@ from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, Worke
 from raylora.config import Config, load_config
 from raylora.errors import NodeLostError, WorkerFailedError
 from raylora.planning.plan import Plan
-from raylora.records import Experiment, ProgressCallback, ResultRow
+from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
 from raylora.rows import make_row
 from raylora.run import execute
 from raylora.storage.store import Store
 
-STAGES = ("features", "train", "mmlu")
+STAGES = (ProgressStage.FEATURES, ProgressStage.TRAIN, ProgressStage.MMLU)
 GPUS_A_NODE = 8
 
 

@@ -21,6 +21,7 @@ _PUBLIC = {
     "DynamicProbeAnalyzer": "raylora.features.probe",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
     "HyperParams": "raylora.features.probe",
+    "MachineError": "raylora.errors",
     "StaticFeatureExtractor": "raylora.features.static",
     "UserError": "raylora.errors",
 }

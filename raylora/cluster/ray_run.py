@@ -263,6 +263,7 @@ def _join(address: str, options: dict[str, Any]) -> Any:
     try:
         return ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        # By its text: Ray has a type for a token that is not set, and none for one that the cluster refuses or misses.
         if "token" in f"{error} {error.__cause__}".lower():
             raise UserError(
                 f"--address {address}: the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what "

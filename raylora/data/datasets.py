@@ -1,7 +1,7 @@
 """Folders and files to Examples.
 
 A dataset file is a JSON list of records, an object that wraps one, or JSON lines. A bad record is left out and counted;
-a bad file is one line that names the file, the place and the mend. What is asked of a record's shape stands in
+a bad file is one line that names the file, the place and the fix. What is asked of a record's shape stands in
 ``parse_record``.
 """
 
@@ -132,6 +132,7 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
 
     Raises:
         UserError: the file cannot be read, is no JSON, breaks off, or holds no valid record.
+        MachineError: it is large, and the disk that is to hold it is full.
     """
     reader = _Reader(path, salvage, limit)
     with errors_are(ErrorKind.DATA), reading(path):

@@ -9,7 +9,7 @@ import threading
 from array import array
 from tempfile import SpooledTemporaryFile
 
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, MachineError
 from raylora.storage.places import cache_folder
 
 MEMORY_BYTES = 16 << 20
@@ -33,7 +33,7 @@ class DiskList:
         """Add a piece. All are added before the first is read.
 
         Raises:
-            UserError: the disk is full.
+            MachineError: the disk is full.
         """
         try:
             self._file.write(piece)
@@ -54,7 +54,6 @@ class DiskList:
                 raise _no_room(error) from None
 
 
-def _no_room(error: OSError) -> UserError:
-    return UserError(
-        f"{cache_folder()}: cannot keep a large dataset here: {error.strerror}; set RAYLORA_CACHE to a folder with room"
-    )
+def _no_room(error: OSError) -> MachineError:
+    text = f"{cache_folder()}: cannot keep a large dataset here: {error.strerror}"
+    return MachineError(f"{text}; set RAYLORA_CACHE to a folder with room", kind=ErrorKind.CACHE_FULL)

@@ -219,7 +219,7 @@ class StoredEncoded(Sequence[EncodedExample]):
     """
 
     def __init__(self, examples: Iterable[EncodedExample]) -> None:
-        """Raises UserError where the disk is full."""
+        """Raises MachineError where the disk is full."""
         self._spool = DiskList()
         self._lengths = array("i")
         self._num_answer = array("i")

@@ -52,7 +52,7 @@ class StoredExamples(_Examples):
         self._digests = bytearray()
 
     def append(self, example: Example) -> None:
-        """Raises UserError where the disk is full."""
+        """Raises MachineError where the disk is full."""
         self._digests += bytes.fromhex(example.digest)
         messages = [[m.role, m.content] for m in example.messages]
         # The question is most often the last message: there it need not stand twice.
@@ -98,7 +98,7 @@ def keep_examples(examples: Iterable[Example]) -> Sequence[Example]:
     """Examples as they come, in memory or on disk.
 
     Raises:
-        UserError: the disk is full.
+        MachineError: the disk is full.
     """
     few: list[Example] = []
     stored: StoredExamples | None = None

@@ -76,8 +76,8 @@ def known_from_table(
     notes: list[str] = []
     if target not in table:
         there = [name for name in TARGETS if name in table]
-        mend = f"it has {there[0]}: --target {there[0]}" if there else _closest_column(target, table.columns)
-        raise UserError(f"{place}: no column {target}; {mend}")
+        fix = f"it has {there[0]}: --target {there[0]}" if there else _closest_column(target, table.columns)
+        raise UserError(f"{place}: no column {target}; {fix}")
     good = table[numbers_of(table, [target], place)[target].notna()]
     if "status" in good:
         good = good[good["status"] == "ok"]

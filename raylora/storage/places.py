@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
-from raylora.errors import UserError, one_line, without_secrets
+from raylora.errors import RayloraError, UserError, one_line, without_secrets
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """The extra of raylora that a protocol needs."""
@@ -68,8 +68,8 @@ def _check_protocol(text: str, protocol: str) -> None:
         get_filesystem_class(protocol)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        mend = f"pip install 'raylora[{extra}]'" if extra else one_line(error)
-        raise UserError(f"{text}: needs a package more: {mend}") from None
+        fix = f"pip install 'raylora[{extra}]'" if extra else one_line(error)
+        raise UserError(f"{text}: needs a package more: {fix}") from None
     except ValueError:
         raise UserError(f"{text}: {protocol}:// is no protocol that fsspec knows") from None
 
@@ -105,7 +105,7 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError):
+    except (RayloraError, OSError):
         raise
     except Exception as error:
         if not is_remote(path):

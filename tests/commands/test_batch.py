@@ -33,6 +33,15 @@ BAD_FILES = {
     "bad_text.json": b"question,answer\n",
     "bad_turns.json": b'[{"messages": [{"role": "user", "content": "hello?"}]}]',
 }
+KINDS = {
+    "bad_bytes.json": "not_utf8",
+    "bad_cut.json": "truncated_file",
+    "bad_deep.json": "truncated_file",
+    "bad_keys.json": "bad_records",
+    "bad_records.jsonl": "bad_records",
+    "bad_turns.json": "bad_records",
+}
+"""The others are ``data``."""
 
 
 def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options, tmp_path):
@@ -43,10 +52,12 @@ def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options,
     rows = run(options)
     assert len(rows) == 11
     assert rows["good"]["status"] == "ok"
+    assert rows["good"]["error_kind"] is None
     for name in BAD_FILES:
         row = rows[Path(name).stem]
         assert row["status"] == "error"
         assert name in row["error"]
+        assert row["error_kind"] == KINDS.get(name, "data")
         assert "\n" not in row["error"]
     results = tmp_path / "results" / "chunk_1"
     for table in (pd.read_csv(results / "results.csv"), pd.read_parquet(results / "results.parquet")):
@@ -162,6 +173,7 @@ def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with
     rows = run(options, timeout=25.0, num_epochs=400, batch_size=1, stages=("train",))
     assert rows["slow"]["status"] == "error"
     assert "--timeout 25" in rows["slow"]["error"]
+    assert rows["slow"]["error_kind"] == "timeout"
     assert rows["slow"]["num_attempts"] == 2
     assert rows["quick"]["status"] == "ok"
 
