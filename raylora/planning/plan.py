@@ -24,7 +24,7 @@ from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 DEMO_CHUNK = "chunk_demo"
 
 
