@@ -16,7 +16,7 @@ from typing import Any
 from raylora.data.examples import Chosen, count_chars, keep_examples, order_by_content
 from raylora.data.json_stream import RecordStream, shown_path
 from raylora.data.parse_record import is_record, parse_record
-from raylora.errors import UserError, reason
+from raylora.errors import ErrorKind, UserError, errors_are, reason
 from raylora.records import BadRecord, Dataset, Example, digests_of
 from raylora.storage.places import reading
 
@@ -105,6 +105,8 @@ class Survey:
     """Of the messages and answers of all examples. Examples of one conversation each count the turns they share."""
     error: str = ""
     """Why the file cannot be used; empty where it can."""
+    error_kind: str = ""
+    """An ``ErrorKind``; empty where there is no error."""
     sample: list[Example] = field(default_factory=list)
     """The first ``SURVEY_SAMPLE_SIZE`` examples."""
 
@@ -114,14 +116,14 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
     reader = _Reader(path, salvage, limit)
     result = Survey()
     try:
-        with reading(path):
+        with errors_are(ErrorKind.DATA), reading(path):
             for example in reader:
                 result.num_examples += 1
                 result.num_chars += count_chars(example)
                 if len(result.sample) < SURVEY_SAMPLE_SIZE:
                     result.sample.append(example)
     except UserError as error:
-        result = Survey(error=str(error))
+        result = Survey(error=str(error), error_kind=error.kind)
     result.data_hash = reader.records.hash
     return result
 
@@ -137,7 +139,7 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
         UserError: the file cannot be read, is not JSON, breaks off, or holds no valid record; or the disk is full.
     """
     reader = _Reader(path, salvage, limit)
-    with reading(path):
+    with errors_are(ErrorKind.DATA), reading(path):
         examples = keep_examples(reader)
     return Dataset(
         path=str(path),
@@ -182,7 +184,8 @@ class _Reader:
                 self._skip(f"{record.place}{error.place}", str(error))
         if not num_examples:
             why = f"; the first: {self.bad[0].place}: {self.bad[0].reason}" if self.bad else ""
-            raise UserError(f"{shown_path(self.path)}: none of its {self.num_items} records is valid{why}")
+            text = f"{shown_path(self.path)}: none of its {self.num_items} records is valid{why}"
+            raise UserError(text, kind=ErrorKind.BAD_RECORDS)
 
     def _skip(self, place: str, cause: str) -> None:
         self.num_bad += 1

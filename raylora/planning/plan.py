@@ -13,7 +13,7 @@ import pandas as pd
 
 from raylora.config import Config, FeatureOptions
 from raylora.data import datasets
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.mmlu.evaluator import check_prompt_style
 from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
 from raylora.model.loading import check_window
@@ -50,7 +50,7 @@ class Plan:
             UserError: the model does not fit this machine.
         """
         if self.misfit:
-            raise UserError(self.misfit)
+            raise UserError(self.misfit, kind=ErrorKind.DOES_NOT_FIT)
 
     def done(self) -> dict[str, ResultRow]:
         """Rows of earlier runs, by experiment id, that this run does not make again."""
@@ -100,9 +100,10 @@ def _experiments_of(
 ) -> list[Experiment]:
     """The experiments of one dataset file: one for each set of hyperparameters of the grid."""
     survey = datasets.survey(path, config.salvage, config.max_records)
-    dataset, error = path.stem, survey.error
+    dataset, error, error_kind = path.stem, survey.error, survey.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
+        error_kind = ErrorKind.DATA
     loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
@@ -139,6 +140,7 @@ def _experiments_of(
                 estimated_peak_memory_bytes=estimate.peak_memory_bytes,
                 estimated_seconds=estimate.seconds,
                 error=error,
+                error_kind=error_kind,
             )
         )
     return experiments
