@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +16,30 @@ import pandas as pd
 SCHEMA_VERSION = 3
 """Raised when a stored product of an older raylora must not be reused: it is part of every experiment's identity."""
 
-ProgressCallback = Callable[[str, int, int], None]
+
+class ProgressStage(StrEnum):
+    """What a process is at while an experiment runs, in the words that people read."""
+
+    LOAD = "load"
+    FEATURES = "features"
+    PROBE = "probe"
+    TRAIN = "train"
+    BASE_MMLU = "base mmlu"
+    MMLU = "mmlu"
+    HELPING_MMLU = "helping mmlu"
+
+    @property
+    def can_share(self) -> bool:
+        """Whether other workers can ask some of its questions."""
+        return self in {ProgressStage.BASE_MMLU, ProgressStage.MMLU}
+
+
+ProgressCallback = Callable[[ProgressStage, int, int], None]
 """Called as ``progress(stage, done, total)`` while an experiment runs."""
 
 
-def ignore_progress(stage: str, done: int, total: int) -> None:
-    """A ``Progress`` for callers who watch nothing."""
+def ignore_progress(stage: ProgressStage, done: int, total: int) -> None:
+    """A ``ProgressCallback`` for callers who watch nothing."""
 
 
 def digest(value: Any, length: int = 64) -> str:
@@ -163,6 +182,8 @@ class Experiment:
     estimated_seconds: float | None = None
     error: str = ""
     """Why it cannot run, where that is known before anything starts. It still gets its row."""
+    error_kind: str = ""
+    """An ``ErrorKind``; empty where there is no error."""
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,77 @@ def loaded(tokenizer):
     from tests.helpers.tiny import make_model
 
     return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
+
+
+@pytest.fixture
+def on_disk(monkeypatch, tmp_path):
+    """Examples and tokens are kept on disk from the first one on."""
+    from raylora.data import disk_list, examples
+
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(examples, "MEMORY_CHARS", 0)
+    monkeypatch.setattr(disk_list, "MEMORY_BYTES", 1)
+
+
+@pytest.fixture(scope="module")
+def s3_objects():
+    """The bucket of a real S3 server, that the environment tells of."""
+    from tests.helpers.objects import s3_server
+
+    with s3_server() as (_, objects):
+        yield objects
+
+
+@pytest.fixture
+def objects(s3_objects):
+    """The same, empty."""
+    s3_objects.remove("")
+    return s3_objects
+
+
+@pytest.fixture(scope="session")
+def question_file(tmp_path_factory) -> Path:
+    """Thirteen test questions, of which one stands there twice, and solved ones beside it."""
+    from tests.helpers.questions import questions_of_two_subjects, write_question_file
+
+    return write_question_file(tmp_path_factory.mktemp("questions"), questions_of_two_subjects())
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory, tiny_model_folder) -> Path:
+    """A saved adapter of the tiny model, of random weights."""
+    from tests.helpers.tiny import save_adapter
+
+    return save_adapter(tiny_model_folder, tmp_path_factory.mktemp("experiment") / "my_adapter")
+
+
+@pytest.fixture(scope="session")
+def predictor():
+    """A predictor that needs no probe."""
+    from raylora.predict.tables import known_from_table
+    from raylora.predict.validation import fit_predictor
+    from tests.helpers.predictors import CHEAP, TARGET, make_table
+
+    table = make_table()
+    return fit_predictor(known_from_table(table, TARGET, leave_out=CHEAP), TARGET, threads=1, explain=False)[0]
+
+
+@pytest.fixture(scope="session")
+def forty(tmp_path_factory) -> Path:
+    """The folder of a run of forty datasets, its report in it."""
+    from raylora.mmlu.questions import SUBJECT_GROUPS
+    from raylora.report.page import write_report
+    from tests.helpers.runs import dataset_names, write_run
+
+    root = tmp_path_factory.mktemp("runs") / "chunk_042"
+    write_run(root, dataset_names(40), sizes=dict.fromkeys(SUBJECT_GROUPS, 30), num_failed=3)
+    write_report(root)
+    return root
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The test runs in a folder without files, and without options in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MODEL_NAME", "RAYLORA_MODEL", "RAYLORA_LEARNING_RATE"):
+        monkeypatch.delenv(name, raising=False)

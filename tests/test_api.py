@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylora import api, rows
+from raylora import api, evaluate_mmlu_with_model, rows
 from raylora.errors import UserError
 from tests.helpers.chunks import write_dataset
 
@@ -41,3 +41,10 @@ def test_fine_tuner(options, tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(options["model"])
     assert PeftModel.from_pretrained(base, tmp_path / "adapter").peft_config["default"].r == 16
+
+
+def test_a_model_that_is_loaded_already_is_evaluated_as_it_is(tiny_model, tokenizer, question_file):
+    found = evaluate_mmlu_with_model(tiny_model, tokenizer, question_file, batch_size=4, max_samples=6)
+    assert found["total_questions"] == 6
+    assert found["correct_questions"] == found["questions"]["correct"].sum()
+    assert found["overall_accuracy"] == found["correct_questions"] / 6

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from raylora.commands.run_command import run_command
 from raylora.config import Config, Method, load_config
 from raylora.errors import UserError
 from tests.helpers import ROOT
 
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("MODEL_NAME", "RAYLORA_MODEL", "RAYLORA_LEARNING_RATE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def test_defaults_are_those_of_the_method():
@@ -101,22 +93,6 @@ def test_shipped_configurations_are_valid():
         assert yaml.safe_load(file.read_text()).keys() <= Config.model_fields.keys()
 
 
-def test_wrong_use_exits_with_2_and_no_traceback():
-    result = subprocess.run(
-        [sys.executable, "-m", "raylora.batch", "--chunk", "x"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert result.stderr.startswith("raylora: --data-root")
-    assert result.stderr.count("\n") == 1
-
-
-def test_a_mistake_does_not_wait_for_torch():
-    """Nor does --help: what takes seconds to import comes after the options."""
-    code = "import sys, raylora.batch; sys.exit(' '.join({'torch', 'transformers', 'ray'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == ""
-
-
 def test_a_misspelt_variable_is_not_passed_over(monkeypatch, tmp_path):
     """It would change nothing, and a night later nobody would know."""
     monkeypatch.chdir(tmp_path)
@@ -150,13 +126,3 @@ def test_a_bad_value_is_looked_for_where_it_stands(tmp_path):
         load_config(["--config", str(file)])
     with pytest.raises(UserError, match=r"--lora-r: .*got 'some'"):
         load_config(["--config", str(file), "--lora-r", "some"])
-
-
-def test_ctrl_c_before_anything_runs_is_one_line(capsys):
-    def main(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        run_command(main, [])
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "Stopped.\n"

@@ -8,7 +8,7 @@ import pytest
 from raylora import load_results
 from raylora.errors import UserError
 from raylora.records import ResultRow
-from raylora.rows import ROW_COLUMNS
+from raylora.rows import ROW_COLUMNS, read_table
 from raylora.storage.store import Store
 
 
@@ -71,3 +71,12 @@ def test_no_table_is_one_line(tmp_path):
         load_results(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no results.csv or results.parquet"):
         load_results(tmp_path)
+
+
+def test_cells_beyond_the_header_shift_nothing(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("dataset,overall_accuracy\nfoo, bar,0.5\n")
+    with pytest.raises(UserError, match="more cells than the header"):
+        read_table(path)
+    path.write_text("dataset,overall_accuracy\nnull,0.5\n007,0.6\n")
+    assert read_table(path)["dataset"].tolist() == ["null", "007"]

@@ -41,11 +41,13 @@ from raylora.config import Config
 from raylora.errors import (
     CannotGoOnError,
     ClusterLostError,
+    ErrorKind,
     MachineError,
     MachineFailedError,
     NodeLostError,
     UserError,
     WorkerFailedError,
+    kind_of,
     one_line,
 )
 from raylora.records import Experiment, ResultRow
@@ -55,8 +57,6 @@ STATES_SECONDS = 2.0
 """How often the supervisor says how many experiments are in which state."""
 MAX_THREADS = 1024
 """Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
-EVALUATING = {"base mmlu", "mmlu"}
-"""Stages whose questions can be shared out."""
 
 
 class RayWorker(Worker):
@@ -192,19 +192,22 @@ class Supervisor:
         try:
             return ray.get(answer, timeout=timeout)
         except GetTimeoutError as error:
-            raise WorkerFailedError(f"gave up after --timeout {timeout:g} s") from error
+            raise WorkerFailedError(f"gave up after --timeout {timeout:g} s", kind=ErrorKind.TIMEOUT) from error
         except RayTaskError as error:
             if failure := store_failure(error.cause, self._store):
                 raise failure from error
+            text, kind = one_line(error.cause), kind_of(error.cause)
             if isinstance(error.cause, MachineError):
-                raise MachineFailedError(one_line(error.cause)) from error
-            raise WorkerFailedError(f"{type(error.cause).__name__}: {one_line(error.cause)}") from error
+                raise MachineFailedError(text, kind=kind) from error
+            raise WorkerFailedError(f"{type(error.cause).__name__}: {text}", kind=kind) from error
         except OutOfMemoryError as error:
-            raise WorkerFailedError("its worker process was killed: the node ran out of memory") from error
+            text = "its worker process was killed: the node ran out of memory"
+            raise WorkerFailedError(text, kind=ErrorKind.NODE_OUT_OF_MEMORY) from error
         except RayActorError as error:
             if isinstance(error, NodeDiedError) or self._is_lost(member):
                 raise NodeLostError(f"the node {member.place.host} is gone") from error
-            raise WorkerFailedError("its worker process died: it crashed or was killed, perhaps for memory") from error
+            text = "its worker process died: it crashed or was killed, perhaps for memory"
+            raise WorkerFailedError(text, kind=ErrorKind.WORKER_DIED) from error
         except RayError as error:
             raise WorkerFailedError(f"{type(error).__name__}: {one_line(error)}") from error
 
@@ -223,7 +226,7 @@ class Supervisor:
         sight: Status = ray.get(self._board.read.remote(), timeout=60)
         if sight.stopping:
             self._crew.begin_no_more()
-        return {p.experiment_id for p in sight.progress if p.stage in EVALUATING}
+        return {p.experiment_id for p in sight.progress if p.can_share}
 
 
 @contextlib.contextmanager

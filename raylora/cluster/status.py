@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class WorkerProgress:
-    """What a worker is doing: ``done`` of ``total`` in ``stage`` of ``dataset``, since ``started`` (Unix seconds)."""
+    """What a worker is doing: ``done`` of ``total`` in ``stage`` of ``dataset``, since ``started`` (Unix seconds).
+
+    ``can_share``: other workers can do a part of what is not done yet.
+    """
 
     worker: int
     experiment_id: str
@@ -16,6 +19,7 @@ class WorkerProgress:
     done: int
     total: int
     started: float
+    can_share: bool
 
 
 @dataclass(frozen=True)

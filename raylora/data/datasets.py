@@ -16,7 +16,7 @@ from typing import Any
 from raylora.data.examples import Chosen, count_chars, keep_examples, order_by_content
 from raylora.data.json_stream import RecordStream, shown_path
 from raylora.data.parse_record import is_record, parse_record
-from raylora.errors import UserError, reason
+from raylora.errors import ErrorKind, UserError, errors_are, reason
 from raylora.records import BadRecord, Dataset, Example, digests_of
 from raylora.storage.places import reading
 
@@ -94,13 +94,14 @@ def sample_examples(examples: Sequence[Example], size: int, seed: int) -> Sequen
 
 @dataclass
 class Survey:
-    """What a dataset file holds, without its examples; ``error`` says why it cannot be used."""
+    """What a dataset file holds, without its examples; ``error`` says why it cannot be used, ``error_kind`` too."""
 
     data_hash: str = ""
     num_examples: int = 0
     num_chars: int = 0
     """Over all examples; what several of them share counts in each."""
     error: str = ""
+    error_kind: str = ""
     sample: list[Example] = field(default_factory=list)
     """The first examples."""
 
@@ -110,14 +111,14 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
     reader = _Reader(path, salvage, limit)
     found = Survey()
     try:
-        with reading(path):
+        with errors_are(ErrorKind.DATA), reading(path):
             for example in reader:
                 found.num_examples += 1
                 found.num_chars += count_chars(example)
                 if len(found.sample) < SURVEYED:
                     found.sample.append(example)
     except UserError as error:
-        found = Survey(error=str(error))
+        found = Survey(error=str(error), error_kind=error.kind)
     found.data_hash = reader.records.hash
     return found
 
@@ -133,7 +134,7 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
         UserError: the file cannot be read, is no JSON, breaks off, or holds no valid record.
     """
     reader = _Reader(path, salvage, limit)
-    with reading(path):
+    with errors_are(ErrorKind.DATA), reading(path):
         examples = keep_examples(reader)
     return Dataset(
         path=str(path),
@@ -178,7 +179,8 @@ class _Reader:
                 self._leave_out(f"{record.place}{error.place}", str(error))
         if not num_examples:
             why = f"; the first: {self.bad[0].place}: {self.bad[0].reason}" if self.bad else ""
-            raise UserError(f"{shown_path(self.path)}: none of its {self.num_items} records is valid{why}")
+            text = f"{shown_path(self.path)}: none of its {self.num_items} records is valid{why}"
+            raise UserError(text, kind=ErrorKind.BAD_RECORDS)
 
     def _leave_out(self, place: str, reason: str) -> None:
         self.num_bad += 1

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 
 from raylora.data.disk_list import DiskList
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.records import Example, Message
 
 IGNORE_INDEX = -100
@@ -63,8 +63,9 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prom
             merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
             return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt)
         raise UserError(
-            f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; mend "
-            "or remove it"
+            f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; fix "
+            "or remove it",
+            kind=ErrorKind.CHAT_TEMPLATE,
         ) from error
 
 

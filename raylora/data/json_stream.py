@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from raylora.errors import NotJsonError, UserError, reason
+from raylora.errors import ErrorKind, NotJsonError, UserError, reason
 
 PIECE = 1 << 20
 """Bytes read at a time."""
@@ -169,8 +169,9 @@ class RecordStream:
 
     def _broken(self, error: NotJsonError, breaks_off: bool, num_records: int) -> UserError:
         what = "the file breaks off here" if breaks_off else f"not JSON: {error.message}"
-        mend = f"; --salvage keeps the {num_records} complete records before it" if num_records else ""
-        return UserError(f"{shown_path(self.path)}: line {error.line}, column {error.column}: {what}{mend}")
+        fix = f"; --salvage keeps the {num_records} complete records before it" if num_records else ""
+        text = f"{shown_path(self.path)}: line {error.line}, column {error.column}: {what}{fix}"
+        return UserError(text, kind=ErrorKind.TRUNCATED_FILE if breaks_off else ErrorKind.DATA)
 
 
 class _Window:
@@ -390,6 +391,6 @@ def _not_utf8(path: Path) -> UserError:
                 line.decode()
             except UnicodeDecodeError as error:
                 at = f"line {number}, column {error.start + 1}: not UTF-8 (byte {begin + error.start})"
-                return UserError(f"{shown_path(path)}: {at}; save the file as UTF-8")
+                return UserError(f"{shown_path(path)}: {at}; save the file as UTF-8", kind=ErrorKind.NOT_UTF8)
             begin += len(line)
-    return UserError(f"{shown_path(path)}: line 1: not UTF-8; save the file as UTF-8")
+    return UserError(f"{shown_path(path)}: line 1: not UTF-8; save the file as UTF-8", kind=ErrorKind.NOT_UTF8)

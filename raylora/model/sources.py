@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from raylora.config import DEMO
-from raylora.errors import UserError, one_line
+from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.records import digest
 from raylora.storage.atomic import write_text
 from raylora.storage.places import cache_folder
@@ -47,6 +47,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+@errors_are(ErrorKind.MODEL)
 def resolve_model(name: str | None) -> str:
     """What ``from_pretrained`` takes for a name users give: a folder or a hub name.
 
@@ -159,6 +160,7 @@ def has_only_pickles(source: str) -> bool:
     return pickled and not any(name.endswith(".safetensors") for name in names)
 
 
+@errors_are(ErrorKind.MODEL)
 def model_hash(source: str, trust_remote_code: bool = False) -> str:
     """Identity of the weights: of a folder by its files, of a hub model by its name and commit.
 

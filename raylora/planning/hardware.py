@@ -57,7 +57,7 @@ def _in_a_cluster() -> bool:
 
 def _local_gpu() -> Hardware:
     """In a process of its own, as the first use of a GPU takes memory on it until the process ends."""
-    code = "from raylora.machine import measure_gpu; print(measure_gpu())"
+    code = f"from {__name__} import measure_gpu; print(measure_gpu())"
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
         dtype_bytes, memory, rate = json.loads(done.stdout)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from raylora.config import Config, FeatureOptions
 from raylora.data import datasets
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.mmlu.evaluator import check_prompt_style
 from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
 from raylora.model.loading import check_window
@@ -24,7 +24,7 @@ from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 DEMO_CHUNK = "chunk_demo"
 
 
@@ -49,7 +49,7 @@ class Plan:
             UserError: the model does not fit.
         """
         if self.misfit:
-            raise UserError(self.misfit)
+            raise UserError(self.misfit, kind=ErrorKind.DOES_NOT_FIT)
 
     def done(self) -> dict[str, ResultRow]:
         """Finished rows by experiment id: those of earlier runs that this one need not do again."""
@@ -97,9 +97,10 @@ def _experiments_of(
     path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], estimator: Estimator, config: Config
 ) -> list[Experiment]:
     found = datasets.survey(path, config.salvage, config.max_records)
-    dataset, error = path.stem, found.error
+    dataset, error, error_kind = path.stem, found.error, found.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
+        error_kind = ErrorKind.DATA
     loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
@@ -136,6 +137,7 @@ def _experiments_of(
                 estimated_peak_memory_bytes=estimate.peak_memory_bytes,
                 estimated_seconds=estimate.seconds,
                 error=error,
+                error_kind=error_kind,
             )
         )
     return experiments

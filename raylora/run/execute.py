@@ -11,7 +11,7 @@ from rich.console import Console
 from raylora import errors
 from raylora.cluster import ray_run
 from raylora.config import Config
-from raylora.errors import StoppedError
+from raylora.errors import ErrorKind, StoppedError
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
@@ -41,7 +41,8 @@ def run_plan(
         tables = _Tables(plan, rows, on_rows)
         for experiment in plan.experiments:
             if experiment.error:
-                rows[experiment.experiment_id] = error_row(config, experiment, experiment.error)
+                kind = ErrorKind(experiment.error_kind)
+                rows[experiment.experiment_id] = error_row(config, experiment, experiment.error, kind)
                 store.write_row(experiment, rows[experiment.experiment_id])
         pending = [e for e in plan.experiments if e.experiment_id not in rows]
         store.write_manifest(manifest_of(plan))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from raylora.data.minibatch import send
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.model.adapters import LoadedModel
 
 _MASK = 2**64 - 1
@@ -89,7 +89,8 @@ class AdapterProducts:
         adapted = [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
         self._modules = [m for m in adapted if type(m).__name__ in LINEAR and not m.lora_variant]
         if len(names) > 1 and len(self._modules) < len(adapted):
-            raise UserError("--target-modules: adapters of modules other than linear ones cannot share a pass")
+            text = "--target-modules: adapters of modules other than linear ones cannot share a pass"
+            raise UserError(text, kind=ErrorKind.TARGET_MODULES)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -115,7 +116,8 @@ class AdapterProducts:
         if len(rows) != self._num_tokens:
             # An expert sees a part of the tokens, and does not say which: PEFT's own way, for one adapter.
             if len(self._names) > 1:
-                raise UserError("--target-modules: experts' adapters cannot share a pass")
+                text = "--target-modules: experts' adapters cannot share a pass"
+                raise UserError(text, kind=ErrorKind.TARGET_MODULES)
             return type(module).forward(module, x, *args, **kwargs)
         result = module.base_layer(x, *args, **kwargs)
         slices, weights = [], []

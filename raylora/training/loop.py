@@ -17,11 +17,11 @@ import torch
 
 from raylora.config import Method
 from raylora.data.encoding import EncodedExample, lengths_of
-from raylora.errors import TrainingDivergedError, UserError
+from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import peak_memory_bytes
 from raylora.model.onednn import onednn_linears
-from raylora.records import ProgressCallback, ignore_progress
+from raylora.records import ProgressCallback, ProgressStage, ignore_progress
 from raylora.rows import TrainingMetrics
 from raylora.training.gradients import (
     CPU_TRAINING_TOKENS,
@@ -148,7 +148,8 @@ class _Trainee:
         self.job = job
         usable = [i for i, count in enumerate(count_labels(job)) if count]
         if not usable:
-            raise UserError("no supervised token: every answer is empty, or cut away by --max-length")
+            text = "no supervised token: every answer is empty, or cut away by --max-length"
+            raise UserError(text, kind=ErrorKind.NO_SUPERVISED_TOKEN)
         self.num_steps = job.num_steps if job.num_steps is not None else count_steps(len(usable), job.method)
         orders = _steps_of_examples(len(usable), job.method, self.num_steps, job.seed)
         self.order = ([usable[i] for i in indices] for indices in orders)
@@ -198,7 +199,7 @@ def _train(
                 for i, gradient in passes.backward(busy, k).items():
                     trainees[i].step(gradient, observer)
                     work_counts.supervised_tokens += gradient.num_supervised
-                progress("train", k + 1, num_steps)
+                progress(ProgressStage.TRAIN, k + 1, num_steps)
     finally:
         loaded.model.eval()
         passes.restore()

@@ -13,10 +13,7 @@ from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.scoring import evaluate
 from raylora.records import Example, Message, Question
 from raylora.work_counts import work_counts
-from tests.helpers import ROOT
-
-DASHBOARD = ROOT / "cluster" / "grafana-dashboard.json"
-DOCS = ROOT / "docs" / "monitoring.md"
+from tests.helpers.grafana import DASHBOARD, DOCS, expressions
 
 # Titles
 
@@ -91,13 +88,6 @@ def test_the_tally_counts_questions_tokens_and_backoffs(loaded, tokenizer):
     finally:
         loaded.detach()
     assert (work_counts - before).supervised_tokens == result.metrics.num_supervised_tokens > 0
-
-
-# The dashboard of Grafana
-
-
-def expressions(dashboard: dict) -> list[str]:
-    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
 
 
 def test_the_dashboard_shows_every_metric_and_no_other():

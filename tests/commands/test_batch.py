@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from raylora.console import make_console
 from raylora.run.execute import run_plan
 from tests.helpers.chunks import command, planned, run, still, write_dataset
+from tests.helpers.objects import BUCKET, RECORDS
 
 BAD_FILES = {
     "bad_bytes.json": b'[{"question": "\xff\xfe", "answer": "a"}]',
@@ -207,3 +209,18 @@ def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, 
     assert both["train_seconds"] == only_train["train_seconds"]
     assert both["overall_accuracy"] is not None
     assert both["semantic_diversity"] is None
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_an_output_that_cannot_be_reached_is_one_line(objects, tiny_model_folder, more):
+    objects.put("data/chunk_1/a.json", RECORDS)
+    words = ["--chunk", "chunk_1", "--data-root", f"s3://{BUCKET}/data", "--output", "s3://no-such-bucket-here/out"]
+    words += ["--model", str(tiny_model_folder), "--stages", "train", "--quantization", "none", *more]
+    done = subprocess.run([sys.executable, "-m", "raylora.batch", *words], capture_output=True, text=True)
+    if more:  # nothing can be there yet, and nothing is written
+        assert done.returncode == 0
+        assert "1 experiments, 0 done" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("raylora: --output s3://no-such-bucket-here/out")

@@ -7,9 +7,13 @@ import shutil
 
 import pytest
 
+from raylora.config import load_config
 from raylora.errors import MachineError
 from raylora.experiment.runner import ExperimentRunner
-from tests.helpers.chunks import planned, write_dataset
+from raylora.experiment.story import run_experiment
+from raylora.experiment.workbench import Workbench
+from raylora.planning.plan import make_plan
+from tests.helpers.chunks import OPTIONS, planned, write_dataset
 from tests.helpers.tiny import make_model
 
 
@@ -56,3 +60,20 @@ def test_files_that_somebody_took_away_or_cut_are_made_again(options, tmp_path):
         assert again["status"] == "ok"
         for name in ("overall_accuracy", "base_overall_accuracy", "train_final_loss"):
             assert again[name] == pytest.approx(first[name])
+
+
+def test_a_dataset_that_is_gone_or_changed_since_the_plan_gives_no_row(tmp_path, tiny_model_folder, loaded):
+    write_dataset(tmp_path / "data", "a")
+    file = tmp_path / "data" / "a.json"
+    config = load_config(model=str(tiny_model_folder), output=tmp_path / "out", **OPTIONS)
+    plan = make_plan(config, [file], "single")
+    (experiment,) = plan.experiments
+    bench = Workbench(config, plan.store, loaded)
+    was = file.read_text()
+    for now, why in ((was.replace("What", "Why"), "not what it was when the run began"), (None, "No such file")):
+        file.unlink()
+        if now is not None:
+            file.write_text(now)
+        with pytest.raises(MachineError, match=why):
+            run_experiment(bench, experiment)
+        assert plan.store.read_row(experiment) is None

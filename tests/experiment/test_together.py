@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
 
-from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
 from raylora.config import load_config
 from raylora.experiment.story import run_experiment
 from raylora.experiment.together import train_together
@@ -25,74 +21,6 @@ def options(tmp_path, tiny_model_folder):
     for i in range(6):
         write_dataset(folder, f"data_{i}", offset=i, num=4 + 2 * i)
     return {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
-
-
-def make_crew(num_workers: int) -> WorkerPool:
-    place = WorkerPlace("here", "", "node")
-    return WorkerPool(
-        lambda: PoolWorker(object(), place), lambda _: None, lambda: Capacity(num_workers, frozenset({"node"}))
-    )
-
-
-def wait_in_line(crew: WorkerPool, works: list[str]) -> dict[str, PoolWorker | None]:
-    """Threads that take a worker for each of ``works``; who got one, as they get it."""
-    served: dict[str, PoolWorker | None] = {}
-
-    def wait(rank: int, work: str) -> None:
-        served[work] = crew.take(rank, work=work)
-
-    for rank, work in enumerate(works):
-        threading.Thread(target=wait, args=(rank, work), daemon=True).start()
-    return served
-
-
-def until(condition) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to it")
-
-
-def test_those_who_are_drawn_in_wait_until_they_are_let_go():
-    crew = make_crew(1)
-    mine = crew.take()
-    served = wait_in_line(crew, ["a", "b", "c", "d"])
-    until(lambda: len(crew._waiting) == 4)
-    drawn = crew.draw_in(2, lambda work: work != "b")
-    assert [waiter.work for waiter in drawn] == ["a", "c"]
-    crew.give_back(mine)
-    until(lambda: "b" in served)
-    assert "a" not in served
-    crew.let_go(drawn)
-    crew.give_back(served["b"])
-    until(lambda: "a" in served)
-    assert set(served) == {"a", "b"}, "a is before d, which has waited all the time"
-    crew.close()
-    until(lambda: len(served) == 4)
-    assert served["d"] is None
-
-
-def test_no_worker_draws_in_more_than_its_share_of_the_line():
-    crew = make_crew(3)
-    for _ in range(3):
-        crew.take()
-    wait_in_line(crew, [str(i) for i in range(10)])
-    until(lambda: len(crew._waiting) == 10)
-    assert len(crew.draw_in(16, lambda _: True)) == 3
-    crew.close()
-
-
-def test_who_is_drawn_in_when_nothing_is_begun_any_more_is_sent_away():
-    crew = make_crew(1)
-    crew.take()
-    served = wait_in_line(crew, ["a", "b"])
-    until(lambda: len(crew._waiting) == 2)
-    drawn = crew.draw_in(1, lambda _: True)
-    crew.begin_no_more()
-    crew.let_go(drawn)
-    until(lambda: served == {"a": None, "b": None})
-    crew.close()
 
 
 def plan_of(options, **more):

@@ -14,9 +14,25 @@ from raylora import StaticFeatureExtractor
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import encode_example
 from raylora.errors import UserError
-from raylora.features.measure import sentence_slices
 from raylora.features.static import as_dataset, extract_static
 from tests.helpers.feature_rows import WORDS, assert_same_row, make_records, token_losses
+
+
+def test_characters_are_those_of_the_records(tmp_path, loaded):
+    import json
+
+    from raylora.data.datasets import load_dataset
+
+    records = [
+        {
+            "messages": [{"role": r, "content": "x" * n} for r, n in (("user", 3), ("assistant", 5)) * 2],
+            "source": "abcd",
+        }
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    from_file, from_memory = load_dataset(tmp_path / "a.json"), as_dataset(records)
+    assert from_memory.total_chars == from_file.total_chars
+    assert from_memory.num_items == from_file.num_items == 1
 
 
 def test_activation_sparsity_is_that_of_every_token_by_itself(loaded, tokenizer):
@@ -78,22 +94,6 @@ def test_diversity_and_similarity_are_those_of_the_whole_matrix(loaded, tokenize
     mean = (cosines.sum() - cosines.trace()) / (n * (n - 1))
     assert row["semantic_diversity"] == pytest.approx(1 - float(mean), abs=1e-5)
     assert row["io_similarity"] == pytest.approx(float(torch.stack(similar).mean()), abs=1e-5)
-
-
-def test_sentences_are_found_in_other_scripts(tokenizer):
-    for answer, expected in {
-        "One two. Three four! Five six?": 3,
-        'It costs 3.50 dollars, says www.example.com today. "Too much!" said he.': 3,
-        "वह आया। वह गया।": 2,
-        "हل هذا كتاب؟ هذه مدرسة.": 2,
-        "今天下雨。明天晴天。": 2,
-        "هذا كتاب. هذه مدرسة.": 2,
-        "First line\nSecond line": 2,
-        "Ok. Yes.": 0,
-        "...": 0,
-    }.items():
-        offsets = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        assert len(sentence_slices(answer, offsets)) == expected, answer
 
 
 def test_memory_that_runs_out_halves_the_batch(loaded, tokenizer):

@@ -189,6 +189,12 @@ def parts_of_page(text: str) -> Iterator[tuple[str, list[str]]]:
     yield kind, lines
 
 
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language on a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return ["\n".join(lines) for kind, lines in parts_of_page(text) if kind == language]
+
+
 def plain(line: str) -> str:
     """A command without its comment, with single spaces."""
     return " ".join(re.sub(r"\s#\s.*", "", line).split())

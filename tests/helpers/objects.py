@@ -10,6 +10,8 @@ import pytest
 
 BUCKET = "raylora-tests"
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
+RECORDS = b'[{"question": "Who?", "answer": "I."}]'
+"""A dataset of one record."""
 
 
 class Objects:

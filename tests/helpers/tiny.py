@@ -9,6 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from raylora.config import Method, ModelOptions
+from raylora.model.adapters import LoadedModel
+from raylora.model.loading import load_model
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -69,4 +73,19 @@ def save_model(folder: Path, **kwargs: int) -> Path:
     """The tiny model and its tokenizer as a model folder."""
     make_model(**kwargs).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, quantization: str) -> LoadedModel:
+    """A model folder, on the CPU."""
+    return load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
+
+
+def save_adapter(model_folder: Path, folder: Path) -> Path:
+    """A LoRA of random weights for the model folder, as ``folder``."""
+    loaded = load_model(ModelOptions(model=str(model_folder), quantization="none"))
+    with torch.no_grad():
+        for i, p in enumerate(loaded.attach(Method(lora_dropout=0.0), 0)):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
+    loaded.save_adapter(folder)
     return folder

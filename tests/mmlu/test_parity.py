@@ -14,8 +14,8 @@ from raylora.mmlu.questions import load_questions
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from tests.helpers import harness
+from tests.helpers.questions import LOGPROBS
 
-LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
 SETTINGS = [f"{who}/{style}/{n}" for who in ("base", "adapter") for style in ("harness", "chat") for n in harness.SHOTS]
 
 

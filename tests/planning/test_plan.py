@@ -13,8 +13,10 @@ import pytest
 from raylora.commands import batch
 from raylora.config import load_config
 from raylora.errors import UserError
-from raylora.planning.plan import find_files, make_plan
-from tests.helpers.chunks import planned, run, write_dataset
+from raylora.planning.plan import find_files, make_plan, read_order
+from tests.helpers.chunks import OPTIONS, planned, run, write_dataset
+from tests.helpers.feature_rows import make_records
+from tests.helpers.objects import BUCKET
 
 
 def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_path, capsys):
@@ -107,3 +109,81 @@ def test_names_never_leave_the_output_folder_nor_collide(options, tmp_path):
     for experiment in plan.experiments:
         assert plan.store.folder(experiment).resolve().parent == (tmp_path / "results/chunk_1/experiments").resolve()
         assert experiment.experiment_id.isascii()
+
+
+def test_a_grid_that_says_a_value_twice_runs_it_once(tmp_path, tiny_model_folder):
+    write_dataset(tmp_path / "data", "a")
+    config = load_config(model=str(tiny_model_folder), grid={"lora_r": [8, 8, 4]}, output=tmp_path / "out", **OPTIONS)
+    plan = make_plan(config, [tmp_path / "data" / "a.json"], "single")
+    assert sorted(e.settings["lora_r"] for e in plan.experiments) == [4, 8]
+
+
+def test_a_server_that_is_gone_is_one_line(objects, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    script = (
+        "from raylora.config import load_config\nfrom raylora.planning.plan import find_files\n"
+        f"find_files(load_config(data_root='s3://{BUCKET}/data', chunk='chunk_1'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"UserError: s3://{BUCKET}/data" in done.stderr
+    assert "127.0.0.1:9" in done.stderr.strip().splitlines()[-1]
+
+
+def test_examples_longer_than_the_model_can_see_are_refused_before_anything_starts(tiny_model_folder, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('[{"question": "Why?", "answer": "So."}]')
+    config = load_config(model=str(tiny_model_folder), mmlu="demo", output=tmp_path / "results", max_length=4096)
+    with pytest.raises(UserError, match=r"--max-length 4096: .* can look at 2048 tokens"):
+        make_plan(config, [file], "single")
+
+
+def test_the_batch_takes_an_order_and_its_limit(tiny_model_folder, tmp_path):
+    folder = tmp_path / "chunk_002"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"set_{i}.json").write_text(json.dumps(make_records(2 + i, seed=i)))
+    order = tmp_path / "ranking.csv"
+    order.write_text("rank,dataset\n1,set_2\n2,set_0\n3,not_here\n4,set_1\n")
+    options = {"chunk": "chunk_002", "data_root": tmp_path, "model": str(tiny_model_folder), "stages": "train"}
+    options |= {"output": tmp_path / "out"}
+    config = load_config(**options, order=order)
+    name, files = find_files(config)
+    assert [e.dataset for e in make_plan(config, files, name).experiments] == ["set_2", "set_0", "set_1", "set_3"]
+    assert [f.stem for f in find_files(load_config(**options, order=order, limit=2))[1]] == ["set_2", "set_0"]
+    plain = load_config(**options)
+    assert make_plan(plain, find_files(plain)[1], name).experiments[0].dataset == "set_3"
+
+
+def test_a_budget_is_of_experiments_and_not_of_files(tiny_model_folder, tmp_path):
+    folder = tmp_path / "chunk_002"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"set_{i}.json").write_text(json.dumps(make_records(3, seed=i)))
+    options = {"chunk": "chunk_002", "data_root": tmp_path, "model": str(tiny_model_folder), "stages": "train"}
+    options |= {"output": tmp_path / "out", "grid": {"lora_r": [2, 4, 8]}}
+    config = load_config(**options)
+    _, files = find_files(config)
+    every = [e.experiment_id for e in make_plan(config, files, "chunk_002").experiments]
+    assert len(every) == 6
+    order = tmp_path / "ranking.csv"
+    order.write_text("dataset,experiment_id\n" + "".join(f"x,{name}\n" for name in every[::-1]))
+    chosen = make_plan(load_config(**options, order=order, max_experiments=2), files, "chunk_002").experiments
+    assert [e.experiment_id for e in chosen] == every[:-3:-1]
+
+
+def test_an_order_names_experiments_of_a_grid(tmp_path):
+    path = tmp_path / "o.csv"
+    path.write_text("dataset,experiment_id\na,a-2\na,a-1\nb,b-1\n")
+    place = read_order(path)
+    assert (place["a-2"], place["a-1"], place["b-1"], place["a"], place["b"]) == (0, 1, 2, 0, 2)
+
+
+@pytest.mark.parametrize("content", [None, "", "name\nx\n", '"\n'])
+def test_an_order_that_cannot_be_read_is_one_line(tmp_path, content):
+    path = tmp_path / "o.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_order(path)
+    assert str(caught.value).startswith(f"--order {path}: ")
+    assert "\n" not in str(caught.value)

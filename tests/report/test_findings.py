@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +15,7 @@ from raylora.mmlu.statistics import compare, compare_subjects
 from raylora.records import Score
 from raylora.report import findings
 from raylora.report.page import page_data
-from raylora.report.read_run import Answers, FinishedRun, load_run, loss_curve
+from raylora.report.read_run import load_run
 from tests.helpers import ROOT
 from tests.helpers.runs import make_score, write_run
 
@@ -89,12 +86,6 @@ def test_experiments_of_one_dataset_are_named_by_what_varies_and_count_once(tmp_
     assert {f["num"] for f in found["columns"]} == {5}
 
 
-@given(st.lists(st.text(max_size=4), min_size=1, max_size=12))
-def test_every_experiment_has_a_name_of_its_own(names):
-    table = pd.DataFrame({"dataset": names, "experiment_id": [f"x-{i:08d}" for i in range(len(names))]})
-    assert len(set(FinishedRun(Path("nowhere"), table, {}).labels)) == len(names)
-
-
 def test_scores_of_another_run_are_left_out(forty, tmp_path):
     root = shutil.copytree(forty, tmp_path / "chunk_042")
     run = load_run(root)
@@ -121,35 +112,6 @@ def test_of_several_bases_the_runs_own_is_taken(tmp_path):
     assert findings.subjects(run)["rows"]
     (root / "run.json").unlink()
     assert findings.subjects(load_run(root)) is None, "two bases fit, and nothing says which one it was"
-
-
-def test_an_experiment_id_never_leads_out_of_the_folder(tmp_path):
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "run" / "experiments").mkdir(parents=True)
-    ids = ["../../secret", "..", ".", "", "/etc"]
-    run = FinishedRun(tmp_path / "run", pd.DataFrame({"experiment_id": ids}), {})
-    assert [run.folder(i) for i in range(len(ids))] == [None] * len(ids)
-
-
-def test_answers_of_the_same_questions_only():
-    first = Answers(pa.chunked_array([["a/0", "a/1"]]), pa.chunked_array([["a", "a"]]), np.array([True, False]))
-    assert not first.same_questions(Answers(pa.chunked_array([["a/0"]]), pa.chunked_array([["a"]]), np.array([True])))
-    assert first.same_questions(Answers(pa.chunked_array([["a/0"], ["a/1"]]), first.subjects, ~first.correct))
-
-
-def test_a_long_loss_curve_becomes_means(tmp_path):
-    folder = tmp_path / "experiments" / "one"
-    folder.mkdir(parents=True)
-    run = FinishedRun(tmp_path, pd.DataFrame({"experiment_id": ["one"]}), {})
-    pd.DataFrame({"step": range(1, 801), "loss": [3.0, 1.0] * 400}).to_csv(folder / "loss_curve.csv")
-    steps, losses = loss_curve(run, 0)
-    assert len(steps) == 80
-    assert steps[0] == 5.5
-    assert losses == [2.0] * 80
-    pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, float("nan"), 1.0]}).to_csv(folder / "loss_curve.csv")
-    assert loss_curve(run, 0) == ([1.0, 3.0], [2.0, 1.0])
-    (folder / "loss_curve.csv").write_text("step,loss\n")
-    assert loss_curve(run, 0) is None
 
 
 def test_every_failure_has_a_cause_and_a_mend(forty):

@@ -1,101 +1,48 @@
-"""Encoding and training: what is supervised, that a LoRA learns, and what happens when memory runs out."""
+"""A LoRA learns, repeats itself with its seed, and what happens when memory or numbers run out."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 
-from raylora.config import Method
-from raylora.data.encoding import IGNORE_INDEX, encode_example, labels_of
-from raylora.data.minibatch import batches_by_budget, pad_left
+from raylora.data.encoding import StoredEncoded, encode_each, encode_example
 from raylora.errors import TrainingDivergedError, UserError
 from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import compare
 from raylora.model.adapters import LoadedModel
-from raylora.model.forward import token_losses
 from raylora.records import Example, Message, Question
 from raylora.training.loop import learning_rate_factor, train_adapter
 from raylora.training.losses import example_losses
+from tests.helpers.formats import PAIRS
 from tests.helpers.tiny import make_model
-
-METHOD = Method(lora_r=8, lora_dropout=0, batch_size=4, gradient_accumulation=2, learning_rate=1e-2, max_grad_norm=1.0)
-
-
-def make_examples(num: int = 12) -> list[Example]:
-    return [
-        Example((Message("system", "Be brief."), Message("user", f"What of {i}? " + "so " * i)), f"It is {i * i}.", "q")
-        for i in range(num)
-    ]
+from tests.helpers.training import METHOD, make_examples
 
 
-@pytest.fixture
-def loaded(tokenizer):
-    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
+def test_training_from_disk_is_training_from_memory(loaded, on_disk):
+    from raylora.config import Method
+
+    told = [Example((Message("user", q),), a, q) for q, a in PAIRS[:12]]
+    method = Method(num_epochs=1, learning_rate=1e-3)
+    curves = []
+    for encoded in (
+        [encode_example(loaded.tokenizer, e, 64) for e in told],
+        StoredEncoded(encode_each(loaded.tokenizer, told, 64)),
+    ):
+        parameters = loaded.attach(method, 1)
+        try:
+            curves.append(train_adapter(loaded, parameters, encoded, method, 1).loss_curve())
+        finally:
+            loaded.detach()
+    assert curves[0] == curves[1]
 
 
 @pytest.fixture
 def encoded(tokenizer):
     return [encode_example(tokenizer, e, 256) for e in make_examples()]
-
-
-# Encoding
-
-
-def text_of(tokenizer, encoded, mask):
-    return tokenizer.decode([t for t, m in zip(encoded.input_ids, mask, strict=True) if m])
-
-
-@pytest.mark.parametrize("answer", ["Paris", "两个词", "  spaced  ", "a\nb", "🎉 é", "What of 3?"])
-def test_supervised_tokens_are_exactly_the_answer_and_its_end(tokenizer, answer):
-    example = Example((Message("user", "What of 3?"),), answer, "What of 3?")
-    encoded = encode_example(tokenizer, example, 256)
-    assert text_of(tokenizer, encoded, encoded.is_answer_text) == answer
-    assert text_of(tokenizer, encoded, encoded.is_answer) == answer + "<|im_end|>"
-    assert text_of(tokenizer, encoded, encoded.is_question) == "What of 3?"
-    labels = labels_of(encoded, "answer")
-    assert [t for t in labels if t != IGNORE_INDEX] == [
-        t for t, m in zip(encoded.input_ids, encoded.is_answer, strict=True) if m
-    ]
-    assert sum(t == IGNORE_INDEX for t in labels_of(encoded, "all")) == 1
-
-
-def test_without_a_template_a_plain_form_is_used(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    encoded = encode_example(tokenizer, make_examples(3)[2], 256)
-    assert text_of(tokenizer, encoded, encoded.is_answer) == "It is 4.<|im_end|>"
-    assert "User: What of 2?" in tokenizer.decode(encoded.input_ids)
-
-
-def test_truncation_keeps_the_answer(tokenizer):
-    long_question = Example((Message("user", "word " * 500),), "yes", "q")
-    encoded = encode_example(tokenizer, long_question, 64)
-    assert len(encoded) == 64
-    assert text_of(tokenizer, encoded, encoded.is_answer_text) == "yes"
-    long_answer = Example((Message("user", "what?"),), "word " * 500, "q")
-    encoded = encode_example(tokenizer, long_answer, 64)
-    assert len(encoded) == 64
-    assert not encoded.is_answer[0]
-
-
-def test_batches_keep_to_the_budget_longest_first():
-    lengths = [3, 9, 1, 4, 4, 20]
-    batches = list(batches_by_budget(range(6), lambda i: lengths[i], 12))
-    assert sorted(i for b in batches for i in b) == list(range(6))
-    assert batches[0] == [5]
-    assert all(len(b) * max(lengths[i] for i in b) <= 12 for b in batches[1:])
-
-
-def test_losses_of_a_padded_batch_are_those_of_each_row_alone(loaded, encoded):
-    rows, labels = [e.input_ids for e in encoded[:5]], [labels_of(e, "all") for e in encoded[:5]]
-    with torch.inference_mode():
-        losses = token_losses(loaded, pad_left(rows, 0, "cpu", labels)).split([len(row) - 1 for row in rows])
-        for row, ids in enumerate(rows):
-            logits = loaded.model(input_ids=torch.tensor([ids])).logits[0, :-1]
-            alone = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-            assert float(losses[row].sum()) == pytest.approx(float(alone), rel=1e-5)
 
 
 # Training
@@ -204,3 +151,77 @@ def test_schedules_are_those_of_transformers(schedule):
         assert learning_rate_factor(step, 25, method) == pytest.approx(reference.get_last_lr()[0])
         optimizer.step()
         reference.step()
+
+
+def reference_steps(num_examples: int, per_step: int, num_steps: int) -> list[list[int]]:
+    """Examples of each step for seed 0, in the order that raylora takes them."""
+    steps: list[list[int]] = []
+    epoch = 0
+    while len(steps) < num_steps:
+        order = list(range(num_examples))
+        random.Random(f"0/{epoch}").shuffle(order)
+        steps += [order[i : i + per_step] for i in range(0, num_examples, per_step)]
+        epoch += 1
+    return steps[:num_steps]
+
+
+@pytest.mark.parametrize("train_on", ["answer", "all"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_steps_and_losses_are_those_of_the_transformers_trainer(loaded, tokenizer, tmp_path, train_on, accumulation):
+    """The same ordered batches, padded on the right, through transformers.Trainer and PEFT's own forward pass."""
+    from transformers import Trainer, TrainingArguments
+
+    num_steps = 8
+    method = METHOD.model_copy(
+        update={
+            "train_on": train_on, "batch_size": 8 // accumulation, "gradient_accumulation": accumulation,
+            "warmup_ratio": 0.2, "max_grad_norm": 0.3, "learning_rate": 3e-3,
+        }
+    )  # fmt: skip
+    encoded = [encode_example(tokenizer, e, 256) for e in make_examples(16)]
+    result = train_adapter(loaded, parameters := loaded.attach(method, 0), encoded, method, 0, num_steps)
+    ours = [p.detach().clone() for p in parameters]
+    assert result.metrics.packed
+
+    other = LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
+    theirs = other.attach(method, 0)
+    start = [p.detach().clone() for p in theirs]
+    steps = reference_steps(len(encoded), 8, num_steps)
+    size = method.batch_size
+    batches = [step[i : i + size] for step in steps for i in range(0, len(step), size)]
+    losses = []
+
+    class Reference(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=self._batch)
+
+        def _batch(self, indices):
+            chosen = [encoded[i] for i in indices]
+            width = max(map(len, chosen))
+            ids, labels, mask = ([] for _ in range(3))
+            for e in chosen:
+                pad = width - len(e)
+                wanted = [train_on == "all" or of_answer for of_answer in e.is_answer]
+                ids.append(e.input_ids + [0] * pad)
+                labels.append([t if w else -100 for t, w in zip(e.input_ids, wanted, strict=True)] + [-100] * pad)
+                mask.append([1] * len(e) + [0] * pad)
+            return {
+                k: torch.tensor(v)
+                for k, v in zip(("input_ids", "labels", "attention_mask"), (ids, labels, mask), strict=True)
+            }
+
+        def log(self, logs, *args, **kwargs):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=num_steps, logging_steps=1, learning_rate=method.learning_rate, seed=0, optim="adamw_torch",
+        max_grad_norm=method.max_grad_norm, gradient_accumulation_steps=accumulation, lr_scheduler_type="cosine",
+        warmup_steps=2, weight_decay=method.weight_decay, report_to=[], save_strategy="no", disable_tqdm=True,
+        use_cpu=True, average_tokens_across_devices=False,
+    )  # fmt: skip
+    Reference(other._peft, arguments).train()
+    assert [s.loss for s in result.steps] == pytest.approx(losses, abs=1e-5)
+    assert losses[-1] < losses[0] - 0.01, "nothing was learnt that could have gone wrong"
+    for mine, other_one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other_one.detach(), atol=1e-4, rtol=0)
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, start, strict=True)) > 5e-3

@@ -9,9 +9,7 @@ import ast
 import importlib
 import json
 import re
-import shutil
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -20,26 +18,12 @@ from raylora.config import Config, load_config
 from raylora.data.datasets import load_dataset
 from raylora.errors import UserError
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS
-from tests.helpers.docs_commands import (
-    NOT_RUN,
-    PAGES,
-    ROOT,
-    RUN,
-    Command,
-    all_commands,
-    commands_of_page,
-    parts_of_page,
-)
+from tests.helpers.docs_changes import apply_diffs, copy_of_the_code, write_question_set
+from tests.helpers.docs_commands import NOT_RUN, PAGES, ROOT, RUN, Command, all_commands, blocks, commands_of_page
 
 COMMANDS = all_commands()
 RUNNABLE = {text for texts in RUN.values() for text in texts}
 UNKNOWN = "--no-such-option"
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language on a page."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return ["\n".join(lines) for kind, lines in parts_of_page(text) if kind == language]
 
 
 # Commands
@@ -230,13 +214,6 @@ def test_records_of_every_form_are_read(tmp_path):
     assert (len(dataset.examples), dataset.num_bad_records) == (4, 0)
 
 
-def write_question_set(folder: Path) -> None:
-    """As the page says: the first block as own_test.json, the second as own_dev.json."""
-    questions, shots = blocks("docs/extending.md", "json")
-    (folder / "own_test.json").write_text(questions)
-    (folder / "own_dev.json").write_text(shots)
-
-
 def test_a_new_question_set(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYLORA_QUANTIZATION", "none")
@@ -247,28 +224,6 @@ def test_a_new_question_set(tiny_model_folder, tmp_path, monkeypatch):
     (summary,) = tmp_path.glob("results/mmlu/*/summary.csv")
     num_questions = len(json.loads((tmp_path / "own_test.json").read_text()))
     assert f",{num_questions}," in summary.read_text()
-
-
-def apply_diffs(page: str, root: Path) -> None:
-    """Make the changes that the page's diffs show to the files below ``root``; each must fit in one place only."""
-    for diff in blocks(page, "diff"):
-        path = root
-        for part in re.split(r"^(?=--- )|^@@\n", diff, flags=re.M):
-            lines = part.splitlines()
-            if lines and lines[0].startswith("--- "):
-                path = root / lines.pop(0).removeprefix("--- ")
-            if not lines:
-                continue
-            old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
-            new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
-            code = path.read_text(encoding="utf-8")
-            assert code.count(old) == 1, f"{path.name} is not what {page} says it is:\n{old}"
-            path.write_text(code.replace(old, new), encoding="utf-8")
-
-
-def copy_of_the_code(folder: Path) -> Path:
-    shutil.copytree(ROOT / "raylora", folder / "raylora", ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
 
 
 def test_the_changes_of_the_worked_examples_fit_the_code(tmp_path):
@@ -290,4 +245,4 @@ def test_a_block_of_python_runs(page, tiny_model_folder, tmp_path, monkeypatch):
 def test_ray_is_imported_where_the_readme_says():
     sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "raylora").rglob("*.py")}
     with_ray = {name for name, text in sources.items() if re.search(r"^\s*(import|from) ray\b", text, re.M)}
-    assert with_ray == {"raylora/scheduler.py"}
+    assert with_ray == {"raylora/cluster/ray_run.py"}

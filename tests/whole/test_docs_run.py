@@ -21,13 +21,12 @@ import pandas as pd
 import pytest
 
 from tests.helpers.chunks import write_dataset
-from tests.helpers.docs_commands import ROOT, RUN
+from tests.helpers.docs_changes import apply_diffs, copy_of_the_code, write_question_set
+from tests.helpers.docs_commands import ROOT, RUN, blocks
 from tests.helpers.local_cluster import TOKEN, local_cluster
 from tests.helpers.objects import BUCKET, s3_server
-from tests.whole.test_docs import apply_diffs, blocks, copy_of_the_code, write_question_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
 DATA = "train_data/merged_datasets"
 SHORT = {
     "QUANTIZATION": "none", "MAX_SAMPLES": "40", "NUM_EPOCHS": "2", "BATCH_SIZE": "2", "MAX_LENGTH": "256",

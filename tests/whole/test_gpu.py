@@ -13,7 +13,7 @@ from raylora.training.adapter_products import AdapterProducts, Span
 from raylora.training.gradients import CPU_TRAINING_TOKENS, ENOUGH_TOKENS, GradientAccumulator, Job, tokens_that_fit
 from raylora.training.loop import train_adapter
 from raylora.training.losses import example_losses
-from tests.training.test_loop import make_examples
+from tests.helpers.training import make_examples
 
 METHOD = Method(lora_r=8, num_epochs=1, batch_size=4, gradient_accumulation=2, learning_rate=2e-3, lora_dropout=0.1)
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,16 +26,15 @@ from raylora.cluster.metrics import METRICS, STATES
 from raylora.config import load_config
 from raylora.experiment.runner import ExperimentRunner
 from raylora.planning.plan import find_files, make_plan
-from tests.cluster.test_metrics import DASHBOARD, DOCS, ROOT, expressions
+from tests.helpers import ROOT
 from tests.helpers.chromium import CHROMIUM, FLAGS
 from tests.helpers.chunks import OPTIONS, write_dataset
 from tests.helpers.docs_commands import RUN
+from tests.helpers.grafana import DASHBOARD, DOCS, expressions
 from tests.helpers.local_cluster import RAY, free_ports
 
 SCREENSHOT = os.environ.get("RAYLORA_SCREENSHOT")
 """Where the screenshot for the docs is written, if anywhere."""
-
-
 NUM_QUESTIONS = 60
 
 

@@ -1,0 +1,100 @@
+"""``python -m raylora.mmlu``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raylora import evaluate_mmlu
+from raylora.mmlu.scoring import load_score
+from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "raylora.mmlu", *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapter_folder, question_file, tmp_path):
+    arguments = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(question_file)]
+    other_folder = shutil.copytree(adapter_folder, tmp_path / "other" / "adapter")  # named after what holds it
+    arguments += ["--adapter", str(adapter_folder), str(other_folder)]
+    arguments += ["--num-fewshot", "2", "--output", str(tmp_path / "out")]
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "my_adapter: none of 2 subjects changed" in result.stdout
+    assert "1 questions stand there again" in result.stdout
+    (folder,) = (tmp_path / "out" / "mmlu").iterdir()
+    summary = pd.read_csv(folder / "summary.csv")
+    assert list(summary["model"]) == ["base", "my_adapter", "other"]
+    assert summary["total_questions"].eq(13).all()
+    subjects = pd.read_csv(folder / "subjects.csv")
+    assert len(subjects) == 6
+    assert (subjects["holm_p_value"] >= subjects["mcnemar_p_value"]).all()
+    scores = pd.read_parquet(summary["scores"][1])
+    wanted = {"subject", "question_id", "question", "answer", "prediction", *LOGPROBS, "correct"}
+    assert wanted <= set(scores.columns)
+    assert scores["correct"].mean() == pytest.approx(summary["overall_accuracy"][1])
+    found = evaluate_mmlu(
+        str(tiny_model_folder), adapter_folder, question_file, quantization="none", num_fewshot=2, max_samples=1000
+    )
+    assert found["overall_accuracy"] == pytest.approx(summary["overall_accuracy"][1])
+    np.testing.assert_allclose(found["questions"][LOGPROBS], scores[LOGPROBS], atol=1e-5)
+    modified = [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))]
+    assert run_command(*arguments).returncode == 0
+    assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):
+    """SIGKILL, as the system does it when memory is short; the answers so far are on disk."""
+    file = tmp_path / "q.json"
+    questions = questions_of_two_subjects(200)
+    file.write_text(json.dumps([{**vars(q), "question": q.question[:200]} for q in questions]))
+    arguments = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(file)]
+    arguments += ["--output", str(tmp_path / "out"), "--token-budget", "64"]
+    process = subprocess.Popen([sys.executable, "-m", "raylora.mmlu", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        answers: list = []
+        while not answers or answers[0].read_text().count("\n") < 5:
+            assert process.poll() is None, "it was done before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            answers = list((tmp_path / "out").rglob("answers-owner.jsonl"))
+    finally:
+        process.kill()
+        process.wait()
+    assert not list((tmp_path / "out").rglob("scores.parquet"))
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = (tmp_path / "out").rglob("scores.parquet")
+    score = load_score(path)
+    assert score.info["num_resumed"] >= 5
+    assert len(score.questions) == len(questions)
+    assert not list((tmp_path / "out").rglob("*.journal"))
+    whole = evaluate_mmlu(str(tiny_model_folder), None, file, quantization="none", token_budget=64)
+    pd.testing.assert_frame_equal(score.questions, whole["questions"], check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--questions", "nowhere.json"], "nowhere.json is missing"),
+        (["--questions", "demo", "--adapter", "nowhere"], "no adapter_config.json"),
+        (["--questions", "demo", "--num-fewshot", "99"], "too few dev questions"),
+        (["--questions", "demo", "--num-epochs", "1"], "unknown option --num-epochs"),
+    ],
+)
+def test_wrong_use_of_the_command_is_one_line(tiny_model_folder, arguments, expected):
+    result = run_command("--model", str(tiny_model_folder), *arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

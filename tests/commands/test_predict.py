@@ -1,0 +1,80 @@
+"""``python -m raylora.predict``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from raylora.commands.predict import main as predict_main
+from raylora.predict.predictor import load_predictor
+from tests.helpers.predictors import make_table
+
+
+def test_the_output_of_runs_is_not_that_of_predictors(monkeypatch, tmp_path):
+    from raylora.commands.predict import FitConfig, PredictConfig
+    from raylora.config_sources import load_settings
+
+    monkeypatch.setenv("RAYLORA_OUTPUT", str(tmp_path))
+    assert load_settings(FitConfig, [], "fit").output == Path("results/predictor")
+    assert load_settings(PredictConfig, [], "predict").output is None
+
+
+def call_command(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "raylora.predict", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_command_fits_predicts_and_explains(tmp_path):
+    run = tmp_path / "results" / "chunk_001"
+    run.mkdir(parents=True)
+    make_table(40).to_parquet(run / "results.parquet")
+    out = tmp_path / "predictor"
+    fit = call_command("fit", str(run), "--output", str(out), "--leave-out", "dynamic", "--threads", "1")
+    assert fit.returncode == 0, fit.stderr
+    assert {p.name for p in out.iterdir()} == {"predictor.skops", "predictor.json", "held_out.csv", "calibration.png"}
+    assert json.loads((out / "predictor.json").read_text())["columns"] == load_predictor(out).columns
+    assert (out / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+    csv = tmp_path / "predictions.csv"
+    predict = call_command("predict", str(out), str(run), "--output", str(csv))
+    assert predict.returncode == 0, predict.stderr
+    assert "RMSE" in predict.stdout
+    predicted = pd.read_csv(csv)
+    assert list(predicted["dataset"]) == list(make_table(40)["dataset"])
+    assert (predicted["low"] <= predicted["prediction"]).all()
+    explain = call_command("explain", str(out))
+    assert explain.returncode == 0, explain.stderr
+    assert all(name in explain.stdout for name in load_predictor(out).columns)
+    make_table(40).drop(columns="base_model_perplexity").to_csv(tmp_path / "less.csv")
+    missing = call_command("predict", str(out), str(tmp_path / "less.csv"))
+    assert missing.returncode == 2
+    assert "uses 1 columns that are not there: base_model_perplexity" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--help"], 0, "fit TABLE"),
+        (["fit", "--help"], 0, "--leave-out"),
+        (["predict", "--help"], 0, "--coverage"),
+        (["guess"], 2, "there are fit, predict, explain"),
+        (["fit"], 2, "fit TABLE"),
+        (["predict", "only-one"], 2, "predict PREDICTOR TABLE"),
+        (["fit", "nowhere.csv"], 2, "nowhere.csv: No such file"),
+        (["fit", "nowhere.csv", "--target", "speed"], 2, "--target"),
+        (["explain", "nowhere"], 2, "nowhere: no such predictor"),
+    ],
+)
+def test_the_commands_help_and_mistakes(arguments, code, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_command(predict_main, arguments)
+    assert (stop.value.code or 0) == code
+    shown = capsys.readouterr()
+    assert expected in (shown.out if code == 0 else shown.err)
+    if code:
+        assert len(shown.err.strip().splitlines()) == 1

@@ -1,0 +1,150 @@
+"""What is supervised, whatever the format, the template and the room."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raylora.data import encoding
+from raylora.data.datasets import load_dataset
+from raylora.data.encoding import IGNORE_INDEX, StoredEncoded, encode_each, encode_example, labels_of, supervised_counts
+from raylora.records import Example, Message
+from tests.helpers.formats import FORMATS, PAIRS
+from tests.helpers.tiny import CHAT_TEMPLATE
+from tests.helpers.training import make_examples
+
+
+@pytest.mark.parametrize("train_on", ["answer", "all"])
+def test_packed_tokens_are_the_same(tokenizer, on_disk, monkeypatch, train_on):
+    monkeypatch.setattr(encoding, "ENCODED_TOGETHER", 7)
+    told = [Example((Message("user", q),), a, q) for q, a in PAIRS]
+    plain = [encode_example(tokenizer, e, 20) for e in told]
+    packed = StoredEncoded(encode_each(tokenizer, told, 20))
+    assert list(packed) == plain
+    assert packed[3:9:2] == plain[3:9:2]
+    assert packed[-1] == plain[-1]
+    assert list(packed.lengths) == [len(e) for e in plain]
+    counts = [sum(t != encoding.IGNORE_INDEX for t in labels_of(e, train_on)) for e in plain]
+    assert supervised_counts(packed, train_on) == supervised_counts(plain, train_on) == counts
+
+
+def text_of(tokenizer, encoded, mask):
+    return tokenizer.decode([t for t, m in zip(encoded.input_ids, mask, strict=True) if m])
+
+
+@pytest.mark.parametrize("answer", ["Paris", "两个词", "  spaced  ", "a\nb", "🎉 é", "What of 3?"])
+def test_supervised_tokens_are_exactly_the_answer_and_its_end(tokenizer, answer):
+    example = Example((Message("user", "What of 3?"),), answer, "What of 3?")
+    encoded = encode_example(tokenizer, example, 256)
+    assert text_of(tokenizer, encoded, encoded.is_answer_text) == answer
+    assert text_of(tokenizer, encoded, encoded.is_answer) == answer + "<|im_end|>"
+    assert text_of(tokenizer, encoded, encoded.is_question) == "What of 3?"
+    labels = labels_of(encoded, "answer")
+    assert [t for t in labels if t != IGNORE_INDEX] == [
+        t for t, m in zip(encoded.input_ids, encoded.is_answer, strict=True) if m
+    ]
+    assert sum(t == IGNORE_INDEX for t in labels_of(encoded, "all")) == 1
+
+
+def test_without_a_template_a_plain_form_is_used(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    encoded = encode_example(tokenizer, make_examples(3)[2], 256)
+    assert text_of(tokenizer, encoded, encoded.is_answer) == "It is 4.<|im_end|>"
+    assert "User: What of 2?" in tokenizer.decode(encoded.input_ids)
+
+
+def test_truncation_keeps_the_answer(tokenizer):
+    long_question = Example((Message("user", "word " * 500),), "yes", "q")
+    encoded = encode_example(tokenizer, long_question, 64)
+    assert len(encoded) == 64
+    assert text_of(tokenizer, encoded, encoded.is_answer_text) == "yes"
+    long_answer = Example((Message("user", "what?"),), "word " * 500, "q")
+    encoded = encode_example(tokenizer, long_answer, 64)
+    assert len(encoded) == 64
+    assert not encoded.is_answer[0]
+
+
+TEMPLATES = {
+    "chatml": CHAT_TEMPLATE,
+    "default system": CHAT_TEMPLATE.replace(
+        "{% for m",
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe of use.<|im_end|>\n{% endif %}{% for m",
+        1,
+    ),
+    "llama 2": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>[INST] {{ m['content'] | trim }} [/INST]"
+        "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} <|im_end|>"
+        "{% else %}{{ raise_exception('no system turn') }}{% endif %}{% endfor %}"
+    ),
+    "llama 3": (
+        "<|im_start|>{% for m in messages %}[{{ m['role'] }}]\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
+    ),
+    "thinking": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "reasoning": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}[assistant]{{ m['content'].split('</think>')[-1] }}"
+        "<|im_end|>{% else %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    ),
+    "gemma": (
+        "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    ),
+    "none": None,
+}
+ANSWERS = [
+    ("What is the capital of France?", "Paris"),
+    ("Sort: 3, 1, 2", "1, 2, 3\nas they should be.\n\n- one\n- two"),
+    ("谁会叫? " * 5, "猫会叫，狗也会。"),
+    ("Say it again: Paris", "Say it again: Paris"),
+    ("Name an emoji", "🎉 é"),
+    ("Which letter?", "n"),
+    ("What ends a turn?", "im_end"),
+    ("Who are you?", "assistant"),
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_supervised_tokens_read_as_the_answers_whatever_the_format_and_template(
+    tokenizer, tmp_path, monkeypatch, form, template
+):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[template])
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([FORMATS[form](q, a) for q, a in ANSWERS]), encoding="utf-8")
+    examples = load_dataset(path).examples
+    for (_, answer), example in zip(ANSWERS, examples, strict=True):
+        whole = encode_example(tokenizer, example, 4096)
+        supervised = [t for t in labels_of(whole, "answer") if t != IGNORE_INDEX]
+        text = tokenizer.decode(supervised)
+        # Where a template puts a space before an answer, it is a part of its first word; a space behind is one to say.
+        assert text.removeprefix(" " if template in {"llama 2", "none"} else "").replace(
+            " <|im_end|>", "<|im_end|>"
+        ) == (f"{answer}<|im_end|>")
+        assert whole.input_ids[-len(supervised) :] == supervised, "the answer ends the example"
+        for max_length in range(len(supervised) + 1, len(whole), 7):
+            cut = encode_example(tokenizer, example, max_length)
+            assert len(cut) == max_length
+            kept = [t for t in labels_of(cut, "answer") if t != IGNORE_INDEX]
+            assert kept == supervised[: len(kept)], "what is left of an answer is its beginning"
+            # A quarter of the room is kept for the prompt; only an answer that does not fit the rest is cut.
+            assert len(kept) >= min(len(supervised), max_length - max_length // 4)
+            assert cut.input_ids[-len(kept) :] == kept
+
+
+def test_what_a_template_makes_of_thinking_is_supervised_with_the_answer(tokenizer, monkeypatch):
+    """One that drops it leaves the answer behind it, and one that adds an empty thought to others keeps a real one."""
+    answer = "<think>\nlight is\n</think>\n\nThe answer is water."
+    example = Example((Message("user", "What is wet?"),), answer, "What is wet?")
+    adds = TEMPLATES["thinking"].replace(
+        "<think>\n\n</think>\n\n", "{{ '' if '<think>' in m['content'] else '<think>\n\n</think>\n\n' }}"
+    )
+    for template, expected in ((TEMPLATES["reasoning"], "\n\nThe answer is water."), (adds, answer)):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        labels = labels_of(encode_example(tokenizer, example, 4096), "answer")
+        assert tokenizer.decode([t for t in labels if t != IGNORE_INDEX]) == f"{expected}<|im_end|>"

@@ -1,0 +1,49 @@
+"""Questions of a few subjects, encoded and in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from raylora.mmlu.prompts import encode_questions
+from raylora.records import Question
+
+LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
+SUBJECTS = ("anatomy", "astronomy", "virology")
+
+
+def make_questions(per_subject: int = 3) -> list[Question]:
+    return [
+        Question(
+            subject, f"Question {i} " + "long " * (7 * i), ("one", "two", "three", "four"), i % 4, f"{subject}/{i}"
+        )
+        for subject in SUBJECTS
+        for i in range(per_subject)
+    ]
+
+
+def as_dicts(questions: list[Question]) -> list[dict]:
+    return [
+        {"question": q.question, "choices": list(q.choices), "answer": q.answer, "subject": q.subject}
+        for q in questions
+    ]
+
+
+def encode(tokenizer, questions=None, shots=None, style="harness", max_length=2048):
+    return encode_questions(tokenizer, questions or make_questions(), shots or {}, style, max_length)
+
+
+def questions_of_two_subjects(per_subject: int = 6) -> list[Question]:
+    return [
+        Question(s, f"What of {s} {i}?" + " really" * (3 * i), ("one", "two", "three", "four"), i % 4, f"{s}/{i}")
+        for s in ("anatomy", "virology")
+        for i in range(per_subject)
+    ]
+
+
+def write_question_file(folder: Path, questions: list[Question]) -> Path:
+    """The questions and the first once more, and the same as solved ones beside them."""
+    records = as_dicts(questions)
+    (folder / "test_q.json").write_text(json.dumps([*records, records[0]]))
+    (folder / "dev_q.json").write_text(json.dumps(records))
+    return folder / "test_q.json"

@@ -1,0 +1,39 @@
+"""The questions of a run: the demo's, and those on an object store."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from raylora.config import EvaluationConfig
+from raylora.config_sources import load_settings
+from raylora.mmlu.question_set import DEMO_QUESTIONS, load_question_set
+from raylora.mmlu.questions import SUBJECT_GROUPS, load_questions
+from tests.helpers.objects import BUCKET
+
+
+@pytest.mark.parametrize("form", ["json", "parquet", "folder"])
+def test_questions_are_read_from_s3(objects, form, tmp_path):
+    import json
+
+    import pandas as pd
+
+    from raylora.mmlu.question_set import DEMO_QUESTIONS
+
+    raw = json.loads(DEMO_QUESTIONS.read_text())[:8]
+    name = {"json": "q.json", "parquet": "q.parquet", "folder": "q/test/part.parquet"}[form]
+    data = json.dumps(raw).encode() if form == "json" else pd.DataFrame(raw).to_parquet()
+    objects.put(f"mmlu/{name}", data)
+    config = load_settings(EvaluationConfig, None, "test", mmlu=f"s3://{BUCKET}/mmlu/{name.split('/')[0]}")
+    assert [q.question for q in load_question_set(config).questions] == [q["question"] for q in raw]
+
+
+def test_packaged_questions_are_whole():
+    folder = DEMO_QUESTIONS.parent
+    counts = Counter(q.subject for q in load_questions(folder / "questions.json"))
+    assert set(counts) == set(SUBJECT_GROUPS)
+    assert len(counts) == 57
+    assert min(counts.values()) >= 2
+    dev = Counter(q.subject for q in load_questions(folder / "dev_questions.json"))
+    assert sum(n >= 5 for n in dev.values()) >= 6
