@@ -53,8 +53,10 @@ class Plan:
 
     def done(self) -> dict[str, ResultRow]:
         """Finished rows by experiment id: those of earlier runs that this one need not do again."""
-        if self.config.fresh:
-            return {}
+        return {} if self.config.fresh else self.stored_rows()
+
+    def stored_rows(self) -> dict[str, ResultRow]:
+        """Rows by experiment id that are in the store now, without failed ones that are to be tried again."""
         rows = self.store.read_rows(self.experiments)
         return {key: row for key, row in rows.items() if row.ok or not self.config.retry_failed}
 

@@ -41,17 +41,18 @@ class RemoteStore(Store):
 
     Args:
         edition: known from ``open`` on, and travels to workers.
+        lock_number: of the lock that the command holds, elsewhere than where it holds it.
     """
 
-    def __init__(self, place: Path, edition: str = "") -> None:
+    def __init__(self, place: Path, edition: str = "", lock_number: int = 0) -> None:
         self.place = place
         self._remote = Remote(str(place))
-        self._lease = RunLock(self._remote)
+        self._lease = RunLock(self._remote, lock_number)
         self._use_edition(edition)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The machine that it comes to has a cache of its own, and no lease.
-        return _travelled, (str(self.place), self._edition)
+        # The machine that it comes to has a cache of its own. The lock stays with the command.
+        return _travelled, (str(self.place), self._edition, self._lease.number)
 
     def _use_edition(self, edition: str) -> None:
         self._edition = edition
@@ -189,5 +190,5 @@ def _name(experiment: Experiment, *parts: str) -> str:
     return "/".join(("experiments", experiment.experiment_id, *parts))
 
 
-def _travelled(place: str, edition: str) -> RemoteStore:
-    return RemoteStore(location(place), edition)
+def _travelled(place: str, edition: str, lock_number: int) -> RemoteStore:
+    return RemoteStore(location(place), edition, lock_number)
