@@ -17,6 +17,7 @@ _PUBLIC = {
     "evaluate_mmlu_with_model": "raylora.api",
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
+    "load_dataset": "raylora.cluster.ray_run",
     "load_results": "raylora.rows",
     "DynamicProbeAnalyzer": "raylora.features.probe",
     "FeatureExtractionPipeline": "raylora.features.pipeline",

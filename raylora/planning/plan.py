@@ -54,8 +54,10 @@ class Plan:
 
     def done(self) -> dict[str, ResultRow]:
         """Rows of earlier runs, by experiment id, that this run does not make again."""
-        if self.config.fresh:
-            return {}
+        return {} if self.config.fresh else self.stored_rows()
+
+    def stored_rows(self) -> dict[str, ResultRow]:
+        """Rows by experiment id that are in the store now, without failed ones that are to be tried again."""
         rows = self.store.read_rows(self.experiments)
         return {experiment_id: row for experiment_id, row in rows.items() if row.ok or not self.config.retry_failed}
 

@@ -42,17 +42,18 @@ class RemoteStore(Store):
 
     Args:
         edition: the text of ``EDITION``, read by ``open`` and pickled for workers; empty before.
+        lock_number: of the lock that the command holds, elsewhere than where it holds it.
     """
 
-    def __init__(self, place: Path, edition: str = "") -> None:
+    def __init__(self, place: Path, edition: str = "", lock_number: int = 0) -> None:
         self.place = place
         self._remote = Remote(str(place))
-        self._run_lock = RunLock(self._remote)
+        self._run_lock = RunLock(self._remote, lock_number)
         self._use_edition(edition)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another machine has its own cache folder, and the run lock stays with the command.
-        return _unpickle, (str(self.place), self._edition)
+        return _unpickle, (str(self.place), self._edition, self._run_lock.number)
 
     def _use_edition(self, edition: str) -> None:
         self._edition = edition
@@ -191,5 +192,5 @@ def _name(experiment: Experiment, *parts: str) -> str:
     return "/".join(("experiments", experiment.experiment_id, *parts))
 
 
-def _unpickle(place: str, edition: str) -> RemoteStore:
-    return RemoteStore(location(place), edition)
+def _unpickle(place: str, edition: str, lock_number: int) -> RemoteStore:
+    return RemoteStore(location(place), edition, lock_number)

@@ -29,14 +29,20 @@ RENEW_SECONDS = 10.0
 KEEP_SECONDS = 60.0
 """A lock that is not renewed for so long, six times in a row, is free."""
 FOLDER = "run.lock"
+TAKEN_OVER = "another run took it over"
 
 
 class RunLock:
-    """The right to write below ``remote``, which one process at a time can hold."""
+    """The right to write below ``remote``, which one process at a time can hold.
 
-    def __init__(self, remote: Remote) -> None:
+    Args:
+        number: of the lock that another process of the same run holds; 0 where this one will.
+    """
+
+    def __init__(self, remote: Remote, number: int = 0) -> None:
         self._remote = remote
-        self._number = 0
+        self.number = number
+        self._is_elsewhere = number > 0
         self._state: dict[str, Any] = {
             "owner": f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             "process": [_process_space(), os.getpid()],
@@ -75,6 +81,8 @@ class RunLock:
         Raises:
             UserError: the lock was lost: another run may be writing.
         """
+        if self._is_elsewhere and self._read_highest()[0] != self.number:
+            self._lost = TAKEN_OVER
         if self._lost:
             raise UserError(f"--output {self._remote.place}: {self._lost}: this run stops, what is finished is kept")
 
@@ -85,8 +93,8 @@ class RunLock:
             number, data = self._read_highest()
             is_expired = seen == (number, data) and time.monotonic() - first_seen > KEEP_SECONDS
             if number == 0 or _is_free(data) or is_expired:
-                self._number = number + 1
-                if self._remote.create(self._name(self._number), self._data()):
+                self.number = number + 1
+                if self._remote.create(self._name(self.number), self._data()):
                     return
                 seen = None  # another run was faster: watch its lock
             elif seen is None or seen[0] != number:
@@ -103,11 +111,11 @@ class RunLock:
         renewed = time.monotonic()
         while not self._ended.wait(RENEW_SECONDS):
             try:
-                if self._read_highest()[0] != self._number:
-                    self._lost = "another run took it over"
+                if self._read_highest()[0] != self.number:
+                    self._lost = TAKEN_OVER
                     return
                 self._state["renewals"] += 1
-                self._remote.write(self._name(self._number), self._data())
+                self._remote.write(self._name(self.number), self._data())
                 renewed = time.monotonic()
             except RemoteError as error:
                 if time.monotonic() - renewed > KEEP_SECONDS:
@@ -115,13 +123,13 @@ class RunLock:
                     return
 
     def _release(self) -> None:
-        if self._lost or self._read_highest()[0] != self._number:
+        if self._lost or self._read_highest()[0] != self.number:
             return
         self._state["released"] = True
         # The object stays, so that no number is used twice; lower numbers are of no use any more.
-        self._remote.write(self._name(self._number), self._data())
+        self._remote.write(self._name(self.number), self._data())
         for name in self._remote.list(FOLDER):
-            if name < self._name(self._number):
+            if name < self._name(self.number):
                 self._remote.remove(name)
 
     def _read_highest(self) -> tuple[int, bytes]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
 from raylora.records import ResultRow
+from raylora.storage.atomic import write_atomically
+from raylora.storage.places import writing
 
 
 def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
@@ -22,3 +26,22 @@ def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame
         elif types <= {int, float}:
             table[name] = table[name].astype("float64")
     return table
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """Some columns of rows in a CSV file of its own, which an option named."""
+
+    option: str
+    path: Path
+    columns: list[str]
+
+    def write(self, rows: Iterable[ResultRow]) -> None:
+        """The file, whole and in place of the old one.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        table = rows_to_table(rows, self.columns)[self.columns]
+        with writing(self.option, self.path):
+            write_atomically(self.path, lambda partial: table.to_csv(partial, index=False))

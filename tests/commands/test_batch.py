@@ -76,19 +76,6 @@ def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options,
     assert not list(results.rglob(".partial-*"))
 
 
-def test_a_row_is_in_the_tables_before_the_next_one_is_made(ray_with_gpus, options, tmp_path):
-    for i in range(3):
-        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
-    plan = planned(options, num_workers=1)
-    seen = []
-
-    def look(rows):
-        seen.append((len(rows), sum(1 for _ in plan.store.root.glob("experiments/*/result.json"))))
-
-    run_plan(plan, make_console(quiet=True), look)
-    assert (1, 1) in seen, "rows written to the tables, rows made"
-
-
 def test_one_worker_and_four_make_the_same_rows_in_any_order(ray_with_gpus, options, tmp_path):
     for i in range(5):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
