@@ -3,7 +3,7 @@
     python -m benchmarks.scheduling                # overhead and scaling on a real Ray with logical GPUs
     python -m benchmarks.scheduling --simulate     # 10,000 datasets on 1,000 GPUs with failures, in threads
 
-Stages sleep in place of computing; everything else is raylora's own: Ray, supervisor, crew, foreman, store, tables.
+Stages sleep in place of computing; everything else is raylora's own: Ray, supervisor, pool, executor, store, tables.
 """
 
 from __future__ import annotations
@@ -184,16 +184,16 @@ def simulate(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config, store = load_config(model="demo"), Store(Path(folder))
             site = Failing(num_gpus, store, config, worker_dies=0.01, node_dies=0.002)
-            crew = WorkerPool(site.start, site.stop, site.survey)
+            pool = WorkerPool(site.start, site.stop, site.survey)
             calls = WorkerCalls(site.run, lambda *_: 0, lambda *_: 0, set)
-            foreman = RetryingExecutor(config, store, crew, calls, on_gpus=False)
+            executor = RetryingExecutor(config, store, pool, calls, on_gpus=False)
             process = psutil.Process()
             memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
             started = time.perf_counter()
             with ThreadPoolExecutor(1024) as threads:
-                done = [v for v in threads.map(foreman.run, experiments, range(num)) if v]
+                done = [v for v in threads.map(executor.run, experiments, range(num)) if v]
             seconds = time.perf_counter() - started
-            foreman.close()
+            executor.close()
             bound = shortest(experiments, num_gpus)
             rows.append(
                 {
@@ -211,7 +211,7 @@ def simulate(options: argparse.Namespace) -> None:
                 }
             )
         print(rows[-1], flush=True)
-    common.report("the same crew and foreman, workers that are threads", rows, options.json, {})
+    common.report("the same pool and executor, workers that are threads", rows, options.json, {})
 
 
 def main() -> None:

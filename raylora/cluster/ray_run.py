@@ -1,8 +1,8 @@
 """Experiments on all GPUs of a Ray cluster. The only module that imports ray.
 
 A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
-holds the crew: workers, each an actor in its own process with one GPU and the base model. The supervisor sees a worker
-die, hang or raise and tries again with another one; it always returns a row, so the pipeline itself never fails.
+holds the worker pool: each worker is an actor in its own process with one GPU and the base model. When a worker dies,
+hangs or raises, the supervisor tries again with another one. It always returns a row, so the pipeline never fails.
 
     experiments -> Ray Dataset -> supervisor (worker_pool.py, retries.py) -> sink -> tables
                                    |- worker on GPU 0     |                   |
@@ -98,7 +98,7 @@ def _set_title(text: str) -> None:
 
 
 class Supervisor:
-    """Holds the crew of a run. Called by many threads at once, each with an experiment."""
+    """Holds the worker pool of a run. Called by many threads at once, each with an experiment."""
 
     def __init__(
         self,
@@ -117,16 +117,16 @@ class Supervisor:
         self._finished: list[str] = []  # states of rows; appending needs no lock
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
-        self._crew = WorkerPool(self._start, self._stop, self._survey, self._note)
+        self._pool = WorkerPool(self._start, self._stop, self._survey, self._note)
         calls = WorkerCalls(self._run, self._train, self._help, self._being_evaluated)
-        self._foreman = RetryingExecutor(config, store, self._crew, calls, "num_gpus" in resources, self._note_retry)
+        self._executor = RetryingExecutor(config, store, self._pool, calls, "num_gpus" in resources, self._note_retry)
         threading.Thread(target=self._show_states, daemon=True).start()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
-            values = self._foreman.run(Experiment(**json.loads(item["experiment"])), item["rank"])
+            values = self._executor.run(Experiment(**json.loads(item["experiment"])), item["rank"])
         except CannotGoOnError as error:
-            self._crew.begin_no_more()
+            self._pool.begin_no_more()
             return {"row": "null", "stop": str(error)}
         if values:
             self._finished.append(values["status"])
@@ -141,12 +141,12 @@ class Supervisor:
 
     def _show_states(self) -> None:
         while True:
-            finished, running = Counter(self._finished), self._foreman.num_at_work
+            finished, running = Counter(self._finished), self._executor.num_at_work
             waiting = max(0, self._num_experiments - finished.total() - running)
             self._meter.show({**finished, "waiting": waiting, "running": running})
             time.sleep(STATES_SECONDS)
 
-    # What the crew asks for
+    # What the worker pool calls
 
     def _survey(self) -> Capacity:
         nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
@@ -159,8 +159,8 @@ class Supervisor:
     def _start(self) -> PoolWorker:
         number = next(self._numbers)
         name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
-        # The foreman stops it when it has died. But where memory runs out Ray first ends what may be restarted: that is
-        # to be the worker that takes it, and not the supervisor, with which all of them end.
+        # max_restarts=1: when memory runs out Ray first kills what it may restart. That must be the worker, which
+        # takes the memory, and not the supervisor, with which all workers end. A dead worker is discarded all the same.
         actor: Any = ray.remote(RayWorker).options(
             name=name, namespace=self._namespace, max_restarts=1, **self._resources
         )
@@ -176,25 +176,25 @@ class Supervisor:
         )
         return PoolWorker(worker, ray.get(worker.where.remote()), number)
 
-    def _stop(self, member: PoolWorker) -> None:
+    def _stop(self, worker: PoolWorker) -> None:
         with contextlib.suppress(RayError, ValueError):
-            ray.kill(member.worker, no_restart=True)
-            self._board.clear.remote(member.number)
+            ray.kill(worker.handle, no_restart=True)
+            self._board.clear.remote(worker.number)
 
-    # What the foreman asks for
+    # What the executor of retries calls
 
-    def _run(self, member: PoolWorker, experiment: Experiment) -> dict[str, Any]:
-        values: dict[str, Any] = self._ask(member, member.worker.run.remote(experiment), self._config.timeout)
+    def _run(self, worker: PoolWorker, experiment: Experiment) -> dict[str, Any]:
+        values: dict[str, Any] = self._ask(worker, worker.handle.run.remote(experiment), self._config.timeout)
         return values
 
-    def _train(self, member: PoolWorker, experiments: Sequence[Experiment]) -> int:
+    def _train(self, worker: PoolWorker, experiments: Sequence[Experiment]) -> int:
         timeout = self._config.timeout and self._config.timeout * len(experiments)
-        return int(self._ask(member, member.worker.train.remote(list(experiments)), timeout))
+        return int(self._ask(worker, worker.handle.train.remote(list(experiments)), timeout))
 
-    def _help(self, member: PoolWorker, experiment: Experiment) -> int:
-        return int(self._ask(member, member.worker.help.remote(experiment), self._config.timeout))
+    def _help(self, worker: PoolWorker, experiment: Experiment) -> int:
+        return int(self._ask(worker, worker.handle.help.remote(experiment), self._config.timeout))
 
-    def _ask(self, member: PoolWorker, answer: Any, timeout: float | None) -> Any:
+    def _ask(self, worker: PoolWorker, answer: Any, timeout: float | None) -> Any:
         try:
             return ray.get(answer, timeout=timeout)
         except GetTimeoutError as error:
@@ -210,16 +210,16 @@ class Supervisor:
             text = "its worker process was killed: the node ran out of memory"
             raise WorkerFailedError(text, kind=ErrorKind.NODE_OUT_OF_MEMORY) from error
         except RayActorError as error:
-            if isinstance(error, NodeDiedError) or self._is_lost(member):
-                raise NodeLostError(f"the node {member.place.host} is gone") from error
+            if isinstance(error, NodeDiedError) or self._is_lost(worker):
+                raise NodeLostError(f"the node {worker.place.host} is gone") from error
             text = "its worker process died: it crashed or was killed, perhaps for memory"
             raise WorkerFailedError(text, kind=ErrorKind.WORKER_DIED) from error
         except RayError as error:
             raise WorkerFailedError(f"{type(error).__name__}: {one_line(error)}") from error
 
-    def _is_lost(self, member: PoolWorker) -> bool:
-        """Whether the member's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
-        node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == member.place.node), None)
+    def _is_lost(self, worker: PoolWorker) -> bool:
+        """Whether the worker's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
+        node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == worker.place.node), None)
         if node is None or not node["Alive"]:
             return True
         try:
@@ -229,10 +229,10 @@ class Supervisor:
         return False
 
     def _being_evaluated(self) -> set[str]:
-        sight: Status = ray.get(self._board.read.remote(), timeout=60)
-        if sight.stopping:
-            self._crew.begin_no_more()
-        return {p.experiment_id for p in sight.progress if p.can_share}
+        status: Status = ray.get(self._board.read.remote(), timeout=60)
+        if status.stopping:
+            self._pool.begin_no_more()
+        return {p.experiment_id for p in status.progress if p.can_share}
 
 
 @contextlib.contextmanager

@@ -90,12 +90,12 @@ def test_an_allocation_that_fails_makes_minibatches_smaller(shared_site, undistu
 
 
 @pytest.mark.slow
-def test_a_gpu_that_keeps_failing_is_set_aside_and_named(shared_site):
+def test_a_gpu_that_keeps_failing_is_quarantined_and_named(shared_site):
     """Experiments long enough that the bad GPU is given three of them before the good one has done all."""
     shared_site.strike({"stage": "train", "what": "raise", "gpu": "1", "times": 999})
     shown = shared_site.run(num_epochs=60)
     assert "GPU 1 of" in shown
-    assert "is set aside: 3 experiments failed there in a row; the last: RuntimeError: something went wrong" in shown
+    assert "is quarantined: 3 experiments failed there in a row; the last: RuntimeError: something went wrong" in shown
     rows = shared_site.rows()
     assert all(row["status"] == "ok" for row in rows.values())
     # One more may have begun there before the third had gone well elsewhere.
