@@ -33,7 +33,7 @@ MAX_FAILED_STARTS = 5
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """A GPU, or a machine without one. ``host`` and ``gpu`` are for people; ``node`` is the node's id in the cluster."""
+    """A GPU, or a machine without one. ``host`` and ``gpu`` are for people; ``node`` is the node's id for the cluster."""
 
     host: str
     gpu: str
@@ -276,7 +276,7 @@ class WorkerPool:
         self._start_more(len(unserved))
 
     def _start_more(self, num: int) -> None:
-        # The worker of a quarantined GPU is kept alive: if it ended, the cluster would give that GPU to the next worker.
+        # A quarantined GPU keeps its worker: without it, the cluster would give that GPU to the next worker.
         num_there = len(self._idle) + len(self._busy) + len(self._held) + self._num_starting
         for _ in range(min(num - self._num_starting, self._capacity.num_workers - num_there)):
             self._num_starting += 1
