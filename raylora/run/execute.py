@@ -10,13 +10,12 @@ from rich.console import Console
 
 from raylora import errors
 from raylora.cluster import ray_run
-from raylora.config import Config
 from raylora.errors import StoppedError
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
 from raylora.rows import ROW_COLUMNS, error_row
-from raylora.run.interrupts import Interrupts
+from raylora.run.interrupts import Interrupts, exit_on_sigterm
 from raylora.run.live_table import LiveTable
 from raylora.run.manifest import manifest_of
 from raylora.run.trackers import tracking
@@ -53,13 +52,6 @@ def run_plan(
             try_write_report(store, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
-
-
-def how_to_go_on(config: Config) -> str:
-    """After a run that ended early."""
-    if config.fresh:
-        return "What is finished is kept: the same command without --fresh goes on from here."
-    return "What is finished is kept: the same command goes on from here."
 
 
 class _Tables:
@@ -105,10 +97,9 @@ def run_pending(
     console: Console,
     row_came: Callable[[], None],
 ) -> None:
-
     plan.check_fit()
-
     with (
+        exit_on_sigterm(),  # and again within Interrupts, as Ray puts a handler of its own in its place
         ray_run.cluster(plan.config) as dashboard,
         LiveTable(len(plan.experiments), len(rows), console) as watch,
         Interrupts(console) as interrupts,
