@@ -15,9 +15,9 @@ _PUBLIC = {
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
     "load_results": "raylora.rows",
-    "DynamicProbeAnalyzer": "raylora.features.probe",
+    "DynamicProbeAnalyzer": "raylora.features.analyzer",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
-    "HyperParams": "raylora.features.probe",
+    "HyperParams": "raylora.features.analyzer",
     "StaticFeatureExtractor": "raylora.features.static",
     "UserError": "raylora.errors",
 }

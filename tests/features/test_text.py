@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from raylora.features import duplicates, text, words
-from raylora.features.probe import loss_stability
+from raylora.features.observer import loss_stability
 from raylora.features.static import as_dataset
 from raylora.features.words import words_of
 

@@ -18,14 +18,15 @@ import transformers
 from raylora import evaluate_mmlu, evaluate_mmlu_with_model
 from raylora.config import Method, ModelOptions
 from raylora.errors import UserError
-from raylora.mmlu import scoring
+from raylora.mmlu.batches import common_prefix
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import build_shots, encode_questions, load_encoded, save_encoded
-from raylora.mmlu.scoring import answer, evaluate, load_score
+from raylora.mmlu.scoring import answer, evaluate, find_token_budget, load_score
 from raylora.mmlu.statistics import compare_subjects
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import load_model
+from raylora.model.memory import GPU_TOKEN_BUDGET
 from raylora.records import Question, Score
 from tests.helpers.tiny import make_model
 
@@ -119,7 +120,7 @@ def test_a_model_that_answers_differently_behind_a_prefix_is_found_out(tokenizer
 
 def test_a_lent_prefix_is_never_changed(tiny_model, encoded):
     subject = [e for e in encoded if e.question.subject == "anatomy"]
-    length = scoring.common_prefix(subject)
+    length = common_prefix(subject)
     with torch.inference_mode():
         prefix = SharedPrefix(tiny_model, subject[0].context_ids[:length])
         before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]
@@ -245,8 +246,8 @@ def test_encoded_questions_come_back_from_their_file(encoded, tmp_path):
 def test_the_token_budget_of_a_gpu_fits_its_memory(tokenizer, encoded):
     model = make_model().to("cuda", torch.bfloat16)
     with torch.inference_mode():
-        budget = scoring.find_token_budget(model, encoded, 0)
-    assert 256 <= budget <= scoring.MAX_GPU_TOKEN_BUDGET
+        budget = find_token_budget(model, encoded, 0)
+    assert 256 <= budget <= GPU_TOKEN_BUDGET
     assert budget & (budget - 1) == 0
     score = evaluate(model, tokenizer, encoded)
     assert score.info["token_budget"] == budget

@@ -9,13 +9,14 @@ import torch
 
 from raylora.config import Method
 from raylora.data.encoding import IGNORE_INDEX, encode_example, labels_of
-from raylora.data.minibatch import batches_by_budget, pad_left
+from raylora.data.minibatch import pad_left
 from raylora.errors import TrainingDivergedError, UserError
 from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import compare
 from raylora.model.adapters import LoadedModel
 from raylora.model.forward import token_losses
+from raylora.model.memory import batches_by_budget
 from raylora.records import Example, Message, Question
 from raylora.training.loop import learning_rate_factor, train_adapter
 from raylora.training.losses import example_losses

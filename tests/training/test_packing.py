@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from raylora.config import ModelOptions
 from raylora.data.encoding import IGNORE_INDEX, encode_example, labels_of
-from raylora.data.minibatch import pack_rows, packs_by_budget, pad_left
+from raylora.data.minibatch import pack_rows, pad_left
 from raylora.errors import TrainingDivergedError, UserError
-from raylora.model import forward
+from raylora.model import forward, memory
 from raylora.model.adapters import LoadedModel
-from raylora.model.forward import attention_in_blocks, can_pack, head_is_plain, token_losses, window_of
+from raylora.model.forward import head_is_plain, token_losses
 from raylora.model.loading import load_model
-from raylora.training import gradients
+from raylora.model.memory import packs_by_budget
+from raylora.model.packing import attention_in_blocks, can_pack, window_of
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import adapters_a_pass, train_adapter, train_adapters
 from tests.helpers.tiny import make_model, make_tokenizer
@@ -43,7 +44,7 @@ def gradient_of(loaded, encoded, method, packed, budget=10**6):
             p.copy_(torch.randn_like(p) * 0.1)
     step = GradientAccumulator(loaded, [Job(parameters, encoded, method, 0)], None)
     assert step.packed
-    step.packed, step.token_budget = packed, budget
+    step.packed, step.budget.tokens = packed, budget
     loaded.model.train()
     try:
         with step.ready():
@@ -264,7 +265,7 @@ def alone(loaded, name, method, part, num, seed):
 
 @pytest.mark.parametrize("budget", [400, 1024])
 def test_adapters_trained_together_are_what_they_become_alone(loaded, encoded, tmp_path, monkeypatch, budget):
-    monkeypatch.setattr(gradients, "CPU_TRAINING_TOKENS", budget)
+    monkeypatch.setattr(memory, "CPU_TOKEN_BUDGET", budget)
     plans = jobs_of(loaded, encoded)
     expected = [alone(loaded, *plan, seed=i) for i, plan in enumerate(plans)]
     jobs = [
