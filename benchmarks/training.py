@@ -27,8 +27,8 @@ from benchmarks import common
 from raylora.config import Method
 from raylora.data.datasets import load_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example, labels_of
+from raylora.model import memory
 from raylora.model.adapters import LoadedModel
-from raylora.training import gradients
 from raylora.training.gradients import Job
 from raylora.training.loop import count_steps, train_adapter, train_adapters
 
@@ -215,7 +215,7 @@ def compare_budgets(
     """Seconds and memory by the most tokens in a minibatch."""
     rows = []
     for budget in (int(b) for b in options.budgets.split(",")):
-        gradients.CPU_TRAINING_TOKENS = loaded.training_tokens = budget
+        memory.CPU_TOKEN_BUDGET = loaded.training_tokens = budget
         before = common.measure(lambda: None, loaded.device).peak_bytes
         measured = common.measure(lambda: run_raylora(loaded, examples, method), loaded.device)
         rows.append(

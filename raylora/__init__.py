@@ -19,10 +19,10 @@ _PUBLIC = {
     "run_experiment": "raylora.api",
     "load_dataset": "raylora.cluster.ray_run",
     "load_results": "raylora.rows",
-    "DynamicProbeAnalyzer": "raylora.features.probe",
+    "DynamicProbeAnalyzer": "raylora.features.analyzer",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
-    "HyperParams": "raylora.features.probe",
     "MachineError": "raylora.errors",
+    "HyperParams": "raylora.features.analyzer",
     "StaticFeatureExtractor": "raylora.features.static",
     "UserError": "raylora.errors",
 }

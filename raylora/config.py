@@ -23,8 +23,6 @@ Stage = Literal["features", "train", "mmlu"]
 TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEMO = "demo"
-GPU_TOKEN_BUDGET = 16384
-"""Tokens in a training minibatch on a GPU, until memory says no."""
 
 
 class Method(BaseModel):

@@ -15,7 +15,7 @@ from typing import Any
 
 from raylora.cluster.failures import store_failure
 from raylora.cluster.worker_pool import PoolWorker, WorkerPlace, WorkerPool
-from raylora.config import GPU_TOKEN_BUDGET, Config
+from raylora.config import Config
 from raylora.errors import (
     CannotGoOnError,
     ErrorKind,
@@ -23,6 +23,7 @@ from raylora.errors import (
     NodeLostError,
     WorkerFailedError,
 )
+from raylora.model.memory import GPU_TOKEN_BUDGET
 from raylora.records import Experiment, ResultRow
 from raylora.rows import error_row
 from raylora.storage.store import Store

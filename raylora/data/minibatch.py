@@ -6,15 +6,13 @@ Padding is on the left, so that the tokens that are scored stand at the end of e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from raylora.data.encoding import IGNORE_INDEX, EncodedExample
-
-T = TypeVar("T")
+from raylora.data.encoding import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -104,46 +102,12 @@ def pack_rows(
     return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, lengths)
 
 
-def batches_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
-    """Minibatches of at most ``token_budget`` tokens with padding, longest items first.
-
-    So memory runs out at the first minibatch or at none. An item longer than the budget is a minibatch by itself.
-    """
-    batch: list[T] = []
-    for item in sorted(items, key=length, reverse=True):
-        width = length(batch[0]) if batch else length(item)
-        if batch and width * (len(batch) + 1) > token_budget:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
 def collate(
-    examples: Sequence[EncodedExample],
+    rows: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     pad_token_id: int,
     device: torch.device,
     packed: bool,
 ) -> Minibatch:
-    """Examples as one minibatch: one packed row, or rows padded on the left."""
-    rows = [e.input_ids for e in examples]
+    """Rows of token ids as one minibatch: a single row without padding, or rows padded on the left."""
     return pack_rows(rows, device, labels) if packed else pad_left(rows, pad_token_id, device, labels)
-
-
-def packs_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
-    """Packs of at most ``token_budget`` tokens, the fullest pack first, by best-fit decreasing bin packing.
-
-    Each item, longest first, goes into the fullest pack that has room. One longer than the budget is a pack by itself.
-    """
-    packs: list[tuple[int, list[T]]] = []
-    for item in sorted(items, key=length, reverse=True):
-        size = length(item)
-        fitting = [i for i, (used, _) in enumerate(packs) if used + size <= token_budget]
-        if fitting:
-            best = max(fitting, key=lambda i: packs[i][0])
-            packs[best] = (packs[best][0] + size, [*packs[best][1], item])
-        else:
-            packs.append((size, [item]))
-    yield from (items for _, items in sorted(packs, key=lambda pack: -pack[0]))

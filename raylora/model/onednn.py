@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import torch
 
+from raylora.model.memory import COPIES_MEMORY_SHARE
+
 MIN_FEATURES = 128
 """Smaller layers, such as those of adapters, gain nothing."""
-COPIES_MEMORY_SHARE = 0.25
-"""The share of the free memory that the reordered copies of the weights may take."""
 
 
 @contextlib.contextmanager

@@ -20,12 +20,11 @@ from raylora.data.encoding import EncodedExample, lengths_of
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import peak_memory_bytes
+from raylora.model.memory import CPU_TOKEN_BUDGET
 from raylora.model.onednn import onednn_linears
 from raylora.records import ProgressCallback, ProgressStage, ignore_progress
 from raylora.rows import TrainingMetrics
 from raylora.training.gradients import (
-    CPU_TRAINING_TOKENS,
-    ENOUGH_TOKENS,
     GradientAccumulator,
     Job,
     Observer,
@@ -141,7 +140,7 @@ def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
     tokens = count_tokens(job, num_steps=1)
     free, _ = torch.cuda.mem_get_info(loaded.device)
     fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
-    return max(1, min(int((loaded.training_tokens or ENOUGH_TOKENS) / tokens), int(fitting)))
+    return max(1, min(int(loaded.training_token_budget / tokens), int(fitting)))
 
 
 class _Trainee:
@@ -196,7 +195,7 @@ def _train(
     try:
         with (
             accumulator.ready(),
-            onednn_linears(loaded.model, CPU_TRAINING_TOKENS, with_backward=True)
+            onednn_linears(loaded.model, CPU_TOKEN_BUDGET, with_backward=True)
             if use_onednn
             else contextlib.nullcontext(),
             torch.random.fork_rng(devices=[loaded.device] if on_gpu else []),
@@ -287,7 +286,7 @@ def _summarize(
         train_tokens_per_second=num_tokens / seconds,
         peak_memory_bytes=peak_memory_bytes(device),
         micro_batch_size=accumulator.fullest,
-        num_oom_backoffs=accumulator.num_backoffs,
+        num_oom_backoffs=accumulator.budget.num_backoffs,
         packed=accumulator.packed,
         num_adapters=len(accumulator.jobs),
     )

@@ -17,8 +17,9 @@ from raylora.data.datasets import sample_examples
 from raylora.data.encoding import encode_example
 from raylora.errors import UserError
 from raylora.features import probe
+from raylora.features.observer import ProbeObserver
 from raylora.features.pipeline import extract_features
-from raylora.features.probe import ProbeObserver, landscape_flatness
+from raylora.features.probe import landscape_flatness
 from raylora.features.static import as_dataset, count_held_out
 from raylora.model.adapters import plain_weight
 from raylora.model.loading import load_model

@@ -8,10 +8,10 @@ import torch
 from raylora.config import ModelOptions
 from raylora.data.encoding import encode_example, labels_of
 from raylora.errors import TrainingDivergedError, UserError
+from raylora.model import memory
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import load_model
 from raylora.records import Example, Message
-from raylora.training import gradients
 from raylora.training.adapter_products import AdapterProducts, mix
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import adapters_a_pass, train_adapter, train_adapters
@@ -49,7 +49,7 @@ def alone(loaded, name, method, part, num, seed):
 
 @pytest.mark.parametrize("budget", [400, 1024])
 def test_adapters_trained_together_are_what_they_become_alone(loaded, encoded, tmp_path, monkeypatch, budget):
-    monkeypatch.setattr(gradients, "CPU_TRAINING_TOKENS", budget)
+    monkeypatch.setattr(memory, "CPU_TOKEN_BUDGET", budget)
     plans = jobs_of(loaded, encoded)
     expected = [alone(loaded, *plan, seed=i) for i, plan in enumerate(plans)]
     jobs = [

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from raylora.config import GPU_TOKEN_BUDGET, Method, ModelOptions
+from raylora.config import Method, ModelOptions
 from raylora.data.encoding import encode_example
 from raylora.model.loading import load_model
+from raylora.model.memory import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, GPU_TOKEN_BUDGET, TokenBudget, tokens_that_fit
 from raylora.training.adapter_products import AdapterProducts, Span
-from raylora.training.gradients import CPU_TRAINING_TOKENS, ENOUGH_TOKENS, GradientAccumulator, Job, tokens_that_fit
+from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import train_adapter
 from raylora.training.losses import example_losses
 from tests.helpers.training import make_examples
@@ -142,26 +143,31 @@ def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
     loaded, encoded = load("none")
     job = Job(loaded.attach(METHOD, 0), encoded * 25, METHOD, 0, loaded.active_adapter)
     runner = GradientAccumulator(loaded, [job], None)
-    runner.token_budget = 10**6
-    refusals: list[tuple[int, int]] = []  # of each, the tokens, and how many were allowed
+    runner.budget = TokenBudget(2 * ENOUGH_TOKENS, may_checkpoint=True)
+    seen = []
 
-    def refuse(num_tokens: int) -> bool:
-        """Until activations are checkpointed."""
-        if loaded.model.is_gradient_checkpointing:
-            return False
-        refusals.append((num_tokens, runner.token_budget))
-        return True
+    def refuse(module, args, kwargs):
+        seen.append((kwargs["input_ids"].numel(), loaded.model.is_gradient_checkpointing))
+        if len(seen) < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
+    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
     loaded.model.train()
-    with runner.ready(), refused(loaded, refuse):
-        runner.backward({0: range(400)}, 0)
-    (first, _), *_, (last, _) = refusals
-    assert first > 2 * ENOUGH_TOKENS >= 2 * last
-    assert [allowed for _, allowed in refusals[1:]] == [tokens // 2 for tokens, _ in refusals[:-1]]
-    assert all(tokens > ENOUGH_TOKENS for tokens, _ in refusals[:-1])
-    assert loaded.model.is_gradient_checkpointing
-    runner.restore()
-    loaded.detach()
+    try:
+        with runner.ready():
+            runner.backward({0: range(400)}, 0)
+    finally:
+        hook.remove()
+        loaded.model.eval()
+        runner.restore()
+        loaded.detach()
+    sizes = [size for size, _ in seen[:4]]
+    assert sizes[0] > ENOUGH_TOKENS
+    assert sizes[1] <= sizes[0] // 2
+    assert sizes[2] == sizes[1], "a small one is not halved before activations are checkpointed"
+    assert sizes[3] <= sizes[2] // 2
+    assert [checkpointing for _, checkpointing in seen[:4]] == [False, False, True, True]
+    assert runner.budget.num_backoffs == 3
 
 
 @pytest.mark.gpu
@@ -207,8 +213,7 @@ def test_a_cpu_learns_nothing(load, device):
         pytest.skip("about the CPU")
     loaded, encoded = load("none")
     parameters = loaded.attach(METHOD, 0)
-    assert GradientAccumulator(
-        loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None
-    ).token_budget == (CPU_TRAINING_TOKENS)
+    runner = GradientAccumulator(loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None)
+    assert runner.budget.tokens == CPU_TOKEN_BUDGET
     train_adapter(loaded, parameters, encoded, METHOD, 0, 1)
     assert loaded.training_tokens is None
