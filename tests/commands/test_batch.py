@@ -36,7 +36,6 @@ BAD_FILES = {
 KINDS = {
     "bad_bytes.json": "not_utf8",
     "bad_cut.json": "truncated_file",
-    "bad_deep.json": "truncated_file",
     "bad_keys.json": "bad_records",
     "bad_records.jsonl": "bad_records",
     "bad_turns.json": "bad_records",

@@ -56,7 +56,6 @@ def error_kind_of(options, **more) -> str:
     [
         (None, {}),
         ("diverged", {"learning_rate": 9.0, "max_grad_norm": 1e30, "lora_alpha": 1e30}),
-        ("no_supervised_token", {"max_length": 2}),
         ("target_modules", {"target_modules": ("no_such_module",)}),
         ("adapter", {"stages": ("mmlu",)}),
     ],
