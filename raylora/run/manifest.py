@@ -1,4 +1,4 @@
-"""``run.json``: enough to know what was run, on what."""
+"""``run.json``: what was run, with which settings and versions, on which data and machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "
 
 
 def manifest_of(plan: Plan) -> dict[str, Any]:
-    """``run.json``: enough to know what was run, on what. No secret is in the configuration, and none is added."""
+    """The content of ``run.json``. No secret is in it: the configuration holds none."""
     return {
         "chunk": plan.chunk,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -27,6 +27,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """The installed version; None where the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
