@@ -1,4 +1,4 @@
-"""The names of the research code that users come from, over the same modules as the commands."""
+"""The Python API, with the names of the research code that users come from; it calls what the commands call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FineTuner:
         self._loaded: LoadedModel | None = None
 
     def prepare_context_dataset(self, path: str | Path) -> Dataset:
-        """Read a dataset file in any of the known formats.
+        """Read a dataset file in any of the formats of the batch command.
 
         Raises:
             UserError: the file cannot be read, or holds no valid record.
@@ -74,14 +74,22 @@ class FineTuner:
         lora_config_info: dict[str, Any],
         output_dir: str | Path | None = None,
     ) -> dict[str, Any]:
-        """Train a fresh adapter on ``model``; it is active in the model afterwards, and takes the last one's place.
+        """Train a new adapter on ``model``. It replaces the last one, and stays active in the model.
 
         Args:
-            lora_config_info: what ``prepare_model`` returned, changed or not.
-            output_dir: where the adapter is saved, in PEFT's format.
+            dataset: what ``prepare_context_dataset`` returned, or Examples.
+            lora_config_info: hyperparameters, as ``prepare_model`` returned them or changed.
+            output_dir: where the adapter is saved, in PEFT's format; None: nowhere.
 
         Returns:
-            ``training_metrics`` (seconds, losses, counts and rates), ``loss_curve`` (a dict a step), ``adapter_path``.
+            ``training_metrics`` (seconds, losses, counts and rates), ``loss_curve`` (a dict for each optimizer step),
+            ``adapter_path``.
+
+        Raises:
+            pydantic.ValidationError: a hyperparameter is unknown, or its value does not fit.
+            UserError: no example has a supervised token.
+            TrainingDivergedError: the loss became infinite or NaN.
+            torch.OutOfMemoryError: a single example does not fit.
         """
         if self._loaded is None or self._loaded.model is not model:
             self._loaded = as_loaded(model, tokenizer)
@@ -105,7 +113,12 @@ class FineTuner:
 
 
 def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **options: Any) -> dict[str, Any]:
-    """One dataset, in this process, without a cluster.
+    """Run one dataset through all stages in this process, without Ray.
+
+    Args:
+        dataset_path: a dataset file.
+        max_samples: MMLU questions asked (default: all).
+        options: any option of the batch command.
 
     Returns:
         ``dataset``, ``status``, ``error``, ``training_info.training_metrics``, and ``results.finetuned_model`` and
@@ -134,7 +147,19 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
 
 
 def process_folder(folder_name: str, max_samples: int | None = None, **options: Any) -> list[dict[str, Any]]:
-    """All datasets of a chunk, on every GPU, as the batch command does it; a result for each, failed ones too."""
+    """Run all datasets of a chunk, on every GPU, as the batch command does.
+
+    Args:
+        folder_name: the chunk.
+        max_samples: MMLU questions asked (default: all).
+        options: any other option of the batch command.
+
+    Returns:
+        A result for each experiment, failed ones too, as ``run_experiment`` returns it.
+
+    Raises:
+        UserError: an option or the chunk cannot be used.
+    """
     config = _config(chunk=folder_name, max_samples=max_samples, **options)
     chunk, files = find_files(config)
     rows = run_plan(make_plan(config, files, chunk), make_console())
@@ -149,11 +174,12 @@ def evaluate_mmlu(
     max_samples: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Load a model, with or without an adapter, and ask it MMLU's questions.
+    """Load a model, with or without an adapter, and score it on MMLU.
 
     Args:
         dataset_path: questions; without it ``mmlu_dataset/test_all_subjects.json``.
-        batch_size: taken for the sake of old callers; batches are filled by tokens (``token_budget``).
+        batch_size: ignored, and accepted for callers of the research code: batches are filled up to ``token_budget``.
+        max_samples: questions asked, a seeded sample stratified by subject (default: all).
         options: any option of ``python -m raylora.mmlu``, such as ``num_fewshot`` or ``quantization``.
 
     Returns:
@@ -165,7 +191,7 @@ def evaluate_mmlu(
     config = _evaluation_config(dataset_path, max_samples, {"model": base_model_path, **options})
     if adapter_path is not None:
         check_adapter(Path(adapter_path))
-    load_question_set(config)  # a bad file is known before the model is loaded
+    load_question_set(config)  # so that a bad file is an error before the model is loaded
     loaded = load_model(ModelOptions(**config.settings_of(ModelOptions)))
     if adapter_path is not None:
         loaded.attach_saved(Path(adapter_path))
@@ -180,12 +206,15 @@ def evaluate_mmlu_with_model(
     max_samples: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ask a model that is loaded already, as it is now; see ``evaluate_mmlu`` for the arguments.
+    """Score a loaded model on MMLU as it is now, its active adapter included; arguments as in ``evaluate_mmlu``.
 
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
         ``macro_accuracy``, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
-        ``questions``, a DataFrame with a row each.
+        ``questions``, a DataFrame with a row for each question.
+
+    Raises:
+        UserError: the questions cannot be used, or the prompt style is ``chat`` and the tokenizer has no template.
     """
     return _evaluate_with(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
 
@@ -198,8 +227,10 @@ def _evaluation_config(
 
 
 def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
-    asked = load_question_set(config)
-    encoded = encode_questions(tokenizer, asked.questions, asked.shots, config.prompt_style, context_window(model))
+    question_set = load_question_set(config)
+    encoded = encode_questions(
+        tokenizer, question_set.questions, question_set.shots, config.prompt_style, context_window(model)
+    )
     score = evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
     return {**summarize(score), "questions": score.questions}
 
@@ -212,7 +243,7 @@ def _config(**options: Any) -> Config:
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """Options that were given: the others keep what the environment says."""
+    """The options that the caller gave: those that are None keep their value from the environment, or their default."""
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -1,8 +1,8 @@
-"""What a run shows of itself: metrics for Prometheus, and the titles of its processes. Knows nothing of Ray.
+"""How a run is watched: metrics for Prometheus, and the titles of its processes. Does not import Ray.
 
-The scheduler hands in Ray's instruments: the classes ``Counter`` and ``Gauge`` of ``ray.util.metrics``. Ray carries the
-numbers to the Prometheus endpoint of their node, some seconds late and with ``ray_`` before their names. No label has a
-value for each dataset: what Prometheus keeps must not grow with what is run.
+``ray_run`` passes in Ray's instruments, the classes ``Counter`` and ``Gauge`` of ``ray.util.metrics``. Ray exposes the
+numbers at the Prometheus endpoint of each node, some seconds late and with ``ray_`` before their names. No metric has
+the dataset as a label: Prometheus keeps a series for each value of a label, and a run may have thousands of datasets.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, Literal
 from raylora.work_counts import work_counts
 
 STATES = ("waiting", "running", "ok", "error")
-BARELY = sys.float_info.min
-"""What counters begin at, as Ray refuses a zero. Prometheus takes the first number that it finds for where a counter
-began: one that appeared with its first retry would never show that retry."""
+ALMOST_ZERO = sys.float_info.min
+"""What counters begin at, as Ray refuses a zero. They must begin before the first event: Prometheus counts from the
+first number that it sees, and would never show the first retry of a counter that appears with a 1."""
 MAX_NAME = 48
-"""Characters of a dataset's name in a title: the room for titles is that of the process's command line."""
+"""Characters of a dataset's name in a process title, whose room is that of the process's command line."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that runs show. Its name ends in its unit; a counter's ends in ``_total`` besides."""
+    """One of a run's metrics. Its name ends in its unit, a counter's in ``_total`` behind it."""
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -36,30 +36,30 @@ class Metric:
 
     @property
     def exposed_name(self) -> str:
-        """What Prometheus calls it."""
+        """Its name in Prometheus."""
         return f"ray_{self.name}"
 
     def make(self, instruments: Any) -> Any:
-        """Something of Ray's to count with, or to set."""
+        """Ray's counter or gauge of this metric; ``instruments`` is ``ray.util.metrics``."""
         kind = instruments.Counter if self.kind == "counter" else instruments.Gauge
         return kind(self.name, self.definition, self.labels)
 
 
-_OF_WORK = ("worker", "stage")
+_WORK_LABELS = ("worker", "stage")
 EXPERIMENTS = Metric(
     "raylora_experiments", "gauge", "experiments", ("state",), f"{', '.join(STATES)}; without what was done before"
 )
 QUESTIONS = Metric(
-    "raylora_questions_total", "counter", "questions", _OF_WORK, "MMLU's, answered; its rate: questions/s"
+    "raylora_questions_total", "counter", "questions", _WORK_LABELS, "MMLU's, answered; its rate: questions/s"
 )
 TOKENS = Metric(
-    "raylora_supervised_tokens_total", "counter", "tokens", _OF_WORK, "learnt from; its rate: supervised tokens/s"
+    "raylora_supervised_tokens_total", "counter", "tokens", _WORK_LABELS, "learnt from; its rate: supervised tokens/s"
 )
 SECONDS = Metric(
-    "raylora_stage_seconds_total", "counter", "seconds", _OF_WORK, "of workers; its rate: workers at a stage"
+    "raylora_stage_seconds_total", "counter", "seconds", _WORK_LABELS, "of workers; its rate: workers at a stage"
 )
 BACKOFFS = Metric(
-    "raylora_oom_backoffs_total", "counter", "back-offs", _OF_WORK, "times that smaller batches had to be tried"
+    "raylora_oom_backoffs_total", "counter", "back-offs", _WORK_LABELS, "times that smaller batches had to be tried"
 )
 GPU_MEMORY = Metric("raylora_gpu_memory_bytes", "gauge", "bytes", ("worker",), "what PyTorch holds of the GPU")
 RETRIES = Metric("raylora_retries_total", "counter", "tries", (), "experiments begun anew: their worker failed")
@@ -67,77 +67,84 @@ METRICS = (EXPERIMENTS, QUESTIONS, TOKENS, SECONDS, BACKOFFS, GPU_MEMORY, RETRIE
 
 
 class WorkerMeter:
-    """Counts what this process does, by stage.
+    """Counts a worker process's work by stage: questions, tokens, seconds, back-offs; and its GPU memory.
 
     Args:
-        worker: its name, a label of every number.
+        worker: the process's name, a label of every number.
+        instruments: ``ray.util.metrics``.
     """
 
     def __init__(self, worker: str, instruments: Any) -> None:
         self._worker = worker
         self._counters = [(m.make(instruments), field) for m, field in _COUNTED.items()]
         self._gpu_memory = GPU_MEMORY.make(instruments)
-        self._waiting: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(_COUNTED.values(), 0.0))
+        self._pending: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(_COUNTED.values(), 0.0))
         self._stages: set[str] = set()
         self.begin()
 
     def begin(self) -> None:
-        """Work begins: what was before belongs to no stage."""
+        """Start counting: work and time before this call belong to no stage."""
         self._since, self._before = time.perf_counter(), replace(work_counts)
 
     def worked(self, stage: str) -> None:
-        """What was done since the last call, or the beginning, was for this stage."""
+        """Count the work since the last call, or since ``begin``, for this stage."""
         if stage not in self._stages:
             self._stages.add(stage)
             for counter, _ in self._counters:
-                counter.inc(BARELY, self._labels(stage))
+                counter.inc(ALMOST_ZERO, self._labels(stage))
         now, done = time.perf_counter(), work_counts - self._before
         for name, value in {**vars(done), "seconds": now - self._since}.items():
-            self._waiting[stage][name] += value
+            self._pending[stage][name] += value
         self._since, self._before = now, replace(work_counts)
 
     def show(self) -> None:
-        """Hand to Ray what was counted since the last time."""
-        for stage, counts in self._waiting.items():
+        """Report to Ray what was counted since the last call."""
+        for stage, counts in self._pending.items():
             for counter, name in self._counters:
                 if counts[name] > 0:  # Ray refuses a zero
                     counter.inc(counts[name], self._labels(stage))
-        self._waiting.clear()
-        if (held := _gpu_memory_held()) is not None:
-            self._gpu_memory.set(held, {"worker": self._worker})
+        self._pending.clear()
+        if (num_bytes := _gpu_bytes_held()) is not None:
+            self._gpu_memory.set(num_bytes, {"worker": self._worker})
 
     def _labels(self, stage: str) -> dict[str, str]:
         return {"worker": self._worker, "stage": stage}
 
 
 _COUNTED = {QUESTIONS: "questions", TOKENS: "supervised_tokens", BACKOFFS: "oom_backoffs", SECONDS: "seconds"}
-"""What a worker counts, by its name here."""
+"""The field of ``work_counts`` (or ``seconds``) behind each metric."""
 
 
-def _gpu_memory_held() -> int | None:
-    import torch  # the supervisor, which counts no work, does without it
+def _gpu_bytes_held() -> int | None:
+    """What PyTorch has reserved of the GPU; None where this process uses none."""
+    import torch  # here, as the supervisor, which imports this module too, starts without it (1.2 s in place of 4 to 5)
 
     return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else None
 
 
 class RunMeter:
-    """Counts what becomes of a run's experiments."""
+    """Counts a run's experiments by state, and its retries.
+
+    Args:
+        instruments: ``ray.util.metrics``.
+    """
 
     def __init__(self, instruments: Any) -> None:
         self._experiments, self._retries = EXPERIMENTS.make(instruments), RETRIES.make(instruments)
-        self._retries.inc(BARELY)
+        self._retries.inc(ALMOST_ZERO)
 
     def retried(self) -> None:
+        """Count one experiment that is tried again."""
         self._retries.inc()
 
     def show(self, experiments: Mapping[str, int]) -> None:
-        """Ray forgets what is not said again and again: to be called every few seconds."""
+        """Report the number of experiments by state. Call it every few seconds: Ray drops what is not repeated."""
         for state in STATES:
             self._experiments.set(experiments.get(state, 0), {"state": state})
 
 
 def title(worker: str, dataset: str, stage: str, done: int, total: int) -> str:
-    """``raylora-gpu-3: dolly_07 · mmlu 62%``: one line, whatever the dataset is called."""
+    """A process title, such as ``raylora-gpu-3: dolly_07 · mmlu 62%``: one line, whatever the dataset is called."""
     share = f" {100 * done // total}%" if total else ""
     return f"{worker}: {_short(dataset)} · {stage}{share}"
 

@@ -1,4 +1,4 @@
-"""Columns of a table of features, and their definitions as a Markdown table."""
+"""The columns of a table of features beside the features, and all definitions as a Markdown table."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RUN_COLUMNS = column_group(
 
 
 def describe_columns(columns: Sequence[FeatureColumn] = FEATURE_COLUMNS) -> str:
-    """Columns with unit, range and definition, as a Markdown table; README's is that of the features."""
+    """Columns with unit, range and definition, as a Markdown table; the README has that of the features."""
     lines = ["| column | unit | range | definition |", "| --- | --- | --- | --- |"]
     for column in columns:
         ends = [f"{end:g}" if math.isfinite(end) else "" for end in (column.minimum, column.maximum)]
-        reach = f"{ends[0]} to {ends[1]}" if all(ends) else f"from {ends[0]}" if ends[0] else f"to {ends[1]}"
-        lines.append(f"| `{column.name}` | {column.unit} | {reach if any(ends) else ''} | {column.definition} |")
+        span = f"{ends[0]} to {ends[1]}" if all(ends) else f"from {ends[0]}" if ends[0] else f"to {ends[1]}"
+        lines.append(f"| `{column.name}` | {column.unit} | {span if any(ends) else ''} | {column.definition} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""All features of one dataset: static ones from a look at its sample, dynamic ones from a probe."""
+"""All features of one dataset: static ones from its texts and forward passes, dynamic ones from a probe."""
 
 from __future__ import annotations
 
@@ -26,9 +26,19 @@ def extract_features(
     seed: int,
     progress: ProgressCallback = ignore_progress,
 ) -> dict[str, Any]:
-    """Every feature by column name, with ``feature_notes`` and the seconds of each part.
+    """Measure every feature of a dataset.
 
-    A feature that could not be measured is None, and its reason stands in ``feature_notes``.
+    Args:
+        method: the hyperparameters of the probe's training.
+        token_budget: padded tokens in a batch.
+        seed: mixed with the dataset's own; draws the sample and seeds the probe.
+
+    Returns:
+        Features by column name, None where one could not be measured; ``feature_notes``, the reasons for each None;
+        ``text_seconds``, ``static_seconds`` (those of text included) and ``probe_seconds``.
+
+    Raises:
+        torch.OutOfMemoryError: a single example does not fit.
     """
     started = time.perf_counter()
     sample = sample_examples(dataset.examples, options.sample_size, dataset.seed ^ seed)
@@ -70,17 +80,20 @@ class FeatureExtractionPipeline(OfLoadedModel):
 
         Args:
             dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
-            sample_size: examples the model looks at (0: all).
+            hyperparams: those of the probe's training.
+            sample_size: examples that the model looks at (0: all).
             batch_size: examples in a micro-batch of the probe.
+            probe_steps: optimizer steps of the probe.
+            enable_dynamic_probes: False: no probe, its features are None.
 
         Raises:
             UserError: there is no valid example.
         """
         options = FeatureOptions(sample_size=sample_size, probe_steps=probe_steps if enable_dynamic_probes else 0)
-        known = as_dataset(dataset)
+        converted = as_dataset(dataset)
         with borrowed(self.model, self.tokenizer) as loaded:
             method, budget = hyperparams.method(batch_size), loaded.feature_token_budget
-            return extract_features(loaded, known, method, options, budget, seed=0)
+            return extract_features(loaded, converted, method, options, budget, seed=0)
 
     def run_quick_pipeline(
         self,
@@ -90,5 +103,5 @@ class FeatureExtractionPipeline(OfLoadedModel):
         batch_size: int = 4,
         probe_steps: int = 10,
     ) -> dict[str, Any]:
-        """The same with a short probe."""
+        """``extract_all_features`` with a short probe of 10 steps."""
         return self.extract_all_features(dataset, hyperparams, sample_size, batch_size, probe_steps)

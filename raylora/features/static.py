@@ -1,7 +1,8 @@
-"""Features of a dataset that need no training: of all its texts, and of a sample through the base model."""
+"""Features of a dataset that need no training: from all its texts, and from forward passes over a sample of it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from raylora.rows import STATIC_NAMES
 from raylora.training.losses import ExampleLoss
 
 HELD_OUT_SHARE = 0.2
+"""Of the sample, what the probe holds out; at most ``MAX_HELD_OUT`` examples."""
 MAX_HELD_OUT = 32
 
 
@@ -38,31 +40,32 @@ class FeatureResult:
 
 @dataclass(frozen=True)
 class StaticResult(FeatureResult):
-    """Beside the features, what the probe goes on with: the sample's token ids and, for those it holds out, losses.
-
-    ``text_seconds`` are those of the features of size and text, which need no model.
-    """
+    """The static features, and what the probe takes over, so that it need not compute it again."""
 
     encoded: list[EncodedExample] = field(default_factory=list)
+    """The sample's token ids, in its order."""
     held_out_losses: list[ExampleLoss] = field(default_factory=list)
+    """The base model's losses on the examples that the probe holds out, those without an answer left out."""
     text_seconds: float = 0.0
+    """Seconds of the features of size and text, which need no model."""
 
 
 def count_held_out(num_examples: int) -> int:
-    """How many examples at the front of a sample the probe holds out: a fifth, 1 to 32, never the only one."""
+    """How many examples the probe holds out, from the sample's front: a fifth, 1 to 32; 0 where there is only one."""
     return min(MAX_HELD_OUT, max(1, round(num_examples * HELD_OUT_SHARE))) if num_examples > 1 else 0
 
 
 def has_answer(encoded: EncodedExample) -> bool:
+    """Whether the example has a token of its answer within ``max_length``."""
     return any(encoded.is_answer_text)
 
 
 class OfLoadedModel:
-    """Measures with a model that is loaded already, and is after every call as it was before, modules and flags too.
+    """A measurement with a model that the caller has loaded; each call leaves it as it was, modules and flags too.
 
     Args:
         model: a transformers causal language model.
-        device: where the model is moved to; by default it stays where it is.
+        device: the model is moved to it; by default it stays where it is.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device | str | None = None) -> None:
@@ -84,15 +87,18 @@ class StaticFeatureExtractor(OfLoadedModel):
 
         Args:
             dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
-            sample_size: examples that are looked at (0: all).
+            sample_size: examples that the model looks at (0: all).
+            batch_size: examples of ``max_length`` tokens in a batch; more of shorter ones.
+            max_length: tokens of an example; the front of a longer one is cut.
 
         Raises:
             UserError: there is no valid example.
+            torch.OutOfMemoryError: a single example does not fit.
         """
-        known = as_dataset(dataset)
-        sample = sample_examples(known.examples, sample_size, known.seed)
+        converted = as_dataset(dataset)
+        sample = sample_examples(converted.examples, sample_size, converted.seed)
         budget = batch_size * max_length
-        result = extract_static(self.model, self.tokenizer, known, sample, max_length, budget)
+        result = extract_static(self.model, self.tokenizer, converted, sample, max_length, budget)
         return {**result.values, "feature_notes": join_notes(result.notes)}
 
     calculate_special_char_ratio = staticmethod(text.calculate_special_char_ratio)
@@ -100,10 +106,10 @@ class StaticFeatureExtractor(OfLoadedModel):
 
 
 def as_dataset(dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]]) -> Dataset:
-    """A Dataset of whatever users hold: one already, Examples, or records of a dataset file.
+    """A Dataset of what users hold: a Dataset, Examples, or dicts as in a dataset file. Bad dicts are counted.
 
     Raises:
-        UserError: no record is valid.
+        UserError: none of them is valid.
     """
     if isinstance(dataset, Dataset):
         return dataset
@@ -124,7 +130,7 @@ def as_dataset(dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]
 
 
 def _num_chars(value: Any) -> int:
-    """Characters over all strings of a record."""
+    """Characters of all strings in a record, at any depth."""
     if isinstance(value, str):
         return len(value)
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -132,6 +138,7 @@ def _num_chars(value: Any) -> int:
 
 
 def join_notes(notes: Mapping[str, str]) -> str:
+    """The text of ``feature_notes``, from the reason of each feature that is None: "name: reason; name: reason"."""
     return "; ".join(f"{name}: {reason}" for name, reason in notes.items())
 
 
@@ -145,37 +152,45 @@ def extract_static(
     train_on: TrainOn = "answer",
     progress: ProgressCallback = ignore_progress,
 ) -> StaticResult:
-    """Static features: of size and text from all of ``dataset``, the others from ``sample``.
+    """Measure the static features: those of size and text on all of ``dataset``, the others on ``sample``.
+
+    Args:
+        sample: examples of ``dataset``; the probe holds out its first ``count_held_out``.
+        max_length: tokens of an example; the front of a longer one is cut.
+        token_budget: padded tokens in a batch.
+        train_on: the tokens whose losses are kept for the probe.
 
     Raises:
         torch.OutOfMemoryError: a single example does not fit.
     """
     items = [make_item(tokenizer, example, max_length) for example in sample]
     num_held_out = count_held_out(len(items))
-    # What is held out is measured by itself, so that the probe measures it again in the same batches.
+    # Held-out examples are in batches of their own: the probe measures them again after its training, and the same
+    # batches give comparable losses.
     held_out = [item for item in items[:num_held_out] if has_answer(item.encoded)]
     others = [item for item in items[num_held_out:] if has_answer(item.encoded)]
     usable = [*held_out, *others]
     values: dict[str, Any] = dict.fromkeys(STATIC_NAMES)
     values |= {"dataset_num_items": dataset.num_items, "dataset_total_chars": dataset.total_chars}
     started = time.perf_counter()
-    words, notes = text.text_features(dataset.examples, tokenizer)
+    text_values, notes = text.text_features(dataset.examples, tokenizer)
     text_seconds = time.perf_counter() - started
-    values |= words
+    values |= text_values
     held_out_losses: list[ExampleLoss] = []
     num_valid = 0
     if usable:
         with borrowed(model, tokenizer) as loaded, onednn_linears(model, token_budget, with_head=True):
-            first = measure_all(loaded, held_out, train_on, token_budget, progress)
-            held_out_losses = [m.labels for m in first]
-            measured = [*first, *measure_all(loaded, others, train_on, token_budget, progress)]
-            alone = answers_alone(loaded, usable, token_budget)
-        # One example that the model has no number for must not take those of all others with it.
-        numbers = [i for i, m in enumerate(measured) if m.is_finite and math.isfinite(alone[i])]
-        measured, alone = [measured[i] for i in numbers], [alone[i] for i in numbers]
-        num_valid = len(numbers)
+            measured_held_out = measure_all(loaded, held_out, train_on, token_budget, progress)
+            held_out_losses = [m.labels for m in measured_held_out]
+            measured = [*measured_held_out, *measure_all(loaded, others, train_on, token_budget, progress)]
+            losses_alone = answers_alone(loaded, usable, token_budget)
+        # An example on which the model overflows (NaN, infinity) is left out: it would make every mean infinite or NaN.
+        is_valid = [m.is_finite and math.isfinite(loss) for m, loss in zip(measured, losses_alone, strict=True)]
+        measured = list(itertools.compress(measured, is_valid))
+        losses_alone = list(itertools.compress(losses_alone, is_valid))
+        num_valid = len(measured)
         if measured:
-            values |= _semantic(measured) | _perplexity(measured, alone) | _activations(measured)
+            values |= _semantic(measured) | _perplexity(measured, losses_alone) | _activations(measured)
     for name in STATIC_NAMES:
         if values[name] is None:
             notes.setdefault(name, _reason(name, len(usable), num_valid))
@@ -190,6 +205,7 @@ def extract_static(
 
 
 def _reason(name: str, num_usable: int, num_valid: int) -> str:
+    """Why a static feature is None; the text features bring their own reasons."""
     if num_usable == 0:
         return "no example of the sample has an answer within --max-length"
     if num_valid == 0:
@@ -203,34 +219,38 @@ def _reason(name: str, num_usable: int, num_valid: int) -> str:
     return "the model gave no finite number"
 
 
-# From examples to the dataset
+# Features of the dataset from those of its examples
 
 
 def _semantic(measured: Sequence[Measured]) -> dict[str, float | None]:
-    unit = np.stack([m.embedding for m in measured])
-    several = len(unit) > 1
+    embeddings = np.stack([m.embedding for m in measured])  # (N, H), of unit length
+    has_pairs = len(embeddings) > 1
     return {
-        "semantic_diversity": 1 - mean_pairwise_cosine(unit) if several else None,
+        "semantic_diversity": 1 - mean_pairwise_cosine(embeddings) if has_pairs else None,
         "io_similarity": _finite_mean([m.similarity for m in measured if m.similarity is not None]),
         "semantic_consistency": _finite_mean([m.consistency for m in measured if m.consistency is not None]),
-        "embedding_outlier_ratio": _outlier_ratio(unit) if several else None,
+        "embedding_outlier_ratio": _outlier_ratio(embeddings) if has_pairs else None,
     }
 
 
-def _outlier_ratio(unit: np.ndarray) -> float:
-    """Of embeddings in the sample's own order, which does not depend on the file's."""
-    return float((IsolationForest(contamination="auto", random_state=0).fit_predict(unit) < 0).mean())
+def _outlier_ratio(embeddings: np.ndarray) -> float:
+    """Share of examples that an isolation forest calls outliers.
+
+    The forest depends on the order of rows: it is the sample's, which does not depend on the file's.
+    """
+    return float((IsolationForest(contamination="auto", random_state=0).fit_predict(embeddings) < 0).mean())
 
 
-def _perplexity(measured: Sequence[Measured], alone: Sequence[float]) -> dict[str, float | None]:
-    with np.errstate(over="ignore"):  # a perplexity beyond floats makes the mean infinite, and so null
-        whole, answers = np.exp([m.loss for m in measured]), np.exp([m.answer_loss for m in measured])
-    ratios = [m.answer_loss / loss for m, loss in zip(measured, alone, strict=True) if loss > 0]
+def _perplexity(measured: Sequence[Measured], losses_alone: Sequence[float]) -> dict[str, float | None]:
+    """``losses_alone`` are the losses of the answers without their questions, in nats a token."""
+    with np.errstate(over="ignore"):  # a perplexity that overflows makes the mean infinite, and the feature None
+        of_all, of_answer = np.exp([m.loss for m in measured]), np.exp([m.answer_loss for m in measured])
+    ratios = [m.answer_loss / alone for m, alone in zip(measured, losses_alone, strict=True) if alone > 0]
     return {
-        "reference_perplexity": _finite_mean(whole),
-        "reference_perplexity_std": _finite_std(whole),
-        "base_model_perplexity": _finite_mean(answers),
-        "base_perplexity_std": _finite_std(answers),
+        "reference_perplexity": _finite_mean(of_all),
+        "reference_perplexity_std": _finite_std(of_all),
+        "base_model_perplexity": _finite_mean(of_answer),
+        "base_perplexity_std": _finite_std(of_answer),
         "instruction_following_difficulty": _finite_mean(ratios),
     }
 
@@ -241,6 +261,7 @@ def _activations(measured: Sequence[Measured]) -> dict[str, float | None]:
 
 
 def _finite_mean(values: Sequence[float] | np.ndarray) -> float | None:
+    """The mean; None where there are no values, or it is infinite or NaN."""
     mean = float(np.mean(values)) if len(values) else math.nan
     return mean if math.isfinite(mean) else None
 

@@ -1,4 +1,4 @@
-"""Features that need no model: sizes, words, characters, duplicates, groundedness."""
+"""Features from the text alone: lengths, words, characters, near-duplicates, groundedness."""
 
 from __future__ import annotations
 
@@ -17,36 +17,40 @@ from raylora.features.words import words_of
 from raylora.records import Example
 
 LONG_WORD = 8
-COUNTED_AT_ONCE = 512
-"""Texts tokenized together."""
+"""Characters; a word with more of them counts for ``vocab_complexity``."""
+TOKENIZED_AT_ONCE = 512
+"""Texts in one call of the tokenizer."""
 
 
 def text_features(examples: Sequence[Example], tokenizer: Any) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Features of all examples' words and characters, and a note for each that cannot be measured.
+    """Features of all examples' words, characters and token counts, and the reason for each that is None.
 
-    Examples are read twice, one after another. What is kept of each is a few numbers, its text's hash and its row of
-    word counts.
+    Examples, which may lie on disk, are read one by one in two passes. What is kept of each is a few numbers, the hash
+    of its text and its row of word counts (some 4 kB).
     """
     scores = {name: array("d") for name in ("in_ttr", "out_ttr", "repetition", "grounded")}
     characters: Counter[str] = Counter()
     num_words = num_long = 0
     counter = _TokenCounter(tokenizer)
-    for e in examples:
-        question, answer = words_of(e.messages[-1].content), words_of(e.answer)
-        for name, words in (("in_ttr", question), ("out_ttr", answer)):
+    for example in examples:
+        question = example.messages[-1].content
+        question_words, answer_words = words_of(question), words_of(example.answer)
+        for name, words in (("in_ttr", question_words), ("out_ttr", answer_words)):
             if words:
                 scores[name].append(len(set(words)) / len(words))
-        if len(answer) >= 3:
-            scores["repetition"].append(repetition(answer))
-        if (grounded := _groundedness(words_of(e.context or e.question), answer)) is not None:
+        if len(answer_words) >= 3:
+            scores["repetition"].append(repetition(answer_words))
+        grounded = _groundedness(words_of(example.context or example.question), answer_words)
+        if grounded is not None:
             scores["grounded"].append(grounded)
-        num_words += len(question) + len(answer)
-        num_long += sum(len(w) > LONG_WORD for w in question) + sum(len(w) > LONG_WORD for w in answer)
-        characters.update(e.messages[-1].content)
-        characters.update(e.answer)
-        counter.add(e.messages[-1].content.strip())
-        counter.add(e.answer.strip())
-    num_in, num_out = counter.counts().reshape(-1, 2).T
+        for words in (question_words, answer_words):
+            num_words += len(words)
+            num_long += sum(len(word) > LONG_WORD for word in words)
+        characters.update(question)
+        characters.update(example.answer)
+        counter.add(question.strip())
+        counter.add(example.answer.strip())
+    num_in, num_out = counter.counts().reshape(-1, 2).T  # questions and answers were added by turns
     values: dict[str, float | None] = {
         "avg_input_length": float(num_in.mean()),
         "input_length_std": float(num_in.std()),
@@ -70,7 +74,7 @@ def text_features(examples: Sequence[Example], tokenizer: Any) -> tuple[dict[str
 
 
 class _TokenCounter:
-    """Tokens of each text, special ones not added; texts are tokenized together and not kept."""
+    """The number of tokens of each text, without special tokens. Texts are tokenized in batches, and not kept."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -79,10 +83,11 @@ class _TokenCounter:
 
     def add(self, text: str) -> None:
         self._texts.append(text)
-        if len(self._texts) == COUNTED_AT_ONCE:
+        if len(self._texts) == TOKENIZED_AT_ONCE:
             self._count()
 
     def counts(self) -> np.ndarray:
+        """(N,), as floats: the tokens of each text, in the order they were added."""
         if self._texts:
             self._count()
         return np.array(self._counts, dtype=float)
@@ -94,16 +99,21 @@ class _TokenCounter:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None  # exact, so that the file's order does not move it
+    return math.fsum(values) / len(values) if values else None  # an exact sum does not depend on the file's order
 
 
 def repetition(words: Sequence[str]) -> float:
-    """1 - distinct 3-grams / 3-grams of three words or more (seq-rep-3, Welleck et al. 2020)."""
+    """Share of 3-grams that repeat another: 1 - distinct 3-grams / 3-grams (seq-rep-3, Welleck et al. 2020).
+
+    Args:
+        words: three or more.
+    """
     grams = ngrams(words, 3)
     return 1 - len(set(grams)) / len(grams)
 
 
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """All runs of ``n`` words, in their order; none where there are fewer words."""
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
@@ -127,10 +137,10 @@ def calculate_answer_groundedness(context: str, answer: str) -> float | None:
     return _groundedness(words_of(context), words_of(answer))
 
 
-def _groundedness(known: Sequence[str], said: Sequence[str]) -> float | None:
+def _groundedness(context_words: Sequence[str], answer_words: Sequence[str]) -> float | None:
     shares = []
     for n in (1, 2, 3):
-        if grams := ngrams(said, n):
-            there = set(ngrams(known, n))
-            shares.append(sum(g in there for g in grams) / len(grams))
+        if grams := ngrams(answer_words, n):
+            context_grams = set(ngrams(context_words, n))
+            shares.append(sum(gram in context_grams for gram in grams) / len(grams))
     return sum(shares) / len(shares) if shares else None

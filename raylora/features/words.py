@@ -1,18 +1,18 @@
-"""Words of a text, in any script."""
+"""Split a text in any script into words."""
 
 from __future__ import annotations
 
 import regex
 
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}]|(?:(?![\p{Han}\p{Hiragana}])[\w\p{M}])+")
-_ASCII_WORD = regex.compile(r"\w+", regex.ASCII)  # says the same of ASCII
+_ASCII_WORD = regex.compile(r"\w+", regex.ASCII)  # the same words of an ASCII text, by a simpler pattern
 
 
 def words_of(text: str) -> list[str]:
-    """Unicode words, case-folded: runs of letters, marks, digits and underscores.
+    """Unicode words, case-folded: runs of letters, combining marks, digits and underscores.
 
-    Marks belong to their letter: vowels of Indic scripts are such. Where a script writes no spaces, each ideograph is a
-    word, as in Unicode's rules (UAX 29).
+    A combining mark is part of its word: without that, Indic words would be cut at their vowel signs. Chinese and
+    Japanese write no spaces: each ideograph or hiragana is a word, as in Unicode's rules (UAX 29).
     """
     folded = text.casefold()
     words: list[str] = (_ASCII_WORD if folded.isascii() else WORD).findall(folded)

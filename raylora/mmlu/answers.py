@@ -1,4 +1,4 @@
-"""Answers that the model writes, and the letter each one names."""
+"""Generated answers (``--scoring generate``), and the letter that each one names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ MAX_NEW_TOKENS = 10
 
 
 def write_answers(model: Any, tokenizer: Any, batch: Sequence[EncodedQuestion], pad: int) -> list[str]:
-    """What ``model`` writes behind each prompt: greedy, at most ten tokens."""
+    """Generate an answer to each prompt: greedily, at most ten tokens. Returns a text for each of ``batch``.
+
+    Args:
+        pad: id of the padding token; prompts are padded on the left.
+    """
     from transformers import GenerationConfig
 
     inputs = pad_left([e.context_ids for e in batch], pad, model.device)
@@ -32,14 +36,15 @@ def write_answers(model: Any, tokenizer: Any, batch: Sequence[EncodedQuestion], 
 
 _OPEN, _CLOSE = r"[\s*_(\[\"']*", r"(?=$|[\s.,:;)\]*_\"'!?])"
 _ANSWER_PATTERNS = (
-    # The letter comes first: "C", "(C)", "C.", "C) banana", "**C**". A lone capital before a word is a word: "A cat".
+    # The letter comes first: "C", "(C)", "C.", "C) banana", "**C**". Before a space and a word it is none: "A cat".
     re.compile(rf"^{_OPEN}([A-Da-d])(?:$|[.,:;)\]*_\"'!?]|\s*\n)"),
+    # The letter comes later: "The answer is C", "Answer: (C)", "the correct option is option C".
     re.compile(rf"\b(?:answer|option|choice)\b(?:\s+is)?(?:\s+(?:option|choice))?\s*:?{_OPEN}([A-Da-d]){_CLOSE}", re.I),
 )
 
 
 def parse_answer(text: str) -> int | None:
-    """The option that a text names, 0 to 3; None where it names none clearly."""
+    """The choice that a generated text names, 0 to 3; None where it names none clearly."""
     text = text.strip()
     for pattern in _ANSWER_PATTERNS:
         if match := pattern.search(text):

@@ -1,4 +1,4 @@
-"""One model, one set of questions: what every evaluation of a process shares."""
+"""Scoring of one base model and its adapters on one set of questions: both are loaded once a process."""
 
 from __future__ import annotations
 
@@ -33,17 +33,21 @@ log = logging.getLogger("raylora")
 
 
 def check_prompt_style(config: EvaluationConfig, source: str) -> None:
-    """Say early that a tokenizer has no chat template.
+    """Check that a tokenizer can render the prompts, before the model is loaded.
 
     Raises:
-        UserError: it has none, and ``chat`` needs one.
+        UserError: the style is ``chat``, and the tokenizer has no chat template.
     """
     if config.prompt_style == "chat" and not load_tokenizer(source, config.trust_remote_code).chat_template:
         raise UserError(f"--prompt-style chat: {config.model} has no chat template; use --prompt-style harness")
 
 
 class Evaluator:
-    """The base model and the encoded questions, each loaded once a process."""
+    """Scores models of one base; the base model and the encoded questions are loaded at their first use.
+
+    Args:
+        loaded: the base model, if it is loaded already.
+    """
 
     def __init__(self, config: EvaluationConfig, store: Store, loaded: LoadedModel | None = None) -> None:
         self.config = config
@@ -56,28 +60,32 @@ class Evaluator:
         return self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
 
     def questions(self, base_key: str) -> list[EncodedQuestion]:
-        """The run's questions as token ids, made by whichever process comes first and read by all others."""
+        """The run's questions as token ids: the first process to ask for them encodes them, the others read its file.
+
+        Raises:
+            MachineError: the questions or the model are not those of ``base_key``, or cannot be read on this machine.
+        """
         if base_key not in self._encoded:
-            asked = self._asked(base_key)
+            question_set = self._planned_questions(base_key)
             path = self.store.base_file(base_key, "questions.parquet")
             with self.store.base_lock(base_key, "questions"):
-                encoded = _kept(path, lambda: load_encoded(path, asked.questions))
+                encoded = _load_if_whole(path, lambda: load_encoded(path, question_set.questions))
                 if encoded is None:
-                    made = self._encode(asked)
-                    write_atomically(path, lambda partial: save_encoded(made, partial))
-                    encoded = load_encoded(path, asked.questions)
+                    new = self._encode(question_set)
+                    write_atomically(path, lambda partial: save_encoded(new, partial))
+                    encoded = load_encoded(path, question_set.questions)
             self._encoded[base_key] = encoded
         return self._encoded[base_key]
 
-    def _asked(self, base_key: str) -> QuestionSet:
-        """The questions, as they were when the run was planned.
+    def _planned_questions(self, base_key: str) -> QuestionSet:
+        """The questions, checked to be those (and the model to be the one) that the run was planned with.
 
         Raises:
-            MachineError: they, or the model, are something else now, or cannot be read here.
+            MachineError: they are not, or cannot be read on this machine.
         """
         try:
-            asked = load_question_set(self.config)
-            key = score_key(model_key(self.config, self.loaded.source), questions_key(self.config, asked))
+            question_set = load_question_set(self.config)
+            key = score_key(model_key(self.config, self.loaded.source), questions_key(self.config, question_set))
         except UserError as error:
             raise MachineError(str(error), kind=error.kind) from error
         if key != base_key:
@@ -86,20 +94,28 @@ class Evaluator:
                 "command again",
                 kind=ErrorKind.CHANGED_MEANWHILE,
             )
-        return asked
+        return question_set
 
-    def _encode(self, asked: QuestionSet) -> list[EncodedQuestion]:
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+    def _encode(self, question_set: QuestionSet) -> list[EncodedQuestion]:
         return encode_questions(
-            tokenizer, asked.questions, asked.shots, self.config.prompt_style, context_window(model)
+            self.loaded.tokenizer,
+            question_set.questions,
+            question_set.shots,
+            self.config.prompt_style,
+            context_window(self.loaded.model),
         )
 
     def score(self, base_key: str, key: str, path: Path, progress: ProgressCallback) -> Score:
-        """Ask every question of the model as it is now, with the active adapter if there is one.
+        """Ask the model every question, with the active adapter if there is one, and write the score to ``path``.
 
         Args:
-            key: identity of the score; a half-done evaluation under the same one is gone on with.
-            path: where the score is kept, as a Parquet file.
+            base_key: identity of the base's score, which stands for the questions and the base model.
+            key: identity of this score; a killed evaluation with the same key is continued.
+            path: the score's Parquet file; its journal is a folder beside it until then.
+
+        Raises:
+            MachineError: see ``questions``.
+            torch.OutOfMemoryError: a single question does not fit.
         """
         journal = Journal(_journal_folder(path), key)
         score = evaluate(
@@ -116,22 +132,25 @@ class Evaluator:
         return score
 
     def is_being_scored(self, key: str, path: Path) -> bool:
-        """Whether there is a half-done evaluation to help with."""
+        """Whether the evaluation of ``key`` has begun and is not finished: there is something to help with."""
         return Journal(_journal_folder(path), key, helper="looker").is_open
 
     def help_score(self, base_key: str, key: str, path: Path, name: str, progress: ProgressCallback) -> int:
-        """Ask, for another process that is scoring the same model, questions it has not come to yet.
+        """Ask questions that another process, which is scoring the same model, has not begun yet.
 
         Args:
-            name: this process's name; no two helpers of a score have the same.
+            name: this process's name; no two helpers of a score may have the same.
 
         Returns:
-            The number of questions asked.
+            The number of questions asked; 0 if the evaluation is finished.
+
+        Raises:
+            MachineError: see ``questions``.
         """
         journal = Journal(_journal_folder(path), key, helper=name)
         if not journal.is_open:  # it was finished meanwhile
             return 0
-        num_known = len(journal.answers)
+        num_before = len(journal.answers)
         answer(
             self.loaded.model,
             self.loaded.tokenizer,
@@ -141,28 +160,31 @@ class Evaluator:
             self.config.token_budget,
             lambda _, done, total: progress(ProgressStage.HELPING_MMLU, done, total),
         )
-        return len(journal.answers) - num_known
+        return len(journal.answers) - num_before
 
     def base_score(self, key: str, wait: bool, progress: ProgressCallback = ignore_progress) -> Score | None:
-        """The base's score of this run: made once by whichever process comes first.
+        """The base model's score, computed once a run: by the first process to ask for it, under a lock.
 
         Returns:
-            None where another process is making it and ``wait`` is False.
+            None if another process is computing it and ``wait`` is False.
+
+        Raises:
+            MachineError: see ``questions``.
         """
         path = self.store.base_file(key, "scores.parquet")
         with contextlib.suppress(TimeoutError), self.store.base_lock(key, "scores").acquire(timeout=-1 if wait else 0):
             self.store.fetch(path)
-            if (score := _kept(path, lambda: load_score(path))) is None:
+            if (score := _load_if_whole(path, lambda: load_score(path))) is None:
                 with self.loaded.base():
                     self.score(key, key, path, lambda _, *counts: progress(ProgressStage.BASE_MMLU, *counts))
                 self.store.share(path)
-                score = load_score(path)  # another machine's, if it was the first to be done
+                score = load_score(path)  # ``share`` has put another machine's in its place, if that was there first
             return score
-        return _kept(path, lambda: load_score(path))
+        return _load_if_whole(path, lambda: load_score(path))
 
 
-def _kept(path: Path, load: Callable[[], T]) -> T | None:
-    """What a file holds; None where there is none, or it is empty or cut: it is made again."""
+def _load_if_whole(path: Path, load: Callable[[], T]) -> T | None:
+    """What a file holds; None if there is no file, or it is empty or cut off, so that it has to be made again."""
     if not path.is_file():
         return None
     try:

@@ -1,8 +1,9 @@
-"""Answers as they come, on disk, shared by every process that asks one model the same questions.
+"""Answers on disk, batch by batch: a killed evaluation is continued, and several processes share one evaluation.
 
-A folder holds a ``plan.json`` (key and token budget), a ``claim-N`` for each batch that somebody has begun, and an
-``answers-NAME.jsonl`` for each process, a line a batch. The process whose score it is owns the folder, and walks from
-the first batch; helpers walk from the last one. An owner that died leaves a folder that the next one goes on with.
+A folder holds ``plan.json`` (the score's key and the token budget), an empty file ``claim-N`` for each batch that a
+process has begun, and ``answers-NAME.jsonl`` for each process, a line a batch. The process that needs the score owns
+the folder and takes batches from the first on; helpers take them from the last on. The next owner continues the folder
+of one that died.
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ OWNER = "owner"
 
 @dataclass(frozen=True)
 class Answer:
-    """Four log-likelihoods, the prediction (0 to 3, None if unparsed), and the text that was written."""
+    """A model's answer to one question."""
 
     logprobs: list[float]
+    """Log-likelihoods of the four choices, in nats."""
     prediction: int | None
+    """The choice, 0 to 3; None where the generated text names none."""
     text: str = ""
+    """What was generated, where answers are."""
 
 
 class Journal:
-    """One process's sight of the folder; without a folder, of its own memory only.
+    """One process's view of the folder; without a folder, answers are kept in memory only.
 
     Args:
-        key: identity of the score. What lies in the folder under another key is thrown away by its owner.
-        helper: this process's name in the folder, where it does not own it.
+        key: identity of the score. The owner throws a folder of another key away.
+        helper: this process's name in the folder, if it is a helper; no two helpers may have the same.
     """
 
     def __init__(self, folder: Path | None, key: str, helper: str | None = None) -> None:
         self.folder, self.key, self.name = folder, key, helper or OWNER
         self.is_helper = helper is not None
-        self.answers: dict[int, Answer] = {}
-        self.budget: int | None = None
+        self.answers: dict[int, Answer] = {}  # by the question's index
+        self.budget: int | None = None  # padded tokens in a batch; see ``open`` for both
         self.reduced: int | None = None
         plan = read_json(folder / "plan.json") if folder else None
         if plan and plan.get("key") == key:
@@ -49,10 +53,13 @@ class Journal:
             shutil.rmtree(folder, ignore_errors=True)
         self.read_others()
         if folder and not self.is_helper:
-            self._tidy(folder)
+            self._clean_up(folder)
 
-    def _tidy(self, folder: Path) -> None:
-        """What earlier processes left: claims of the dead, and lines torn as they died."""
+    def _clean_up(self, folder: Path) -> None:
+        """Remove what killed processes left: claims of batches nobody is at, and lines that were cut off.
+
+        All answers so far go into the owner's file; the helpers' files are deleted.
+        """
         for claim in folder.glob("claim-*"):
             claim.unlink()
         if self.answers:
@@ -63,15 +70,18 @@ class Journal:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a plan to help with."""
+        """Whether the owner has fixed the batches, so that others can help."""
         return self.budget is not None
 
     def open(self, budget: int, reduced: int) -> None:
-        """Say how batches are cut, so that all cut them alike: what shares a batch moves an 8-bit model's numbers.
+        """Fix how questions are cut into batches; the owner writes it down for its helpers and its successor.
+
+        All must cut alike: batch N is then the same for all, and so is an 8-bit model's log-likelihood, which depends
+        on the other questions in its batch (by 0.45 nats in the median, benchmarks/NOTES.md).
 
         Args:
             budget: padded tokens in a batch.
-            reduced: what of it memory allows at once; the same until it ran out.
+            reduced: padded tokens in one forward pass; less than ``budget`` once memory has run out.
         """
         self.budget, self.reduced = budget, reduced
         if self.folder and not self.is_helper:
@@ -79,19 +89,20 @@ class Journal:
             write_text(self.folder / "plan.json", json.dumps(plan))
 
     def claim(self, number: int) -> bool:
-        """Whether the batch is this process's to ask: nobody else has begun it."""
+        """Claim a batch; False where another process has begun it, or the score is finished."""
         if not self.folder:
             return True
         try:
-            (self.folder / f"claim-{number}").open("x").close()
-        except OSError:  # it is there; or the folder is gone, as the score is finished
+            (self.folder / f"claim-{number}").open("x").close()  # "x" fails if it exists: one process succeeds
+        except OSError:  # it exists; or the folder is gone, as the score is finished
             return False
         return True
 
     def add(self, answers: dict[int, Answer]) -> None:
+        """Keep answers, by question index, in memory and in this process's file."""
         self.answers |= answers
         if self.folder:
-            # The owner may have finished, and taken the folder away.
+            # The owner may have finished meanwhile, and removed the folder.
             with contextlib.suppress(FileNotFoundError) if self.is_helper else contextlib.nullcontext():
                 self._append(answers)
 
@@ -105,7 +116,7 @@ class Journal:
         return json.dumps({i: [a.logprobs, a.prediction, a.text] for i, a in answers.items()}) + "\n"
 
     def read_others(self) -> None:
-        """Take in what others have answered so far, up to a line that is not whole yet."""
+        """Read the answers of all processes so far; of each file up to a line that is not written to its end yet."""
         if not self.folder or not self.is_open:
             return
         for path in self.folder.glob("answers-*.jsonl"):
@@ -116,10 +127,12 @@ class Journal:
                     break
 
     def knows(self, indices: Sequence[int]) -> bool:
+        """Whether all these questions, given by index, are answered."""
         return all(i in self.answers for i in indices)
 
     def remove(self) -> None:
-        """The score is stored. Out of the helpers' way first: what they write goes nowhere."""
+        """Delete the folder, as the score is stored."""
         if self.folder and self.folder.is_dir():
-            aside = self.folder.rename(partial_of(self.folder))
-            shutil.rmtree(aside, ignore_errors=True)
+            # Renamed first: a helper that still writes finds no folder, and cannot fill one that is being deleted.
+            renamed = self.folder.rename(partial_of(self.folder))
+            shutil.rmtree(renamed, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Questions as token ids, as lm-evaluation-harness 0.4.13 draws them, or in the model's own chat template.
+"""Prompts as token ids: lm-evaluation-harness 0.4.13's few-shot prompt, or the model's own chat template.
 
-words   The following are ... Answer:| A
+text    The following are ... Answer:| A
 ids     c0 c1 c2 ...              cn | a
-                                  ^ the logits here say how likely each letter is
+                                  ^ the logits at this position are those of the four letters
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from raylora.records import Message, Question
 
 PromptStyle = Literal["harness", "chat"]
 ENCODED_AT_ONCE = 256
-"""Questions tokenized together."""
+"""Questions tokenized in one call."""
 CHAT_INSTRUCTION = "Answer with the letter of the right option only: A, B, C or D."
 
 
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """A question's prompt and its four continuations as token ids."""
+    """A question's prompt and its four continuations, as token ids."""
 
     question: Question
     context_ids: list[int]
     continuations: list[list[int]]
+    """One for each choice: " A" and so on, behind the same context."""
     num_truncated: int
-    """Tokens that were cut from the prompt's front, because it was longer than the model's window."""
+    """Tokens cut from the front of a prompt that is longer than the model's context window."""
 
     @property
     def single_token(self) -> bool:
-        """Whether one look at the last position tells all four choices apart."""
+        """Whether the logits at the prompt's last position score all choices: each is one token, and they differ."""
         return len({tuple(c) for c in self.continuations}) == 4 and all(len(c) == 1 for c in self.continuations)
 
     def __len__(self) -> int:
@@ -46,7 +47,10 @@ class EncodedQuestion:
 
 
 def build_shots(dev: Iterable[Question], subjects: Iterable[str], num_fewshot: int) -> dict[str, list[Question]]:
-    """The first ``num_fewshot`` solved questions of each subject, in their order.
+    """The few-shot examples of each subject: its first ``num_fewshot`` solved questions, in their order.
+
+    Args:
+        dev: solved questions of any subjects.
 
     Raises:
         UserError: a subject has fewer.
@@ -55,10 +59,10 @@ def build_shots(dev: Iterable[Question], subjects: Iterable[str], num_fewshot: i
     for question in dev:
         if question.subject in by_subject:
             by_subject[question.subject].append(question)
-    short = [f"{subject} has {len(q)}" for subject, q in by_subject.items() if len(q) < num_fewshot]
-    if short:
-        more = f" and {len(short) - 5} more subjects" if len(short) > 5 else ""
-        raise UserError(f"--num-fewshot {num_fewshot}: too few dev questions: {', '.join(short[:5])}{more}")
+    too_few = [f"{subject} has {len(q)}" for subject, q in by_subject.items() if len(q) < num_fewshot]
+    if too_few:
+        more = f" and {len(too_few) - 5} more subjects" if len(too_few) > 5 else ""
+        raise UserError(f"--num-fewshot {num_fewshot}: too few dev questions: {', '.join(too_few[:5])}{more}")
     return {subject: group[:num_fewshot] for subject, group in by_subject.items()}
 
 
@@ -69,30 +73,33 @@ def encode_questions(
     prompt_style: PromptStyle,
     max_length: int,
 ) -> list[EncodedQuestion]:
-    """Prompts in the order of ``questions``; one that is too long for ``max_length`` tokens loses its front.
+    """Encode the prompt of each question, in the order of ``questions``.
+
+    Args:
+        shots: the few-shot examples of each subject; a subject without an entry is asked 0-shot.
+        max_length: the model's context window in tokens; a longer prompt is cut at its front.
 
     Raises:
-        UserError: ``chat`` and the tokenizer has no chat template.
+        UserError: the style is ``chat``, and the tokenizer has no chat template.
     """
     if prompt_style == "chat" and not tokenizer.chat_template:
         raise UserError("--prompt-style chat: the tokenizer has no chat template; use --prompt-style harness")
     encoded: list[EncodedQuestion] = []
     for start in range(0, len(questions), ENCODED_AT_ONCE):
-        chunk = questions[start : start + ENCODED_AT_ONCE]
+        batch = questions[start : start + ENCODED_AT_ONCE]
         if prompt_style == "chat":
-            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in chunk]
-            parts = _split(
-                tokenizer, contexts, LETTERS, add_special_tokens=not _begins_with_bos(tokenizer, contexts[0])
-            )
+            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in batch]
+            with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
+            pairs = _tokenize(tokenizer, contexts, LETTERS, add_special_tokens=with_bos)
         else:
-            contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in chunk]
-            parts = _split(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
-        encoded += [_truncate(q, p, max_length) for q, p in zip(chunk, parts, strict=True)]
+            contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in batch]
+            pairs = _tokenize(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
+        encoded += [_truncate(q, p, max_length) for q, p in zip(batch, pairs, strict=True)]
     return encoded
 
 
 def harness_prompt(question: Question, shots: Sequence[Question]) -> str:
-    """The description, the solved questions, and the question up to ``Answer:``."""
+    """The subject's description, the solved questions, and the question up to ``Answer:``."""
     subject = question.subject.replace("_", " ")
     text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     for shot in shots:
@@ -106,7 +113,7 @@ def _block(question: Question) -> str:
 
 
 def chat_prompt(tokenizer: Any, question: Question, shots: Sequence[Question]) -> str:
-    """The question as a user's turn, the solved ones as turns before it, up to where the assistant answers."""
+    """The conversation up to the assistant's answer: a turn pair for each solved question, then the question's turn."""
     messages = []
     for shot in shots:
         messages += [Message("user", _chat_question(shot)), Message("assistant", LETTERS[shot.answer])]
@@ -119,47 +126,50 @@ def _chat_question(question: Question) -> str:
     return f"{question.question.strip()}\n{options}\n\n{CHAT_INSTRUCTION}"
 
 
-def _split(
+def _tokenize(
     tokenizer: Any, contexts: Sequence[str], continuations: Sequence[str], add_special_tokens: bool
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """For each context its ids with each continuation, as those of one string cut at the length of the context's own.
+    """For each context its pairs (context ids, continuation ids), one for each continuation.
 
-    White space at the context's end goes to the continuation, since tokenizers join it with what follows.
+    As in lm-evaluation-harness, both are tokenized as one string, which is cut at the number of tokens that the context
+    has alone. White space at the context's end goes to the continuation, since tokenizers join it with the next word.
     """
     stripped = [context.rstrip() for context in contexts]
-    wholes = [context + continuation for context in contexts for continuation in continuations]
+    full_texts = [context + continuation for context in contexts for continuation in continuations]
     lengths = [len(ids) for ids in tokenizer(stripped, add_special_tokens=add_special_tokens)["input_ids"]]
-    ids = tokenizer(wholes, add_special_tokens=add_special_tokens)["input_ids"]
+    full_ids = tokenizer(full_texts, add_special_tokens=add_special_tokens)["input_ids"]
     n = len(continuations)
-    return [
-        [(whole[:length], whole[length:]) for whole in ids[i * n : (i + 1) * n]] for i, length in enumerate(lengths)
-    ]
+    return [[(ids[:length], ids[length:]) for ids in full_ids[i * n : (i + 1) * n]] for i, length in enumerate(lengths)]
 
 
 def _begins_with_bos(tokenizer: Any, context: str) -> bool:
-    """Whether a chat template has put the token that begins a text there already."""
+    """Whether the chat template has written the beginning-of-sequence token (in tokenizers without one, EOS) itself."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return first is not None and context.startswith(tokenizer.decode(first))
 
 
-def _truncate(question: Question, parts: list[tuple[list[int], list[int]]], max_length: int) -> EncodedQuestion:
-    """Every choice has the same context, except where a tokenizer joins over the border: then it is one to each."""
-    context = parts[0][0]
-    shared = min((_common(context, ids) for ids, _ in parts), default=0)
-    continuations = [ids[shared:] + continuation for ids, continuation in parts]
-    context = context[:shared]
-    # The last token of a continuation is scored, never fed in: it does not count for the window.
-    room = max_length + 1 - max(len(c) for c in continuations)
-    cut = max(0, len(context) - room)
-    return EncodedQuestion(question, context[cut:], continuations, cut)
+def _truncate(question: Question, pairs: list[tuple[list[int], list[int]]], max_length: int) -> EncodedQuestion:
+    """The question with one context for all choices, cut at its front to fit the window.
+
+    Contexts of the choices differ where a tokenizer joins a context's last characters with the letter: from the first
+    such token on, ids belong to the continuations.
+    """
+    context = pairs[0][0]
+    num_shared = min((_common_prefix_length(context, ids) for ids, _ in pairs), default=0)
+    continuations = [ids[num_shared:] + continuation for ids, continuation in pairs]
+    context = context[:num_shared]
+    # + 1: a continuation's last token is scored, but not fed in, so it takes no place in the window.
+    max_context = max_length + 1 - max(len(c) for c in continuations)
+    num_cut = max(0, len(context) - max_context)
+    return EncodedQuestion(question, context[num_cut:], continuations, num_cut)
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def _common_prefix_length(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def save_encoded(encoded: Sequence[EncodedQuestion], path: Path) -> None:
-    """The token ids as a Parquet file, for other processes that ask the same questions."""
+    """Write the token ids as a Parquet file, for other processes that ask the same questions."""
     columns = {
         "context_ids": [e.context_ids for e in encoded],
         "continuations": [e.continuations for e in encoded],
@@ -169,7 +179,14 @@ def save_encoded(encoded: Sequence[EncodedQuestion], path: Path) -> None:
 
 
 def load_encoded(path: Path, questions: Sequence[Question]) -> list[EncodedQuestion]:
-    """What ``save_encoded`` wrote of the same questions in the same order."""
+    """Read what ``save_encoded`` wrote.
+
+    Args:
+        questions: those that were encoded, in the same order.
+
+    Raises:
+        ValueError, KeyError: the file is no whole Parquet file, or is of another number of questions.
+    """
     columns = pq.read_table(path).to_pydict()
     rows = zip(questions, columns["context_ids"], columns["continuations"], columns["num_truncated"], strict=True)
     return [EncodedQuestion(*row) for row in rows]

@@ -1,4 +1,4 @@
-"""The questions of a run, and the identity of a score."""
+"""The questions of a run, and the keys by which scores are stored and found again."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ DEFAULT_QUESTIONS = Path("mmlu_dataset/test_all_subjects.json")
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of a run, and the solved ones shown before them, by subject."""
+    """The questions of a run, with what is shown before them."""
 
     questions: list[Question]
     shots: dict[str, list[Question]]
+    """Few-shot examples: the solved questions shown before each question, by subject; empty for 0-shot."""
     notes: list[str]
-    """What is odd about the file, and no reason to stop."""
+    """Warnings about the file, for the user."""
 
     @property
     def hash(self) -> str:
+        """Identity of questions and shots by content."""
         return questions_hash([*self.questions, *(q for group in self.shots.values() for q in group)])
 
 
 def find_questions(config: EvaluationConfig) -> Path:
-    """The questions' file or folder.
+    """The absolute path of the questions' file or folder.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such path.
     """
     if config.mmlu == DEMO:
         return DEMO_QUESTIONS
@@ -59,9 +61,9 @@ def load_question_set(config: EvaluationConfig) -> QuestionSet:
 
 def _load_question_set(config: EvaluationConfig) -> QuestionSet:
     path = find_questions(config)
-    everything = load_questions(path)
-    notes = _duplicates(path, everything)
-    questions = select_questions(everything, config.max_samples, config.seed)
+    all_questions = load_questions(path)
+    notes = _note_duplicates(path, all_questions)
+    questions = select_questions(all_questions, config.max_samples, config.seed)
     if config.num_fewshot == 0:
         return QuestionSet(questions, {}, notes)
     dev = load_dev_questions(path)
@@ -71,36 +73,43 @@ def _load_question_set(config: EvaluationConfig) -> QuestionSet:
     return QuestionSet(questions, build_shots(dev, subjects, config.num_fewshot), notes)
 
 
-def _duplicates(path: Path, questions: list[Question]) -> list[str]:
-    """MMLU itself has 27 questions twice: they count as often as they stand there, as in the reference."""
+def _note_duplicates(path: Path, questions: list[Question]) -> list[str]:
+    """A warning where questions are repeated. All count, as in lm-evaluation-harness: MMLU itself has 27 twice."""
     counts = Counter((q.subject, q.question, q.choices) for q in questions)
     repeated = [key for key, count in counts.items() if count > 1]
     if not repeated:
         return []
-    num_more = sum(counts[key] - 1 for key in repeated)
+    num_extra = sum(counts[key] - 1 for key in repeated)
     subject, text, _ = repeated[0]
-    return [f"{path}: {num_more} questions stand there again, the first of {subject}: {' '.join(text.split())[:60]!r}"]
+    return [f"{path}: {num_extra} questions stand there again, the first of {subject}: {' '.join(text.split())[:60]!r}"]
 
 
 def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
-    """Everything about the base model that moves a result. Not its name: a folder may be moved, or its content change.
+    """Everything about the base model that changes a score: its content, not its path, as folders are moved or changed.
 
     Raises:
         UserError: there is no such model.
     """
     options = config.settings_of(ModelOptions)
-    for no_part_of_it in ("max_memory", "allow_pickle"):  # where the weights lie, and in what files
-        options.pop(no_part_of_it)
+    for changes_no_score in ("max_memory", "allow_pickle"):  # on which devices the weights are, and in what files
+        options.pop(changes_no_score)
     return {**options, "model": model_hash(source, config.trust_remote_code), "schema": SCHEMA_VERSION}
 
 
-def questions_key(config: EvaluationConfig, asked: QuestionSet) -> dict[str, Any]:
-    """Everything about the questions that moves a result."""
+def questions_key(config: EvaluationConfig, question_set: QuestionSet) -> dict[str, Any]:
+    """Everything about the questions, and how they are asked, that changes a score."""
     options = config.settings_of(MmluOptions)
-    options.pop("token_budget")  # where batches are cut is no part of what is asked
-    return {**options, "mmlu": asked.hash}
+    # How questions are batched is no part of it, though it moves log-likelihoods of 8-bit models (benchmarks/NOTES.md):
+    # hence the token budget stands in every row.
+    options.pop("token_budget")
+    return {**options, "mmlu": question_set.hash}
 
 
 def score_key(of_model: dict[str, Any], of_questions: dict[str, Any], *adapter: str) -> str:
-    """Identity of a score: model, questions, how they are asked, and the adapter's hash if there is one."""
+    """Identity of a score, 64 hex digits: model, questions, how they are asked, and the adapter's hash if there is one.
+
+    Args:
+        of_model: from ``model_key``.
+        of_questions: from ``questions_key``.
+    """
     return digest([of_model, of_questions, *adapter])

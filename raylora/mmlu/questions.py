@@ -1,4 +1,4 @@
-"""Questions from files: JSON, JSON lines, Parquet as on the hub, and the original folder of CSV files."""
+"""Read MMLU questions: JSON, JSON lines, Parquet as on the Hugging Face hub, and the original archive's CSV files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raylora.errors import UserError, reason
 from raylora.records import Question, digest
 
 LETTERS = "ABCD"
-# As lm-evaluation-harness has them.
+# The four groups of lm-evaluation-harness.
 SUBJECT_GROUP_NAMES = {
     "stem": """
         abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
@@ -46,46 +46,52 @@ SUBJECT_GROUPS = {subject: group for group, subjects in SUBJECT_GROUP_NAMES.item
 """The group of each of the 57 subjects."""
 
 Split = Literal["test", "dev"]
-QuestionPlace = tuple[str, dict[str, Any]]
-"""Where a raw question stands, and its fields."""
+RawQuestion = tuple[str, dict[str, Any]]
+"""The place of a question in its file ("question 7"), and its fields, not checked yet."""
 
 
 def load_questions(path: Path, split: Split = "test") -> list[Question]:
-    """Read a file or folder of questions, in its order; of a folder that holds several splits, ``split``.
+    """Read the questions of a file or folder, in its order.
+
+    Args:
+        split: which questions of a folder that holds several splits.
+
+    Returns:
+        Questions whose ids are ``subject/N``, N counting from 0 within the subject.
 
     Raises:
-        UserError: one line that names the file, the question and what is wrong with it.
+        UserError: a question is bad, or there is none; the message names the file, the question and what is wrong.
     """
-    counts: Counter[str] = Counter()
+    num_of_subject: Counter[str] = Counter()
     questions = []
     for place, fields in _read_raw(path, split):
-        question = _parse(f"{path}: {place}", fields, counts)
-        counts[question.subject] += 1
+        question = _parse(f"{path}: {place}", fields, num_of_subject)
+        num_of_subject[question.subject] += 1
         questions.append(question)
     if not questions:
         raise UserError(f"{path}: no question in it; expected a list of {{question, choices, answer, subject}}")
     return questions
 
 
-def _parse(place: str, fields: dict[str, Any], counts: Counter[str]) -> Question:
+def _parse(place: str, fields: dict[str, Any], num_of_subject: Counter[str]) -> Question:
     subject, text, choices = fields.get("subject"), fields.get("question"), fields.get("choices")
     if not isinstance(subject, str) or not subject.strip():
         raise UserError(f"{place}: has no subject")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place}: has no question text")
     if not isinstance(choices, list | tuple) or len(choices) != 4:
-        found = len(choices) if isinstance(choices, list | tuple) else "none"
-        raise UserError(f"{place}: needs 4 choices, found {found}")
+        num_choices = len(choices) if isinstance(choices, list | tuple) else "none"
+        raise UserError(f"{place}: needs 4 choices, found {num_choices}")
     if not all(isinstance(c, str) for c in choices):
         raise UserError(f"{place}: its choices must be text")
     subject = subject.strip()
     a, b, c, d = choices
-    return Question(
-        subject, text, (a, b, c, d), _parse_letter(place, fields.get("answer")), f"{subject}/{counts[subject]}"
-    )
+    question_id = f"{subject}/{num_of_subject[subject]}"
+    return Question(subject, text, (a, b, c, d), _parse_letter(place, fields.get("answer")), question_id)
 
 
 def _parse_letter(place: str, answer: Any) -> int:
+    """The index of the right choice, 0 to 3; files give it as a letter, a number or a number's text."""
     if isinstance(answer, str) and answer.strip().upper() in tuple(LETTERS):
         return LETTERS.index(answer.strip().upper())
     if isinstance(answer, str) and answer.strip() in {"0", "1", "2", "3"}:
@@ -95,7 +101,7 @@ def _parse_letter(place: str, answer: Any) -> int:
     raise UserError(f"{place}: answer {str(answer)[:40]!r}; expected 0 to 3 or A to D")
 
 
-def _read_raw(path: Path, split: Split) -> Iterator[QuestionPlace]:
+def _read_raw(path: Path, split: Split) -> Iterator[RawQuestion]:
     try:
         if path.is_dir():
             yield from _read_folder(path, split)
@@ -109,9 +115,9 @@ def _read_raw(path: Path, split: Split) -> Iterator[QuestionPlace]:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
-def _read_folder(folder: Path, split: Split) -> Iterator[QuestionPlace]:
+def _read_folder(folder: Path, split: Split) -> Iterator[RawQuestion]:
     files = _files_of(folder, split)
-    if split == "test" and not files:  # nothing is named for a split: all of it are the questions
+    if split == "test" and not files:  # no file is named after a split: then all files are questions to ask
         files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.csv"))
     if not files:
         raise UserError(f"{folder}: no {split} questions in it ({split}/*, all/{split}-*.parquet, *_{split}.csv)")
@@ -121,26 +127,27 @@ def _read_folder(folder: Path, split: Split) -> Iterator[QuestionPlace]:
 
 
 def _files_of(folder: Path, split: Split) -> list[Path]:
-    """Where a split lies: as on the hub (all subjects together, or a folder each), or as in the original archive."""
-    for pattern in ("*.parquet", "*.csv"):
-        for place in (f"{split}/{pattern}", f"all/{split}-{pattern}", f"{split}-{pattern}", f"*_{split}{pattern[1:]}"):
-            if files := sorted(folder.glob(place)):
+    """A split's files: as on the hub (all subjects together, or a folder each), or as in the original archive."""
+    for any_file in ("*.parquet", "*.csv"):
+        suffix = any_file[1:]
+        for pattern in (f"{split}/{any_file}", f"all/{split}-{any_file}", f"{split}-{any_file}", f"*_{split}{suffix}"):
+            if files := sorted(folder.glob(pattern)):
                 return files
     return sorted(folder.glob(f"*/{split}-*.parquet"))
 
 
-def _read_parquet(path: Path) -> Iterator[QuestionPlace]:
+def _read_parquet(path: Path) -> Iterator[RawQuestion]:
     data = _bytes_of(path)
     try:
         rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, ValueError, OSError) as error:  # a damaged one may hold text that is no UTF-8
+    except (pa.ArrowException, ValueError, OSError) as error:  # a damaged file may hold text that is not UTF-8
         raise UserError(f"{path}: no Parquet file: {' '.join(str(error).split())[:200]}") from None
     for i, fields in enumerate(rows, 1):
         yield f"question {i}", fields
 
 
-def _read_csv(path: Path) -> Iterator[QuestionPlace]:
-    """Lines without a header: question, four choices, letter. The subject is the file's name."""
+def _read_csv(path: Path) -> Iterator[RawQuestion]:
+    """Lines without a header: question, four choices, letter. The subject is the file's name without its split."""
     subject = path.stem
     for split in ("_test", "_dev", "_val"):
         subject = subject.removesuffix(split)
@@ -172,7 +179,8 @@ def _decode(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def _read_json(path: Path) -> Iterator[QuestionPlace]:
+def _read_json(path: Path) -> Iterator[RawQuestion]:
+    """A JSON list; or JSON lines, by the suffix ``.jsonl`` or a first line that is an object by itself."""
     text = _decode(path)
     try:
         values = json.loads(text)
@@ -192,6 +200,7 @@ def _read_json(path: Path) -> Iterator[QuestionPlace]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:
+    # Not splitlines(): it would cut at U+2028 as well, which may stand within a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -201,52 +210,57 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
 
 
 def load_dev_questions(path: Path) -> list[Question] | None:
-    """The solved questions that belong to ``path``'s: of the same folder, or of what is named alike beside it.
+    """The solved few-shot questions that belong to the questions of ``path``.
+
+    They are the ``dev`` split of the same folder, or a file or folder beside it: its name with ``dev`` in place of
+    ``test``, its name after ``dev_``, or, beside a folder, ``dev``.
 
     Returns:
         None where there are none.
 
     Raises:
-        UserError: they are there, and bad.
+        UserError: they cannot be read, or one of them is bad.
     """
     if path.is_dir() and _files_of(path, "dev"):
         return load_questions(path, "dev")
     names = [path.name.replace("test", "dev"), f"dev_{path.name}", *(["dev"] if path.is_dir() else [])]
-    found = [path.with_name(name) for name in names if name != path.name and path.with_name(name).exists()]
-    return load_questions(found[0]) if found else None
+    existing = [path.with_name(name) for name in names if name != path.name and path.with_name(name).exists()]
+    return load_questions(existing[0]) if existing else None
 
 
 def select_questions(questions: Sequence[Question], max_samples: int | None, seed: int) -> list[Question]:
-    """A seeded sample stratified by subject, in the file's order; all questions where ``max_samples`` is none.
+    """A seeded sample, stratified by subject and in the file's order; all questions if ``max_samples`` is None.
 
-    Each subject gets its share by largest remainders; one at least, as long as ``max_samples`` allows it.
+    Each subject gets a number of questions in proportion to its size, rounded by the method of largest remainders, and
+    at least one where ``max_samples`` is no less than the number of subjects.
     """
     if max_samples is None or max_samples >= len(questions):
         return list(questions)
     by_subject: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_subject[question.subject].append(question)
-    taken = _shares({subject: len(group) for subject, group in by_subject.items()}, max_samples)
-    chosen: set[str] = set()
+    num_taken = _apportion({subject: len(group) for subject, group in by_subject.items()}, max_samples)
+    chosen_ids: set[str] = set()
     for subject, group in by_subject.items():
-        drawn = random.Random(f"{seed}/{subject}").sample(group, taken[subject])
-        chosen |= {q.question_id for q in drawn}
-    return [q for q in questions if q.question_id in chosen]
+        # A seed for each subject: which of its questions are drawn does not depend on the order of subjects.
+        drawn = random.Random(f"{seed}/{subject}").sample(group, num_taken[subject])
+        chosen_ids |= {q.question_id for q in drawn}
+    return [q for q in questions if q.question_id in chosen_ids]
 
 
-def _shares(sizes: dict[str, int], total: int) -> dict[str, int]:
-    num_all = sum(sizes.values())
+def _apportion(sizes: dict[str, int], total: int) -> dict[str, int]:
+    """How many of ``total`` each subject gets: in proportion to its size, by largest remainders."""
+    num_questions = sum(sizes.values())
     floor = 1 if total >= len(sizes) else 0
-    exact = {s: total * n / num_all for s, n in sizes.items()}
-    shares = {s: max(floor, int(x)) for s, x in exact.items()}
-    # Give what is missing to the largest remainders; take what is too much from those that are most above their share.
-    while sum(shares.values()) < total:
-        open_subjects = [s for s in shares if shares[s] < sizes[s]]
-        shares[max(open_subjects, key=lambda s: (exact[s] - shares[s], s))] += 1
-    while sum(shares.values()) > total:
-        rich = [s for s in shares if shares[s] > floor]
-        shares[max(rich, key=lambda s: (shares[s] - exact[s], s))] -= 1
-    return shares
+    exact = {s: total * n / num_questions for s, n in sizes.items()}
+    seats = {s: max(floor, int(x)) for s, x in exact.items()}
+    while sum(seats.values()) < total:  # rounded down: the largest remainders get one more
+        not_exhausted = [s for s in seats if seats[s] < sizes[s]]
+        seats[max(not_exhausted, key=lambda s: (exact[s] - seats[s], s))] += 1
+    while sum(seats.values()) > total:  # the floor of one gave too many: those furthest above their share give one back
+        above_floor = [s for s in seats if seats[s] > floor]
+        seats[max(above_floor, key=lambda s: (seats[s] - exact[s], s))] -= 1
+    return seats
 
 
 def questions_hash(questions: Iterable[Question]) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy and its uncertainty, of one model and against the base."""
+"""Accuracy with its standard error, and the difference to the base model with interval and p-value."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from raylora.mmlu.questions import SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
 from raylora.records import Score
 
 NUM_RESAMPLES = 10_000
+"""Of the paired bootstrap."""
 
 
 def summarize(score: Score) -> dict[str, Any]:
     """Accuracies (0 to 1) and standard errors: overall, macro average, the four groups, every subject.
 
     Overall and groups are weighted by size; ``macro_accuracy`` is the plain mean over subjects. A subject's standard
-    error is the sample standard deviation (n - 1) over the root of n; None for a single question. That of a group
-    pools the variances within its subjects, as lm-evaluation-harness has it (``pooled_sample_stderr``).
+    error is the sample standard deviation (n - 1) over the root of n; None for a single question. A group's pools the
+    variances within its subjects, as lm-evaluation-harness does (``pooled_sample_stderr``).
+
+    Returns:
+        ``overall_accuracy``, ``overall_stderr``, ``total_questions``, ``correct_questions``, ``macro_accuracy``,
+        ``groups`` and ``subjects`` (by name: ``accuracy``, ``stderr``, ``num_questions``), ``num_unparsed`` (generated
+        answers that name no letter) and ``num_truncated`` (prompts cut to fit the context window).
     """
     table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
@@ -49,11 +55,13 @@ def _accuracy(correct: pd.Series[bool]) -> dict[str, Any]:
 
 
 def _pooled(table: pd.DataFrame) -> dict[str, Any]:
-    """Of several subjects: accuracy over all questions, standard error from the variance within subjects."""
-    within = table.assign(correct=table["correct"].astype(float)).groupby("subject")["correct"].agg(["size", "var"])
+    """Of several subjects: accuracy over all questions, standard error from the pooled variance within subjects."""
+    by_subject = table.assign(correct=table["correct"].astype(float)).groupby("subject")["correct"]
+    within = by_subject.agg(["size", "var"])
     sizes, variances = within["size"].to_numpy(), within["var"].fillna(0).to_numpy()
-    freedom = int((sizes - 1).sum())
-    stderr = math.sqrt(float(((sizes - 1) * variances).sum()) / freedom / len(table)) if freedom else None
+    degrees_of_freedom = int((sizes - 1).sum())
+    squares = float(((sizes - 1) * variances).sum())
+    stderr = math.sqrt(squares / degrees_of_freedom / len(table)) if degrees_of_freedom else None
     return {"accuracy": float(table["correct"].mean()), "stderr": stderr, "num_questions": len(table)}
 
 
@@ -61,19 +69,20 @@ def compare(score: Score, base: Score, seed: int = 0) -> dict[str, Any]:
     """The difference in accuracy against ``base`` on the same questions.
 
     Returns:
-        ``difference``; ``ci_low`` and ``ci_high``, the 95% paired percentile bootstrap (Efron and Tibshirani 1993);
-        ``mcnemar_p_value``, exact (McNemar 1947): the binomial test on the questions where only one is right;
-        ``num_gained`` and ``num_lost``, those questions.
+        ``difference`` of accuracies, -1 to 1; ``ci_low`` and ``ci_high``, its 95% interval by the paired percentile
+        bootstrap (Efron and Tibshirani 1993); ``mcnemar_p_value``, exact (McNemar 1947): the binomial test on the
+        questions that only one model has right; ``num_gained`` and ``num_lost``, how many those are.
 
     Raises:
         ValueError: the questions are not the same.
     """
-    ours, theirs = (s.questions.set_index("question_id")["correct"].astype(int) for s in (score, base))
-    if len(ours) != len(theirs) or set(ours.index) != set(theirs.index):
+    correct, base_correct = (s.questions.set_index("question_id")["correct"].astype(int) for s in (score, base))
+    if len(correct) != len(base_correct) or set(correct.index) != set(base_correct.index):
         raise ValueError("only scores of the same questions can be compared")
-    differences = (ours - theirs.loc[ours.index]).to_numpy()
+    differences = (correct - base_correct.loc[correct.index]).to_numpy()
     num, gained, lost = len(differences), int((differences == 1).sum()), int((differences == -1).sum())
-    # A resample of paired differences, which are -1, 0 or 1, is a multinomial draw of how many there are of each.
+    # Paired differences are 1, -1 or 0. To resample them is to draw how many there are of each: a multinomial draw, in
+    # place of 10,000 draws of all questions.
     draws = np.random.default_rng(seed).multinomial(
         num, [gained / num, lost / num, 1 - (gained + lost) / num], NUM_RESAMPLES
     )
@@ -89,22 +98,26 @@ def compare(score: Score, base: Score, seed: int = 0) -> dict[str, Any]:
 
 
 def compare_subjects(score: Score, base: Score, seed: int = 0) -> pd.DataFrame:
-    """``compare`` for every subject, a row each, and ``holm_p_value``.
+    """``compare`` for every subject, a row each, and ``holm_p_value``: McNemar's p-values adjusted over subjects.
 
-    Below 0.05, the chance of even one false finding among the subjects is at most 5%.
+    To call those below 0.05 significant is wrong about even one subject with a probability of at most 5%.
+
+    Raises:
+        ValueError: the questions are not the same.
     """
     rows = []
-    for subject, part in score.questions.groupby("subject"):
-        theirs = base.questions[base.questions["subject"] == subject]
-        rows.append({"subject": subject, "num_questions": len(part), **compare(Score(part), Score(theirs), seed)})
+    for subject, of_subject in score.questions.groupby("subject"):
+        base_of_subject = base.questions[base.questions["subject"] == subject]
+        comparison = compare(Score(of_subject), Score(base_of_subject), seed)
+        rows.append({"subject": subject, "num_questions": len(of_subject), **comparison})
     table = pd.DataFrame(rows)
     return table.assign(holm_p_value=holm(table["mcnemar_p_value"].to_numpy()))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """P-values (m,) adjusted together (Holm 1979).
+    """P-values (m,) adjusted for m tests (Holm 1979), in the same order.
 
-    Sorted, the k-th smallest times m - k + 1, never smaller than the one before, at most 1.
+    The k-th smallest is multiplied by m - k + 1; each is at least as large as the one before it, and at most 1.
     """
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))

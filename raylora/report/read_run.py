@@ -1,6 +1,6 @@
-"""A run's folder, read back: the table, what each experiment is called, loss curves, answers subject by subject.
+"""Read a finished run's folder: its table, what each experiment is called, loss curves, and answers to MMLU.
 
-Nothing here fails because a file is missing or broken: what cannot be read is left out.
+Only the table must be there: any other file that is missing or broken is left out.
 """
 
 from __future__ import annotations
@@ -20,68 +20,72 @@ from raylora.errors import UserError
 from raylora.storage.atomic import read_json
 
 UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
+"""What pandas and pyarrow raise for a missing, cut or foreign file."""
 NUM_CURVE_POINTS = 80
 """Points of a loss curve at most: more cannot be seen on a page that is 1280 pixels wide."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What lies in a run's folder. ``table`` has a row each experiment, with an index from 0."""
+    """What a run's folder holds."""
 
     root: Path
     table: pd.DataFrame
+    """A row for each experiment, with an index from 0: methods that take a ``row`` mean that number."""
     manifest: dict[str, Any]
     """``run.json``; empty where there is none."""
 
     def numbers(self, name: str) -> pd.Series[float]:
-        """A column as floats; NaN where it is null, is no number, or there is no such column."""
+        """A column as floats; NaN where a value is null or no number, and everywhere if there is no such column."""
         if name not in self.table:
             return pd.Series(np.nan, index=self.table.index, dtype=float)
         values = pd.to_numeric(self.table[name], errors="coerce").astype("float64")
         return values.where(np.isfinite(values))
 
     def texts(self, name: str) -> list[str]:
-        """A column as text; empty where it is null or missing."""
+        """A column as text; empty where a value is null, and everywhere if there is no such column."""
         if name not in self.table:
             return [""] * len(self.table)
-        return ["" if v is None or v is pd.NA or v != v else str(v) for v in self.table[name]]
+        return ["" if v is None or v is pd.NA or v != v else str(v) for v in self.table[name]]  # v != v: NaN
 
     @cached_property
     def ok(self) -> pd.Series[bool]:
+        """Whether each experiment succeeded."""
         return pd.Series([status == "ok" for status in self.texts("status")], index=self.table.index, dtype=bool)
 
     @cached_property
     def labels(self) -> list[str]:
-        """What each experiment is called: its dataset, and what varies where a grid made several of one dataset."""
+        """What each experiment is called: its dataset, and where a grid has several of a dataset, what differs."""
         datasets, ids = self.texts("dataset"), self.texts("experiment_id")
-        names = [name or key or f"row {i + 1}" for i, (name, key) in enumerate(zip(datasets, ids, strict=True))]
-        grouped = pd.Series(names).groupby(names).groups
-        for name, members in grouped.items():
-            if len(members) > 1:
-                for i, text in zip(members, self._differences(list(members)), strict=True):
-                    names[i] = f"{name} · {text}"
-        return names
+        labels = [name or key or f"row {i + 1}" for i, (name, key) in enumerate(zip(datasets, ids, strict=True))]
+        rows_of = pd.Series(labels).groupby(labels).groups
+        for name, rows in rows_of.items():
+            if len(rows) > 1:
+                for row, difference in zip(rows, self._differences(list(rows)), strict=True):
+                    labels[row] = f"{name} · {difference}"
+        return labels
 
-    def _differences(self, members: list[int]) -> list[str]:
-        columns = {name: [self.texts(name)[i] for i in members] for name in Method.model_fields}
+    def _differences(self, rows: list[int]) -> list[str]:
+        """For rows of the same dataset, the hyperparameters in which they differ, as text."""
+        columns = {name: [self.texts(name)[row] for row in rows] for name in Method.model_fields}
         varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
-        texts = [", ".join(f"{name} {values[k]}" for name, values in varied.items()) for k in range(len(members))]
+        texts = [", ".join(f"{name} {values[k]}" for name, values in varied.items()) for k in range(len(rows))]
         if len(set(texts)) < len(texts):  # the same name twice: a .json beside a .jsonl, or another run's rows
-            texts = [
-                f"{t}, {self.texts('experiment_id')[i][-8:]}".lstrip(", ") for t, i in zip(texts, members, strict=True)
-            ]
+            ids = self.texts("experiment_id")
+            texts = [f"{text}, {ids[row][-8:]}".lstrip(", ") for text, row in zip(texts, rows, strict=True)]
         return texts
 
     def folder(self, row: int) -> Path | None:
-        """The folder of a row's experiment; None where there is none within the run's."""
+        """The folder of a row's experiment; None where there is none."""
         name = self.texts("experiment_id")[row]
         folder = self.root / "experiments" / name
-        plain = Path(name).name == name and name not in {"", ".", ".."}
-        return folder if plain and folder.is_dir() else None
+        # A table may come from anyone: an id with ".." or "/" in it must not lead out of the run's folder.
+        is_one_name = Path(name).name == name and name not in {"", ".", ".."}
+        return folder if is_one_name and folder.is_dir() else None
 
 
 def load_run(root: Path) -> FinishedRun:
-    """Read ``results.parquet`` (or ``results.csv``) and ``run.json``.
+    """Read a run's ``results.parquet`` (or, where that is missing or broken, ``results.csv``) and ``run.json``.
 
     Raises:
         UserError: there is no table in the folder, or none that can be read.
@@ -101,7 +105,7 @@ def load_run(root: Path) -> FinishedRun:
 
 
 def loss_curve(run: FinishedRun, row: int) -> tuple[list[float], list[float]] | None:
-    """Steps and losses of a training; where there are more than ``NUM_CURVE_POINTS``, means of as many bins."""
+    """Steps and losses of a training, averaged into ``NUM_CURVE_POINTS`` bins if there are more; None without any."""
     folder = run.folder(row)
     try:
         curve = pd.read_csv(folder / "loss_curve.csv", usecols=["step", "loss"]) if folder else None
@@ -121,18 +125,20 @@ def loss_curve(run: FinishedRun, row: int) -> tuple[list[float], list[float]] | 
 
 @dataclass(frozen=True)
 class Answers:
-    """Which questions a model got right, sorted by question id."""
+    """Which questions a model got right, sorted by question id; all three (N,)."""
 
     question_ids: pa.ChunkedArray
     subjects: pa.ChunkedArray
     correct: np.ndarray
+    """Booleans."""
 
     def same_questions(self, other: Answers) -> bool:
+        """Whether both are answers to the same questions."""
         return bool(self.question_ids.equals(other.question_ids))
 
 
 def read_answers(path: Path) -> Answers | None:
-    """The answers of a ``scores.parquet``; None where there is none that can be read."""
+    """The answers in a ``scores.parquet``; None where there is no file, or none that can be read."""
     try:
         table = pq.read_table(path, columns=["question_id", "subject", "correct"]).sort_by("question_id")
     except UNREADABLE:
@@ -141,25 +147,32 @@ def read_answers(path: Path) -> Answers | None:
 
 
 def read_base(run: FinishedRun) -> dict[str, Answers]:
-    """The base's answers by key. A folder that was used with several settings holds several."""
+    """The base's answers by their key. A folder holds several where runs with other settings have used it."""
     paths = sorted((run.root / "base").glob("*/scores.parquet"))
-    found = {path.parent.name: read_answers(path) for path in paths}
-    return {key: answers for key, answers in found.items() if answers is not None and len(answers.correct)}
+    by_key = {path.parent.name: read_answers(path) for path in paths}
+    return {key: answers for key, answers in by_key.items() if answers is not None and len(answers.correct)}
 
 
 def answers_of(run: FinishedRun, row: int, bases: dict[str, Answers]) -> tuple[Answers, Answers] | None:
-    """An adapter's answers and those of its base; None where either is missing, or is not what the row says.
+    """The answers of a row's adapter and of its base; None where either is missing, or disagrees with the row.
 
-    The base is the one that ``run.json`` names. Older runs do not name it: then it is the one with the row's questions
-    and the row's number of right answers, if only one is.
+    The base's are those of the key in ``run.json``. Older runs have no key there: then they are those with the same
+    questions and the row's number of right answers, unless several have both.
+
+    Args:
+        bases: from ``read_base``.
     """
     folder = run.folder(row)
-    ours = read_answers(folder / "scores.parquet") if folder else None
-    if ours is None or ours.correct.sum() != run.numbers("correct_questions")[row]:
+    adapter = read_answers(folder / "scores.parquet") if folder else None
+    if adapter is None or adapter.correct.sum() != run.numbers("correct_questions")[row]:
         return None
-    num_right = run.numbers("base_correct_questions")[row]
-    fitting = {k: b for k, b in bases.items() if b.same_questions(ours) and b.correct.sum() == num_right}
-    named = fitting.get(str(run.manifest.get("base_key")))
-    if named is not None:
-        return ours, named
-    return (ours, next(iter(fitting.values()))) if len(fitting) == 1 else None
+    num_base_correct = run.numbers("base_correct_questions")[row]
+    candidates = {
+        key: base
+        for key, base in bases.items()
+        if base.same_questions(adapter) and base.correct.sum() == num_base_correct
+    }
+    base_of_run = candidates.get(str(run.manifest.get("base_key")))
+    if base_of_run is not None:
+        return adapter, base_of_run
+    return (adapter, next(iter(candidates.values()))) if len(candidates) == 1 else None

@@ -1,4 +1,4 @@
-"""What a run found, on the terminal."""
+"""The results of a run, printed at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from raylora.storage.store import Store
 
 
 def print_results(rows: Sequence[ResultRow], store: Store, console: Console | None = None) -> None:
-    """The datasets from the best change in accuracy to the worst, the failures with causes, and where files lie."""
+    """Print the datasets from the best change in accuracy to the worst, the failures with causes, and the files.
+
+    Args:
+        rows: all rows of the run, good or not.
+        console: where to (default: standard output).
+    """
     console = console or make_console()
     good = sorted((r for r in rows if r.ok), key=lambda r: -(r.values.get("accuracy_change") or 0))
     failed = [r for r in rows if not r.ok]
@@ -33,6 +38,7 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
 
 
 def _ranking(rows: Sequence[ResultRow]) -> Table:
+    """A line for each row; hyperparameters have columns where a grid varies them."""
     table = Table(title="MMLU accuracy against the base model", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     columns: dict[str, Any] = {
         "dataset": lambda v: v["dataset"],

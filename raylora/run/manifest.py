@@ -1,4 +1,4 @@
-"""``run.json``: enough to know what was run, on what."""
+"""``run.json``: what was run, with which settings and versions, on which data and machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "
 
 
 def manifest_of(plan: Plan) -> dict[str, Any]:
-    """``run.json``: enough to know what was run, on what. No secret is in the configuration, and none is added."""
+    """The content of ``run.json``. No secret is in it: the configuration holds none."""
     return {
         "chunk": plan.chunk,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

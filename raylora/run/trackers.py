@@ -1,9 +1,9 @@
-"""Rows as they finish, to the trackers that people have: MLflow, TensorBoard, Weights & Biases.
+"""Send rows, as they finish, to experiment trackers: MLflow, TensorBoard, Weights & Biases.
 
     python -m raylora.batch --chunk chunk_001 --trackers mlflow,tensorboard
 
-Each tracker is told of every row that this run finishes, and never of one again. A tracker that fails costs a line, and
-never a row. Where to is each package's own setting: MLFLOW_TRACKING_URI, WANDB_PROJECT, WANDB_MODE and so on.
+Each tracker gets every row that this run finishes, once. A tracker that fails costs a warning, never a row. Where it
+sends rows to is set by its package's own variables: MLFLOW_TRACKING_URI, WANDB_PROJECT, WANDB_MODE and so on.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ from raylora.planning.plan import Plan
 from raylora.records import ResultRow
 
 CLOSING_SECONDS = 60
-"""What a run waits at its end for trackers that are slow."""
+"""How long a run waits at its end for slow trackers."""
 
 
 class Tracker(Protocol):
-    """Where rows are sent to."""
+    """One of the services or folders that rows are sent to."""
 
     def log_row(self, row: ResultRow, loss_curve: pd.DataFrame | None) -> None:
-        """One finished row, good or not; ``loss_curve`` has a row a step, where it was trained."""
+        """Send one finished row, good or not; ``loss_curve`` has a row for each step, None where nothing was trained.
+
+        Raises:
+            Exception: anything; ``Trackers`` then sends it no more rows.
+        """
 
 
 def settings_and_numbers(row: ResultRow) -> tuple[dict[str, Any], dict[str, float]]:
-    """A row as trackers want it: what was chosen, and what was measured. Null values are left out."""
+    """A row's settings and texts, and its measured numbers, by column. Null values are left out."""
     values = {name: value for name, value in row.values.items() if value not in (None, "") and value == value}
     numbers = {
         name: float(value)
@@ -53,20 +57,21 @@ class MlflowTracker:
 
         self._client = MlflowClient()
         name = f"raylora/{plan.chunk}"
-        found = self._client.get_experiment_by_name(name)
-        self._experiment = found.experiment_id if found else self._client.create_experiment(name)
+        existing = self._client.get_experiment_by_name(name)
+        self._experiment_id = existing.experiment_id if existing else self._client.create_experiment(name)
 
     def log_row(self, row: ResultRow, loss_curve: pd.DataFrame | None) -> None:
         from mlflow.entities import Metric, Param
 
         settings, numbers = settings_and_numbers(row)
-        run = self._client.create_run(self._experiment, run_name=str(row.values["dataset"])).info.run_id
+        run_id = self._client.create_run(self._experiment_id, run_name=str(row.values["dataset"])).info.run_id
         metrics = [Metric(name, value, 0, 0) for name, value in numbers.items()]
         metrics += [Metric(f"train/{name}", value, 0, step) for name, step, value in points_of(loss_curve)]
         params = [Param(name, str(value)[:500]) for name, value in settings.items()]
-        for i in range(0, max(len(metrics), 1), 900):  # the server takes 1000 at a time
-            self._client.log_batch(run, metrics[i : i + 900], params if i == 0 else [])
-        self._client.set_terminated(run, "FINISHED" if row.ok else "FAILED")
+        # The server takes 1000 values in a request, parameters among them.
+        for i in range(0, max(len(metrics), 1), 900):
+            self._client.log_batch(run_id, metrics[i : i + 900], params if i == 0 else [])
+        self._client.set_terminated(run_id, "FINISHED" if row.ok else "FAILED")
 
 
 class TensorBoardTracker:
@@ -133,26 +138,27 @@ def points_of(loss_curve: pd.DataFrame | None) -> Iterator[tuple[str, int, float
 
 
 class Trackers:
-    """All trackers of a run behind one call, which never waits: a thread of its own sends the rows.
+    """All trackers of a run. Rows are queued, and sent by a thread: a slow tracker does not slow the run.
 
-    A tracker that fails is said once, and left alone from then on.
+    A tracker that fails is reported once, and gets no more rows.
     """
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self._plan, self._console = plan, console
         self._trackers: dict[str, Tracker] = {}
-        self._ids = {e.experiment_id: e for e in plan.experiments}
+        self._experiments = {e.experiment_id: e for e in plan.experiments}
         self._queue: queue.SimpleQueue[ResultRow | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, daemon=True)
         if plan.config.trackers:
             self._thread.start()
 
     def log_row(self, row: ResultRow) -> None:
+        """Queue a row for all trackers; returns at once."""
         self._queue.put(row)
 
     def close(self) -> None:
-        """Wait for rows that are on their way, for a while."""
-        self._queue.put(None)
+        """Wait until all queued rows are sent, for ``CLOSING_SECONDS`` at most."""
+        self._queue.put(None)  # the end of the queue
         if self._thread.is_alive():
             self._thread.join(timeout=CLOSING_SECONDS)
         if self._thread.is_alive():
@@ -160,23 +166,23 @@ class Trackers:
             self._console.print(f"Warning: {names} took too long: the last rows may be missing there")
 
     def _send(self) -> None:
-        for chosen in self._plan.config.trackers:
-            with self._only_a_line(chosen):
-                self._trackers[chosen] = TRACKERS[chosen](self._plan)
+        for wanted in self._plan.config.trackers:
+            with self._drop_if_it_fails(wanted):
+                self._trackers[wanted] = TRACKERS[wanted](self._plan)
         while (row := self._queue.get()) is not None:
             for name, tracker in tuple(self._trackers.items()):
-                with self._only_a_line(name):
+                with self._drop_if_it_fails(name):
                     tracker.log_row(row, self._loss_curve(row))
 
     def _loss_curve(self, row: ResultRow) -> pd.DataFrame | None:
-        path = self._plan.store.folder(self._ids[row.values["experiment_id"]]) / "loss_curve.csv"
+        path = self._plan.store.folder(self._experiments[row.values["experiment_id"]]) / "loss_curve.csv"
         return pd.read_csv(path) if row.ok and path.is_file() else None
 
     @contextlib.contextmanager
-    def _only_a_line(self, name: str) -> Iterator[None]:
+    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 a tracker fails in any way, and is never worth a row
+        except Exception as error:  # noqa: BLE001 other people's packages and servers fail in any way
             self._trackers.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self._console.print(f"Warning: {name} gets no more rows of this run: {reason}", soft_wrap=True)
@@ -184,7 +190,7 @@ class Trackers:
 
 @contextlib.contextmanager
 def tracking(plan: Plan, console: Console) -> Iterator[Trackers]:
-    """The trackers of a run, from its start to its end, however it comes."""
+    """The trackers of a run, closed at its end, however that comes."""
     trackers = Trackers(plan, console)
     try:
         yield trackers
