@@ -8,7 +8,8 @@ from typing import Any
 
 from raylora.config import FeatureOptions, Method
 from raylora.data.datasets import sample_examples
-from raylora.features.probe import HyperParams, run_probe
+from raylora.features.analyzer import HyperParams
+from raylora.features.probe import run_probe
 from raylora.features.static import OfLoadedModel, as_dataset, extract_static, join_notes
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import borrowed

@@ -18,6 +18,7 @@ from raylora.data.parse_record import parse_record
 from raylora.errors import ErrorKind, UserError
 from raylora.features import text
 from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
+from raylora.model.loading import borrowed
 from raylora.model.onednn import onednn_linears
 from raylora.records import Dataset, Example, ProgressCallback, ignore_progress
 from raylora.rows import STATIC_NAMES
@@ -164,11 +165,11 @@ def extract_static(
     held_out_losses: list[ExampleLoss] = []
     num_valid = 0
     if usable:
-        with onednn_linears(model, token_budget, with_head=True):
-            first = measure_all(model, tokenizer, held_out, train_on, token_budget, progress)
+        with borrowed(model, tokenizer) as loaded, onednn_linears(model, token_budget, with_head=True):
+            first = measure_all(loaded, held_out, train_on, token_budget, progress)
             held_out_losses = [m.labels for m in first]
-            measured = [*first, *measure_all(model, tokenizer, others, train_on, token_budget, progress)]
-            alone = answers_alone(model, tokenizer, usable, token_budget)
+            measured = [*first, *measure_all(loaded, others, train_on, token_budget, progress)]
+            alone = answers_alone(loaded, usable, token_budget)
         # One example that the model has no number for must not take those of all others with it.
         numbers = [i for i, m in enumerate(measured) if m.is_finite and math.isfinite(alone[i])]
         measured, alone = [measured[i] for i in numbers], [alone[i] for i in numbers]

@@ -219,7 +219,7 @@ def test_steps_and_losses_are_those_of_the_transformers_trainer(loaded, tokenize
         warmup_steps=2, weight_decay=method.weight_decay, report_to=[], save_strategy="no", disable_tqdm=True,
         use_cpu=True, average_tokens_across_devices=False,
     )  # fmt: skip
-    Reference(other._peft, arguments).train()
+    Reference(other.peft_model, arguments).train()
     assert [s.loss for s in result.steps] == pytest.approx(losses, abs=1e-5)
     assert losses[-1] < losses[0] - 0.01, "nothing was learnt that could have gone wrong"
     for mine, other_one in zip(ours, theirs, strict=True):
