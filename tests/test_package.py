@@ -38,6 +38,8 @@ def test_the_version_is_stated_once():
     for file in (ROOT / "cluster").iterdir():  # an image's tag is the user's to choose; ours shows the version
         images = re.findall(r"YOUR-REGISTRY/raylora:(\S+)", file.read_text(encoding="utf-8"))
         assert set(images) <= {raylora.__version__}, file.name
+    for file in (ROOT / "raylora").rglob("*.py"):  # an installed one may be another, or none
+        assert not re.search(r"""version\(['"]raylora['"]\)""", file.read_text(encoding="utf-8")), file
     assert f"## [{raylora.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
