@@ -8,15 +8,18 @@ value for each dataset: what Prometheus keeps must not grow with what is run.
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from raylora.work_counts import work_counts
 
 STATES = ("waiting", "running", "ok", "error")
+SHOW_SECONDS = 2.0
+"""How often it is said how many experiments are in which state."""
 BARELY = sys.float_info.min
 """What counters begin at, as Ray refuses a zero. Prometheus takes the first number that it finds for where a counter
 began: one that appeared with its first retry would never show that retry."""
@@ -121,19 +124,34 @@ def _gpu_memory_held() -> int | None:
 
 
 class RunMeter:
-    """Counts what becomes of a run's experiments."""
+    """Counts what becomes of a run's experiments, and shows it every few seconds: Ray forgets what is not said again.
 
-    def __init__(self, instruments: Any) -> None:
+    Args:
+        num_running: tells how many experiments workers run now.
+    """
+
+    def __init__(self, instruments: Any, num_experiments: int, num_running: Callable[[], int]) -> None:
         self._experiments, self._retries = EXPERIMENTS.make(instruments), RETRIES.make(instruments)
+        self._num_experiments, self._num_running = num_experiments, num_running
+        self._finished: list[str] = []  # states of rows; appending needs no lock
         self._retries.inc(BARELY)
+        threading.Thread(target=self._show, daemon=True).start()
 
     def retried(self) -> None:
         self._retries.inc()
 
-    def show(self, experiments: Mapping[str, int]) -> None:
-        """Ray forgets what is not said again and again: to be called every few seconds."""
-        for state in STATES:
-            self._experiments.set(experiments.get(state, 0), {"state": state})
+    def finished(self, state: str) -> None:
+        """A row is there: ``ok`` or ``error``."""
+        self._finished.append(state)
+
+    def _show(self) -> None:
+        while True:
+            counts = {**dict.fromkeys(STATES, 0), **Counter(self._finished)}
+            counts["running"] = self._num_running()
+            counts["waiting"] = max(0, self._num_experiments - sum(counts.values()))
+            for state, num in counts.items():
+                self._experiments.set(num, {"state": state})
+            time.sleep(SHOW_SECONDS)
 
 
 def title(worker: str, dataset: str, stage: str, done: int, total: int) -> str:
