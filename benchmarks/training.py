@@ -111,7 +111,7 @@ def fastest_of_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], meth
 
 
 def cost(loaded: LoadedModel, num_tokens: int, num_positions: int) -> float:
-    """Multiply-adds times two of a training pass: forward, and as much again for the backward pass through frozen weights.
+    """Multiply-adds times two of a training step: forward pass, and as much for the backward pass of frozen weights.
     Attention and the adapters' own products are left out."""
     return 2 * common.forward_flops(loaded.model, num_tokens, num_positions)
 

@@ -33,7 +33,7 @@ MAX_FAILED_STARTS = 5
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """A GPU, or a machine without one. ``host`` and ``gpu`` are for people; ``node`` is the node's id for the cluster."""
+    """A GPU, or a machine without one. ``host`` and ``gpu`` are for people; ``node`` is the cluster's id of it."""
 
     host: str
     gpu: str

@@ -9,13 +9,12 @@ from rich.console import Console
 
 from raylora import errors
 from raylora.cluster import ray_run
-from raylora.config import Config
 from raylora.errors import ErrorKind, StoppedError
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
 from raylora.rows import ROW_COLUMNS, error_row
-from raylora.run.interrupts import Interrupts
+from raylora.run.interrupts import Interrupts, exit_on_sigterm
 from raylora.run.live_table import LiveTable
 from raylora.run.manifest import manifest_of
 from raylora.run.trackers import tracking
@@ -57,13 +56,6 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
     return ordered
 
 
-def how_to_go_on(config: Config) -> str:
-    """After a run that ended early."""
-    if config.fresh:
-        return "What is finished is kept: the same command without --fresh goes on from here."
-    return "What is finished is kept: the same command goes on from here."
-
-
 @contextlib.contextmanager
 def _one_line_where_no_room(plan: Plan) -> Iterator[None]:
     from raylora.cluster.failures import store_failure
@@ -94,8 +86,8 @@ def run_pending(
     if not pending:
         return
     plan.check_fit()
-
     with (
+        exit_on_sigterm(),  # and again within Interrupts, as Ray puts a handler of its own in its place
         ray_run.cluster(plan.config) as dashboard,
         LiveTable(len(plan.experiments), len(rows), console) as watch,
         Interrupts(console) as interrupts,

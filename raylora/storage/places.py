@@ -85,7 +85,7 @@ def _validate_uri(text: str | None) -> str | None:
     return text
 
 
-Location = Annotated[Path, PlainValidator(location), PlainSerializer(str, when_used="json")]
+Location = Annotated[Path, PlainValidator(location, json_schema_input_type=str), PlainSerializer(str, when_used="json")]
 """An option that is a place."""
 LocationText = Annotated[str, AfterValidator(_validate_uri)]
 """An option that may be a place or a name that raylora knows, such as ``demo``."""

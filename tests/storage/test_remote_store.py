@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raylora.commands import batch
+from raylora.commands.run_command import call_command
 from raylora.config import load_config
 from raylora.errors import UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
@@ -110,7 +110,7 @@ def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     before = {n: d for n, d in objects.everything().items() if "/experiments/" in n or "/base/" in n}
     assert run(options) == rows
     assert {n: d for n, d in objects.everything().items() if n in before} == before
-    batch.main([*command(options)[3:], "--dry-run"])
+    call_command("batch", [*command(options)[3:], "--dry-run"])
     assert "3 experiments, 3 done" in capsys.readouterr().out
 
 
