@@ -18,7 +18,7 @@ from raylora import load_dataset, load_results
 from raylora.cluster.ray_run import RunHandle, run_experiments
 from raylora.config import load_config
 from raylora.errors import CannotGoOnError, UserError
-from raylora.records import Experiment, ResultRow
+from raylora.records import Experiment, ProgressStage, ResultRow
 from raylora.rows import ROW_COLUMNS, make_row
 from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
@@ -34,7 +34,7 @@ class Sleeper:
         self._config, self._store = config, store
 
     def run(self, experiment: Experiment, progress) -> ResultRow:
-        progress("train", 0, 1)
+        progress(ProgressStage.TRAIN, 0, 1)
         time.sleep(experiment.settings["seconds"])
         row = make_row(self._config, experiment, "ok", train_loss=float(experiment.dataset[-1]))
         self._store.write_row(experiment, row)
@@ -99,11 +99,12 @@ class Run:
         return self
 
     def finish(self) -> list[str]:
-        """The datasets of the rows."""
+        """The datasets of the rows, all good and at the first try."""
         self.thread.join(120)
         assert not self.thread.is_alive()
         if self.error:
             raise self.error
+        assert {(row.values["error"], row.values["num_attempts"]) for row in self.rows} == {("", 1)}
         return sorted(row.values["dataset"] for row in self.rows)
 
     @property
