@@ -291,6 +291,10 @@ _rows_of_runs: dict[str, dict[str, ResultRow]] = {}
 """What this process, a sink's, knows of its run: the rows by experiment id."""
 
 
+class SinkError(Exception):
+    """Carries the error that ends the run as its first argument: to the text of one Ray Data adds words of its own."""
+
+
 class TableSink(Datasink[list[dict[str, Any]]]):
     """Where the Ray Dataset ends: a write task for each row, one after another, in a process on the command's node.
 
@@ -309,15 +313,17 @@ class TableSink(Datasink[list[dict[str, Any]]]):
         """The values of the rows that are written.
 
         Raises:
-            CannotGoOnError: the supervisor says so; this ends the run.
-            OSError, UserError: a table cannot be written; as well.
+            SinkError: the supervisor says that the run cannot go on, or a table cannot be written.
         """
         items = [item for block in blocks for item in BlockAccessor.for_block(block).to_arrow().to_pylist()]
-        if stop := next((item["stop"] for item in items if item["stop"]), ""):
-            raise CannotGoOnError(stop)
         new = [values for item in items if (values := json.loads(item["row"]))]
-        if new:
-            self._add(new)
+        try:
+            if stop := next((item["stop"] for item in items if item["stop"]), ""):
+                raise CannotGoOnError(stop)
+            if new:
+                self._add(new)
+        except (CannotGoOnError, UserError, OSError) as error:
+            raise SinkError(error) from error
         return new
 
     def _add(self, new: list[dict[str, Any]]) -> None:
@@ -375,8 +381,8 @@ def run_experiments(
         dataset = _map_experiments(config, store, experiments, board, make_runner)
         dataset.write_datasink(sink, ray_remote_args={**on_this_node, "max_retries": MAX_SINK_RETRIES}, concurrency=1)
     except RayTaskError as error:
-        if isinstance(error.cause, CannotGoOnError | UserError | OSError):
-            raise error.cause from None
+        if isinstance(error.cause, SinkError):
+            raise error.cause.args[0] from None
         raise ClusterLostError(_first_line(error)) from error
     except RayError as error:
         raise ClusterLostError(_first_line(error)) from error
