@@ -17,10 +17,7 @@ import json
 import logging
 import os
 import socket
-import threading
-import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,8 +54,6 @@ from raylora.rows import load_results
 from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
 
-STATES_SECONDS = 2.0
-"""How often the supervisor says how many experiments are in which state."""
 MAX_THREADS = 1024
 """Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
 MAX_SINK_RETRIES = 10
@@ -111,16 +106,14 @@ class Supervisor:
         folder: str,
     ) -> None:
         self._make_runner, self._config, self._store, self._board = make_runner, config, store, board
-        self._resources, self._num_experiments, self._folder = resources, num_experiments, folder
+        self._resources, self._folder = resources, folder
         self._numbers, self._namespace = itertools.count(), _new_namespace()
-        self._meter = RunMeter(ray.util.metrics)
-        self._finished: list[str] = []  # states of rows; appending needs no lock
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
         self._pool = WorkerPool(self._start, self._stop, self._survey, self._note)
         calls = WorkerCalls(self._run, self._train, self._help, self._being_evaluated)
         self._executor = RetryingExecutor(config, store, self._pool, calls, "num_gpus" in resources, self._note_retry)
-        threading.Thread(target=self._show_states, daemon=True).start()
+        self._meter = RunMeter(ray.util.metrics, num_experiments, lambda: self._executor.num_at_work)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -129,7 +122,7 @@ class Supervisor:
             self._pool.begin_no_more()
             return {"row": "null", "stop": str(error)}
         if values:
-            self._finished.append(values["status"])
+            self._meter.finished(values["status"])
         return {"row": json.dumps(values), "stop": ""}
 
     def _note(self, text: str) -> None:
@@ -138,13 +131,6 @@ class Supervisor:
     def _note_retry(self, text: str) -> None:
         self._note(text)
         self._meter.retried()
-
-    def _show_states(self) -> None:
-        while True:
-            finished, running = Counter(self._finished), self._executor.num_at_work
-            waiting = max(0, self._num_experiments - finished.total() - running)
-            self._meter.show({**finished, "waiting": waiting, "running": running})
-            time.sleep(STATES_SECONDS)
 
     # What the worker pool calls
 
@@ -305,6 +291,10 @@ _rows_of_runs: dict[str, dict[str, ResultRow]] = {}
 """What this process, a sink's, knows of its run: the rows by experiment id."""
 
 
+class SinkError(Exception):
+    """Carries the error that ends the run as its first argument: to the text of one Ray Data adds words of its own."""
+
+
 class TableSink(Datasink[list[dict[str, Any]]]):
     """Where the Ray Dataset ends: a write task for each row, one after another, in a process on the command's node.
 
@@ -323,15 +313,17 @@ class TableSink(Datasink[list[dict[str, Any]]]):
         """The values of the rows that are written.
 
         Raises:
-            CannotGoOnError: the supervisor says so; this ends the run.
-            OSError, UserError: a table cannot be written; as well.
+            SinkError: the supervisor says that the run cannot go on, or a table cannot be written.
         """
         items = [item for block in blocks for item in BlockAccessor.for_block(block).to_arrow().to_pylist()]
-        if stop := next((item["stop"] for item in items if item["stop"]), ""):
-            raise CannotGoOnError(stop)
         new = [values for item in items if (values := json.loads(item["row"]))]
-        if new:
-            self._add(new)
+        try:
+            if stop := next((item["stop"] for item in items if item["stop"]), ""):
+                raise CannotGoOnError(stop)
+            if new:
+                self._add(new)
+        except (CannotGoOnError, UserError, OSError) as error:
+            raise SinkError(error) from error
         return new
 
     def _add(self, new: list[dict[str, Any]]) -> None:
@@ -389,8 +381,8 @@ def run_experiments(
         dataset = _map_experiments(config, store, experiments, board, make_runner)
         dataset.write_datasink(sink, ray_remote_args={**on_this_node, "max_retries": MAX_SINK_RETRIES}, concurrency=1)
     except RayTaskError as error:
-        if isinstance(error.cause, CannotGoOnError | UserError | OSError):
-            raise error.cause from None
+        if isinstance(error.cause, SinkError):
+            raise error.cause.args[0] from None
         raise ClusterLostError(_first_line(error)) from error
     except RayError as error:
         raise ClusterLostError(_first_line(error)) from error

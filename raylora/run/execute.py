@@ -111,8 +111,9 @@ def run_pending(
             raise StoppedError(f"Ray broke down: {error}") from error
         finally:
             watch.look_once_more()
-        unheard = [row for row in made if row.values["experiment_id"] not in rows]
-        for row in unheard:
+        unheard = {row.values["experiment_id"]: row for row in made if row.values["experiment_id"] not in rows}
+        rows.update(unheard)  # all of them, even if the terminal is gone and the first line ends this
+        for row in unheard.values():
             row_came(row)
         if interrupts.came and any(e.experiment_id not in rows for e in pending):
             raise KeyboardInterrupt

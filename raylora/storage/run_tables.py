@@ -32,6 +32,9 @@ class RunTables:
         more: a table beside those of the store.
     """
 
+    pause = 10.0
+    """After the sink wrote, it writes no more for so many times as long. Rows that come meanwhile wait for the next."""
+
     def __init__(self, store: Store, columns: list[str], more: CsvTable | None = None) -> None:
         self._store, self._columns, self._more = store, columns, more
         # On the node of both processes, whatever the place of the results: they lock it.
@@ -46,7 +49,7 @@ class RunTables:
         return ordered
 
     def write_if_due(self, rows: Iterable[ResultRow]) -> None:
-        """From the sink's process. Takes a tenth of its time at most, and leaves what the command has taken over."""
+        """From the sink's process: unless it has just written them, or the command has taken over."""
         if time.monotonic() < _not_before.get(self._permit, 0.0):
             return
         started = time.monotonic()
@@ -54,7 +57,7 @@ class RunTables:
             if is_valid:
                 self.write(rows)
         now = time.monotonic()
-        _not_before[self._permit] = now + 10 * (now - started)
+        _not_before[self._permit] = now + self.pause * (now - started)
 
     @contextlib.contextmanager
     def permitted(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from raylora import load_dataset, load_results
 from raylora.cluster.ray_run import RunHandle, run_experiments
 from raylora.config import load_config
 from raylora.errors import CannotGoOnError, UserError
-from raylora.records import Experiment, ResultRow
+from raylora.records import Experiment, ProgressStage, ResultRow
 from raylora.rows import ROW_COLUMNS, make_row
 from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
@@ -34,7 +34,7 @@ class Sleeper:
         self._config, self._store = config, store
 
     def run(self, experiment: Experiment, progress) -> ResultRow:
-        progress("train", 0, 1)
+        progress(ProgressStage.TRAIN, 0, 1)
         time.sleep(experiment.settings["seconds"])
         row = make_row(self._config, experiment, "ok", train_loss=float(experiment.dataset[-1]))
         self._store.write_row(experiment, row)
@@ -57,6 +57,12 @@ class Diary(CsvTable):
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
 
+class EagerTables(RunTables):
+    """Each row as it comes, on a machine however slow."""
+
+    pause = 0.0
+
+
 @dataclass
 class Run:
     """A run in a thread, as the command's main thread waits for nothing else."""
@@ -70,7 +76,7 @@ class Run:
         self.config, self.store = load_config(model="demo", num_workers=1, adapters_a_pass=1), Store(self.folder)
         self.store.open(fresh=False)
         self.diary = Diary("", self.folder / "diary", [])
-        self.tables = self.tables or RunTables(self.store, ROW_COLUMNS, self.diary)
+        self.tables = self.tables or EagerTables(self.store, ROW_COLUMNS, self.diary)
         self.experiments = [
             Experiment(f"data_{i}-1", f"data_{i}", "", {"seconds": self.seconds}, str(i), {"train": {}}, "")
             for i in range(NUM_ROWS)
@@ -99,11 +105,12 @@ class Run:
         return self
 
     def finish(self) -> list[str]:
-        """The datasets of the rows."""
+        """The datasets of the rows, all good and at the first try."""
         self.thread.join(120)
         assert not self.thread.is_alive()
         if self.error:
             raise self.error
+        assert {(row.values["error"], row.values["num_attempts"]) for row in self.rows} == {("", 1)}
         return sorted(row.values["dataset"] for row in self.rows)
 
     @property
@@ -122,7 +129,7 @@ def test_rows_reach_the_tables_one_by_one_from_one_process_beside_the_command(ra
     made = [(run.store.folder(e) / "result.json").stat().st_mtime for e in run.experiments]
     late = [e["time"] - m for e, m in zip(entries, sorted(made), strict=True)]
     print(f"rows in the tables {', '.join(f'{seconds:.2f}' for seconds in late)} s after they were made")
-    assert max(late[2:]) < 1.0, "but for the first ones, for which the process starts"
+    assert max(late[2:]) < 2.0, "but for the first ones, for which the process starts"
     shown = ray.get(run.handles[0].board.read.remote(1)).rows
     assert sorted(values["dataset"] for values in shown) == run.names
 

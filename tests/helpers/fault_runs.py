@@ -136,7 +136,7 @@ def environment(faults: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "RAYLORA_FAULTS": str(faults), **token, **more}
 
 
-ACTORS = ("RayWorker", "raylora-", "MapWorker", "Board")
+ACTORS = ("RayWorker", "raylora-", "MapWorker", "Board", "Write")
 """What the titles of a run's processes have in them, where Ray itself goes on without it."""
 
 
