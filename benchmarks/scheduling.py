@@ -26,13 +26,12 @@ from raylora.cluster.retries import RetryingExecutor, WorkerCalls
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
 from raylora.config import Config, load_config
 from raylora.errors import NodeLostError, WorkerFailedError
-from raylora.planning.plan import Plan
-from raylora.records import Experiment, ProgressCallback, ResultRow
-from raylora.rows import make_row
-from raylora.run import execute
+from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
+from raylora.rows import ROW_COLUMNS, make_row
+from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
 
-STAGES = ("features", "train", "mmlu")
+STAGES = (ProgressStage.FEATURES, ProgressStage.TRAIN, ProgressStage.MMLU)
 GPUS_A_NODE = 8
 
 
@@ -102,19 +101,12 @@ def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, flo
             )
             for e in make_experiments(num_workers, 0.0)
         ]
-        rows: dict[str, ResultRow] = {}
-        tables = execute._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
-        started = 0.0
-        for row in run_experiments(config, store, [*warm, *experiments], make_runner=SleepingRunner):
-            name = row.values["experiment_id"]
-            if name.startswith("warm_"):
-                started = time.perf_counter()
-                continue
-            rows[name] = row
-            tables.row_came()
-        seconds = time.perf_counter() - started
-        tables.write()
-        return {"seconds": seconds, "rows": len(rows)}
+        tables = RunTables(store, ROW_COLUMNS)
+        with tables.permitted():
+            rows = run_experiments(config, store, [*warm, *experiments], make_runner=SleepingRunner, tables=tables)
+        ended = time.time()
+        started = max((store.folder(e) / "result.json").stat().st_mtime for e in warm)
+        return {"seconds": ended - started, "rows": len(rows) - len(warm)}
 
 
 def measure_on_ray(options: argparse.Namespace) -> None:

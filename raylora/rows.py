@@ -11,7 +11,7 @@ from typing import IO, Any
 import pandas as pd
 
 from raylora.config import Config, Method
-from raylora.errors import UserError, one_line, reason
+from raylora.errors import ErrorKind, UserError, one_line, reason
 from raylora.records import Experiment, ResultRow
 from raylora.storage.places import location, reading
 
@@ -125,9 +125,10 @@ class TrainingMetrics:
 
 
 RESULT_COLUMNS = (
-    "dataset", "experiment_id", "status", "error", "overall_accuracy", "base_overall_accuracy", "accuracy_change",
-    "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", "total_questions", "correct_questions",
-    "base_correct_questions", "overall_stderr", "base_overall_stderr", "macro_accuracy", "base_macro_accuracy",
+    "dataset", "experiment_id", "status", "error", "error_kind", "overall_accuracy", "base_overall_accuracy",
+    "accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", "total_questions",
+    "correct_questions", "base_correct_questions", "overall_stderr", "base_overall_stderr", "macro_accuracy",
+    "base_macro_accuracy",
     "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences", "accuracy_other", "num_unparsed",
     "base_num_unparsed", "num_truncated",
 )  # fmt: skip
@@ -164,9 +165,10 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
     return ResultRow({**dict.fromkeys(ROW_COLUMNS), **identity, **values})
 
 
-def error_row(config: Config, experiment: Experiment, error: str, **values: Any) -> ResultRow:
-    """The row of an experiment that could not be finished: its cause on one line."""
-    return make_row(config, experiment, "error", error=" ".join(error.split())[:1000], **values)
+def error_row(config: Config, experiment: Experiment, error: str, kind: ErrorKind, **values: Any) -> ResultRow:
+    """The row of an experiment that could not be finished: its cause on one line, and what kind of cause that is."""
+    text = " ".join(error.split())[:1000]
+    return make_row(config, experiment, "error", error=text, error_kind=kind.value, **values)
 
 
 COUNTS = frozenset(
@@ -179,8 +181,11 @@ COUNTS = frozenset(
     } - {"num_epochs"}
 )  # fmt: skip
 CATEGORIES = frozenset(
-    {"status", "model", "quantization", "prompt_style", "scoring", "target_modules", "lr_scheduler", "train_on"}
-)
+    {
+        "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "target_modules", "lr_scheduler",
+        "train_on",
+    }
+)  # fmt: skip
 TEXTS = frozenset({"dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "dataset_name"})
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 
-from raylora.errors import CannotGoOnError, MachineError, RemoteError
+from raylora.errors import CannotGoOnError, ErrorKind, MachineError, RemoteError
 from raylora.storage.store import Store
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -17,9 +17,9 @@ def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError 
     """What an error, or what it came from, says of the store; None where it says nothing of it."""
     while error is not None and not isinstance(error, MachineError):  # whose own disks may be full
         if isinstance(error, RemoteError):
-            return CannotGoOnError(error.strerror)
+            return CannotGoOnError(error.strerror, kind=ErrorKind.STORAGE)
         if (number := _error_number(error)) in NO_ROOM:
-            return CannotGoOnError(f"{store.root}: {os.strerror(number)}: make room")
+            return CannotGoOnError(f"{store.root}: {os.strerror(number)}: make room", kind=ErrorKind.STORAGE)
         error = error.__cause__ or error.__context__
     return None
 

@@ -18,6 +18,7 @@ from raylora.cluster.worker_pool import PoolWorker, WorkerPlace, WorkerPool
 from raylora.config import GPU_TOKEN_BUDGET, Config
 from raylora.errors import (
     CannotGoOnError,
+    ErrorKind,
     MachineFailedError,
     NodeLostError,
     WorkerFailedError,
@@ -51,6 +52,15 @@ class WorkerCalls:
     train: Callable[[PoolWorker, Sequence[Experiment]], int]
     help: Callable[[PoolWorker, Experiment], int]
     being_evaluated: Callable[[], set[str]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A try that failed: where, why, and what kind of cause that is."""
+
+    place: WorkerPlace
+    cause: str
+    kind: ErrorKind
 
 
 class RetryingExecutor:
@@ -103,13 +113,13 @@ class RetryingExecutor:
             raise store_failure(error, self._store) or error from error
 
     def _try(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
-        failures: list[tuple[WorkerPlace, str]] = []
+        failures: list[Failure] = []
         num_moves, only_machines = 0, True
         while len(failures) < MAX_ATTEMPTS:
             member = self._crew.take(rank, avoid=_elsewhere(failures), work=experiment)
             if member is None:
                 if self._crew.broken:
-                    raise CannotGoOnError(self._crew.broken)
+                    raise CannotGoOnError(self._crew.broken, kind=ErrorKind.CLUSTER)
                 return None
             if not self._train_together(member, experiment):
                 continue
@@ -126,7 +136,7 @@ class RetryingExecutor:
                 num_moves += isinstance(error, NodeLostError)
                 only_machines &= isinstance(error, MachineFailedError)
                 if not isinstance(error, NodeLostError) or num_moves > MAX_MOVES:
-                    failures.append((member.place, str(error)))
+                    failures.append(Failure(member.place, str(error), error.kind))
                 if len(failures) < MAX_ATTEMPTS:
                     self._on_retry(f"{experiment.dataset} is tried again: on {member.place}, {error}")
                 continue
@@ -135,8 +145,8 @@ class RetryingExecutor:
             self._crew.give_back(member)
             self._some_are_done = True
             return self._finish(experiment, values, failures)
-        self._crew.acquit([place for place, _ in failures], experiment.experiment_id)
-        return self._give_up(experiment, failures[-1][1], for_now=only_machines)
+        self._crew.acquit([failure.place for failure in failures], experiment.experiment_id)
+        return self._give_up(experiment, failures[-1], for_now=only_machines)
 
     def _train_together(self, member: PoolWorker, experiment: Experiment) -> bool:
         """Train an adapter beside those of others that wait, where that pays; each finds its own done when it runs.
@@ -177,30 +187,30 @@ class RetryingExecutor:
     def _wants_adapter(self, experiment: Experiment) -> bool:
         return "train" in self._config.stages and self._store.read_stage(experiment, "train") is None
 
-    def _finish(
-        self, experiment: Experiment, values: dict[str, Any], failures: list[tuple[WorkerPlace, str]]
-    ) -> dict[str, Any]:
-        for place, cause in failures:
-            if place.gpu:
-                self._crew.blame(place, experiment.experiment_id, cause)
+    def _finish(self, experiment: Experiment, values: dict[str, Any], failures: list[Failure]) -> dict[str, Any]:
+        for failure in failures:
+            if failure.place.gpu:
+                self._crew.blame(failure.place, experiment.experiment_id, failure.cause)
         if failures:
             values["num_attempts"] = len(failures) + 1
             self._store.write_row(experiment, ResultRow(values))
         return values
 
-    def _give_up(self, experiment: Experiment, cause: str, for_now: bool) -> dict[str, Any]:
-        """An error row. ``for_now``: the next run tries again, as the machines may be mended by then.
+    def _give_up(self, experiment: Experiment, failure: Failure, for_now: bool) -> dict[str, Any]:
+        """An error row. ``for_now``: the next run tries again, as the machines may be fixed by then.
 
         Raises:
             CannotGoOnError: nothing has gone well so far, and machines were to blame each time.
         """
         self._num_given_up += for_now
         if for_now and self._num_given_up >= MAX_GIVEN_UP and not self._some_are_done:
-            raise CannotGoOnError(cause)
+            raise CannotGoOnError(failure.cause, kind=failure.kind)
         from raylora.rows import error_row  # seconds and half a GB, which a supervisor seldom needs
 
-        text = f"{experiment.dataset}: {cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"
-        row = error_row(self._config, experiment, text, num_attempts=MAX_ATTEMPTS)
+        text = (
+            f"{experiment.dataset}: {failure.cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"
+        )
+        row = error_row(self._config, experiment, text, failure.kind, num_attempts=MAX_ATTEMPTS)
         if not for_now:
             self._store.write_row(experiment, row)
         return row.values
@@ -232,6 +242,6 @@ class RetryingExecutor:
         self._crew.close()
 
 
-def _elsewhere(failures: list[tuple[WorkerPlace, str]]) -> WorkerPlace | None:
+def _elsewhere(failures: list[Failure]) -> WorkerPlace | None:
     """Where not to try again: on the GPU that may be at fault. A machine without GPUs is not doubted."""
-    return failures[-1][0] if failures and failures[-1][0].gpu else None
+    return failures[-1].place if failures and failures[-1].place.gpu else None

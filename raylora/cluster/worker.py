@@ -13,8 +13,8 @@ from typing import Any
 from raylora.cluster.metrics import WorkerMeter, title
 from raylora.cluster.status import WorkerProgress
 from raylora.config import Config
-from raylora.errors import MachineError
-from raylora.records import Experiment, ResultRow
+from raylora.errors import ErrorKind, MachineError, OutOfMemoryError, one_line
+from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
 from raylora.storage.store import Store
 
 PROGRESS_SECONDS = 0.5
@@ -32,7 +32,8 @@ def check_gpu() -> None:
     import torch
 
     if Path("/dev/nvidiactl").exists() and not torch.cuda.is_available():
-        raise MachineError("torch finds no GPU where the driver has one: `nvidia-smi` and `torch.version.cuda` say why")
+        text = "torch finds no GPU where the driver has one: `nvidia-smi` and `torch.version.cuda` say why"
+        raise MachineError(text, kind=ErrorKind.GPU)
 
 
 class Worker:
@@ -110,11 +111,14 @@ class Worker:
             check_fit_here(self._config)
 
     @contextlib.contextmanager
-    def _reporter(self, experiment: Experiment) -> Iterator[Callable[[str, int, int], None]]:
-        stage_now, started, written, titled = "", 0.0, 0.0, 0.0
+    def _reporter(self, experiment: Experiment) -> Iterator[ProgressCallback]:
+        from raylora.model.memory import is_out_of_memory  # imports torch
+
+        stage_now: ProgressStage | None = None
+        started, written, titled = 0.0, 0.0, 0.0
         meter = self._meter
 
-        def progress(stage: str, done: int, total: int) -> None:
+        def progress(stage: ProgressStage, done: int, total: int) -> None:
             nonlocal stage_now, started, written, titled
             meter.worked(stage)
             now = time.time()
@@ -124,7 +128,14 @@ class Worker:
                 written = now
                 self._board.write.remote(
                     WorkerProgress(
-                        self._number, experiment.experiment_id, experiment.dataset, stage, done, total, started
+                        self._number,
+                        experiment.experiment_id,
+                        experiment.dataset,
+                        stage,
+                        done,
+                        total,
+                        started,
+                        stage.can_share,
                     )
                 )
                 meter.show()
@@ -135,6 +146,10 @@ class Worker:
         meter.begin()
         try:
             yield progress
+        except (RuntimeError, MemoryError) as error:  # known here, where torch is, and not where the row is made
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(one_line(error)) from error
+            raise
         finally:
             if stage_now:
                 meter.worked(stage_now)  # from its last report on: an adapter is stored, scores are compared

@@ -28,9 +28,8 @@ from raylora.planning.show_plan import print_plan
 from raylora.records import ResultRow
 from raylora.rows import FEATURE_COLUMNS, FeatureColumn
 from raylora.run.execute import how_to_go_on, run_plan
-from raylora.storage.atomic import write_atomically
 from raylora.storage.places import Location, reading, writing
-from raylora.storage.tables import rows_to_table
+from raylora.storage.tables import CsvTable
 
 HYPERPARAMETER_COLUMNS = tuple(
     FeatureColumn(name, "hyperparameters", "", -math.inf, math.inf, str(option.description))
@@ -113,14 +112,9 @@ def main(argv: list[str]) -> int:
         return 0
     _check_place(config.output_csv)
 
-    def write_csv(rows: Sequence[ResultRow]) -> None:
-        if config.output_csv is not None:
-            table = rows_to_table(rows, CSV_COLUMNS)[CSV_COLUMNS]
-            with writing("--output-csv", config.output_csv):
-                write_atomically(config.output_csv, lambda partial: table.to_csv(partial, index=False))
-
+    table = CsvTable("--output-csv", config.output_csv.absolute(), CSV_COLUMNS) if config.output_csv else None
     try:
-        rows = run_plan(plan, console, write_csv)
+        rows = run_plan(plan, console, table)
     except (KeyboardInterrupt, StoppedError) as stop:
         console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 1

@@ -27,7 +27,7 @@ from raylora.config_sources import Settings, load_settings, split_commas
 from raylora.console import make_console
 from raylora.errors import UserError
 from raylora.predict.predictor import load_predictor
-from raylora.predict.tables import NAME_COLUMNS, Known, Target, known_from_table, names_of, numbers_of
+from raylora.predict.tables import NAME_COLUMNS, Target, TrainingTable, known_from_table, names_of, numbers_of
 from raylora.predict.validation import fit_predictor, scores
 from raylora.rows import read_table
 from raylora.storage.atomic import to_json, write_atomically, write_text
@@ -96,7 +96,7 @@ def fit(argv: list[str], console: Console) -> None:
     console.print(f"Next: {PROG} predict {config.output} TABLE", soft_wrap=True)
 
 
-def _note_few_groups(known: Known, coverage: float, console: Console) -> None:
+def _note_few_groups(known: TrainingTable, coverage: float, console: Console) -> None:
     """Rows of one group err together: the correction for finite samples would have to count groups."""
     if known.groups is not None and (num := len(np.unique(known.groups))) < 1 / (1 - coverage) - 1:
         console.print(

@@ -57,8 +57,7 @@ def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
     rows: dict[str, ResultRow] = {}
     with plan.store.held(plan.config.fresh):
         pending = [e for e in plan.experiments if not e.error and plan.store.read_stage(e, "features") is None]
-        if pending:
-            run_pending(plan, pending, rows, console, lambda: None)
+        run_pending(plan, pending, rows, console, tables=None)
         return pd.DataFrame([_features_row(plan, e, rows.get(e.experiment_id)) for e in plan.experiments])
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from raylora.errors import RemoteError, UserError
+from raylora.errors import MachineError, RemoteError, UserError
 
 
 def run_command(main: Any, argv: list[str] | None = None) -> None:
     """Run a command: a user's mistake, or an object store that says no, ends in one line on stderr and exit code 2."""
     try:
         code = main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, MachineError) as error:
         print(f"raylora: {error}", file=sys.stderr)
         code = 2
     except RemoteError as error:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from raylora.config import FeatureOptions, method_of
-from raylora.errors import MachineError, TrainingDivergedError, UserError
+from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.features.pipeline import extract_features
 from raylora.mmlu.statistics import compare, summarize
 from raylora.model.device import device_name
-from raylora.records import Dataset, Experiment, ProgressCallback, ResultRow, Score, ignore_progress
+from raylora.records import Dataset, Experiment, ProgressCallback, ProgressStage, ResultRow, Score, ignore_progress
 from raylora.rows import error_row, make_row
 from raylora.storage.store import LOG
 from raylora.training.loop import train_adapters
@@ -36,11 +36,9 @@ def run_experiment(bench: Workbench, experiment: Experiment, progress: ProgressC
         try:
             values = _run_stages(bench, experiment, progress)
             row = make_row(bench.config, experiment, "ok", **values, total_seconds=time.perf_counter() - started)
-        except MachineError:
-            raise
         except UserError as error:
             log.error("%s", error)
-            row = error_row(bench.config, experiment, str(error))
+            row = error_row(bench.config, experiment, str(error), error.kind)
         bench.store.write_row(experiment, row)
         log.info("finished: %s", row.values["status"])
     return row
@@ -48,9 +46,9 @@ def run_experiment(bench: Workbench, experiment: Experiment, progress: ProgressC
 
 def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:
     if experiment.error:
-        raise UserError(experiment.error)
+        raise UserError(experiment.error, kind=ErrorKind(experiment.error_kind))
     stages = bench.config.stages
-    progress("load", 0, 1)
+    progress(ProgressStage.LOAD, 0, 1)
     dataset = load_planned_dataset(bench, experiment)
     values = _dataset_values(dataset) | {"device": device_name()}
     if "features" in stages:
@@ -59,7 +57,8 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
         values |= _stage(bench, experiment, "train", lambda: _train_adapter(bench, experiment, dataset, progress))
     if "mmlu" in stages:
         if bench.store.read_stage(experiment, "train") is None:
-            raise UserError(f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages")
+            text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
+            raise UserError(text, kind=ErrorKind.ADAPTER)
         values |= _stage(bench, experiment, "mmlu", lambda: _evaluate_mmlu(bench, experiment, progress))
     return values
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from raylora.errors import UserError
+from raylora.errors import MachineError, UserError
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.records import Experiment, ProgressCallback, ignore_progress
 from raylora.storage.store import LOG
@@ -30,7 +30,7 @@ def train_together(
         The number of adapters that were trained.
     """
     asked = bench.config.adapters_a_pass
-    with contextlib.suppress(UserError):  # of a model that cannot be loaded: each experiment's row will say so
+    with contextlib.suppress(UserError, MachineError):  # a model that cannot be loaded: each row will say so
         if asked or torch.cuda.is_available():
             return _train_those_that_pay(bench, experiments, asked, progress)
     return 0
@@ -45,7 +45,7 @@ def _train_those_that_pay(
         for i, experiment in enumerate(experiments):
             stack.enter_context(at_hand(bench.store, experiment))
             stack.callback(loaded.detach, f"together_{i}")
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, MachineError):
                 bench.check_model(experiment)
                 job = attach_job(bench, experiment, load_planned_dataset(bench, experiment), f"together_{i}")
                 if any(count_labels(job)):

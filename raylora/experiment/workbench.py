@@ -15,7 +15,7 @@ import torch
 from raylora.config import Config, method_of
 from raylora.data import datasets
 from raylora.data.encoding import StoredEncoded, encode_each
-from raylora.errors import BaseChangedError, MachineError, UserError
+from raylora.errors import BaseChangedError, ErrorKind, MachineError, UserError
 from raylora.mmlu.evaluator import Evaluator
 from raylora.model.adapters import LoadedModel
 from raylora.model.sources import model_hash
@@ -47,7 +47,7 @@ class Workbench(Evaluator):
         try:
             loaded = super().loaded
         except UserError as error:
-            raise MachineError(str(error)) from error
+            raise MachineError(str(error), kind=error.kind) from error
         self._base_hash = loaded.logits_hash()
         return loaded
 
@@ -61,7 +61,7 @@ class Workbench(Evaluator):
         if not self._model_hash:
             self._model_hash = model_hash(source, self.config.trust_remote_code)
         if any(self._model_hash != origin["model"] for origin in experiment.origins.values()):
-            raise MachineError(f"{source}: not what it was when the run began: run the same command again")
+            raise _changed_meanwhile(source)
 
     def check_base(self) -> None:
         """Whether the base still is what it was when it was loaded: nothing that a stage does may change it.
@@ -85,10 +85,15 @@ def load_planned_dataset(bench: Workbench, experiment: Experiment) -> Dataset:
     try:
         dataset = datasets.load_dataset(path, bench.config.salvage, bench.config.max_records)
     except UserError as error:
-        raise MachineError(str(error)) from error
+        raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != experiment.data_hash:
-        raise MachineError(f"{path}: not what it was when the run began: run the same command again")
+        raise _changed_meanwhile(path)
     return dataset
+
+
+def _changed_meanwhile(place: str | Path) -> MachineError:
+    text = f"{place}: not what it was when the run began: run the same command again"
+    return MachineError(text, kind=ErrorKind.CHANGED_MEANWHILE)
 
 
 def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name: str = "default") -> Job:

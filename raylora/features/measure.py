@@ -28,7 +28,7 @@ from raylora.features.words import words_of
 from raylora.model.forward import at_output_head, head_is_plain, head_losses
 from raylora.model.memory import is_out_of_memory
 from raylora.model.onednn import onednn_linears
-from raylora.records import Example, ProgressCallback
+from raylora.records import Example, ProgressCallback, ProgressStage
 from raylora.training.losses import ExampleLoss
 from raylora.work_counts import work_counts
 
@@ -152,7 +152,7 @@ def measure_all(
             own = slice(-len(rows[row]), None)
             sparsity = shares[row, own] if shares is not None else None
             results[i] = _measure(items[i], labels[row], states[row, own], losses[row, own], sparsity)
-        progress("features", len(results), len(items))
+        progress(ProgressStage.FEATURES, len(results), len(items))
 
     in_batches(model, [len(item.encoded) for item in items], token_budget, run)
     return [results[i] for i in range(len(items))]

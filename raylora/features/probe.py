@@ -26,7 +26,7 @@ from raylora.features.static import FeatureResult, OfLoadedModel, as_dataset, co
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import borrowed
 from raylora.model.onednn import onednn_linears
-from raylora.records import Dataset, Example, ProgressCallback, ignore_progress
+from raylora.records import Dataset, Example, ProgressCallback, ProgressStage, ignore_progress
 from raylora.rows import PROBE_NAMES
 from raylora.training.gradients import Job, Step, StepGradient, separate_gradients
 from raylora.training.loop import ONEDNN_FROM_TOKENS, count_tokens, take_step, train_adapter
@@ -185,7 +185,7 @@ def _probe(
         steps.seed,
         num_steps=steps.num_steps,
         observer=observer,
-        progress=lambda _, done, total: progress("probe", done, total),
+        progress=lambda _, done, total: progress(ProgressStage.PROBE, done, total),
     )
     after = example_losses(loaded, held_out, method.train_on, token_budget, with_gradient=True)
     flatness = landscape_flatness(loaded, parameters, held_out, mean_loss(after), method, token_budget)

@@ -15,7 +15,7 @@ from sklearn.ensemble import IsolationForest
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import EncodedExample, TrainOn
 from raylora.data.parse_record import parse_record
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.features import text
 from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
 from raylora.model.onednn import onednn_linears
@@ -118,7 +118,7 @@ def as_dataset(dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]
             num_bad += len(errors)
             num_chars += _num_chars(record)
     if not examples:
-        raise UserError("the dataset has no valid example")
+        raise UserError("the dataset has no valid example", kind=ErrorKind.BAD_RECORDS)
     return Dataset("", tuple(examples), len(dataset), num_chars, num_bad_records=num_bad)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from raylora.config import EvaluationConfig, ModelOptions
-from raylora.errors import MachineError, UserError
+from raylora.errors import ErrorKind, MachineError, UserError
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion, encode_questions, load_encoded, save_encoded
 from raylora.mmlu.question_set import (
@@ -24,7 +24,7 @@ from raylora.mmlu.question_set import (
 from raylora.mmlu.scoring import answer, evaluate, load_score, save_score
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import context_window, load_model, load_tokenizer
-from raylora.records import ProgressCallback, Score, ignore_progress
+from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.storage.atomic import write_atomically
 from raylora.storage.store import Store
 
@@ -79,11 +79,12 @@ class Evaluator:
             asked = load_question_set(self.config)
             key = score_key(model_key(self.config, self.loaded.source), questions_key(self.config, asked))
         except UserError as error:
-            raise MachineError(str(error)) from error
+            raise MachineError(str(error), kind=error.kind) from error
         if key != base_key:
             raise MachineError(
                 f"{find_questions(self.config)}, or the model: not what it was when the run began: run the same "
-                "command again"
+                "command again",
+                kind=ErrorKind.CHANGED_MEANWHILE,
             )
         return asked
 
@@ -138,7 +139,7 @@ class Evaluator:
             journal,
             self.config.scoring,
             self.config.token_budget,
-            lambda _, done, total: progress("helping mmlu", done, total),
+            lambda _, done, total: progress(ProgressStage.HELPING_MMLU, done, total),
         )
         return len(journal.answers) - num_known
 
@@ -153,7 +154,7 @@ class Evaluator:
             self.store.fetch(path)
             if (score := _kept(path, lambda: load_score(path))) is None:
                 with self.loaded.base():
-                    self.score(key, key, path, lambda _, done, total: progress("base mmlu", done, total))
+                    self.score(key, key, path, lambda _, *counts: progress(ProgressStage.BASE_MMLU, *counts))
                 self.store.share(path)
                 score = load_score(path)  # another machine's, if it was the first to be done
             return score

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError, errors_are
 from raylora.mmlu.prompts import build_shots
 from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
 from raylora.model.sources import model_hash
@@ -53,7 +53,7 @@ def load_question_set(config: EvaluationConfig) -> QuestionSet:
     Raises:
         UserError: the file is missing or bad, or a subject has too few solved questions.
     """
-    with reading(location(config.mmlu or "")):
+    with errors_are(ErrorKind.QUESTIONS), reading(location(config.mmlu or "")):
         return _load_question_set(config)
 
 

@@ -31,7 +31,7 @@ from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 from raylora.model.memory import is_out_of_memory
 from raylora.model.onednn import onednn_linears
-from raylora.records import ProgressCallback, Score, ignore_progress
+from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.work_counts import work_counts
 
 log = logging.getLogger("raylora.mmlu")
@@ -150,7 +150,7 @@ def answer(
             for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
                 journal.add(answers)
                 work_counts.questions += len(answers)
-                progress("mmlu", len(journal.answers), len(encoded))
+                progress(ProgressStage.MMLU, len(journal.answers), len(encoded))
             if budget.tokens != journal.reduced:
                 journal.open(cut, budget.tokens)
     return _Asked(parts, budget, no_prefix)

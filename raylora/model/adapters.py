@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from raylora.config import Method
-from raylora.errors import UserError, one_line
+from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.device import compute_dtype, cuda_devices
 from raylora.model.memory import is_out_of_memory
 from raylora.records import digest
@@ -70,9 +70,10 @@ class LoadedModel:
                 else:
                     self._peft.add_adapter(name, config)
             except ValueError as error:
-                raise UserError(f"--target-modules: {one_line(error)}") from error
+                raise UserError(f"--target-modules: {one_line(error)}", kind=ErrorKind.TARGET_MODULES) from error
         return self._activate(name, trainable=True)
 
+    @errors_are(ErrorKind.ADAPTER)
     def attach_saved(self, folder: Path, name: str = "default") -> None:
         """The adapter of a PEFT folder, active, not trainable.
 

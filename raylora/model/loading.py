@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from raylora.config import ModelOptions
-from raylora.errors import UserError, one_line
+from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
@@ -37,6 +37,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
     return None
 
 
+@errors_are(ErrorKind.MODEL)
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer, with a pad token.
 
@@ -56,6 +57,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+@errors_are(ErrorKind.MODEL)
 def load_model(options: ModelOptions, device: torch.device | None = None) -> LoadedModel:
     """The base model of ``options``, quantized, in eval mode, without gradients.
 
@@ -88,7 +90,8 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--model {options.model}: does not fit the GPU in {options.quantization}; "
-            "try --quantization 4bit or --max-memory with room on the CPU"
+            "try --quantization 4bit or --max-memory with room on the CPU",
+            kind=ErrorKind.DOES_NOT_FIT,
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         if not options.allow_pickle and has_only_pickles(source):

@@ -263,7 +263,7 @@ def misfit(shape: Shape, machine: Hardware, config: Config) -> str:
         return ""
     smaller = [q for q in ("8bit", "4bit") if _least_bytes(shape, q, config, machine) <= room]
     where = "this GPU" if machine.on_gpu else "a worker here"
-    mend = (
+    fix = (
         f"--quantization {smaller[0]} would fit"
         if smaller and smaller[0] != config.quantization
         else "--max-memory can put a part of it on the CPU"
@@ -274,7 +274,7 @@ def misfit(shape: Shape, machine: Hardware, config: Config) -> str:
     )
     return (
         f"--model {config.model}: in {config.quantization} it needs {gigabytes(least)} for training one example at a "
-        f"time, and {where} has {gigabytes(max(0, room))} for it: {mend}"
+        f"time, and {where} has {gigabytes(max(0, room))} for it: {fix}"
     )
 
 

@@ -1,5 +1,6 @@
-"""Can the outcome of a training be known before it? Models of tables of finished runs.
+"""Predict a training's outcome before it is trained: regression on tables of finished runs.
 
-``tables`` checks a table's columns; ``models`` has the models and the baselines beside them; ``validation`` measures
-them on rows they have not seen; ``predictor`` is what comes out, with intervals, on disk and back; ``figures`` draws.
+``tables`` checks a table's columns; ``models`` has the candidate models and the baselines; ``validation`` measures them
+by cross-validation; ``predictor`` is the fitted result, with conformal intervals, and its file; ``ranking`` orders the
+datasets of a chunk by it; ``figures`` draws its calibration.
 """

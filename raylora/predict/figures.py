@@ -1,4 +1,4 @@
-"""The calibration figure: are predictions right on held-out rows, and intervals as wide as they say?"""
+"""The calibration figure: predicted against measured outcomes of held-out rows, and the coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ from raylora.storage.atomic import write_atomically
 
 
 def draw_calibration(predictor: Predictor, held_out: pd.DataFrame) -> Figure:
-    """Left: measured against predicted outcome of held-out rows. Right: coverage of intervals against their level."""
+    """Left: measured against predicted outcomes. Right: the coverage of intervals against their nominal level.
+
+    Args:
+        held_out: a row for each held-out row, with columns ``measured`` and ``predicted``.
+    """
     card = predictor.card
     figure = Figure(figsize=(9.6, 4.4), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2)
+    outcomes, coverage = figure.subplots(1, 2)
     errors = np.sort(np.abs(predictor.residuals))
+    # The band has one width, the conformal quantile of all errors: the intervals of ``predict`` differ a little by row.
     width = errors[min(conformal_rank(len(errors), card["coverage"]), len(errors)) - 1]
-    ends = [min(held_out[["measured", "predicted"]].min()), max(held_out[["measured", "predicted"]].max())]
-    left.fill_between(ends, [e - width for e in ends], [e + width for e in ends], color="#9ecae1", alpha=0.5, lw=0)
-    left.plot(ends, ends, color="#555555", lw=1)
-    left.scatter(held_out["predicted"], held_out["measured"], s=9, color="#08519c", alpha=0.7, lw=0)
+    span = [min(held_out[["measured", "predicted"]].min()), max(held_out[["measured", "predicted"]].max())]
+    outcomes.fill_between(span, [x - width for x in span], [x + width for x in span], color="#9ecae1", alpha=0.5, lw=0)
+    outcomes.plot(span, span, color="#555555", lw=1)
+    outcomes.scatter(held_out["predicted"], held_out["measured"], s=9, color="#08519c", alpha=0.7, lw=0)
     name = card["target"].replace("_", " ")
-    left.set(xlabel=f"predicted {name}", ylabel=f"measured {name}", title=f"held-out rows, RMSE {card['rmse']:.4f}")
-    levels = {float(level): share for level, share in card["coverage_by_level"].items()}
-    right.plot([0.45, 1], [0.45, 1], color="#555555", lw=1)
-    # What n rows can show: two standard errors of a share around its level.
-    spread = [2 * np.sqrt(level * (1 - level) / len(errors)) for level in levels]
-    right.errorbar(list(levels), list(levels.values()), yerr=spread, fmt="o-", ms=4, color="#08519c", capsize=2)
-    right.set(xlabel="level of the interval", ylabel="share of held-out rows inside", title="coverage")
-    for axes in (left, right):
+    outcomes.set(xlabel=f"predicted {name}", ylabel=f"measured {name}", title=f"held-out rows, RMSE {card['rmse']:.4f}")
+    shares = {float(level): share for level, share in card["coverage_by_level"].items()}
+    coverage.plot([0.45, 1], [0.45, 1], color="#555555", lw=1)
+    # Bars of two standard errors of a share of n rows: a calibrated predictor stays within them 95% of the time.
+    spread = [2 * np.sqrt(level * (1 - level) / len(errors)) for level in shares]
+    coverage.errorbar(list(shares), list(shares.values()), yerr=spread, fmt="o-", ms=4, color="#08519c", capsize=2)
+    coverage.set(xlabel="level of the interval", ylabel="share of held-out rows inside", title="coverage")
+    for axes in (outcomes, coverage):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def write_calibration(path: Path, predictor: Predictor, held_out: pd.DataFrame) -> None:
+    """Write ``draw_calibration``'s figure as a PNG file."""
     figure = draw_calibration(predictor, held_out)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))

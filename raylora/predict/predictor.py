@@ -1,7 +1,7 @@
-"""A fitted predictor: predictions with intervals, on disk and back without pickle.
+"""A fitted predictor: predictions with conformal intervals, saved and loaded without pickle.
 
-The file is skops': weights as arrays and a list of types. Types that are not on our list are refused before anything
-of the file is built, so that a predictor from elsewhere cannot run code.
+The file has skops' format: weights as arrays, and the types of the objects that hold them. A type that is not on our
+list is refused before any object is created, so that a predictor from elsewhere cannot run code.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from raylora.storage.atomic import write_atomically
 
 FILE_NAME = "predictor.skops"
 TRUSTED_TYPES = ["numpy.dtype", "sklearn.tree._tree.Tree", "sklearn.utils._bunch.Bunch"]
-"""Beyond what skops trusts by itself (numpy arrays, scikit-learn's estimators). None of them runs code."""
+"""Types that are trusted beyond skops' own list (numpy arrays, scikit-learn's estimators). None of them runs code."""
 FORMAT = 1
-NEEDED = {
+REQUIRED_CARD_KEYS = {
     "target", "columns", "ranges", "needs_probe", "coverage", "num_rows", "group_column", "num_groups", "scikit_learn",
     "kind", "kinds_of_folds", "num_folds", "coverage_by_level", "baselines", "rmse", "mae", "r2", "rank_correlation",
 }  # fmt: skip
-"""What is read of a card without a question whether it is there."""
+"""Keys of a card that are read without a check: a file that lacks one is refused."""
 MAX_BYTES = 2**31
-"""A predictor's size unpacked: a file that grows beyond it is no predictor of ours (450 rows: 30 MB)."""
+"""A file that is larger than this when unpacked is refused: one fitted on 450 rows has 30 MB."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model of all rows, and the models of the folds with their errors on rows that they had not seen."""
+    """A model fitted on all rows; and, for the intervals, each fold's model with its errors on held-out rows.
+
+    The names of the fields are keys of the file.
+    """
 
     card: dict[str, Any]
-    """What it is, in plain values: ``target``, ``columns``, ``ranges``, ``coverage``, and how well it did."""
+    """What it was fitted on and how well it did, in plain values: ``target``, ``columns``, ``rmse`` and so on."""
     model: Any
     fold_models: list[Any]
     fold_of: np.ndarray
-    """The fold in which each row was held out."""
+    """(n,): the fold in which each row was held out, from 0."""
     residuals: np.ndarray
-    """Measured minus predicted outcome of each row, by the model of its fold."""
+    """(n,): measured minus predicted outcome of each row, by the model of the fold that held it out."""
 
     @property
     def columns(self) -> list[str]:
@@ -53,19 +56,23 @@ class Predictor:
 
     @property
     def notes(self) -> list[str]:
-        """What to know before trusting it here."""
-        made = self.card["scikit_learn"]
-        if made == sklearn.__version__:
+        """Warnings for this installation: scikit-learn does not promise that another version predicts the same."""
+        version = self.card["scikit_learn"]
+        if version == sklearn.__version__:
             return []
         return [
-            f"the predictor was made with scikit-learn {made}, this is {sklearn.__version__}: fit it again to be sure"
+            f"the predictor was made with scikit-learn {version}, this is {sklearn.__version__}: "
+            "fit it again to be sure"
         ]
 
     def features_of(self, table: pd.DataFrame, place: str = "TABLE") -> pd.DataFrame:
-        """The columns it uses, as floats.
+        """The columns that the predictor uses, as floats, (rows, columns); NaN where null.
+
+        Args:
+            place: the table's name in error messages.
 
         Raises:
-            UserError: one is missing, or holds what is no number. Null values are no error.
+            UserError: a column is missing, or holds what is no number. Null values are no error.
         """
         missing = [name for name in self.columns if name not in table]
         if missing:
@@ -76,26 +83,38 @@ class Predictor:
         return numbers_of(table, self.columns, place)
 
     def unmeasured(self, table: pd.DataFrame, place: str = "TABLE") -> list[str]:
-        """For each row the columns that are null there, and in no row that it was fitted on."""
+        """For each row the features that are null, but never were in the fit, as "name, name"; "" where none is.
+
+        Raises:
+            UserError: a column is missing, or holds what is no number.
+        """
         return self._unmeasured(self.features_of(table, place))
 
     def _unmeasured(self, features: pd.DataFrame) -> list[str]:
-        needed = features.drop(columns=self.card.get("columns_with_nulls", []))
-        return [", ".join(needed.columns[row]) for row in needed.isna().to_numpy()]
+        never_null = features.drop(columns=self.card.get("columns_with_nulls", []))
+        return [", ".join(never_null.columns[is_null]) for is_null in never_null.isna().to_numpy()]
 
     def predict(self, table: pd.DataFrame, coverage: float | None = None, place: str = "TABLE") -> pd.DataFrame:
-        """``prediction``, ``low``, ``high`` and ``outside``: the features beyond all values it was fitted on.
-
-        All three are NaN where a feature was not measured that always was in the rows it was fitted on: what stood in
-        its place would be made up.
+        """The outcome of each of the table's rows, with an interval.
 
         The interval is CV+ (Barber et al. 2021, "Predictive inference with the jackknife+"): split conformal whose
-        calibration rows are those that each fold held out. With n rows and miss rate a, ``high`` is the
-        ceil((1 - a)(n + 1))-th smallest of prediction(fold of row i) + |residual i|; ``low`` mirrors it.
+        calibration rows are those that each fold held out. With n rows and miscoverage rate a, ``high`` is the
+        ceil((1 - a)(n + 1))-th smallest of prediction(model of row i's fold) + |residual i|; ``low`` mirrors it.
+
+        A row gets no prediction (NaN) if a feature is null in it that never was in the fit. With the fit's median in
+        place of a group of features, 90% intervals held 16 to 56% of the outcomes (benchmarks/NOTES.md).
+
+        Args:
+            coverage: share of outcomes that intervals are to hold, 0 to 1; None: what the predictor was fitted with.
+            place: the table's name in error messages.
+
+        Returns:
+            ``prediction``, ``low`` and ``high`` in the target's unit; ``outside``: the features that lie outside the
+            range of the fit, or, where there is no prediction, those that were not measured.
 
         Raises:
-            UserError: a column is missing, no row has all that is needed, or ``coverage`` needs more rows than it was
-                fitted on.
+            UserError: a column is missing, no row has all features, or the predictor was fitted on too few rows for
+                ``coverage``.
         """
         features = self.features_of(table, place)
         unmeasured = self._unmeasured(features)
@@ -103,44 +122,58 @@ class Predictor:
             raise UserError(
                 f"{place}: not measured in any row: {unmeasured[0]}" if len(unmeasured) else f"{place}: empty"
             )
-        seen, outside = self._within_range(features)
-        ends = cv_plus(self._by_fold(seen), self.fold_of, np.abs(self.residuals), coverage or self.card["coverage"])
-        low, high = (self._possible(end) for end in ends)
-        prediction = self._possible(self.model.predict(seen))
-        # At low levels the folds' predictions may lie all on one side of the final model's: an interval holds its own.
+        clipped, outside = self._clip_to_fit(features)
+        level = coverage or self.card["coverage"]
+        ends = cv_plus(self._predict_by_fold(clipped), self.fold_of, np.abs(self.residuals), level)
+        low, high = (self._clip_outcome(end) for end in ends)
+        prediction = self._clip_outcome(self.model.predict(clipped))
+        # All fold models may predict more (or less) than the final one. At a low coverage the interval would then miss
+        # its own prediction, so it is widened up to it.
         values = {"prediction": prediction, "low": np.minimum(low, prediction), "high": np.maximum(high, prediction)}
-        found = pd.DataFrame(values, index=table.index)
-        found[[bool(u) for u in unmeasured]] = np.nan
-        return found.assign(
-            outside=[f"not measured: {u}" if u else o for u, o in zip(unmeasured, outside, strict=True)]
+        predictions = pd.DataFrame(values, index=table.index)
+        predictions[[bool(names) for names in unmeasured]] = np.nan
+        return predictions.assign(
+            outside=[
+                f"not measured: {null_names}" if null_names else far_names
+                for null_names, far_names in zip(unmeasured, outside, strict=True)
+            ]
         )
 
     def draw(self, table: pd.DataFrame, num_draws: int, seed: int, place: str = "TABLE") -> np.ndarray:
-        """Possible outcomes, ``num_draws`` x rows: the model of one fold a draw, and an error of some held-out row.
+        """Draws of the rows' outcomes, (num_draws, rows): predictions of one fold's model, plus residuals.
 
-        What the folds disagree on moves rows together; errors are drawn for each row by itself.
+        Where the folds' models disagree, the rows of a draw move together, as they are predicted by one model. The
+        residuals, those of held-out rows, are drawn for each row independently.
+
+        Raises:
+            UserError: a column is missing, or holds what is no number.
         """
         random = np.random.default_rng(seed)
-        by_fold = self._by_fold(self._within_range(self.features_of(table, place))[0])
+        by_fold = self._predict_by_fold(self._clip_to_fit(self.features_of(table, place))[0])
+        # A fold is drawn by its rows: one that held out more of them is drawn more often.
         drawn = by_fold[self.fold_of[random.integers(len(self.fold_of), size=num_draws)]]
-        return self._possible(drawn + random.choice(self.residuals, size=drawn.shape))
+        return self._clip_outcome(drawn + random.choice(self.residuals, size=drawn.shape))
 
-    def _by_fold(self, seen: pd.DataFrame) -> np.ndarray:
-        return np.stack([model.predict(seen) for model in self.fold_models])
+    def _predict_by_fold(self, features: pd.DataFrame) -> np.ndarray:
+        """Each fold model's predictions, (folds, rows)."""
+        return np.stack([model.predict(features) for model in self.fold_models])
 
-    def _possible(self, values: np.ndarray) -> np.ndarray:
+    def _clip_outcome(self, values: np.ndarray) -> np.ndarray:
         """An accuracy is between 0 and 1, and its change between -1 and 1."""
         return np.clip(values, 0.0 if self.card["target"] == "overall_accuracy" else -1.0, 1.0)
 
-    def _within_range(self, features: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-        """Values as near as those it was fitted on come (a line through the edge of them is a guess), and a note."""
+    def _clip_to_fit(self, features: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+        """Features clipped to the range of the fit, and for each row the names of those outside it.
+
+        Clipped, as a linear model's extrapolation beyond the rows it was fitted on is a guess.
+        """
         low, high = (pd.Series([self.card["ranges"][c][i] for c in self.columns], self.columns) for i in (0, 1))
-        beyond = features.lt(low) | features.gt(high)
-        notes = [", ".join(features.columns[row]) for row in beyond.to_numpy()]
-        return features.clip(low, high, axis=1), notes
+        is_outside = features.lt(low) | features.gt(high)
+        names = [", ".join(features.columns[of_row]) for of_row in is_outside.to_numpy()]
+        return features.clip(low, high, axis=1), names
 
     def save(self, folder: Path) -> Path:
-        """``predictor.skops`` in a folder."""
+        """Write ``predictor.skops`` into ``folder``; returns its path."""
         content = {"format": FORMAT, **vars(self)}
         path = folder / FILE_NAME
 
@@ -152,21 +185,21 @@ class Predictor:
 
 
 def cv_plus(by_fold: np.ndarray, fold_of: np.ndarray, errors: np.ndarray, coverage: float) -> tuple[Any, Any]:
-    """Ends of CV+ intervals; see ``Predictor.predict``.
+    """Lower and upper ends of CV+ intervals, (m,) each; see ``Predictor.predict``.
 
     Args:
-        by_fold: predictions, folds x new rows.
-        fold_of: the fold of each calibration row.
-        errors: its absolute error.
+        by_fold: each fold model's predictions of the m new rows, (folds, m).
+        fold_of: the fold that held out each of the n calibration rows, (n,).
+        errors: their absolute residuals, (n,).
 
     Raises:
-        UserError: there are too few rows for this coverage.
+        UserError: n is too small for this coverage.
     """
     rank = conformal_rank(len(errors), coverage)
     if rank > len(errors):
         needed = math.ceil(coverage / (1 - coverage))
         raise UserError(f"--coverage {coverage:g}: needs {needed} rows, the predictor has {len(errors)}")
-    per_row = by_fold[fold_of]
+    per_row = by_fold[fold_of]  # (n, m): the new rows' predictions by the model of each calibration row's fold
     low = np.sort(per_row - errors[:, None], axis=0)[len(errors) - rank]
     high = np.sort(per_row + errors[:, None], axis=0)[rank - 1]
     return low, high
@@ -174,11 +207,11 @@ def cv_plus(by_fold: np.ndarray, fold_of: np.ndarray, errors: np.ndarray, covera
 
 def conformal_rank(num_rows: int, coverage: float) -> int:
     """ceil((n + 1) * coverage): the finite-sample correction (Vovk et al. 2005; Lei et al. 2018)."""
-    return math.ceil(round((num_rows + 1) * coverage, 9))  # 0.9 * 10 is not to become 9.000000000000002
+    return math.ceil(round((num_rows + 1) * coverage, 9))  # rounded: 100 * 0.55 is 55.00000000000001 in floats
 
 
 def load_predictor(path: Path) -> Predictor:
-    """A predictor from its file or folder.
+    """Read a predictor from its file or folder.
 
     Raises:
         UserError: it is not there, is no predictor, or holds types that are not on our list.
@@ -191,13 +224,13 @@ def load_predictor(path: Path) -> Predictor:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_BYTES:
             raise UserError(f"{file}: {size / 2**30:.1f} GiB unpacked is more than any predictor; it is not opened")
-        strange = sorted(set(skops.io.get_untrusted_types(file=file)) - set(TRUSTED_TYPES))
-        if strange:
-            raise UserError(f"{file}: holds types that no predictor needs, and is not opened: {', '.join(strange)}")
+        untrusted = sorted(set(skops.io.get_untrusted_types(file=file)) - set(TRUSTED_TYPES))
+        if untrusted:
+            raise UserError(f"{file}: holds types that no predictor needs, and is not opened: {', '.join(untrusted)}")
         return _checked_content(skops.io.load(file, trusted=TRUSTED_TYPES))
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 a file that anyone may have written fails in any way
+    except Exception as error:  # noqa: BLE001 anyone may have written the file: it can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"{file}: no predictor that scikit-learn {sklearn.__version__} can read ({reason}); "
@@ -206,14 +239,20 @@ def load_predictor(path: Path) -> Predictor:
 
 
 def _checked_content(content: Any) -> Predictor:
-    """What was read, if its parts fit together: trees with a wild index would read beyond their arrays."""
+    """The predictor in a file's content, if its parts fit together.
+
+    Trees are checked too: scikit-learn follows their indices without a check, and would read beyond its arrays.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"not a raylora predictor of format {FORMAT}")
     predictor = Predictor(**content)
-    if lacking := NEEDED - {*predictor.card}:
-        raise ValueError(f"its card lacks {', '.join(sorted(lacking))}")
-    folds, rows = len(predictor.fold_models), len(predictor.fold_of)
-    if rows != len(predictor.residuals) or not (0 <= predictor.fold_of.min() <= predictor.fold_of.max() < folds):
+    if missing := REQUIRED_CARD_KEYS - {*predictor.card}:
+        raise ValueError(f"its card lacks {', '.join(sorted(missing))}")
+    num_folds, fold_of = len(predictor.fold_models), predictor.fold_of
+    if len(fold_of) != len(predictor.residuals) or not (0 <= fold_of.min() <= fold_of.max() < num_folds):
         raise ValueError("folds and residuals do not fit together")
     for model in (predictor.model, *predictor.fold_models):
         for tree in trees_of(model):
@@ -222,7 +261,7 @@ def _checked_content(content: Any) -> Predictor:
 
 
 def trees_of(model: Any) -> list[Any]:
-    """The trees of a model's forests, wherever they are in it."""
+    """The trees in a model: of forests, at any depth of pipelines and blends."""
     if hasattr(model, "steps"):
         return [tree for _, step in model.steps for tree in trees_of(step)]
     if hasattr(model, "estimators_"):
@@ -231,13 +270,17 @@ def trees_of(model: Any) -> list[Any]:
 
 
 def _check_tree(tree: Any, num_columns: int) -> None:
-    """Children come after their parents in scikit-learn's trees, and a leaf has none (-1)."""
-    left, right, number = tree.children_left, tree.children_right, np.arange(tree.node_count)
-    inner = left != -1
+    """In scikit-learn's trees children come after their parent (so that none is in a circle); leaves have none, -1.
+
+    Raises:
+        ValueError: a child or a feature is outside its array.
+    """
+    left, right, node = tree.children_left, tree.children_right, np.arange(tree.node_count)
+    is_split = left != -1
     for child in (left, right):
-        if not ((child[inner] > number[inner]).all() and (child < tree.node_count).all() and (child >= -1).all()):
+        if not ((child[is_split] > node[is_split]).all() and (child < tree.node_count).all() and (child >= -1).all()):
             raise ValueError("a tree's nodes point outside it")
-    if (right != -1).sum() != inner.sum() or not (tree.feature[inner] < num_columns).all():
+    if (right != -1).sum() != is_split.sum() or not (tree.feature[is_split] < num_columns).all():
         raise ValueError("a tree's nodes point outside it")
-    if (tree.feature[inner] < 0).any() or len(tree.value) != tree.node_count:
+    if (tree.feature[is_split] < 0).any() or len(tree.value) != tree.node_count:
         raise ValueError("a tree's nodes point outside it")

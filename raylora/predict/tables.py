@@ -1,4 +1,4 @@
-"""Tables of finished runs: checked by column name, and cut into what was known before training and what came out."""
+"""Tables of finished runs, checked by column name and split into features (known before training) and the outcome."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TARGETS: tuple[str, ...] = get_args(Target)
 HYPERPARAMETERS = tuple(
     name for name, field in Method.model_fields.items() if field.annotation is int or field.annotation is float
 )
-"""Those that are numbers. The others are words: rows that differ in them cannot be told apart by a predictor."""
+"""The numeric ones. The others (``lr_scheduler``, ``train_on`` and such) are words, which no model here can use."""
 NAME_COLUMNS = ("dataset", "dataset_name", "experiment_id")
 MIN_ROWS = 10
 MAX_NUMBER = 1e30
-"""Beyond it forests, which count in float32, and squares break down."""
+"""A larger value is an error: forests compute in float32 (3.4e38 at most), and sums of squares break down too."""
 
 
-def _groups() -> dict[str, tuple[str, ...]]:
+def _feature_groups() -> dict[str, tuple[str, ...]]:
     by_name: dict[str, list[str]] = {}
     for column in STATIC_COLUMNS:
         by_name.setdefault("text" if column.group == "size and text" else column.group, []).append(column.name)
@@ -35,58 +35,65 @@ def _groups() -> dict[str, tuple[str, ...]]:
     return {**{name: tuple(columns) for name, columns in by_name.items()}, "hyperparameters": HYPERPARAMETERS}
 
 
-FEATURE_GROUPS = _groups()
-"""Feature columns by what it takes to have them: reading text, a forward pass, a probe, nothing (hyperparameters)."""
+FEATURE_GROUPS = _feature_groups()
+"""Feature columns by what they cost: reading the text, a forward pass, a probe, nothing (hyperparameters)."""
 GROUP_ALIASES = {"static": (*FEATURE_GROUPS["text"], *FEATURE_GROUPS["semantic"], *FEATURE_GROUPS["perplexity"])}
 KNOWN_COLUMNS = (*STATIC_NAMES, *PROBE_NAMES, *HYPERPARAMETERS)
-"""What is known before a training. Anything else (losses, seconds, scores) comes out of it, or names a row."""
+"""What is known before a training: the only columns used as features. Others (losses, seconds, scores) come out of the
+training, so that a predictor that reads them would leak, or they name a row."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a table says about trainings: ``features`` (rows x columns, NaN where null), ``target``, ``groups``."""
+class TrainingTable:
+    """The n good rows of a table, for a predictor to be fitted on."""
 
     features: pd.DataFrame
+    """(n, columns), floats; NaN where null."""
     target: np.ndarray
+    """(n,): the measured outcome."""
     groups: np.ndarray | None
-    """A number for each row: rows of one group never stand on both sides of a fold. None: each row is its own."""
+    """(n,): each row's group, as a number; a fold never splits a group. None: rows are independent."""
     group_column: str | None
     names: list[str]
+    """What each row is called."""
     notes: list[str]
-    """What was left out, and why."""
+    """What was left out, and why; for the user."""
     seconds: dict[str, float]
-    """Mean seconds a dataset by ``text`` (part of ``static``), ``static`` and ``probe``, where the table has them."""
+    """Mean seconds a dataset of ``text`` (part of ``static``), ``static`` and ``probe``, where the table has them."""
     base_models: list[str]
 
 
 def known_from_table(
     table: pd.DataFrame, target: str, group: str | None = None, leave_out: Sequence[str] = (), place: str = "TABLE"
-) -> Known:
-    """What a table says about trainings that ended well, for a predictor to learn from.
+) -> TrainingTable:
+    """The rows of a table that ended well, with their features and outcome.
 
     Args:
-        group: column whose values are kept together in validation; ``none`` for no such column. Without one, rows of
-            the same data are kept together where a table has several (a grid of hyperparameters).
+        target: the column of the outcome, ``overall_accuracy`` or ``accuracy_change``.
+        group: column whose equal values stay in one fold; ``none``: rows are independent. Without one, rows of the
+            same data stay together where a table has several (a grid of hyperparameters).
         leave_out: feature groups (``text``, ``semantic``, ``perplexity``, ``dynamic``, ``static``,
             ``hyperparameters``) and columns that must not be used.
+        place: the table's name in error messages.
 
     Raises:
-        UserError: a column is missing or holds no numbers, or too few rows are left.
+        UserError: a column is missing or holds no numbers, an outcome is no share, or fewer than ``MIN_ROWS`` rows,
+            three groups or one feature are left.
     """
     notes: list[str] = []
     if target not in table:
-        there = [name for name in TARGETS if name in table]
-        mend = f"it has {there[0]}: --target {there[0]}" if there else _closest_column(target, table.columns)
-        raise UserError(f"{place}: no column {target}; {mend}")
+        targets = [name for name in TARGETS if name in table]
+        fix = f"it has {targets[0]}: --target {targets[0]}" if targets else _closest_column(target, table.columns)
+        raise UserError(f"{place}: no column {target}; {fix}")
     good = table[numbers_of(table, [target], place)[target].notna()]
     if "status" in good:
         good = good[good["status"] == "ok"]
-    if left_out := len(table) - len(good):
-        notes.append(f"{left_out} of {len(table)} rows are left out: they failed, or have no {target}")
+    if num_left_out := len(table) - len(good):
+        notes.append(f"{num_left_out} of {len(table)} rows are left out: they failed, or have no {target}")
     if len(good) < MIN_ROWS:
         raise UserError(f"{place}: {len(good)} good rows with {target}; a predictor needs {MIN_ROWS} at least")
     features = _features_of(good, set(columns_left_out(leave_out)), place, notes)
-    group_column, groups = _groups_of(good, group, place, notes)
+    group_column, groups = _validation_groups(good, group, place, notes)
     outcome = numbers_of(good, [target], place)[target]
     _check_shares(outcome, target, place)
     seconds = {
@@ -97,28 +104,29 @@ def known_from_table(
     models = sorted({str(v) for v in good["model"].dropna()}) if "model" in good else []
     if len(models) > 1:
         notes.append(f"rows of {len(models)} base models are mixed ({', '.join(models)}): outcomes may not compare")
-    return Known(features, outcome.to_numpy(), groups, group_column, names_of(good), notes, seconds, models)
+    return TrainingTable(features, outcome.to_numpy(), groups, group_column, names_of(good), notes, seconds, models)
 
 
 def _check_shares(outcome: pd.Series, target: str, place: str) -> None:
-    """Raises UserError where an outcome cannot be: in percent, most of the time."""
-    least = 0 if target == "overall_accuracy" else -1
-    strange = ~outcome.between(least, 1)
-    if strange.any():
-        at = int(strange.to_numpy().argmax())
+    """Raise UserError where an outcome is out of range: most often it is in percent."""
+    minimum = 0 if target == "overall_accuracy" else -1
+    is_bad = ~outcome.between(minimum, 1)
+    if is_bad.any():
+        at = int(is_bad.to_numpy().argmax())
         raise UserError(
-            f"{place}: column {target}, row {_row_number(outcome, at)}: {outcome.iloc[at]:g} is not between {least} "
+            f"{place}: column {target}, row {_row_number(outcome, at)}: {outcome.iloc[at]:g} is not between {minimum} "
             "and 1; give shares (0.45), not percent"
         )
 
 
 def _row_number(table: pd.DataFrame | pd.Series, at: int) -> Any:
-    """The row at a position as it stands in the table that it was taken from, from 1."""
+    """The number, from 1, that the row at position ``at`` has in the user's table, before rows were left out."""
     label = table.index[at]
     return int(label) + 1 if isinstance(label, int | np.integer) else at + 1
 
 
 def _features_of(good: pd.DataFrame, left_out: set[str], place: str, notes: list[str]) -> pd.DataFrame:
+    """The feature columns that differ between rows; ``notes`` gains a line for each kind of column that is not used."""
     wanted = [name for name in KNOWN_COLUMNS if name in good and name not in left_out]
     features = numbers_of(good, wanted, place)
     empty = [name for name in wanted if features[name].isna().all()]
@@ -136,10 +144,10 @@ def _features_of(good: pd.DataFrame, left_out: set[str], place: str, notes: list
     return features
 
 
-def _groups_of(
+def _validation_groups(
     good: pd.DataFrame, group: str | None, place: str, notes: list[str]
 ) -> tuple[str | None, np.ndarray | None]:
-    """The column whose rows stay together, and a number for each row."""
+    """The column whose equal values stay in one fold, and each row's group as a number, (n,)."""
     if group == "none":
         return None, None
     if group is None:
@@ -152,11 +160,11 @@ def _groups_of(
         notes.append(f"rows with the same {group} are kept together in validation (--group none: they are not)")
     if group not in good:
         raise UserError(f"--group {group}: {place} has no such column; {_closest_column(group, good.columns)}")
-    codes, found = pd.factorize(good[group])
-    unnamed = codes == -1  # each a group of its own: nothing says that they belong together
-    codes[unnamed] = len(found) + np.arange(unnamed.sum())
+    codes, names = pd.factorize(good[group])
+    is_null = codes == -1  # a row without a name is a group by itself: nothing says that two of them are of one dataset
+    codes[is_null] = len(names) + np.arange(is_null.sum())
     num_groups = len(np.unique(codes))
-    if num_groups < 3:
+    if num_groups < 3:  # with two, a fold's other rows are one group, which the inner cross-validation cannot split
         raise UserError(
             f"--group {group}: {num_groups} groups in {place}; validation needs 3 at least (or --group none)"
         )
@@ -164,7 +172,7 @@ def _groups_of(
 
 
 def columns_left_out(leave_out: Sequence[str]) -> list[str]:
-    """The columns that words of ``--leave-out`` stand for.
+    """The columns named by ``--leave-out``, whose words are feature groups or columns.
 
     Raises:
         UserError: a word is neither a group nor a column.
@@ -180,48 +188,54 @@ def columns_left_out(leave_out: Sequence[str]) -> list[str]:
 
 
 def numbers_of(table: pd.DataFrame, columns: Sequence[str], place: str) -> pd.DataFrame:
-    """These columns as floats; null and infinite values as NaN.
+    """These columns as floats, with the table's index; null and infinite values are NaN.
+
+    Args:
+        place: the table's name in error messages.
 
     Raises:
-        UserError: a column is not there, or holds what is no number; the line names it, and its first such row.
+        UserError: a column is missing, or holds what is no number or is beyond ``MAX_NUMBER``; the message names the
+            column and its first such row.
     """
     missing = [name for name in columns if name not in table]
     if missing:
         raise UserError(f"{place}: {len(missing)} columns are missing: {', '.join(missing)}")
-    found = {}
+    numbers = {}
     for name in columns:
         values = pd.to_numeric(table[name], errors="coerce").astype("float64")
-        bad = values.isna() & table[name].notna()
-        if bad.any():
-            at = int(bad.to_numpy().argmax())
-            shown = f"{place}: column {name}, row {_row_number(table, at)}: {str(table[name].iloc[at])[:40]!r}"
-            raise UserError(f"{shown} is no number")
-        huge = values.abs().gt(MAX_NUMBER) & np.isfinite(values)
-        if huge.any():
-            at = int(huge.to_numpy().argmax())
+        is_no_number = values.isna() & table[name].notna()
+        if is_no_number.any():
+            at = int(is_no_number.to_numpy().argmax())
+            cell = f"{place}: column {name}, row {_row_number(table, at)}: {str(table[name].iloc[at])[:40]!r}"
+            raise UserError(f"{cell} is no number")
+        is_huge = values.abs().gt(MAX_NUMBER) & np.isfinite(values)
+        if is_huge.any():
+            at = int(is_huge.to_numpy().argmax())
             raise UserError(f"{place}: column {name}, row {_row_number(table, at)}: {values.iloc[at]:g} is too large")
-        found[name] = values
-    return pd.DataFrame(found, index=table.index).replace([np.inf, -np.inf], np.nan)
+        numbers[name] = values
+    return pd.DataFrame(numbers, index=table.index).replace([np.inf, -np.inf], np.nan)
 
 
 def names_of(table: pd.DataFrame) -> list[str]:
     """What rows are called: the dataset, or the experiment where datasets repeat, or a number."""
-    named = [name for name in NAME_COLUMNS if name in table]
-    unique = [name for name in named if not table[name].duplicated().any()] or named
-    return [str(v) for v in table[unique[0]]] if unique else [f"row {i + 1}" for i in range(len(table))]
+    present = [name for name in NAME_COLUMNS if name in table]
+    columns = [name for name in present if not table[name].duplicated().any()] or present
+    return [str(name) for name in table[columns[0]]] if columns else [f"row {i + 1}" for i in range(len(table))]
 
 
 def group_of(column: str) -> str:
+    """The feature group of a column of ``KNOWN_COLUMNS``."""
     return next(group for group, columns in FEATURE_GROUPS.items() if column in columns)
 
 
 def needs_probe(columns: Iterable[str]) -> bool:
-    """Whether one of these columns is only known after a probe."""
+    """Whether one of these columns is measured by a probe."""
     return not set(PROBE_NAMES).isdisjoint(columns)
 
 
-def _closest_column(name: str, there: Iterable[Any]) -> str:
-    names = [str(column) for column in there]
+def _closest_column(name: str, columns: Iterable[Any]) -> str:
+    """The end of an error message about a missing column: a name like it, or the columns that there are."""
+    names = [str(column) for column in columns]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]}?"

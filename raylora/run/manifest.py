@@ -7,6 +7,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from raylora import __version__
 from raylora.planning.plan import Plan
 
 PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
@@ -28,6 +29,8 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
 
 def version_of(package: str) -> str | None:
     """Of an installed package; None where it is not there."""
+    if package == "raylora":  # what is imported, which need not be what is installed
+        return __version__
     try:
         return version(package)
     except PackageNotFoundError:

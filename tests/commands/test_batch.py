@@ -33,6 +33,15 @@ BAD_FILES = {
     "bad_text.json": b"question,answer\n",
     "bad_turns.json": b'[{"messages": [{"role": "user", "content": "hello?"}]}]',
 }
+KINDS = {
+    "bad_bytes.json": "not_utf8",
+    "bad_cut.json": "truncated_file",
+    "bad_deep.json": "truncated_file",
+    "bad_keys.json": "bad_records",
+    "bad_records.jsonl": "bad_records",
+    "bad_turns.json": "bad_records",
+}
+"""The others are ``data``."""
 
 
 def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options, tmp_path):
@@ -43,10 +52,12 @@ def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options,
     rows = run(options)
     assert len(rows) == 11
     assert rows["good"]["status"] == "ok"
+    assert rows["good"]["error_kind"] is None
     for name in BAD_FILES:
         row = rows[Path(name).stem]
         assert row["status"] == "error"
         assert name in row["error"]
+        assert row["error_kind"] == KINDS.get(name, "data")
         assert "\n" not in row["error"]
     results = tmp_path / "results" / "chunk_1"
     for table in (pd.read_csv(results / "results.csv"), pd.read_parquet(results / "results.parquet")):
@@ -63,19 +74,6 @@ def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options,
     assert manifest["versions"]["ray"]
     assert manifest["data_hashes"]["good"] == rows["good"]["data_hash"]
     assert not list(results.rglob(".partial-*"))
-
-
-def test_a_row_is_in_the_tables_before_the_next_one_is_made(ray_with_gpus, options, tmp_path):
-    for i in range(3):
-        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
-    plan = planned(options, num_workers=1)
-    seen = []
-
-    def look(rows):
-        seen.append((len(rows), sum(1 for _ in plan.store.root.glob("experiments/*/result.json"))))
-
-    run_plan(plan, make_console(quiet=True), look)
-    assert (1, 1) in seen, "rows written to the tables, rows made"
 
 
 def test_one_worker_and_four_make_the_same_rows_in_any_order(ray_with_gpus, options, tmp_path):
@@ -166,6 +164,7 @@ def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with
     rows = run(options, timeout=25.0, num_epochs=400, batch_size=1, stages=("train",))
     assert rows["slow"]["status"] == "error"
     assert "--timeout 25" in rows["slow"]["error"]
+    assert rows["slow"]["error_kind"] == "timeout"
     assert rows["slow"]["num_attempts"] == 2
     assert rows["quick"]["status"] == "ok"
 

@@ -9,7 +9,7 @@ import pytest
 
 from raylora.data import examples
 from raylora.data.datasets import load_dataset
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, MachineError
 from raylora.planning.plan import DEMO_FOLDER
 
 
@@ -17,8 +17,9 @@ def test_a_disk_without_room_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(examples, "MEMORY_CHARS", 0)
-    with pytest.raises(UserError, match="RAYLORA_CACHE"):
+    with pytest.raises(MachineError, match="RAYLORA_CACHE") as raised:
         load_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
+    assert raised.value.kind is ErrorKind.CACHE_FULL
 
 
 @pytest.mark.slow

@@ -46,12 +46,18 @@ def test_experiments_that_cannot_be_run_get_error_rows_and_cost_no_others(shared
     rows = shared_site.rows()
     causes = {name: row["error"] for name, row in rows.items() if row["status"] == "error"}
     assert set(causes) == set(bad)
-    for (name, cause), text in zip(
+    for (name, cause), (text, kind) in zip(
         causes.items(),
-        ("worker process died", "--timeout 20 s", "RuntimeError: something", "out of memory"),
+        (
+            ("worker process died", "worker_died"),
+            ("--timeout 20 s", "timeout"),
+            ("RuntimeError: something", "unknown"),
+            ("OutOfMemoryError: CUDA out of memory", "out_of_memory"),
+        ),
         strict=True,
     ):
         assert text in cause, (name, cause)
+        assert rows[name]["error_kind"] == kind
         assert "\n" not in cause
         assert "tried 2 times" in cause
         assert rows[name]["num_attempts"] == 2

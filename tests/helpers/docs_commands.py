@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tests.helpers import ROOT
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 OPENINGS = (*sorted((ROOT / "cluster").iterdir()), *sorted((ROOT / "configs").glob("*.yaml")))
 PROGRAMS = {
     ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "kubectl", "ls", "make", "mkdir", "mlflow",
@@ -107,6 +107,7 @@ RUN = {
 NOT_RUN = {
     "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs the same model",
     "make test": "is what runs this",
+    ". .venv/bin/activate && pip install pre-commit": "puts hooks into this repository",
     "make check": "is run for every change (.ci/run), and takes a minute",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
     "ray up": "starts machines (by hand, on two of our own: benchmarks/NOTES.md)",

@@ -49,7 +49,7 @@ def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_r
 
 
 def test_salvage_costs_nothing_of_what_is_whole(options, tmp_path):
-    """A mend that the error row itself names."""
+    """A fix that the error row itself names."""
     folder = tmp_path / "data" / "chunk_1"
     write_dataset(folder, "whole")
     text = json.dumps([{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(4)])

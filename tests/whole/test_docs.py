@@ -245,4 +245,4 @@ def test_a_block_of_python_runs(page, tiny_model_folder, tmp_path, monkeypatch):
 def test_ray_is_imported_where_the_readme_says():
     sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "raylora").rglob("*.py")}
     with_ray = {name for name, text in sources.items() if re.search(r"^\s*(import|from) ray\b", text, re.M)}
-    assert with_ray == {"raylora/scheduler.py"}
+    assert with_ray == {"raylora/cluster/ray_run.py"}

@@ -26,7 +26,7 @@ function drawTiles() {
   const seconds = DATA.costs.totals.reduce((a, b) => a + (b || 0), 0);
   add(DATA.costs.gpus.length ? "GPU time" : "Worker time", duration(seconds), DATA.costs.gpus.length ? [...new Set(DATA.costs.gpus)].join(", ") : "one process a worker");
   const bad = NUM_ROWS - good;
-  add("Failed", String(bad), bad ? "with cause and mend below" : `all ${count(good, "experiment")} are good`, bad ? "loss" : "");
+  add("Failed", String(bad), bad ? "with cause and fix below" : `all ${count(good, "experiment")} are good`, bad ? "loss" : "");
 }
 
 function drawRanking() {
