@@ -87,6 +87,7 @@ def test_one_worker_and_four_make_the_same_rows_in_any_order(ray_with_gpus, opti
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_done_experiments_are_skipped_and_half_done_ones_resumed(ray_with_gpus, options, tmp_path):
     for i in range(3):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
@@ -109,6 +110,7 @@ def test_done_experiments_are_skipped_and_half_done_ones_resumed(ray_with_gpus, 
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     plan = planned(options, grid={"lora_r": [2, 4], "num_epochs": [1, 2]})
@@ -119,6 +121,7 @@ def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_worker_killed_midway_costs_no_row(ray_with_gpus, options, tmp_path):
     for i in range(4):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i, num=24)
@@ -153,6 +156,7 @@ def wait_for_workers(parent: int, num: int, timeout: float = 90) -> list[psutil.
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "slow", num=400)
     write_dataset(tmp_path / "data" / "chunk_1", "quick", num=2)
@@ -189,6 +193,7 @@ def test_the_whole_run_killed_midway_goes_on_where_it_was(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_failed_experiment_is_tried_again_only_when_asked(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     assert run(options, timeout=0.01)["data"]["status"] == "error"
@@ -197,6 +202,7 @@ def test_a_failed_experiment_is_tried_again_only_when_asked(ray_with_gpus, optio
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     early = run(options, stages=("mmlu",))["data"]

@@ -46,6 +46,7 @@ def test_the_next_command_has_all_options_of_the_batch_command_wherever_they_cam
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder, tmp_path):
     folder = tmp_path / "chunk_002"
     folder.mkdir()

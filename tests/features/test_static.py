@@ -168,6 +168,7 @@ def test_consistency_and_outliers_are_those_of_plain_loops(loaded, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
     from raylora.data.datasets import load_dataset
 
