@@ -92,6 +92,8 @@ class Settings(BaseSettings):
         return {name: dump[name] for group in groups for name in group.model_fields}
 
 
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+"""What shtab's completion calls where a file is meant."""
 S = TypeVar("S", bound=Settings)
 
 
@@ -108,8 +110,8 @@ class OptionParser(argparse.ArgumentParser):
     def add_options(self, settings: type[Settings]) -> None:
         """Every field of ``settings``, and ``--config``; what is parsed goes to ``settings_from_command``."""
         source = CliSettingsSource[Any](settings, root_parser=self, add_argument_method=_add_option)
-        self.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML file of these options, such as configs/demo.yaml"
+        _add_option(
+            self, "--config", type=Path, metavar="FILE", help="YAML file of these options, such as configs/demo.yaml"
         )
         self.set_defaults(_source=source)
 
@@ -130,11 +132,18 @@ class OptionParser(argparse.ArgumentParser):
 
 def _add_option(parser: argparse.ArgumentParser, *names: str, **how: Any) -> None:
     """An option with its name in dashes, which help shows, and in underscores; a list takes values until the next."""
+    is_place = how.get("metavar") in {"Path", "FILE"} or not names[0].startswith("-")
     if how.get("nargs") == "*" and names[0].startswith("-"):
         how |= {"action": "extend", "nargs": "+"}
-    parser.add_argument(*names, **how)
-    if others := ["--" + name[2:].replace("-", "_") for name in names if "-" in name[2:]]:
-        parser.add_argument(*others, **{**how, "help": argparse.SUPPRESS})
+    option = parser.add_argument(*names, **how)
+    if is_place:
+        setattr(option, "complete", FILES)  # noqa: B010 (an attribute that only shtab knows)
+    hidden = {**how, "help": argparse.SUPPRESS}
+    for name in option.option_strings:
+        if "-" in name[2:]:
+            if how.get("action") is argparse.BooleanOptionalAction:
+                hidden["action"] = "store_false" if name.startswith("--no-") else "store_true"
+            parser.add_argument("--" + name[2:].replace("-", "_"), **hidden)
 
 
 def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overrides: Any) -> S:
