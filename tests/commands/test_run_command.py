@@ -18,7 +18,7 @@ import yaml
 from raylora.commands.run_command import COMMANDS, PROGRAM, program, run_command
 from raylora.config import Config, load_config
 from raylora.console import make_console
-from raylora.errors import RemoteError, StoppedError
+from raylora.errors import MachineError, RemoteError, StoppedError, UserError
 from raylora.run.interrupts import Interrupts, exit_on_sigterm
 from tests.helpers import ROOT
 from tests.helpers.chunks import write_dataset
@@ -113,6 +113,8 @@ def test_every_way_to_write_an_option_that_there_ever_was(monkeypatch, tmp_path)
     [
         (StoppedError("Ray broke down."), 1, "Ray broke down. What is finished is kept: the same command without"),
         (KeyboardInterrupt(), 130, "Stopped. What is finished is kept: the same command without --fresh goes on from"),
+        (UserError("a.json: empty"), 2, "raylora: a.json: empty"),
+        (MachineError("a.json: gone"), 2, "raylora: a.json: gone"),
         (RemoteError("s3://a", "no"), 2, "raylora: s3://a: no"),
         (BrokenPipeError(), 1, ""),
         (None, 0, ""),
