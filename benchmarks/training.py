@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import common
 from raylora.config import Method
-from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example, labels_of
 from raylora.model import memory
 from raylora.model.adapters import LoadedModel
@@ -250,7 +250,7 @@ def main() -> None:
     loaded = common.load(options.model, options.quantization, options.shape)
     path = sorted((common.SHARED / "chunk_001").iterdir())[options.file]
     options.name = path.stem
-    dataset = load_dataset(path)
+    dataset = read_dataset(path)
     sample = sample_examples(dataset.examples, options.num_examples, dataset.seed)
     examples = [encode_example(loaded.tokenizer, e, options.max_length) for e in sample]
     method = Method(num_epochs=1, max_length=options.max_length, lora_dropout=options.dropout)

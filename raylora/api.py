@@ -55,7 +55,7 @@ class FineTuner:
             UserError: the file cannot be read, or holds no valid record.
             MachineError: it is large, and there is no room for it.
         """
-        return datasets.load_dataset(location(path), self.config.salvage, self.config.max_records)
+        return datasets.read_dataset(location(path), self.config.salvage, self.config.max_records)
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.

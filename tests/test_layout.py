@@ -19,9 +19,7 @@ WITHOUT_A_MODULE = {
 }
 OF_THE_WHOLE = {"faults", "whole"}
 """Folders of tests that look at no single module: real runs, the documentation, what is killed."""
-PRIVATE_ALL_THE_SAME = {
-    "benchmarks/scheduling.py": {"_Tables"},  # measures what the run's own tables cost beside its experiments
-}
+PRIVATE_ALL_THE_SAME: dict[str, set[str]] = {}
 
 
 def files_without_a_module(tests: Path, package: Path) -> list[str]:

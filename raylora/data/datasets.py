@@ -112,7 +112,7 @@ class Survey:
 
 
 def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Survey:
-    """Read a dataset file as ``load_dataset`` does, but keep only counts and a sample. A bad file raises nothing."""
+    """Read a dataset file as ``read_dataset`` does, but keep only counts and a sample. A bad file raises nothing."""
     reader = _Reader(path, salvage, limit)
     result = Survey()
     try:
@@ -128,7 +128,7 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
     return result
 
 
-def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) -> Dataset:
+def read_dataset(path: Path, salvage: bool = False, limit: int | None = None) -> Dataset:
     """Read a dataset file. Examples of a large file are kept on disk (``examples.MEMORY_CHARS``).
 
     Args:
@@ -158,7 +158,7 @@ class _Reader:
     """Yields the examples of a file, once, and counts records, characters and bad records on the way.
 
     Iteration raises:
-        UserError: as ``load_dataset`` does.
+        UserError: as ``read_dataset`` does.
     """
 
     def __init__(self, path: Path, salvage: bool, limit: int | None) -> None:

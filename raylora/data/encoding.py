@@ -89,7 +89,7 @@ def encode_each(tokenizer: Any, examples: Iterable[Example], max_length: int) ->
     """``encode_example`` of each, tokenised ``ENCODED_TOGETHER`` at a time."""
     remaining = iter(examples)
     while group := [_render(tokenizer, example) for example in itertools.islice(remaining, ENCODED_TOGETHER)]:
-        for rendered, ids, offsets in zip(group, *_tokenize(tokenizer, group), strict=True):
+        for rendered, ids, offsets in zip(group, *_tokenize_rendered(tokenizer, group), strict=True):
             yield _mark_tokens(rendered, ids, offsets, max_length)[0]
 
 
@@ -103,14 +103,16 @@ def encode_with_offsets(
         (``is_answer_text``), in characters of that answer.
     """
     rendered = _render(tokenizer, example)
-    (ids,), (offsets,) = _tokenize(tokenizer, [rendered])
+    (ids,), (offsets,) = _tokenize_rendered(tokenizer, [rendered])
     encoded, kept = _mark_tokens(rendered, ids, offsets, max_length)
     start, end = rendered.answer
     answer_tokens = [pair for pair, of_answer in zip(offsets[kept], encoded.is_answer_text, strict=True) if of_answer]
     return encoded, rendered.text[start:end], [(max(a - start, 0), min(b, end) - start) for a, b in answer_tokens]
 
 
-def _tokenize(tokenizer: Any, group: Sequence[_Rendered]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+def _tokenize_rendered(
+    tokenizer: Any, group: Sequence[_Rendered]
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """Of each text its token ids, and (start, end) of each token, in characters."""
     encoded = tokenizer(
         [rendered.text for rendered in group],
@@ -167,15 +169,15 @@ def _find_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> t
                     return start, start + len(answer)
     other = render_chat(tokenizer, [*example.messages, Message("assistant", ANOTHER_ANSWER)], False)
     before, separator, after = other.rpartition(ANOTHER_ANSWER)
-    start = _common_prefix_length(whole, before)
+    start = common_prefix_length(whole, before)
     if separator and whole.endswith(after) and start <= len(whole) - len(after):
         return start, len(whole) - len(after)
-    return _common_prefix_length(whole, prompt), len(whole)
+    return common_prefix_length(whole, prompt), len(whole)
 
 
-def _common_prefix_length(text: str, other: str) -> int:
-    """The number of characters at the beginning that both share."""
-    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters, or tokens, at the beginning are the same in both."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _mark_tokens(

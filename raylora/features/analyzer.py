@@ -54,7 +54,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         """Every feature of the probe by column name, None where it could not be measured, and ``feature_notes``.
 
         Args:
-            dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
+            dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
             sample_size: examples that are trained on and held out (0: all).
             batch_size: examples in a micro-batch; four make an optimizer step.
 

@@ -79,7 +79,7 @@ class FeatureExtractionPipeline(OfLoadedModel):
         """Every feature by column name, None where it could not be measured, and ``feature_notes``.
 
         Args:
-            dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
+            dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
             hyperparams: those of the probe's training.
             sample_size: examples that the model looks at (0: all).
             batch_size: examples in a micro-batch of the probe.

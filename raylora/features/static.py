@@ -86,7 +86,7 @@ class StaticFeatureExtractor(OfLoadedModel):
         """Every static feature by column name, None where it could not be measured, and ``feature_notes``.
 
         Args:
-            dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
+            dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
             sample_size: examples that the model looks at (0: all).
             batch_size: examples of ``max_length`` tokens in a batch; more of shorter ones.
             max_length: tokens of an example; the front of a longer one is cut.

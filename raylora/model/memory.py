@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from raylora.work_counts import work_counts
 
 T = TypeVar("T")
-Item = TypeVar("Item", bound=Hashable)
+ItemT = TypeVar("ItemT", bound=Hashable)
 
 CPU_TOKEN_BUDGET = 512
 """Tokens in a minibatch on a CPU, in training, features and MMLU alike. Larger ones are no faster, as they leave the
@@ -169,12 +169,12 @@ class TokenBudget:
 
     def pieces(
         self,
-        items: Iterable[Item],
-        length: Callable[[Item], int],
-        run: Callable[[list[Item]], T],
+        items: Iterable[ItemT],
+        length: Callable[[ItemT], int],
+        run: Callable[[list[ItemT]], T],
         start_over: Callable[[], object] | None = None,
         packed: bool = False,
-    ) -> Iterator[tuple[list[Item], T]]:
+    ) -> Iterator[tuple[list[ItemT], T]]:
         """Minibatches of ``items``, longest first, each with what ``run`` returned of it, which is not None.
 
         Args:
@@ -186,7 +186,7 @@ class TokenBudget:
         """
         left = list(items)
         while left:
-            done: set[Item] = set()
+            done: set[ItemT] = set()
             if start_over:
                 start_over()
             for part in self.cut(left, length, packed):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from raylora.data import examples
-from raylora.data.datasets import load_dataset
+from raylora.data.datasets import read_dataset
 from raylora.errors import ErrorKind, MachineError
 from raylora.planning.plan import DEMO_FOLDER
 
@@ -18,7 +18,7 @@ def test_a_disk_without_room_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(examples, "MEMORY_CHARS", 0)
     with pytest.raises(MachineError, match="RAYLORA_CACHE") as raised:
-        load_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
+        read_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
     assert raised.value.kind is ErrorKind.CACHE_FULL
 
 
@@ -30,10 +30,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import StoredEncoded, encode_each
 from tests.helpers.tiny import make_tokenizer
-dataset = load_dataset(Path(sys.argv[1]))
+dataset = read_dataset(Path(sys.argv[1]))
 ordered = sample_examples(dataset.examples, 0, dataset.seed)
 encoded = StoredEncoded(encode_each(make_tokenizer(), ordered, 1024))
 assert len(encoded) == len(dataset.examples) == int(sys.argv[2])

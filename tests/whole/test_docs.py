@@ -14,7 +14,7 @@ import pytest
 
 from raylora.commands.run_command import call_command
 from raylora.config import Config, load_config
-from raylora.data.datasets import load_dataset
+from raylora.data.datasets import read_dataset
 from raylora.errors import UserError
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS
 from tests.helpers.docs_changes import apply_diffs, copy_of_the_code, write_question_set
@@ -208,7 +208,7 @@ def test_quoted_lines_are_those_of_the_code():
 def test_records_of_every_form_are_read(tmp_path):
     (example,) = blocks("docs/datasets.md", "json")
     (tmp_path / "forms.json").write_text(example)
-    dataset = load_dataset(tmp_path / "forms.json")
+    dataset = read_dataset(tmp_path / "forms.json")
     assert (len(dataset.examples), dataset.num_bad_records) == (4, 0)
 
 

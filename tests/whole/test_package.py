@@ -21,8 +21,8 @@ import pandas as pd
 import pytest
 
 import raylora
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "--max-records", "8", "--max-samples", "12", "--num-epochs", "0.1", "--sample-size", "4", "--probe-steps", "1",
     "--num-workers", "1",
