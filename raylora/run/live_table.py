@@ -35,10 +35,9 @@ class LiveTable:
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._shown: dict[int, tuple[str, str]] = {}
 
-    def connect(self, read: Callable[[], Status], row_came: Callable[[ResultRow], None] | None = None) -> None:
+    def connect(self, read: Callable[[], Status], row_came: Callable[[ResultRow], None]) -> None:
         """``read`` returns what the run's board shows from now on; ``row_came`` is told of its rows, one by one."""
-        self._row_came = row_came or self.finished
-        self._read = read
+        self._row_came, self._read = row_came, read
 
     def __enter__(self) -> LiveTable:
         if self.console.is_terminal:
@@ -76,11 +75,11 @@ class LiveTable:
                 status = self._read() if self._read else Status()
             except Exception:  # noqa: BLE001 - the cluster may be going away; what is shown is not worth failing for
                 return
-            for values in status.rows:
-                self._row_came(ResultRow(values))
             for note in status.notes[self._num_notes :]:
                 self.console.print(f"Note: {note}", soft_wrap=True)
             self._num_notes = max(self._num_notes, len(status.notes))
+            for values in status.rows:
+                self._row_came(ResultRow(values))
             if self._live:
                 self._live.update(self._table(status.progress))
             else:
