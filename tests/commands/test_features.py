@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from raylora.commands.features import CSV_COLUMNS, main
+from raylora.commands.run_command import run_command
 from raylora.features.columns import describe_columns
 from raylora.rows import FEATURE_NAMES
 from tests.helpers import ROOT
@@ -110,7 +111,7 @@ def test_the_command_describes_every_column():
 )
 def test_wrong_use_of_the_command_is_one_line(arguments, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        call_command(main, arguments)
+        run_command(main, arguments)
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert expected in told

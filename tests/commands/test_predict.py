@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from raylora.commands.predict import main as predict_main
+from raylora.commands.run_command import run_command
 from raylora.predict.predictor import load_predictor
 from tests.helpers.predictors import make_table
 
@@ -72,7 +73,7 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
 )
 def test_the_commands_help_and_mistakes(arguments, code, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        call_command(predict_main, arguments)
+        run_command(predict_main, arguments)
     assert (stop.value.code or 0) == code
     shown = capsys.readouterr()
     assert expected in (shown.out if code == 0 else shown.err)
