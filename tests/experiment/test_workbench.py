@@ -7,6 +7,7 @@ import torch
 
 from raylora.config import load_config
 from raylora.errors import BaseChangedError
+from raylora.experiment.story import run_experiment
 from raylora.experiment.workbench import Workbench
 from raylora.planning.plan import make_plan
 from tests.helpers.chunks import OPTIONS, write_dataset
@@ -22,6 +23,6 @@ def test_a_base_that_was_changed_makes_no_row(tiny_model_folder, tmp_path):
         bench.loaded.model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
     (experiment,) = plan.experiments
     with pytest.raises(BaseChangedError):
-        bench.run(experiment)
+        run_experiment(bench, experiment)
     assert plan.store.read_stage(experiment, "features") is None
     assert plan.store.read_row(experiment) is None
