@@ -58,7 +58,7 @@ def research(file: Path, options: argparse.Namespace) -> None:
     from benchmarks.mmlu import ask_by_writing
     from benchmarks.training import run_padded
     from raylora.config import Method
-    from raylora.data.datasets import load_dataset, sample_examples
+    from raylora.data.datasets import read_dataset, sample_examples
     from raylora.data.encoding import encode_example
 
     seconds: dict[str, float] = {}
@@ -71,7 +71,7 @@ def research(file: Path, options: argparse.Namespace) -> None:
         started = now
 
     questions = select_questions(load_questions(questions_file()), options.num_questions, 0)
-    dataset = load_dataset(file, limit=options.num_records)
+    dataset = read_dataset(file, limit=options.num_records)
     examples = sample_examples(dataset.examples, 0, dataset.seed)
     loaded = common.load(options.model, options.quantization, None)
     encoded = [encode_example(loaded.tokenizer, e, 256) for e in examples]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from benchmarks import common
 from benchmarks.load import make_records
 from raylora.config import FeatureOptions, Method
-from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example
 from raylora.features.pipeline import extract_features
 from raylora.features.probe import general_examples
@@ -84,7 +84,7 @@ def research_way(loaded: LoadedModel, encoded: list[EncodedExample], method: Met
 def compare(options: argparse.Namespace) -> None:
     loaded = common.load(options.model, options.quantization, options.shape)
     path = sorted((common.SHARED / "chunk_001").iterdir())[options.file]
-    dataset = load_dataset(path, limit=options.max_records)
+    dataset = read_dataset(path, limit=options.max_records)
     method = Method(max_length=STATIC_WIDTH, lora_dropout=0.0, batch_size=options.batch_size)
     sample = sample_examples(dataset.examples, options.sample_size, dataset.seed)
     encoded = [encode_example(loaded.tokenizer, e, STATIC_WIDTH) for e in sample]

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import common
 from raylora.config import Config, load_config
-from raylora.data.datasets import list_dataset_files, load_dataset, survey
+from raylora.data.datasets import list_dataset_files, read_dataset, survey
 from raylora.errors import UserError
 from raylora.experiment.story import run_experiment
 from raylora.experiment.workbench import Workbench
@@ -40,7 +40,7 @@ NUM_RARE = 200_000
 
 
 def demo_words() -> list[str]:
-    examples = [e for path in list_dataset_files(DEMO_FOLDER / "chunk_demo") for e in load_dataset(path).examples]
+    examples = [e for path in list_dataset_files(DEMO_FOLDER / "chunk_demo") for e in read_dataset(path).examples]
     return [word for e in examples for word in f"{e.question} {e.answer}".split()]
 
 
@@ -99,11 +99,11 @@ def run_part(part: str, path: Path, folder: Path) -> dict[str, Any]:
     if part == "look through":
         taken = common.measure(lambda: survey(path), CPU)
     elif part == "load":
-        taken = common.measure(lambda: load_dataset(path).seed, CPU)
+        taken = common.measure(lambda: read_dataset(path).seed, CPU)
     elif part == "text features":
         from tests.helpers.tiny import make_tokenizer
 
-        examples = load_dataset(path).examples
+        examples = read_dataset(path).examples
         before = common.measure(lambda: None, CPU).peak_bytes
         taken = common.measure(lambda: text_features(examples, make_tokenizer()), CPU)
         print({name: taken.result[0][name] for name in ("approximate_duplicates", "avg_output_length")})

@@ -3,7 +3,7 @@
     python -m benchmarks.scheduling                # overhead and scaling on a real Ray with logical GPUs
     python -m benchmarks.scheduling --simulate     # 10,000 datasets on 1,000 GPUs with failures, in threads
 
-Stages sleep in place of computing; everything else is raylora's own: Ray, supervisor, crew, foreman, store, tables.
+Stages sleep in place of computing; everything else is raylora's own: Ray, supervisor, pool, executor, store, tables.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from raylora.cluster.retries import RetryingExecutor, WorkerCalls
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
 from raylora.config import Config, load_config
 from raylora.errors import NodeLostError, WorkerFailedError
-from raylora.planning.plan import Plan
-from raylora.records import Experiment, ProgressCallback, ResultRow
-from raylora.rows import make_row
-from raylora.run import execute
+from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
+from raylora.rows import ROW_COLUMNS, make_row
+from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
 
-STAGES = ("features", "train", "mmlu")
+STAGES = (ProgressStage.FEATURES, ProgressStage.TRAIN, ProgressStage.MMLU)
 GPUS_A_NODE = 8
 
 
@@ -102,19 +101,12 @@ def run_on_ray(num_workers: int, experiments: list[Experiment]) -> dict[str, flo
             )
             for e in make_experiments(num_workers, 0.0)
         ]
-        rows: dict[str, ResultRow] = {}
-        tables = execute._Tables(Plan(config, "chunk", store, tuple(experiments), {}, []), rows, lambda _: None)
-        started = 0.0
-        for row in run_experiments(config, store, [*warm, *experiments], make_runner=SleepingRunner):
-            name = row.values["experiment_id"]
-            if name.startswith("warm_"):
-                started = time.perf_counter()
-                continue
-            rows[name] = row
-            tables.row_came()
-        seconds = time.perf_counter() - started
-        tables.write()
-        return {"seconds": seconds, "rows": len(rows)}
+        tables = RunTables(store, ROW_COLUMNS)
+        with tables.permitted():
+            rows = run_experiments(config, store, [*warm, *experiments], make_runner=SleepingRunner, tables=tables)
+        ended = time.time()
+        started = max((store.folder(e) / "result.json").stat().st_mtime for e in warm)
+        return {"seconds": ended - started, "rows": len(rows) - len(warm)}
 
 
 def measure_on_ray(options: argparse.Namespace) -> None:
@@ -192,16 +184,16 @@ def simulate(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config, store = load_config(model="demo"), Store(Path(folder))
             site = Failing(num_gpus, store, config, worker_dies=0.01, node_dies=0.002)
-            crew = WorkerPool(site.start, site.stop, site.survey)
+            pool = WorkerPool(site.start, site.stop, site.survey)
             calls = WorkerCalls(site.run, lambda *_: 0, lambda *_: 0, set)
-            foreman = RetryingExecutor(config, store, crew, calls, on_gpus=False)
+            executor = RetryingExecutor(config, store, pool, calls, on_gpus=False)
             process = psutil.Process()
             memory, cpu = process.memory_info().rss, sum(process.cpu_times()[:2])
             started = time.perf_counter()
             with ThreadPoolExecutor(1024) as threads:
-                done = [v for v in threads.map(foreman.run, experiments, range(num)) if v]
+                done = [v for v in threads.map(executor.run, experiments, range(num)) if v]
             seconds = time.perf_counter() - started
-            foreman.close()
+            executor.close()
             bound = shortest(experiments, num_gpus)
             rows.append(
                 {
@@ -219,7 +211,7 @@ def simulate(options: argparse.Namespace) -> None:
                 }
             )
         print(rows[-1], flush=True)
-    common.report("the same crew and foreman, workers that are threads", rows, options.json, {})
+    common.report("the same pool and executor, workers that are threads", rows, options.json, {})
 
 
 def main() -> None:

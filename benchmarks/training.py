@@ -25,10 +25,10 @@ import torch
 
 from benchmarks import common
 from raylora.config import Method
-from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example, labels_of
+from raylora.model import memory
 from raylora.model.adapters import LoadedModel
-from raylora.training import gradients
 from raylora.training.gradients import Job
 from raylora.training.loop import count_steps, train_adapter, train_adapters
 
@@ -65,7 +65,7 @@ def run_padded(loaded: LoadedModel, examples: Sequence[EncodedExample], method: 
     try:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(**arguments_of(method, folder, loaded.device.type == "cuda"))
-            Trainer(loaded._peft, arguments, train_dataset=rows).train()
+            Trainer(loaded.peft_model, arguments, train_dataset=rows).train()
     finally:
         if detach:
             loaded.detach("padded")
@@ -88,7 +88,7 @@ def run_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Met
                 tokens = sum(map(len, examples)) / count_steps(len(examples), method)
                 options["per_device_train_batch_size"] = max(1, round(tokens / method.max_length / 4))
             config = SFTConfig(**{**options, **TRL_WAYS[way]})
-            SFTTrainer(loaded._peft, config, train_dataset=data, processing_class=loaded.tokenizer).train()
+            SFTTrainer(loaded.peft_model, config, train_dataset=data, processing_class=loaded.tokenizer).train()
     finally:
         loaded.detach("trl")
 
@@ -111,7 +111,7 @@ def fastest_of_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], meth
 
 
 def cost(loaded: LoadedModel, num_tokens: int, num_positions: int) -> float:
-    """Multiply-adds times two of a training pass: forward, and as much again for the way back through frozen weights.
+    """Multiply-adds times two of a training step: forward pass, and as much for the backward pass of frozen weights.
     Attention and the adapters' own products are left out."""
     return 2 * common.forward_flops(loaded.model, num_tokens, num_positions)
 
@@ -215,7 +215,7 @@ def compare_budgets(
     """Seconds and memory by the most tokens in a minibatch."""
     rows = []
     for budget in (int(b) for b in options.budgets.split(",")):
-        gradients.CPU_TRAINING_TOKENS = loaded.training_tokens = budget
+        memory.CPU_TOKEN_BUDGET = loaded.training_tokens = budget
         before = common.measure(lambda: None, loaded.device).peak_bytes
         measured = common.measure(lambda: run_raylora(loaded, examples, method), loaded.device)
         rows.append(
@@ -250,7 +250,7 @@ def main() -> None:
     loaded = common.load(options.model, options.quantization, options.shape)
     path = sorted((common.SHARED / "chunk_001").iterdir())[options.file]
     options.name = path.stem
-    dataset = load_dataset(path)
+    dataset = read_dataset(path)
     sample = sample_examples(dataset.examples, options.num_examples, dataset.seed)
     examples = [encode_example(loaded.tokenizer, e, options.max_length) for e in sample]
     method = Method(num_epochs=1, max_length=options.max_length, lora_dropout=options.dropout)

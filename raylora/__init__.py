@@ -8,16 +8,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+"""The only place that states it: pyproject.toml reads it here, so a checkout that was never installed knows it, too."""
+
 _PUBLIC = {
     "FineTuner": "raylora.api",
     "evaluate_mmlu": "raylora.api",
     "evaluate_mmlu_with_model": "raylora.api",
     "process_folder": "raylora.api",
     "run_experiment": "raylora.api",
+    "load_dataset": "raylora.cluster.ray_run",
     "load_results": "raylora.rows",
-    "DynamicProbeAnalyzer": "raylora.features.probe",
+    "DynamicProbeAnalyzer": "raylora.features.analyzer",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
-    "HyperParams": "raylora.features.probe",
+    "MachineError": "raylora.errors",
+    "HyperParams": "raylora.features.analyzer",
     "StaticFeatureExtractor": "raylora.features.static",
     "UserError": "raylora.errors",
 }

@@ -11,7 +11,7 @@ from raylora.config_sources import load_settings
 from raylora.console import make_console
 from raylora.data import datasets
 from raylora.data.encoding import StoredEncoded, encode_each
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.experiment.story import run_experiment as run_planned_experiment
 from raylora.experiment.workbench import Workbench, use_threads
 from raylora.mmlu.prompts import encode_questions
@@ -53,8 +53,9 @@ class FineTuner:
 
         Raises:
             UserError: the file cannot be read, or holds no valid record.
+            MachineError: it is large, and there is no room for it.
         """
-        return datasets.load_dataset(location(path), self.config.salvage, self.config.max_records)
+        return datasets.read_dataset(location(path), self.config.salvage, self.config.max_records)
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.
@@ -124,7 +125,8 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
         ``results.base_model``, each with ``overall_accuracy``, ``total_questions`` and ``correct_questions``.
 
     Raises:
-        UserError: an option or the dataset cannot be used, or the experiment failed.
+        UserError: it cannot be run; ``kind`` says what kind of cause that has.
+        MachineError: something changed under it, or the model cannot be loaded here.
     """
     path = location(dataset_path)
     config = _config(max_samples=max_samples, **options)
@@ -140,7 +142,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
             plan.check_fit()
             row = run_planned_experiment(bench, experiment)
     if not row.ok:
-        raise UserError(row.values["error"])
+        raise UserError(row.values["error"], kind=ErrorKind(row.values.get("error_kind") or ""))
     return legacy_result(row)
 
 

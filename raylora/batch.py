@@ -1,7 +1,6 @@
 """``python -m raylora.batch``: see ``raylora.commands.batch``."""
 
-from raylora.commands.batch import main
 from raylora.commands.run_command import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("batch")

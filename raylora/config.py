@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import (
-    NoDecode,
-)
+from pydantic_settings import NoDecode
 
 from raylora.config_sources import SETTINGS, Settings, load_settings, split_commas
-from raylora.records import Experiment
 from raylora.storage.places import Location, LocationText
+
+if TYPE_CHECKING:  # half a second of pandas, which a mistake and --help need not wait for
+    from raylora.records import Experiment
 
 Stage = Literal["features", "train", "mmlu"]
 TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEMO = "demo"
-GPU_TOKEN_BUDGET = 16384
-"""Tokens in a training minibatch on a GPU, until memory says no."""
 
 
 class Method(BaseModel):
@@ -51,7 +49,9 @@ class Method(BaseModel):
     max_length: int = Field(1024, ge=16, description="tokens of an example; the front of a longer one is cut")
     train_on: Literal["answer", "all"] = Field("answer", description="where the loss looks: the answers, or everything")
 
-    _split = field_validator("target_modules", mode="before")(split_commas)
+    _split_modules = field_validator("target_modules", mode="before", json_schema_input_type=tuple[str, ...] | str)(
+        split_commas
+    )
 
 
 class ModelOptions(BaseModel):
@@ -63,7 +63,7 @@ class ModelOptions(BaseModel):
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("8bit", description="bitsandbytes: int8, nf4 or none")
     max_memory: dict[str, str] = Field(
-        default_factory=dict,
+        {},
         description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}',
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -116,7 +116,7 @@ class RunOptions(BaseModel):
         ("features", "train", "mmlu"), min_length=1, description="stages to run, separated by commas"
     )
     grid: dict[str, list[Any]] = Field(
-        default_factory=dict, description='several values a hyperparameter, all combinations: {"lora_r":[8,16]}'
+        {}, description='several values a hyperparameter, all combinations: {"lora_r":[8,16]}'
     )
     num_workers: int | None = Field(None, ge=1, description="worker processes (default: one a GPU; without GPUs one)")
     adapters_a_pass: int | None = Field(
@@ -141,9 +141,14 @@ class RunOptions(BaseModel):
         (), description="told of every row, separated by commas: mlflow, tensorboard, wandb"
     )
 
-    _split = field_validator("stages", "trackers", mode="before")(split_commas)
+    _split_stages = field_validator("stages", mode="before", json_schema_input_type=tuple[Stage, ...] | str)(
+        split_commas
+    )
+    _split_trackers = field_validator("trackers", mode="before", json_schema_input_type=tuple[TrackerName, ...] | str)(
+        split_commas
+    )
 
-    @field_validator("chunk", mode="before")
+    @field_validator("chunk", mode="before", json_schema_input_type=str | int | None)
     @classmethod
     def _take_numbers(cls, chunk: Any) -> Any:
         """``chunk: 1`` in a YAML file is a number, and on the command line text."""

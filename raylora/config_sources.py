@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
     CliSettingsSource,
     DotEnvSettingsSource,
     EnvSettingsSource,
@@ -23,9 +26,17 @@ from pydantic_settings import (
 
 from raylora.errors import UserError, without_secrets
 
+POSITIONAL = get_args(CliPositionalArg)[1]
+"""Marks an option that has no name on the command line, but a place."""
+
 
 def split_commas(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    """``a,b`` as ``("a", "b")``, and JSON, which is how ``CliApp.serialize`` writes a tuple."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("["):
+        return tuple(json.loads(value))
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 class _Environment(EnvSettingsSource):
@@ -48,9 +59,9 @@ SETTINGS = SettingsConfigDict(
     env_file=".env",
     extra="forbid",
     frozen=True,
+    defer_build=True,  # 25 ms a class, of which a command uses one
     cli_kebab_case=True,
     cli_implicit_flags=True,
-    cli_exit_on_error=False,
     cli_hide_none_type=True,
     cli_avoid_json=True,
 )
@@ -81,7 +92,58 @@ class Settings(BaseSettings):
         return {name: dump[name] for group in groups for name in group.model_fields}
 
 
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+"""What shtab's completion calls where a file is meant."""
 S = TypeVar("S", bound=Settings)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose errors are ``UserError``, and whose options are those of settings."""
+
+    def __init__(self, **options: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": form, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+    def add_options(self, settings: type[Settings]) -> None:
+        """Every field of ``settings``, and ``--config``; what is parsed goes to ``settings_from_command``."""
+        source = CliSettingsSource[Any](settings, root_parser=self, add_argument_method=_add_option)
+        _add_option(
+            self, "--config", type=Path, metavar="FILE", help="YAML file of these options, such as configs/demo.yaml"
+        )
+        self.set_defaults(_source=source)
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """What is on the command line, by the options' names.
+
+        Raises:
+            UserError: there is no such option, or it lacks its value.
+            SystemExit: 0, after ``--help``.
+        """
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            near = closest_option(given._source.settings_cls, word.lstrip("-").replace("-", "_"))
+            raise UserError(f"unknown option {unknown[0]}: {near}")
+        return vars(given)
+
+
+def _add_option(parser: argparse.ArgumentParser, *names: str, **how: Any) -> None:
+    """An option with its name in dashes, which help shows, and in underscores; a list takes values until the next."""
+    is_place = how.get("metavar") in {"Path", "FILE"} or not names[0].startswith("-")
+    if how.get("nargs") == "*" and names[0].startswith("-"):
+        how |= {"action": "extend", "nargs": "+"}
+    option = parser.add_argument(*names, **how)
+    if is_place:
+        setattr(option, "complete", FILES)  # noqa: B010 (an attribute that only shtab knows)
+    hidden = {**how, "help": argparse.SUPPRESS}
+    for name in option.option_strings:
+        if "-" in name[2:]:
+            if how.get("action") is argparse.BooleanOptionalAction:
+                hidden["action"] = "store_false" if name.startswith("--no-") else "store_true"
+            parser.add_argument("--" + name[2:].replace("-", "_"), **hidden)
 
 
 def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overrides: Any) -> S:
@@ -91,27 +153,39 @@ def load_settings(settings: type[S], argv: list[str] | None, prog: str, **overri
         UserError: one line that names the option and what fits.
         SystemExit: 0, after ``--help``.
     """
-    argv = list(argv or [])
-    yaml_path, argv = _take_config_option(argv)
+    given: Mapping[str, Any] = {}
+    if argv is not None:
+        parser = OptionParser(prog=prog, description=settings.__doc__)
+        parser.add_options(settings)
+        given = parser.parse(argv)
+    return settings_from_command(settings, given, **overrides)
+
+
+def settings_from_command(settings: type[S], given: Mapping[str, Any], **overrides: Any) -> S:
+    """The options of a command whose command line was parsed: ``given`` is what ``OptionParser.parse`` returned.
+
+    Raises:
+        UserError: one line that names the option and what fits.
+    """
+    words = {name: value for name, value in given.items() if name in settings.model_fields}
+    yaml_path: Path | None = given.get("config")
     yaml_values = _read_yaml(yaml_path) if yaml_path else {}
     variables = _read_variables(settings)
 
     class _Command(settings):  # type: ignore[valid-type, misc]
-        model_config = SettingsConfigDict(cli_prog_name=prog)
-
         @classmethod
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], *args: Any, **kwargs: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             stronger = super().settings_customise_sources(settings_cls, *args, **kwargs)
-            strongest = [CliSettingsSource[Any](settings_cls, cli_parse_args=argv)] if argv else []
+            strongest = [given["_source"](parsed_args=words)] if given else []
             return (*strongest, *stronger, _YamlValues(settings_cls, yaml_values))
 
-    _Command.__doc__ = settings.__doc__
     try:
         values = _Command(**overrides).model_dump()
     except ValidationError as error:
-        raise UserError(_explain(settings, error, _place_of(error, argv, variables, yaml_path, yaml_values))) from None
+        place = _place_of(error, words, variables, yaml_path, yaml_values)
+        raise UserError(_explain(settings, error, place)) from None
     except SettingsError as error:
         raise UserError(_explain_settings_error(settings, error)) from None
     return settings.model_construct(**values)
@@ -126,18 +200,6 @@ class _YamlValues(YamlConfigSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         return self._values
-
-
-def _take_config_option(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """``--config FILE`` says where options come from; it is none itself."""
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv):
-                raise UserError("--config: name a YAML file, such as configs/demo.yaml")
-            return Path(argv[i + 1]), argv[:i] + argv[i + 2 :]
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2]), argv[:i] + argv[i + 1 :]
-    return None, argv
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -199,14 +261,14 @@ def closest_option(settings: type[Settings], name: str) -> str:
 
 def _place_of(
     error: ValidationError,
-    argv: Sequence[str],
+    words: Mapping[str, Any],
     variables: Mapping[str, Collection[str]],
     yaml_path: Path | None,
     yaml_values: Mapping[str, Any],
 ) -> str:
     """Where the value that does not fit stands, in the order of what is stronger; nothing for the command line."""
     name = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
-    if any(word.partition("=")[0] == "--" + name.replace("_", "-") for word in argv):
+    if name in words:
         return ""
     given = [place for place, names in variables.items() if f"raylora_{name}" in names]
     return given[0] if given else str(yaml_path) if name in yaml_values else ""
@@ -217,21 +279,23 @@ def _explain(settings: type[Settings], error: ValidationError, place: str) -> st
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "extra_forbidden":
         return f"unknown option {name}{f' in {place}' if place else ''}: {closest_option(settings, name)}"
-    in_variable = place in {".env", "the environment"}
-    flag = f"{place}: {f'RAYLORA_{name.upper()}' if in_variable else name}" if place else "--" + name.replace("_", "-")
+    if place:
+        shown = f"{place}: {f'RAYLORA_{name.upper()}' if place in {'.env', 'the environment'} else name}"
+    else:
+        shown = _on_command_line(settings, name)
     message = first["msg"].removeprefix("Value error, ")
     given = without_secrets(str(first["input"]))[:80]
-    return " ".join(f"{flag}: {message[0].lower() + message[1:]}, got {given!r}".split())
+    return " ".join(f"{shown}: {message[0].lower() + message[1:]}, got {given!r}".split())
+
+
+def _on_command_line(settings: type[Settings], name: str) -> str:
+    option = settings.model_fields.get(name)
+    return name.upper() if option and POSITIONAL in option.metadata else "--" + name.replace("_", "-")
 
 
 def _explain_settings_error(settings: type[Settings], error: SettingsError) -> str:
-    text = " ".join(str(error).split()).removeprefix("error parsing CLI: ")
-    if "unrecognized arguments:" in text:
-        word = text.partition("unrecognized arguments:")[2].split()[0]
-        return (
-            f"unknown option {word}: {closest_option(settings, word.lstrip('-').partition('=')[0].replace('-', '_'))}"
-        )
-    # What is left are values that should be JSON: the library names the field, and not what would fit.
+    """A value that should be JSON: the library names the field, and not what would fit."""
+    text = " ".join(str(error).split())
     if match := re.search(r'(?:encountered for |for field )"?(\w+)', text):
         return f"--{match[1].replace('_', '-')}: expected JSON: {settings.model_fields[match[1]].description}"
     return text

@@ -1,4 +1,4 @@
-"""Where all of raylora prints."""
+"""The console that all of raylora prints with, and durations as text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from rich.console import Console
 
 
 def make_console(**options: Any) -> Console:
-    """Where all of raylora prints. What users call their things stands there as it is: no markup, no emoji."""
+    """A console that prints names as they are: ``[x]`` or ``:x:`` in a dataset's name is no markup and no emoji."""
     return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 def clock(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
+    """A duration as text: 42 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

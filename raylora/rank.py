@@ -1,7 +1,6 @@
 """``python -m raylora.rank``: see ``raylora.commands.rank``."""
 
-from raylora.commands.rank import main
 from raylora.commands.run_command import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("rank")

@@ -1,4 +1,4 @@
-"""The records that cross module borders. They are frozen, hold plain values, and travel between processes."""
+"""The records that modules exchange. They are frozen, hold plain values, and can be pickled for other processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ProgressCallback = Callable[[ProgressStage, int, int], None]
 
 
 def ignore_progress(stage: ProgressStage, done: int, total: int) -> None:
-    """A ``ProgressCallback`` for callers who watch nothing."""
+    """A ``ProgressCallback`` that does nothing."""
 
 
 def digest(value: Any, length: int = 64) -> str:
@@ -58,18 +58,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A training pair: what the model is told, and the answer it should give.
+    """A training pair: the conversation so far, and the answer that the model should give.
 
-    A conversation with several assistant turns makes one Example for each of them.
+    A conversation with several assistant turns makes one Example of each.
     """
 
     messages: tuple[Message, ...]
     """The conversation up to the answer; the last one is the user's."""
     answer: str
     question: str
-    """What is asked, without its context: the user's last words where there is no context."""
+    """The question without its context; the last user message if there is no context."""
     context: str = ""
-    """The passage the answer should rest on; empty where there is none. It stands in ``messages`` too."""
+    """The passage that the answer should rest on, which is in ``messages`` too; empty if there is none."""
 
     @cached_property
     def digest(self) -> str:
@@ -78,10 +78,10 @@ class Example:
 
 
 def digests_of(examples: Sequence[Example]) -> np.ndarray:
-    """The identities of examples as bytes, shape (N, 32); those that lie on disk know them and are not read."""
-    known: np.ndarray | None = getattr(examples, "digests", None)
-    if known is not None:
-        return known
+    """The examples' digests as bytes, shape (N, 32). Sequences on disk have them in memory, and are not read."""
+    stored: np.ndarray | None = getattr(examples, "digests", None)
+    if stored is not None:
+        return stored
     return np.frombuffer(b"".join(bytes.fromhex(e.digest) for e in examples), dtype=np.uint8).reshape(-1, 32)
 
 
@@ -99,21 +99,22 @@ class Dataset:
 
     path: str
     examples: Sequence[Example]
-    """A tuple, or a sequence that lies on disk and reads what it is asked for."""
+    """A tuple, or a sequence on disk that reads an example whenever it is used."""
     num_items: int
     """Records in the file, good and bad."""
     total_chars: int
     """Characters over all string fields of all records."""
     bad_records: tuple[BadRecord, ...] = ()
+    """The first ones; ``num_bad_records`` counts all."""
     num_bad_records: int = 0
     num_lost_records: int = 0
-    """Records lost by ``--salvage`` behind the place where the file breaks off; -1 where that can't be known."""
+    """Records that ``--salvage`` lost after the place where the file breaks off; -1 where nobody can know how many."""
     data_hash: str = ""
-    """Of the file's bytes; empty where there is no file."""
+    """SHA-256 of the file's bytes in hex; empty if the examples are of no file."""
 
     @cached_property
     def seed(self) -> int:
-        """A 63-bit seed from the content, whatever the order of the records."""
+        """A seed of 60 bits from the content, whatever the order of the records."""
         digests = sorted(row.tobytes().hex() for row in digests_of(self.examples))
         return int(digest(digests, 15), 16)
 
@@ -153,7 +154,7 @@ class Score:
 
     @property
     def overall_accuracy(self) -> float:
-        """Share of right answers, 0 to 1: weighted by size, not by subject."""
+        """The share of correct answers, 0 to 1, over all questions: large subjects count for more."""
         return self.correct_questions / max(self.total_questions, 1)
 
 
@@ -169,26 +170,28 @@ class Experiment:
     settings: dict[str, Any]
     """The hyperparameters of this experiment (the configuration with the grid's values put in)."""
     identity: str
-    """Hash of everything that moves the result: data, model, settings, questions and schema version."""
+    """Hash of everything that its row depends on: data, model, settings, questions and schema version."""
     origins: dict[str, dict[str, str]]
-    """What moves each stage's product, by stage (``features``, ``train``, ``mmlu``): hashes of data, model, ..."""
+    """By stage (``features``, ``train``, ``mmlu``), hashes of what its result depends on: data, model, ..."""
     base_key: str
-    """Identity of the base's score on the run's questions."""
+    """Hash of everything that the base model's score on the run's questions depends on."""
     data_hash: str = ""
+    """As ``Dataset.data_hash``."""
     num_examples: int = 0
     num_tokens: int = 0
-    """Of all examples, going by the first ones."""
+    """Of all examples, estimated from the first ones."""
     estimated_peak_memory_bytes: int | None = None
     estimated_seconds: float | None = None
+    """Of all its stages on one worker. Both estimates are None where they cannot be made."""
     error: str = ""
-    """Why it cannot run, where that is known before anything starts. It still gets its row."""
+    """Why it cannot run, if that is known before anything starts. It still gets a row."""
     error_kind: str = ""
     """An ``ErrorKind``; empty where there is no error."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The row of one experiment: ``values`` by column name. Columns a run did not measure are null."""
+    """The row of one experiment: ``values`` by column name; None in columns that the run did not measure."""
 
     values: dict[str, Any]
 

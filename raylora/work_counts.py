@@ -1,6 +1,6 @@
-"""How much work this process has done: questions asked, tokens trained on, batches that memory did not hold.
+"""How much work this process has done: questions answered, tokens trained on, times that memory ran out.
 
-The numbers only rise, and no result depends on them: they are for whoever watches (``metrics.py``).
+The counts only rise, and no result depends on them: they become Ray's metrics (``cluster/metrics.py``).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass
 class WorkCounts:
-    """Counts since some moment; the difference of two is what was done in between."""
+    """Counts of work; the difference of two is the work done in between."""
 
     questions: int = 0
-    """Questions of MMLU that were answered, with an adapter or without one."""
+    """Questions of MMLU that were answered, by the base or with an adapter."""
     supervised_tokens: int = 0
-    """Tokens whose loss was learnt from, in trainings and probes."""
+    """Supervised tokens of optimizer steps, in trainings and probes."""
     oom_backoffs: int = 0
-    """Times that memory ran out and the same work was tried again in smaller pieces."""
+    """Times that memory ran out and the work was done again in smaller minibatches."""
 
     def __sub__(self, other: WorkCounts) -> WorkCounts:
         return WorkCounts(
@@ -28,4 +28,4 @@ class WorkCounts:
 
 
 work_counts = WorkCounts()
-"""Of this process, since it began."""
+"""The counts of this process since it started."""

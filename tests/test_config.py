@@ -56,7 +56,7 @@ def test_a_grid_makes_every_combination():
         (["--grid", "nonsense"], "--grid"),
         (["--num-epochs"], "--num-epochs: expected one argument"),
         (["word"], "unknown option word"),
-        (["--config"], "--config: name a YAML file"),
+        (["--config"], "--config: expected one argument"),
         (["--config", "missing.yaml"], "missing.yaml: No such file"),
     ],
 )
@@ -110,13 +110,13 @@ def test_a_misspelt_variable_is_not_passed_over(monkeypatch, tmp_path):
 
 def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(monkeypatch, tmp_path):
     """``.env`` and MODEL_NAME are shared by all commands, also by those that load no model."""
-    from raylora.commands.predict import FitConfig
+    from raylora.commands.options import FitConfig
     from raylora.config_sources import load_settings
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL_NAME", "demo")
     (tmp_path / ".env").write_text("MODEL_NAME=demo\n")
-    assert load_settings(FitConfig, [], "fit").folds == 5
+    assert load_settings(FitConfig, ["table.csv"], "fit").folds == 5
 
 
 def test_a_bad_value_is_looked_for_where_it_stands(tmp_path):

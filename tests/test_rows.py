@@ -15,6 +15,7 @@ from raylora.storage.store import Store
 def write_run(folder, with_good: bool = True):
     """A run's tables, written as a run writes them: an error row, and good ones that lack what was not measured."""
     bad = dict.fromkeys(ROW_COLUMNS) | {"dataset": "broken", "experiment_id": "b", "status": "error", "error": "line 1"}
+    bad["error_kind"] = "data"
     good = dict.fromkeys(ROW_COLUMNS) | {
         "dataset": "007", "experiment_id": "g", "status": "ok", "error": "", "overall_accuracy": 0.5, "lora_r": 8,
         "total_questions": 100, "num_epochs": 1.5, "batch_size": 4, "num_train_steps": 12, "model": "demo",
@@ -37,6 +38,8 @@ def test_types_are_the_same_for_csv_and_parquet_and_know_null(tmp_path):
     assert table["status"].dtype == "category"
     assert table["dataset"].tolist()[0] == "broken"
     assert table["error"].tolist() == ["line 1", "", ""]
+    assert table["error_kind"].dtype == "category"
+    assert table["error_kind"].isna().tolist() == [False, True, True]
     assert table.groupby("status", observed=True)["overall_accuracy"].mean()["ok"] == 0.5
     csv, parquet = load_results(tmp_path / "results.csv"), load_results(tmp_path / "results.parquet")
     pd.testing.assert_frame_equal(parquet, table)

@@ -8,9 +8,10 @@ the dataset as a label: Prometheus keeps a series for each value of a label, and
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ STATES = ("waiting", "running", "ok", "error")
 ALMOST_ZERO = sys.float_info.min
 """What counters begin at, as Ray refuses a zero. They must begin before the first event: Prometheus counts from the
 first number that it sees, and would never show the first retry of a counter that appears with a 1."""
+SHOW_SECONDS = 2.0
+"""Between two reports of how many experiments are in which state."""
 MAX_NAME = 48
 """Characters of a dataset's name in a process title, whose room is that of the process's command line."""
 
@@ -123,24 +126,37 @@ def _gpu_bytes_held() -> int | None:
 
 
 class RunMeter:
-    """Counts a run's experiments by state, and its retries.
+    """Counts a run's experiments by state, and its retries, and reports them every few seconds: Ray drops what is not
+    repeated.
 
     Args:
         instruments: ``ray.util.metrics``.
+        num_running: returns the number of experiments that workers run now.
     """
 
-    def __init__(self, instruments: Any) -> None:
+    def __init__(self, instruments: Any, num_experiments: int, num_running: Callable[[], int]) -> None:
         self._experiments, self._retries = EXPERIMENTS.make(instruments), RETRIES.make(instruments)
+        self._num_experiments, self._num_running = num_experiments, num_running
+        self._finished: list[str] = []  # states of rows; appending needs no lock
         self._retries.inc(ALMOST_ZERO)
+        threading.Thread(target=self._show, daemon=True).start()
 
     def retried(self) -> None:
         """Count one experiment that is tried again."""
         self._retries.inc()
 
-    def show(self, experiments: Mapping[str, int]) -> None:
-        """Report the number of experiments by state. Call it every few seconds: Ray drops what is not repeated."""
-        for state in STATES:
-            self._experiments.set(experiments.get(state, 0), {"state": state})
+    def finished(self, state: str) -> None:
+        """A row is there: ``ok`` or ``error``."""
+        self._finished.append(state)
+
+    def _show(self) -> None:
+        while True:
+            counts = {**dict.fromkeys(STATES, 0), **Counter(self._finished)}
+            counts["running"] = self._num_running()
+            counts["waiting"] = max(0, self._num_experiments - sum(counts.values()))
+            for state, num in counts.items():
+                self._experiments.set(num, {"state": state})
+            time.sleep(SHOW_SECONDS)
 
 
 def title(worker: str, dataset: str, stage: str, done: int, total: int) -> str:

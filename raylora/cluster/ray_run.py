@@ -1,12 +1,12 @@
 """Experiments on all GPUs of a Ray cluster. The only module that imports ray.
 
 A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
-holds the crew: workers, each an actor in its own process with one GPU and the base model. The supervisor sees a worker
-die, hang or raise and tries again with another one; it always returns a row, so the pipeline itself never fails.
+holds the worker pool: each worker is an actor in its own process with one GPU and the base model. When a worker dies,
+hangs or raises, the supervisor tries again with another one. It always returns a row, so the pipeline never fails.
 
-    experiments -> Ray Dataset -> supervisor (crew.py, foreman.py) -> rows
-                                   |- worker on GPU 0     |
-                                   '- worker on GPU 1     '-> board: who does what, notes <- the command reads
+    experiments -> Ray Dataset -> supervisor (worker_pool.py, retries.py) -> sink -> tables
+                                   |- worker on GPU 0     |                   |
+                                   '- worker on GPU 1     '-> board: who does what, notes, rows <- the command reads
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import json
 import logging
 import os
 import socket
-import threading
-import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.util.metrics
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.block import Block, BlockAccessor
+from ray.data.datasource import Datasink, WriteResult
 from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from raylora.cluster.failures import store_failure
@@ -51,12 +50,14 @@ from raylora.errors import (
     one_line,
 )
 from raylora.records import Experiment, ResultRow
+from raylora.rows import load_results
+from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
 
-STATES_SECONDS = 2.0
-"""How often the supervisor says how many experiments are in which state."""
 MAX_THREADS = 1024
 """Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
+MAX_SINK_RETRIES = 10
+"""Processes that a row's way into the tables may cost; Ray itself would try forever."""
 
 
 class RayWorker(Worker):
@@ -92,7 +93,7 @@ def _set_title(text: str) -> None:
 
 
 class Supervisor:
-    """Holds the crew of a run. Called by many threads at once, each with an experiment."""
+    """Holds the worker pool of a run. Called by many threads at once, each with an experiment."""
 
     def __init__(
         self,
@@ -105,25 +106,23 @@ class Supervisor:
         folder: str,
     ) -> None:
         self._make_runner, self._config, self._store, self._board = make_runner, config, store, board
-        self._resources, self._num_experiments, self._folder = resources, num_experiments, folder
+        self._resources, self._folder = resources, folder
         self._numbers, self._namespace = itertools.count(), _new_namespace()
-        self._meter = RunMeter(ray.util.metrics)
-        self._finished: list[str] = []  # states of rows; appending needs no lock
         num_workers = max(1, self._survey().num_workers)
         self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
-        self._crew = WorkerPool(self._start, self._stop, self._survey, self._note)
+        self._pool = WorkerPool(self._start, self._stop, self._survey, self._note)
         calls = WorkerCalls(self._run, self._train, self._help, self._being_evaluated)
-        self._foreman = RetryingExecutor(config, store, self._crew, calls, "num_gpus" in resources, self._note_retry)
-        threading.Thread(target=self._show_states, daemon=True).start()
+        self._executor = RetryingExecutor(config, store, self._pool, calls, "num_gpus" in resources, self._note_retry)
+        self._meter = RunMeter(ray.util.metrics, num_experiments, lambda: self._executor.num_at_work)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
-            values = self._foreman.run(Experiment(**json.loads(item["experiment"])), item["rank"])
+            values = self._executor.run(Experiment(**json.loads(item["experiment"])), item["rank"])
         except CannotGoOnError as error:
-            self._crew.begin_no_more()
+            self._pool.begin_no_more()
             return {"row": "null", "stop": str(error)}
         if values:
-            self._finished.append(values["status"])
+            self._meter.finished(values["status"])
         return {"row": json.dumps(values), "stop": ""}
 
     def _note(self, text: str) -> None:
@@ -133,14 +132,7 @@ class Supervisor:
         self._note(text)
         self._meter.retried()
 
-    def _show_states(self) -> None:
-        while True:
-            finished, running = Counter(self._finished), self._foreman.num_at_work
-            waiting = max(0, self._num_experiments - finished.total() - running)
-            self._meter.show({**finished, "waiting": waiting, "running": running})
-            time.sleep(STATES_SECONDS)
-
-    # What the crew asks for
+    # What the worker pool calls
 
     def _survey(self) -> Capacity:
         nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
@@ -153,8 +145,8 @@ class Supervisor:
     def _start(self) -> PoolWorker:
         number = next(self._numbers)
         name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
-        # The foreman stops it when it has died. But where memory runs out Ray first ends what may be restarted: that is
-        # to be the worker that takes it, and not the supervisor, with which all of them end.
+        # max_restarts=1: when memory runs out Ray first kills what it may restart. That must be the worker, which
+        # takes the memory, and not the supervisor, with which all workers end. A dead worker is discarded all the same.
         actor: Any = ray.remote(RayWorker).options(
             name=name, namespace=self._namespace, max_restarts=1, **self._resources
         )
@@ -170,25 +162,25 @@ class Supervisor:
         )
         return PoolWorker(worker, ray.get(worker.where.remote()), number)
 
-    def _stop(self, member: PoolWorker) -> None:
+    def _stop(self, worker: PoolWorker) -> None:
         with contextlib.suppress(RayError, ValueError):
-            ray.kill(member.worker, no_restart=True)
-            self._board.clear.remote(member.number)
+            ray.kill(worker.handle, no_restart=True)
+            self._board.clear.remote(worker.number)
 
-    # What the foreman asks for
+    # What the executor of retries calls
 
-    def _run(self, member: PoolWorker, experiment: Experiment) -> dict[str, Any]:
-        values: dict[str, Any] = self._ask(member, member.worker.run.remote(experiment), self._config.timeout)
+    def _run(self, worker: PoolWorker, experiment: Experiment) -> dict[str, Any]:
+        values: dict[str, Any] = self._ask(worker, worker.handle.run.remote(experiment), self._config.timeout)
         return values
 
-    def _train(self, member: PoolWorker, experiments: Sequence[Experiment]) -> int:
+    def _train(self, worker: PoolWorker, experiments: Sequence[Experiment]) -> int:
         timeout = self._config.timeout and self._config.timeout * len(experiments)
-        return int(self._ask(member, member.worker.train.remote(list(experiments)), timeout))
+        return int(self._ask(worker, worker.handle.train.remote(list(experiments)), timeout))
 
-    def _help(self, member: PoolWorker, experiment: Experiment) -> int:
-        return int(self._ask(member, member.worker.help.remote(experiment), self._config.timeout))
+    def _help(self, worker: PoolWorker, experiment: Experiment) -> int:
+        return int(self._ask(worker, worker.handle.help.remote(experiment), self._config.timeout))
 
-    def _ask(self, member: PoolWorker, answer: Any, timeout: float | None) -> Any:
+    def _ask(self, worker: PoolWorker, answer: Any, timeout: float | None) -> Any:
         try:
             return ray.get(answer, timeout=timeout)
         except GetTimeoutError as error:
@@ -204,16 +196,16 @@ class Supervisor:
             text = "its worker process was killed: the node ran out of memory"
             raise WorkerFailedError(text, kind=ErrorKind.NODE_OUT_OF_MEMORY) from error
         except RayActorError as error:
-            if isinstance(error, NodeDiedError) or self._is_lost(member):
-                raise NodeLostError(f"the node {member.place.host} is gone") from error
+            if isinstance(error, NodeDiedError) or self._is_lost(worker):
+                raise NodeLostError(f"the node {worker.place.host} is gone") from error
             text = "its worker process died: it crashed or was killed, perhaps for memory"
             raise WorkerFailedError(text, kind=ErrorKind.WORKER_DIED) from error
         except RayError as error:
             raise WorkerFailedError(f"{type(error).__name__}: {one_line(error)}") from error
 
-    def _is_lost(self, member: PoolWorker) -> bool:
-        """Whether the member's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
-        node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == member.place.node), None)
+    def _is_lost(self, worker: PoolWorker) -> bool:
+        """Whether the worker's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
+        node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == worker.place.node), None)
         if node is None or not node["Alive"]:
             return True
         try:
@@ -223,10 +215,10 @@ class Supervisor:
         return False
 
     def _being_evaluated(self) -> set[str]:
-        sight: Status = ray.get(self._board.read.remote(), timeout=60)
-        if sight.stopping:
-            self._crew.begin_no_more()
-        return {p.experiment_id for p in sight.progress if p.can_share}
+        status: Status = ray.get(self._board.read.remote(), timeout=60)
+        if status.stopping:
+            self._pool.begin_no_more()
+        return {p.experiment_id for p in status.progress if p.can_share}
 
 
 @contextlib.contextmanager
@@ -263,6 +255,7 @@ def _join(address: str, options: dict[str, Any]) -> Any:
     try:
         return ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        # By its text: Ray has a type for a token that is not set, and none for one that the cluster refuses or misses.
         if "token" in f"{error} {error.__cause__}".lower():
             raise UserError(
                 f"--address {address}: the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what "
@@ -277,18 +270,79 @@ def _visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunHandle:
     """What the command can do with a run that goes on: look at it, and have it begin nothing new."""
 
     board: Any
+    num_rows_read: int = 0
 
     def read(self) -> Status:
-        sight: Status = ray.get(self.board.read.remote(), timeout=10)
-        return sight
+        """What the board shows, with the rows that came since the last time."""
+        status: Status = ray.get(self.board.read.remote(self.num_rows_read), timeout=10)
+        self.num_rows_read += len(status.rows)
+        return status
 
     def begin_no_more(self) -> None:
         self.board.begin_no_more.remote()
+
+
+_rows_of_runs: dict[str, dict[str, ResultRow]] = {}
+"""What this process, a sink's, knows of its run: the rows by experiment id."""
+
+
+class SinkError(Exception):
+    """Carries the error that ends the run as its first argument: to the text of one Ray Data adds words of its own."""
+
+
+class TableSink(Datasink[list[dict[str, Any]]]):
+    """Where the Ray Dataset ends: a write task for each row, one after another, in a process on the command's node.
+
+    Each task gets a copy of this object; what the process knows from one to the next is in ``_rows_of_runs``. A process
+    that was killed is started again by Ray with the row it had: what the one before it knew, the board knows.
+
+    Attributes:
+        rows: those of this run, in the command's process, when all are written.
+    """
+
+    def __init__(self, run: str, board: Any, tables: RunTables | None) -> None:
+        self._run, self._board, self._tables = run, board, tables
+        self.rows: list[ResultRow] = []
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> list[dict[str, Any]]:
+        """The values of the rows that are written.
+
+        Raises:
+            SinkError: the supervisor says that the run cannot go on, or a table cannot be written.
+        """
+        items = [item for block in blocks for item in BlockAccessor.for_block(block).to_arrow().to_pylist()]
+        new = [values for item in items if (values := json.loads(item["row"]))]
+        try:
+            if stop := next((item["stop"] for item in items if item["stop"]), ""):
+                raise CannotGoOnError(stop)
+            if new:
+                self._add(new)
+        except (CannotGoOnError, UserError, OSError) as error:
+            raise SinkError(error) from error
+        return new
+
+    def _add(self, new: list[dict[str, Any]]) -> None:
+        # A board that died costs what is shown meanwhile, and no row.
+        with contextlib.suppress(RayError):
+            if self._run not in _rows_of_runs:
+                _rows_of_runs.clear()
+                former = ray.get(self._board.read.remote(0), timeout=60).rows
+                _rows_of_runs[self._run] = {values["experiment_id"]: ResultRow(values) for values in former}
+            ray.get([self._board.add_row.remote(values) for values in new], timeout=60)
+        if self._tables and (rows := _rows_of_runs.get(self._run)) is not None:
+            for values in new:
+                rows.setdefault(values["experiment_id"], ResultRow(values))
+            self._tables.write_if_due(rows.values())
+
+    def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
+        # A supervisor that was killed is run again by Ray; its row may come twice.
+        values = [v for written in write_result.write_returns for v in written]
+        self.rows = [*{v["experiment_id"]: ResultRow(v) for v in reversed(values)}.values()]
 
 
 def run_experiments(
@@ -297,47 +351,61 @@ def run_experiments(
     experiments: Sequence[Experiment],
     on_start: Callable[[RunHandle], None] = lambda _: None,
     make_runner: Callable[..., Any] | None = None,
-) -> Iterator[ResultRow]:
-    """Rows as they finish, one for each experiment that was begun, in the running Ray.
+    tables: RunTables | None = None,
+    former: Sequence[ResultRow] = (),
+) -> list[ResultRow]:
+    """Run them in the running Ray, to the last one. Returns a row for each that was begun.
 
     Args:
-        on_start: told of the run before its first row.
+        on_start: told of the run before its first row. Rows can be read from it as they come.
         make_runner: makes what a worker runs experiments with; an ``ExperimentRunner`` if None.
+        tables: written as rows come, beside those of ``former``.
 
     Raises:
         CannotGoOnError: results cannot be kept.
         ClusterLostError: Ray broke down.
+        OSError, UserError: a table cannot be written.
     """
     if not experiments:
-        return
-    named = {"name": "raylora-board", "namespace": _new_namespace()}
-    board = ray.remote(StatusBoard).options(num_cpus=0, label_selector=_this_node(), **named).remote()
-    on_start(RunHandle(board))
-    seen: set[str] = set()
+        return []
+    run = _new_namespace()
+    on_this_node: dict[str, Any] = {"num_cpus": 0, "label_selector": _this_node()}
+    board = (
+        ray.remote(StatusBoard)
+        .options(**on_this_node, name="raylora-board", namespace=run)
+        .remote([row.values for row in former])
+    )
+    on_start(RunHandle(board, len(former)))
+    sink = TableSink(run, board, tables)
     try:
         dataset = _map_experiments(config, store, experiments, board, make_runner)
-        # Not iter_rows: it holds every row back until the next one is there.
-        batches = dataset.iter_batches(prefetch_batches=0, batch_size=None, batch_format="pyarrow")
-        for item in (item for batch in batches for item in batch.to_pylist()):
-            values = json.loads(item["row"])
-            if item["stop"]:
-                raise CannotGoOnError(item["stop"])
-            # A supervisor that was killed is run again by Ray; its row may come twice.
-            if values and values["experiment_id"] not in seen:
-                seen.add(values["experiment_id"])
-                yield ResultRow(values)
+        dataset.write_datasink(sink, ray_remote_args={**on_this_node, "max_retries": MAX_SINK_RETRIES}, concurrency=1)
+    except RayTaskError as error:
+        if isinstance(error.cause, SinkError):
+            raise error.cause.args[0] from None
+        raise ClusterLostError(_first_line(error)) from error
     except RayError as error:
         raise ClusterLostError(_first_line(error)) from error
+    return sink.rows
+
+
+def load_dataset(place: str | Path) -> Dataset:
+    """The table of a run as a Ray Dataset, with the columns and types of ``load_results``. Starts Ray if need be.
+
+    Raises:
+        UserError: there is no table, or none that can be read.
+    """
+    return ray.data.from_pandas(load_results(place))
 
 
 def _map_experiments(
     config: Config, store: Store, experiments: Sequence[Experiment], board: Any, make_runner: Callable[..., Any] | None
-) -> Any:
+) -> Dataset:
     """The Ray Dataset of the rows: lazy, and streaming."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said in one line, and by us
     # The supervisor's threads come in any order: the rank keeps the largest first.
     items = [{"experiment": json.dumps(asdict(e)), "rank": rank} for rank, e in enumerate(experiments)]
     num_threads = min(len(items), MAX_THREADS)

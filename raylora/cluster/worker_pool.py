@@ -1,8 +1,8 @@
-"""Who works: the workers there are, who waits for one, and the GPUs that are not to be trusted. Knows nothing of Ray.
+"""The pool of workers: idle and busy ones, the queue for them, GPUs in quarantine. Knows nothing of Ray.
 
-A thread that has work waits in ``take`` for a worker, in order of rank, and hands it back with ``give_back``, or says
-that it is ``lost``. Workers are started as they are wanted and as there are GPUs for them, so that a GPU that joins
-while a run goes on is used, and one that leaves is not waited for.
+A thread with work waits in ``take`` for a worker, in order of rank. It returns the worker with ``give_back``, or
+reports a dead one with ``discard``. A worker is started only when somebody waits and a GPU is free: so a GPU that joins
+during a run is used, and one that leaves is not waited for.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 
 from raylora.errors import one_line
 
-log = logging.getLogger("raylora.crew")
+log = logging.getLogger("raylora.worker_pool")
 
 CAPACITY_SECONDS = 2.0
-"""How often it is looked whether GPUs came or went."""
+"""Between two looks at which GPUs are in the cluster."""
 AVOID_SECONDS = 60.0
-"""How long somebody waits for a worker elsewhere before taking one where things went wrong."""
+"""A retry waits so long for another GPU than the one where the first try failed; then it takes any."""
 MAX_FAILURES_IN_A_ROW = 3
-"""So many different experiments that failed on a GPU one after another, and did not fail elsewhere, condemn it."""
+"""A GPU is quarantined when so many experiments in a row failed on it and went well elsewhere."""
 MAX_FAILED_STARTS = 5
-"""So many workers that did not start one after another, with no other there, end the run."""
+"""The run ends when so many workers one after another did not start and no other worker is left."""
 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """A GPU, or a machine without any: what it says of itself where people read it, and what Ray calls its node."""
+    """A GPU, or a machine without one. ``host`` and ``gpu`` are for people; ``node`` is the cluster's id of it."""
 
     host: str
     gpu: str
@@ -45,7 +45,7 @@ class WorkerPlace:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is to work with now: how many workers there may be, and the nodes that are alive."""
+    """How many workers there may be now, and the ids of the nodes that are alive."""
 
     num_workers: int
     nodes: frozenset[str]
@@ -53,39 +53,39 @@ class Capacity:
 
 @dataclass(eq=False)
 class PoolWorker:
-    """A worker that was started, where, and by what number people know it."""
+    """A worker that was started. ``handle`` is what it is called with, ``number`` what people see of it."""
 
-    worker: Any
+    handle: Any
     place: WorkerPlace
     number: int = 0
 
 
 @dataclass(eq=False)
 class Waiter:
-    """Somebody who waits for a worker, to do ``work`` with it."""
+    """A thread that waits in ``take``, and what it wants to do with the worker."""
 
     work: Any
     rank: float
     avoid: WorkerPlace | None
     since: float
     served: threading.Event = field(default_factory=threading.Event)
-    member: PoolWorker | None = None
+    worker: PoolWorker | None = None
 
-    def wants(self, member: PoolWorker) -> bool:
-        return member.place != self.avoid or time.monotonic() - self.since > AVOID_SECONDS
+    def wants(self, worker: PoolWorker) -> bool:
+        return worker.place != self.avoid or time.monotonic() - self.since > AVOID_SECONDS
 
 
 class WorkerPool:
     """All workers of a run.
 
     Args:
-        start: starts a worker and says where it is. Called in a thread of its own; may take minutes, and may raise.
-        stop: ends a worker, whatever it is doing.
-        survey: looks at what there is; asked every ``REFRESH_SECONDS``.
-        on_trouble: told of a GPU that is used no more, and of a worker that does not start, in one line.
+        start: starts a worker. Called in a thread of its own; may take minutes, and may raise.
+        stop: kills a worker, whatever it is doing.
+        survey: returns the capacity; called every ``CAPACITY_SECONDS``.
+        on_trouble: called with one line when a GPU is quarantined or a worker does not start.
 
     Attributes:
-        broken: why nobody gets a worker any more; empty while all is well.
+        broken: why ``take`` gives no workers any more; empty while it does.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class WorkerPool:
         self._start, self._stop, self._survey, self._on_trouble = start, stop, survey, on_trouble
         self.broken = ""
         self._num_failed_starts = 0
-        self._there = survey()
+        self._capacity = survey()
         self._lock = threading.Lock()
         self._waiting: list[Waiter] = []  # by rank
         self._idle: list[PoolWorker] = []
@@ -106,19 +106,24 @@ class WorkerPool:
         self._held: list[PoolWorker] = []
         self._num_starting = 0
         self._failed: dict[WorkerPlace, set[str]] = defaultdict(set)
-        self._set_aside: set[WorkerPlace] = set()
+        self._quarantined: set[WorkerPlace] = set()
         self._closed = threading.Event()
         threading.Thread(target=self._refresh, daemon=True).start()
 
+    @property
+    def num_waiting(self) -> int:
+        """Callers of ``take`` that have no worker yet."""
+        return len(self._waiting)
+
     def take(self, rank: float = 0.0, avoid: WorkerPlace | None = None, work: Any = None) -> PoolWorker | None:
-        """Wait for a worker; those of a lower rank come first.
+        """Wait for a worker; the lowest rank is served first.
 
         Args:
-            avoid: one elsewhere, if there is an elsewhere.
-            work: what it is wanted for, for ``draw_in``.
+            avoid: do not give a worker there while another place may have one.
+            work: what the worker is for; ``claim_waiting`` shows it to others.
 
         Returns:
-            None where no work is begun any more.
+            None when nothing new is begun any more.
         """
         waiter = Waiter(work, rank, avoid, time.monotonic())
         with self._lock:
@@ -127,43 +132,43 @@ class WorkerPool:
             self._queue(waiter)
             self._assign()
         waiter.served.wait()
-        return waiter.member
+        return waiter.worker
 
     def take_spare(self, may_start: bool) -> PoolWorker | None:
-        """A worker that nobody else wants now; None where there is none.
+        """An idle worker, if nobody waits for one; None otherwise.
 
         Args:
-            may_start: start one, for a later call, where a GPU has none.
+            may_start: if no worker is idle, start one on a free GPU; a later call gets it.
         """
         with self._lock:
             if self._waiting or self._closed.is_set():
                 return None
             if self._idle:
-                member = self._idle.pop()
-                self._busy.add(member)
-                return member
+                worker = self._idle.pop()
+                self._busy.add(worker)
+                return worker
             if may_start and self._num_starting == 0:
                 self._start_more(1)
         return None
 
-    def draw_in(self, most: int, suits: Callable[[Any], bool]) -> list[Waiter]:
-        """Take some out of the line whose work can be begun beside somebody else's. ``let_go`` puts them back.
+    def claim_waiting(self, most: int, suits: Callable[[Any], bool]) -> list[Waiter]:
+        """Take waiting threads out of the queue, to do their work together with somebody else's; see ``requeue``.
 
-        No more than this worker's share of those that wait: the other workers are to have as many.
+        At most an equal share of those that wait, so that the other workers find as many.
 
         Args:
-            suits: asked of each one's work while nobody else can take or give back a worker: to be quick.
+            suits: whether a thread's work can be done together. Called with the pool's lock held: must be quick.
         """
         with self._lock:
             share = (len(self._waiting) - self._num_starting) // max(1, self._num_usable())
-            # One that failed on a GPU waits for another GPU.
+            # A retry waits for another GPU than this one may be.
             suitable = (w for w in self._waiting if w.avoid is None and suits(w.work))
             drawn = list(itertools.islice(suitable, max(0, min(most, share))))
             self._waiting = [w for w in self._waiting if w not in drawn]
         return drawn
 
-    def let_go(self, drawn: Iterable[Waiter]) -> None:
-        """They wait again, each in its old place."""
+    def requeue(self, drawn: Iterable[Waiter]) -> None:
+        """Put claimed threads back into the queue, in order of their ranks."""
         with self._lock:
             for waiter in drawn:
                 if self._closed.is_set():
@@ -172,47 +177,47 @@ class WorkerPool:
                     self._queue(waiter)
             self._assign()
 
-    def give_back(self, member: PoolWorker, well: bool = True) -> None:
-        """The worker is free again. ``well``: it did what it was asked, and its GPU is beyond doubt."""
+    def give_back(self, worker: PoolWorker, well: bool = True) -> None:
+        """The worker is idle again. ``well``: it did its work, so its GPU's count of failures starts again at 0."""
         with self._lock:
             if well:
-                self._failed.pop(member.place, None)
-            if member in self._busy:  # else its node went away meanwhile
-                self._busy.discard(member)
-                self._idle.append(member)
+                self._failed.pop(worker.place, None)
+            if worker in self._busy:  # else its node went away meanwhile
+                self._busy.discard(worker)
+                self._idle.append(worker)
             self._assign()
 
-    def lost(self, member: PoolWorker) -> None:
-        """The worker is dead, or must not be used again."""
-        self._stop(member)
+    def discard(self, worker: PoolWorker) -> None:
+        """Kill a worker that is dead already, or may be damaged."""
+        self._stop(worker)
         with self._lock:
-            self._busy.discard(member)
+            self._busy.discard(worker)
             self._assign()
 
-    def blame(self, place: WorkerPlace, experiment: str, cause: str) -> None:
-        """An experiment failed at ``place`` and went well elsewhere.
+    def record_failure(self, place: WorkerPlace, experiment: str, cause: str) -> None:
+        """Count an experiment that failed at ``place`` and went well elsewhere.
 
-        Too many of them one after another, and the GPU is set aside, unless it is the last one.
+        After ``MAX_FAILURES_IN_A_ROW`` the GPU is quarantined, unless it is the last one.
         """
         with self._lock:
             self._failed[place].add(experiment)
             num_failed = len(self._failed[place])
-            if num_failed < MAX_FAILURES_IN_A_ROW or place in self._set_aside or self._num_usable() <= 1:
+            if num_failed < MAX_FAILURES_IN_A_ROW or place in self._quarantined or self._num_usable() <= 1:
                 return
-            self._set_aside.add(place)
-            for member in [m for m in self._idle if m.place == place]:
-                self._idle.remove(member)
-                self._held.append(member)
-        self._on_trouble(f"{place} is set aside: {num_failed} experiments failed there in a row; the last: {cause}")
+            self._quarantined.add(place)
+            for worker in [m for m in self._idle if m.place == place]:
+                self._idle.remove(worker)
+                self._held.append(worker)
+        self._on_trouble(f"{place} is quarantined: {num_failed} experiments failed there in a row; the last: {cause}")
 
-    def acquit(self, places: Iterable[WorkerPlace], experiment: str) -> None:
-        """It was the experiment, not the GPUs."""
+    def clear_failures(self, places: Iterable[WorkerPlace], experiment: str) -> None:
+        """The experiment failed everywhere: that says nothing of the GPUs."""
         with self._lock:
             for place in places:
                 self._failed[place].discard(experiment)
 
     def begin_no_more(self) -> None:
-        """Whoever waits, or comes from now on, gets no worker. Those who have one go on."""
+        """From now on ``take`` returns None, also to those who wait. Busy workers go on."""
         with self._lock:
             self._closed.set()
             for waiter in self._waiting:
@@ -223,24 +228,24 @@ class WorkerPool:
         """Stop every worker."""
         self.begin_no_more()
         with self._lock:
-            members = [*self._idle, *self._busy, *self._held]
+            workers = [*self._idle, *self._busy, *self._held]
             self._idle, self._busy, self._held = [], set(), []
-        for member in members:
-            self._stop(member)
+        for worker in workers:
+            self._stop(worker)
 
     def _refresh(self) -> None:
         while not self._closed.wait(CAPACITY_SECONDS):
             try:
-                there = self._survey()
+                capacity = self._survey()
             except Exception:  # the cluster is busy, or about to go: whoever runs something there will know
                 log.exception("the cluster does not answer")
                 continue
             with self._lock:
-                self._there = there
-                for members in (self._idle, self._held):
-                    members[:] = [m for m in members if m.place.node in there.nodes]
-                self._busy = {m for m in self._busy if m.place.node in there.nodes}
-                self._set_aside = {p for p in self._set_aside if p.node in there.nodes}
+                self._capacity = capacity
+                for workers in (self._idle, self._held):
+                    workers[:] = [m for m in workers if m.place.node in capacity.nodes]
+                self._busy = {m for m in self._busy if m.place.node in capacity.nodes}
+                self._quarantined = {p for p in self._quarantined if p.node in capacity.nodes}
                 self._assign()
 
     # All below is called with the lock held
@@ -249,38 +254,38 @@ class WorkerPool:
         bisect.insort(self._waiting, waiter, key=lambda w: w.rank)
 
     def _num_usable(self) -> int:
-        return self._there.num_workers - len(self._set_aside)
+        return self._capacity.num_workers - len(self._quarantined)
 
     def _assign(self) -> None:
-        """Free workers to those who wait; then as many new ones as are still wanted and allowed."""
+        """Give idle workers to waiting threads, then start new ones for the rest, as far as the capacity allows."""
         unserved: list[Waiter] = []
         anywhere = self._num_usable() <= 1
         for k, waiter in enumerate(self._waiting):
             if not self._idle:
                 unserved += self._waiting[k:]
                 break
-            member = next((m for m in self._idle if anywhere or waiter.wants(m)), None)
-            if member is None:
+            worker = next((m for m in self._idle if anywhere or waiter.wants(m)), None)
+            if worker is None:
                 unserved.append(waiter)
                 continue
-            waiter.member = member
-            self._idle.remove(member)
-            self._busy.add(member)
+            waiter.worker = worker
+            self._idle.remove(worker)
+            self._busy.add(worker)
             waiter.served.set()
         self._waiting = unserved
         self._start_more(len(unserved))
 
     def _start_more(self, num: int) -> None:
-        # A place that is set aside is kept occupied, as nothing else keeps its GPU from being given out again.
+        # A quarantined GPU keeps its worker: without it, the cluster would give that GPU to the next worker.
         num_there = len(self._idle) + len(self._busy) + len(self._held) + self._num_starting
-        for _ in range(min(num - self._num_starting, self._there.num_workers - num_there)):
+        for _ in range(min(num - self._num_starting, self._capacity.num_workers - num_there)):
             self._num_starting += 1
             threading.Thread(target=self._start_one, daemon=True).start()
 
     def _start_one(self) -> None:
         try:
-            member = self._start()
-        except Exception as error:  # its node may be gone by now; the next look at the cluster starts another one
+            worker = self._start()
+        except Exception as error:  # its node may be gone; the next look at the capacity starts another
             log.exception("a worker did not start")
             self._did_not_start(one_line(error))
             return
@@ -288,10 +293,10 @@ class WorkerPool:
             self._num_starting -= 1
             self._num_failed_starts = 0
             if not self._closed.is_set():
-                (self._held if member.place in self._set_aside else self._idle).append(member)
+                (self._held if worker.place in self._quarantined else self._idle).append(worker)
                 self._assign()
                 return
-        self._stop(member)
+        self._stop(worker)
 
     def _did_not_start(self, cause: str) -> None:
         with self._lock:

@@ -1,8 +1,6 @@
 """Train, evaluate and describe every dataset of a chunk.
 
-    python -m raylora.batch --chunk chunk_001
-
-Exit code 0: all rows are good; 1: some failed (they have rows too); 2: wrong use; 130: stopped by Ctrl-C.
+python -m raylora.batch --chunk chunk_001
 """
 
 from __future__ import annotations
@@ -11,22 +9,20 @@ import sys
 
 from rich.console import Console
 
-from raylora.config import DEMO, Config, load_config
+from raylora.config import DEMO, Config
 from raylora.console import make_console
 from raylora.data import datasets
 from raylora.errors import UserError
 
 
-def main(argv: list[str]) -> int:
+def run(config: Config) -> int:
     console = make_console()
-    config = ask_for_chunk(load_config(argv), console)
-    # Only here: torch and transformers take seconds to import, which a mistake and --help need not wait for.
-    from raylora.errors import StoppedError
+    config = ask_for_chunk(config, console)
+    # Only here: torch and transformers take seconds to import, for which the question need not wait.
     from raylora.planning.plan import DEMO_CHUNK, find_files, make_plan
     from raylora.planning.show_plan import print_plan
     from raylora.report.terminal import print_results
-    from raylora.run.execute import how_to_go_on, run_plan
-    from raylora.run.interrupts import exit_on_sigterm
+    from raylora.run.execute import run_plan
 
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
@@ -35,12 +31,7 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         print_plan(plan, console)
         return 0
-    exit_on_sigterm()
-    try:
-        rows = run_plan(plan, console)
-    except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}", soft_wrap=True)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    rows = run_plan(plan, console)
     print_results(rows, plan.store, console)
     if config.model == DEMO:
         yours = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk

@@ -5,28 +5,19 @@ python -m raylora.experiment FILE --model demo --mmlu demo
 
 from __future__ import annotations
 
-from raylora.config import load_config
+from raylora.commands.options import ExperimentConfig
 from raylora.console import make_console
-from raylora.errors import UserError
 from raylora.experiment.story import run_experiment
 from raylora.experiment.workbench import Workbench, use_threads
 from raylora.planning.plan import make_plan
+from raylora.planning.show_plan import print_plan
+from raylora.report.terminal import print_results
 from raylora.rows import ROW_COLUMNS
-from raylora.storage.places import location
 
 
-def main(argv: list[str]) -> int:
-    """``python -m raylora.experiment FILE [options]``: one dataset, in this process, without a cluster."""
-    from raylora.report.terminal import print_results
-
-    if not argv or (argv[0].startswith("-") and argv[0] not in {"-h", "--help"}):
-        raise UserError("name a dataset file first: python -m raylora.experiment FILE --model demo --mmlu demo")
-    file = location(argv[0])
-    config = load_config(argv if argv[0] in {"-h", "--help"} else argv[1:], prog="python -m raylora.experiment FILE")
-    plan = make_plan(config, [file], "single")
+def run(config: ExperimentConfig) -> int:
+    plan = make_plan(config, [config.file], "single")
     if config.dry_run:
-        from raylora.planning.show_plan import print_plan
-
         print_plan(plan, make_console())
         return 0
     use_threads(config)

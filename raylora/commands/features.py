@@ -4,7 +4,6 @@
     python -m raylora.features --describe
 
 It is the batch command with one stage: the same workers, store and rows, and the same command goes on where it was.
-Dashes and underscores are the same in every option's name.
 """
 
 from __future__ import annotations
@@ -14,23 +13,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field
 from rich.console import Console
 
-from raylora.config import Config, Method
-from raylora.config_sources import load_settings
+from raylora.commands.options import FeaturesConfig
+from raylora.config import Method
 from raylora.console import clock, make_console
 from raylora.data.datasets import list_dataset_files
-from raylora.errors import StoppedError, UserError
+from raylora.errors import UserError
 from raylora.features.columns import RUN_COLUMNS, describe_columns
 from raylora.planning.plan import find_files, make_plan
 from raylora.planning.show_plan import print_plan
 from raylora.records import ResultRow
 from raylora.rows import FEATURE_COLUMNS, FeatureColumn
-from raylora.run.execute import how_to_go_on, run_plan
-from raylora.storage.atomic import write_atomically
-from raylora.storage.places import Location, reading, writing
-from raylora.storage.tables import rows_to_table
+from raylora.run.execute import run_plan
+from raylora.storage.places import reading, writing
+from raylora.storage.tables import CsvTable
 
 HYPERPARAMETER_COLUMNS = tuple(
     FeatureColumn(name, "hyperparameters", "", -math.inf, math.inf, str(option.description))
@@ -38,19 +35,6 @@ HYPERPARAMETER_COLUMNS = tuple(
 )
 DESCRIBED = (*RUN_COLUMNS[:3], *FEATURE_COLUMNS, *HYPERPARAMETER_COLUMNS, *RUN_COLUMNS[3:])
 CSV_COLUMNS = [column.name for column in DESCRIBED]
-RENAMED = {"--model-path": "--model", "--data-dir": "--data-folder"}
-
-
-class FeaturesConfig(Config):
-    """Measure the features of every dataset of a folder."""
-
-    output: Location = Field(
-        Path("results/features"), description="folder for rows, logs and what a rerun goes on with"
-    )
-    data_folder: Location | None = Field(None, description="folder of dataset files (or name a --chunk)")
-    single_dataset: Location | None = Field(None, description="one dataset file in place of a folder")
-    output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
-    describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
 
 
 def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
@@ -96,12 +80,8 @@ def _check_place(path: Path | None) -> None:
         raise UserError(f"--output-csv {path}: {'is a folder' if path.is_dir() else 'cannot be written to'}")
 
 
-def main(argv: list[str]) -> int:
+def run(config: FeaturesConfig) -> int:
     console = make_console()
-    words = [word.partition("=") for word in argv]
-    names = [word.replace("_", "-") if word.startswith("--") else word for word, _, _ in words]
-    argv = [RENAMED.get(name, name) + mark + value for name, (_, mark, value) in zip(names, words, strict=True)]
-    config = load_settings(FeaturesConfig, argv, "python -m raylora.features")
     config = config.model_copy(update={"stages": ("features",)})
     if config.describe:
         print(describe_columns(DESCRIBED))
@@ -113,17 +93,8 @@ def main(argv: list[str]) -> int:
         return 0
     _check_place(config.output_csv)
 
-    def write_csv(rows: Sequence[ResultRow]) -> None:
-        if config.output_csv is not None:
-            table = rows_to_table(rows, CSV_COLUMNS)[CSV_COLUMNS]
-            with writing("--output-csv", config.output_csv):
-                write_atomically(config.output_csv, lambda partial: table.to_csv(partial, index=False))
-
-    try:
-        rows = run_plan(plan, console, write_csv)
-    except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} {how_to_go_on(config)}")
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    table = CsvTable("--output-csv", config.output_csv.absolute(), CSV_COLUMNS) if config.output_csv else None
+    rows = run_plan(plan, console, table)
     print_summary(rows, console)
     console.print(f"Files: {config.output_csv or plan.store.place}", soft_wrap=True)
     return 0 if all(row.ok for row in rows) else 1

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import Field
+import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from raylora.config import EvaluationConfig
-from raylora.config_sources import load_settings
+from raylora.commands.options import MmluConfig
 from raylora.console import make_console
 from raylora.mmlu.evaluator import Evaluator, check_prompt_style
 from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
@@ -35,12 +34,6 @@ from raylora.storage.store import Store, safe_name
 
 SIGNIFICANT = 0.05
 """An adjusted p-value below this is shown as a change."""
-
-
-class MmluConfig(EvaluationConfig):
-    """Evaluate a model and its adapters on MMLU."""
-
-    adapter: list[Path] = Field(default_factory=list, description="folders of PEFT adapters")
 
 
 @dataclass(frozen=True)
@@ -179,25 +172,8 @@ def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) 
         console.print(text, soft_wrap=True)
 
 
-def _one_adapter_each(argv: list[str]) -> list[str]:
-    """``--adapter A B`` as ``--adapter A --adapter B``."""
-    words: list[str] = []
-    of_adapter = False
-    for word in argv:
-        if of_adapter and not word.startswith("-") and words[-1] != "--adapter":
-            words.append("--adapter")
-        of_adapter = word == "--adapter" or (of_adapter and not word.startswith("-"))
-        words.append(word)
-    return words
-
-
-def main(argv: list[str]) -> int:
-    argv = [word.replace("--questions", "--mmlu", 1) if word.startswith("--questions") else word for word in argv]
-    argv = _one_adapter_each(argv)
-    config = load_settings(MmluConfig, argv, "python -m raylora.mmlu")
+def run(config: MmluConfig) -> int:
     if config.threads:
-        import torch
-
         torch.set_num_threads(config.threads)
     console = make_console()
     found = evaluate_all(config, console)

@@ -1,78 +1,28 @@
-"""Can the outcome of a training be known before it? Fit a predictor to finished runs, use it, ask it why.
-
-    python -m raylora.predict fit TABLE [--target accuracy_change] [--leave-out dynamic] [--output results/predictor]
-    python -m raylora.predict predict PREDICTOR TABLE [--output predictions.csv]
-    python -m raylora.predict explain PREDICTOR
-
-TABLE is the folder of a run, its results.csv or results.parquet, or any table with columns of these names. PREDICTOR is
-what ``fit`` writes: a folder with the model (predictor.skops), its figures as JSON, its errors on held-out rows as CSV
-and a calibration figure. ``fit --help`` and so on show all options.
-"""
+"""Can the outcome of a training be known before it? See PREDICT of ``raylora.commands.run_command`` for its use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator
-from pydantic_settings import NoDecode
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raylora.config_sources import Settings, load_settings, split_commas
+from raylora.commands.options import ExplainConfig, FitConfig, PredictConfig
 from raylora.console import make_console
 from raylora.errors import UserError
 from raylora.predict.predictor import load_predictor
-from raylora.predict.tables import NAME_COLUMNS, Target, TrainingTable, known_from_table, names_of, numbers_of
+from raylora.predict.tables import NAME_COLUMNS, TrainingTable, known_from_table, names_of, numbers_of
 from raylora.predict.validation import fit_predictor, scores
 from raylora.rows import read_table
 from raylora.storage.atomic import to_json, write_atomically, write_text
 from raylora.storage.places import writing
 
-PROG = "python -m raylora.predict"
 
-
-class FitConfig(Settings):
-    """Fit a predictor to a table of finished runs, and measure it on rows it has not seen."""
-
-    target: Target = Field("overall_accuracy", description="what is predicted")
-    group: str | None = Field(
-        None, description="column whose rows stay together in validation (none: no such; default: the dataset's)"
-    )
-    leave_out: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="groups (text, semantic, perplexity, dynamic, static, hyperparameters) or columns not to use",
-    )
-    coverage: float = Field(0.9, gt=0, lt=1, description="share of outcomes that intervals are to hold")
-    folds: int = Field(5, ge=3, le=50, description="outer folds of the cross-validation")
-    seed: int = Field(0, ge=0, le=2**32 - 2, description="of folds and forests")
-    threads: int | None = Field(None, ge=1, description="processes that fit folds (default: one a core)")
-    output: Path = Field(Path("results/predictor"), description="folder for the predictor")
-
-    _split = field_validator("leave_out", mode="before")(split_commas)
-    not_from_environment = frozenset({"output"})
-
-
-class PredictConfig(Settings):
-    """Predict the outcome for every row of a table, with intervals."""
-
-    coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: what it was fitted with)")
-    output: Path | None = Field(None, description="CSV file for the predictions")
-
-    not_from_environment = frozenset({"output"})
-
-
-class ExplainConfig(Settings):
-    """What a predictor uses, how good it is on rows it has not seen, and what each feature is worth."""
-
-
-def fit(argv: list[str], console: Console) -> None:
-    (path,), argv = _take_paths(argv, "fit", "TABLE")
-    config = load_settings(FitConfig, argv, f"{PROG} fit TABLE")
+def fit(config: FitConfig) -> int:
+    console, path = make_console(), config.table
     known = known_from_table(read_table(path), config.target, config.group, config.leave_out, str(path))
     for note in known.notes:
         console.print(f"Note: {note}", soft_wrap=True)
@@ -93,7 +43,8 @@ def fit(argv: list[str], console: Console) -> None:
         write_calibration(config.output / "calibration.png", predictor, held_out)
     print_card(predictor.card, console)
     console.print(f"Files: {config.output}", soft_wrap=True)
-    console.print(f"Next: {PROG} predict {config.output} TABLE", soft_wrap=True)
+    console.print(f"Next: python -m raylora.predict predict {config.output} TABLE", soft_wrap=True)
+    return 0
 
 
 def _note_few_groups(known: TrainingTable, coverage: float, console: Console) -> None:
@@ -105,15 +56,13 @@ def _note_few_groups(known: TrainingTable, coverage: float, console: Console) ->
         )
 
 
-def predict(argv: list[str], console: Console) -> None:
-    (path, table_path), argv = _take_paths(argv, "predict", "PREDICTOR", "TABLE")
-    config = load_settings(PredictConfig, argv, f"{PROG} predict PREDICTOR TABLE")
-    predictor, table = load_predictor(path), read_table(table_path)
+def predict(config: PredictConfig) -> int:
+    console, predictor, table = make_console(), load_predictor(config.predictor), read_table(config.table)
     for note in predictor.notes:
         console.print(f"Note: {note}", soft_wrap=True)
-    found = predictor.predict(table, config.coverage, str(table_path))
+    found = predictor.predict(table, config.coverage, str(config.table))
     target = predictor.card["target"]
-    measured = numbers_of(table, [target], str(table_path))[target] if target in table else None
+    measured = numbers_of(table, [target], str(config.table))[target] if target in table else None
     named = [name for name in NAME_COLUMNS if name in table]
     full = pd.concat([table[named], found], axis=1) if named else found
     if config.output is not None:
@@ -124,6 +73,7 @@ def predict(argv: list[str], console: Console) -> None:
         _print_check(target, measured, found, console)
     if config.output is not None:
         console.print(f"Files: {config.output}", soft_wrap=True)
+    return 0
 
 
 def _print_check(target: str, measured: pd.Series, found: pd.DataFrame, console: Console) -> None:
@@ -156,10 +106,9 @@ def print_predictions(names: list[str], found: pd.DataFrame, target: str, consol
     console.print(table)
 
 
-def explain(argv: list[str], console: Console) -> None:
-    (path,), argv = _take_paths(argv, "explain", "PREDICTOR")
-    load_settings(ExplainConfig, argv, f"{PROG} explain PREDICTOR")
-    print_card(load_predictor(path).card, console, num_features=None)
+def explain(config: ExplainConfig) -> int:
+    print_card(load_predictor(config.predictor).card, make_console(), num_features=None)
+    return 0
 
 
 def print_card(card: dict[str, Any], console: Console, num_features: int | None = 10) -> None:
@@ -206,28 +155,3 @@ def _table(title: str, *names: str) -> Table:
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     return table
-
-
-def _take_paths(argv: list[str], command: str, *names: str) -> tuple[list[Path], list[str]]:
-    """The files a command is about stand before its options."""
-    if argv[:1] in (["-h"], ["--help"]):
-        return [Path()] * len(names), argv
-    paths = argv[: len(names)]
-    if len(paths) < len(names) or any(word.startswith("-") for word in paths):
-        raise UserError(f"name the files first: {PROG} {command} {' '.join(names)} [options]")
-    if far := [word for word in paths if "://" in word]:
-        raise UserError(f"{far[0]}: only what lies on this machine is read here: copy it first")
-    return [Path(word) for word in paths], argv[len(names) :]
-
-
-COMMANDS: dict[str, Callable[[list[str], Console], None]] = {"fit": fit, "predict": predict, "explain": explain}
-
-
-def main(argv: list[str]) -> int:
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    if argv[0] not in COMMANDS:
-        raise UserError(f"{argv[0]}: no such command; there are {', '.join(COMMANDS)} (see --help)")
-    COMMANDS[argv[0]](argv[1:], make_console())
-    return 0

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import Field
+from pydantic_settings import CliApp
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from raylora.commands.options import RankConfig
 from raylora.config import Config
-from raylora.config_sources import load_settings
 from raylora.console import make_console
-from raylora.errors import StoppedError, UserError
+from raylora.errors import UserError
 from raylora.planning.plan import Plan, find_files, make_plan
 from raylora.predict.predictor import Predictor, load_predictor
 from raylora.predict.ranking import rank
@@ -38,14 +38,6 @@ RULE = (
 )
 
 
-class RankConfig(Config):
-    """Predict what training on each dataset would do, and in which order to train."""
-
-    predictor: Path = Field(Path("results/predictor"), description="folder or file that raylora.predict fit wrote")
-    budget: int | None = Field(None, ge=1, description="trainings that can be paid for (default: all)")
-    coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: the predictor's)")
-
-
 def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
     """A row for each experiment: what it is, its features where they can be measured, and ``error`` where not.
 
@@ -57,8 +49,7 @@ def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
     rows: dict[str, ResultRow] = {}
     with plan.store.held(plan.config.fresh):
         pending = [e for e in plan.experiments if not e.error and plan.store.read_stage(e, "features") is None]
-        if pending:
-            run_pending(plan, pending, rows, console, lambda: None)
+        run_pending(plan, pending, rows, console, tables=None)
         return pd.DataFrame([_features_row(plan, e, rows.get(e.experiment_id)) for e in plan.experiments])
 
 
@@ -103,21 +94,16 @@ def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
     return notes
 
 
-def batch_options(argv: Sequence[str]) -> list[str]:
-    """Of this command's options those that the batch command has too."""
-    words, kept, own = list(argv), [], ("--predictor", "--budget", "--coverage", "--fresh", "--no-fresh")
-    while words:
-        word = words.pop(0)
-        if word.partition("=")[0] not in own:
-            kept.append(word)
-        elif "=" not in word and words and not words[0].startswith("--"):
-            words.pop(0)
-    return kept
+def next_command(config: RankConfig, order: Path) -> str:
+    """The batch command with the same options, wherever they came from, in this order and within the budget."""
+    options = {name: getattr(config, name) for name in Config.model_fields} | {"order": order, "fresh": False}
+    if config.budget:
+        options["max_experiments"] = config.budget
+    return shlex.join(["python", "-m", "raylora.batch", *CliApp.serialize(Config.model_construct(**options))])
 
 
-def main(argv: list[str]) -> int:
-    console = make_console()
-    config = load_settings(RankConfig, argv, "python -m raylora.rank")
+def run(given: RankConfig) -> int:
+    console, config = make_console(), given
     predictor = load_predictor(config.predictor)
     steps = config.probe_steps if predictor.card["needs_probe"] else 0
     if predictor.card["needs_probe"] and steps == 0:
@@ -127,18 +113,12 @@ def main(argv: list[str]) -> int:
         console.print(f"Note: {note}", soft_wrap=True)
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
-    try:
-        table = measure_features(plan, console)
-    except (KeyboardInterrupt, StoppedError) as stop:
-        console.print(f"{stop or 'Stopped.'} What is measured is kept: the same command goes on.")
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    table = measure_features(plan, console)
     ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
     path = plan.store.root / "ranking.csv"
     write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
     plan.store.publish("ranking.csv")
     print_ranking(ranking, predictor.card["target"], console)
     console.print(f"Files: {path}", soft_wrap=True)
-    limit = ["--max-experiments", str(config.budget)] if config.budget else []
-    words = ["python", "-m", "raylora.batch", *batch_options(argv), "--order", str(path), *limit]
-    console.print(f"Next: {shlex.join(words)}", soft_wrap=True)
+    console.print(f"Next: {next_command(given, path)}", soft_wrap=True)
     return 0 if (ranking["error"] == "").all() else 1

@@ -1,8 +1,8 @@
-"""Folders and files to Examples.
+"""Chunk folders, and their dataset files as Examples.
 
-A dataset file is a JSON list of records, an object that wraps one, or JSON lines. A bad record is left out and counted;
-a bad file is one line that names the file, the place and the mend. What is asked of a record's shape stands in
-``parse_record``.
+A dataset file is a JSON list of records, an object that wraps such a list, or JSON lines. A bad record is skipped and
+counted. A bad file raises an error of one line that names the file, the place in it and the fix. ``parse_record`` knows
+what a record may look like.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from raylora.records import BadRecord, Dataset, Example, digests_of
 from raylora.storage.places import reading
 
 MAX_KEPT_BAD_RECORDS = 100
-SURVEYED = 32
-"""Examples that say how long those of a dataset are."""
+"""Bad records that are described; those after them are only counted."""
+SURVEY_SAMPLE_SIZE = 32
+"""Examples that ``survey`` keeps of a file: the plan estimates the tokens of all from them."""
 
 
 # Folders
@@ -32,7 +33,7 @@ def list_chunks(data_root: Path) -> list[Path]:
     """The folders ``chunk_*`` of ``data_root``, chunk_2 before chunk_10.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: ``data_root`` cannot be read.
     """
     try:
         folders = [p for p in data_root.iterdir() if p.name.startswith("chunk_") and p.is_dir()]
@@ -40,10 +41,11 @@ def list_chunks(data_root: Path) -> list[Path]:
         raise UserError(
             f"--data-root {data_root}: {reason(error)}; it is the folder that holds the chunk_* folders"
         ) from None
-    return sorted(folders, key=lambda p: _natural(p.name))
+    return sorted(folders, key=lambda p: _natural_order(p.name))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key that compares the digits in a name as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -51,7 +53,7 @@ def find_chunk(data_root: Path, name: str) -> Path:
     """A chunk by its folder's name, or by its number in ``list_chunks``, from 1.
 
     Raises:
-        UserError: there is none by that name; the line lists those there are.
+        UserError: there is no such chunk; the message lists the chunks of ``data_root``.
     """
     chunks = list_chunks(data_root)
     if name.isdecimal() and len(name) < 7 and 1 <= int(name) <= len(chunks):
@@ -59,19 +61,19 @@ def find_chunk(data_root: Path, name: str) -> Path:
     for folder in [*chunks, *(p for p in data_root.iterdir() if p.is_dir())]:
         if folder.name == name:  # compared, never joined: a name cannot lead out of the folder
             return folder
-    there = ", ".join(f"{i} {c.name}" for i, c in enumerate(chunks[:20], 1)) or "no chunk_* folder"
+    chunk_names = ", ".join(f"{i} {c.name}" for i, c in enumerate(chunks[:20], 1)) or "no chunk_* folder"
     more = " ..." if len(chunks) > 20 else ""
-    raise UserError(f"--chunk {name[:80]!r}: not in {data_root}, which has: {there}{more}")
+    raise UserError(f"--chunk {name[:80]!r}: not in {data_root}, which has: {chunk_names}{more}")
 
 
 def list_dataset_files(chunk: Path) -> list[Path]:
-    """The ``.json`` and ``.jsonl`` files of a chunk, by name.
+    """The ``.json`` and ``.jsonl`` files of a chunk, sorted by name.
 
     Raises:
-        UserError: there is none.
+        UserError: the chunk holds none, or cannot be read.
     """
     try:
-        # Whatever ends in .json is a dataset that someone expects a row for, also where it cannot be read.
+        # No check that it is a readable file: users expect a row for each .json, if only one that says what is wrong.
         files = [p for p in chunk.iterdir() if p.suffix.lower() in {".json", ".jsonl"} and not p.name.startswith(".")]
     except OSError as error:
         raise UserError(f"{chunk}: {reason(error)}") from None
@@ -81,9 +83,9 @@ def list_dataset_files(chunk: Path) -> list[Path]:
 
 
 def sample_examples(examples: Sequence[Example], size: int, seed: int) -> Sequence[Example]:
-    """A seeded draw of ``size`` examples (0: all), in an order by content: a file's own order changes nothing.
+    """``size`` examples (0: all), drawn and ordered by a seeded hash of their content, whatever the file's order.
 
-    Only what is drawn is read where examples lie on disk.
+    Of examples on disk only those drawn are read.
     """
     order = order_by_content(digests_of(examples), seed)
     return list(Chosen(examples, order[:size])) if size else Chosen(examples, order)
@@ -94,44 +96,48 @@ def sample_examples(examples: Sequence[Example], size: int, seed: int) -> Sequen
 
 @dataclass
 class Survey:
-    """What a dataset file holds, without its examples; ``error`` says why it cannot be used, ``error_kind`` too."""
+    """What the plan needs to know of a dataset file: counts and a few examples."""
 
     data_hash: str = ""
+    """SHA-256 of the file's bytes; empty where it cannot be read."""
     num_examples: int = 0
     num_chars: int = 0
-    """Over all examples; what several of them share counts in each."""
+    """Of the messages and answers of all examples. Examples of one conversation each count the turns they share."""
     error: str = ""
+    """Why the file cannot be used; empty where it can."""
     error_kind: str = ""
+    """An ``ErrorKind``; empty where there is no error."""
     sample: list[Example] = field(default_factory=list)
-    """The first examples."""
+    """The first ``SURVEY_SAMPLE_SIZE`` examples."""
 
 
 def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Survey:
-    """Look a dataset file through as ``load_dataset`` does, and keep little of it. A bad file is no exception."""
+    """Read a dataset file as ``read_dataset`` does, but keep only counts and a sample. A bad file raises nothing."""
     reader = _Reader(path, salvage, limit)
-    found = Survey()
+    result = Survey()
     try:
         with errors_are(ErrorKind.DATA), reading(path):
             for example in reader:
-                found.num_examples += 1
-                found.num_chars += count_chars(example)
-                if len(found.sample) < SURVEYED:
-                    found.sample.append(example)
+                result.num_examples += 1
+                result.num_chars += count_chars(example)
+                if len(result.sample) < SURVEY_SAMPLE_SIZE:
+                    result.sample.append(example)
     except UserError as error:
-        found = Survey(error=str(error), error_kind=error.kind)
-    found.data_hash = reader.records.hash
-    return found
+        result = Survey(error=str(error), error_kind=error.kind)
+    result.data_hash = reader.records.hash
+    return result
 
 
-def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) -> Dataset:
-    """Read a dataset file. Examples of a large one lie on disk (``examples.MEMORY_CHARS``).
+def read_dataset(path: Path, salvage: bool = False, limit: int | None = None) -> Dataset:
+    """Read a dataset file. Examples of a large file are kept on disk (``examples.MEMORY_CHARS``).
 
     Args:
-        salvage: keep the complete leading records of a file that breaks off.
-        limit: look at the first records only.
+        salvage: keep the complete records at the beginning of a file that breaks off.
+        limit: use only so many records, the first ones.
 
     Raises:
-        UserError: the file cannot be read, is no JSON, breaks off, or holds no valid record.
+        UserError: the file cannot be read, is not JSON, breaks off, or holds no valid record.
+        MachineError: it is large, and the disk that is to hold it is full.
     """
     reader = _Reader(path, salvage, limit)
     with errors_are(ErrorKind.DATA), reading(path):
@@ -149,10 +155,10 @@ def load_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
 
 
 class _Reader:
-    """The examples of a file, good for one pass, which counts what it meets.
+    """Yields the examples of a file, once, and counts records, characters and bad records on the way.
 
     Iteration raises:
-        UserError: as ``load_dataset`` does.
+        UserError: as ``read_dataset`` does.
     """
 
     def __init__(self, path: Path, salvage: bool, limit: int | None) -> None:
@@ -160,7 +166,7 @@ class _Reader:
         self.records = RecordStream(path, is_record, salvage)
         self.num_items = self.num_chars = self.num_bad = 0
         self.bad: list[BadRecord] = []
-        """The first ones."""
+        """The first ``MAX_KEPT_BAD_RECORDS``."""
 
     def __iter__(self) -> Iterator[Example]:
         num_examples = 0
@@ -169,26 +175,27 @@ class _Reader:
                 continue  # the file is still read to its end: it may turn out to be broken
             self.num_items += 1
             if record.error:
-                self._leave_out(record.place, record.error)
+                self._skip(record.place, record.error)
                 continue
             self.num_chars += sum(len(s) for s in _strings(record.value))
             examples, errors = parse_record(record.value)
             num_examples += len(examples)
             yield from examples
             for error in errors:
-                self._leave_out(f"{record.place}{error.place}", str(error))
+                self._skip(f"{record.place}{error.place}", str(error))
         if not num_examples:
             why = f"; the first: {self.bad[0].place}: {self.bad[0].reason}" if self.bad else ""
             text = f"{shown_path(self.path)}: none of its {self.num_items} records is valid{why}"
             raise UserError(text, kind=ErrorKind.BAD_RECORDS)
 
-    def _leave_out(self, place: str, reason: str) -> None:
+    def _skip(self, place: str, cause: str) -> None:
         self.num_bad += 1
         if self.num_bad <= MAX_KEPT_BAD_RECORDS:
-            self.bad.append(BadRecord(place, reason))
+            self.bad.append(BadRecord(place, cause))
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """All strings within a JSON value, at any depth, but for the keys of objects."""
     stack = [value]
     while stack:
         item = stack.pop()

@@ -1,6 +1,6 @@
-"""Pieces of bytes by number: in memory while they are few, then in a temporary file without a name.
+"""A list of byte strings: in memory while it is small, then in a temporary file without a name.
 
-Such a file is gone when its process is, however that ends: nothing is left to clean up, and nothing can be stale.
+The system deletes a file without a name when its process ends, however it ends, so that there is nothing to clean up.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ import threading
 from array import array
 from tempfile import SpooledTemporaryFile
 
-from raylora.errors import UserError
+from raylora.errors import ErrorKind, MachineError
 from raylora.storage.places import cache_folder
 
 MEMORY_BYTES = 16 << 20
-"""More than this goes to disk."""
+"""A list of more bytes than this, 16 MiB, goes to disk."""
 
 
 class DiskList:
-    """An append-only list of byte strings. Eight bytes a piece stay in memory."""
+    """An append-only list of byte strings. Eight bytes an item, its end in the file, stay in memory.
+
+    Raises:
+        UserError: the cache folder cannot be made.
+    """
 
     def __init__(self) -> None:
         folder = cache_folder()
@@ -25,36 +29,36 @@ class DiskList:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _no_room(error) from None
-        self._file = SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - it lives as long as we do
+        self._file = SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - open as long as the list lives
         self._ends = array("q", [0])
         self._lock = threading.Lock()
 
-    def append(self, piece: bytes) -> None:
-        """Add a piece. All are added before the first is read.
+    def append(self, item: bytes) -> None:
+        """Add an item. All are added before the first is read, as reading moves the file's position.
 
         Raises:
-            UserError: the disk is full.
+            MachineError: the disk is full.
         """
         try:
-            self._file.write(piece)
+            self._file.write(item)
         except OSError as error:
             raise _no_room(error) from None
-        self._ends.append(self._ends[-1] + len(piece))
+        self._ends.append(self._ends[-1] + len(item))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, number: int) -> bytes:
+        """The item at ``number``. Raises UserError where the disk is full."""
         begin, end = self._ends[number], self._ends[number + 1]
         with self._lock:
             try:
-                self._file.seek(begin)  # writes out what a full disk may refuse
+                self._file.seek(begin)  # the first time it writes what is buffered, and a full disk may refuse that
                 return self._file.read(end - begin)
             except OSError as error:
                 raise _no_room(error) from None
 
 
-def _no_room(error: OSError) -> UserError:
-    return UserError(
-        f"{cache_folder()}: cannot keep a large dataset here: {error.strerror}; set RAYLORA_CACHE to a folder with room"
-    )
+def _no_room(error: OSError) -> MachineError:
+    text = f"{cache_folder()}: cannot keep a large dataset here: {error.strerror}"
+    return MachineError(f"{text}; set RAYLORA_CACHE to a folder with room", kind=ErrorKind.CACHE_FULL)

@@ -1,6 +1,6 @@
-"""Many examples: a tuple where they are few, on disk where they are many, and the order that their content gives them.
+"""Sequences of examples: a tuple where they are few, on disk where they are many; and a seeded order by content.
 
-What all of them need at once, their identities, is one array of shape (N, 32), the bytes of SHA-256.
+All examples' digests are in memory together, an array (N, 32) of bytes: the SHA-256 of each.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from raylora.records import Example, Message, digests_of
 __all__ = ["MEMORY_CHARS", "Chosen", "StoredExamples", "digests_of", "keep_examples", "order_by_content"]
 
 MEMORY_CHARS = 16_000_000
-"""Examples of more characters than this go to disk."""
+"""A dataset whose examples have more characters than this goes to disk."""
 
 
 class _Examples(Sequence[Example]):
-    """A sequence by what it can read one at a time."""
+    """What a sequence needs beside ``_read`` and ``__len__``, which subclasses have."""
 
     @abstractmethod
     def _read(self, number: int) -> Example:
@@ -45,42 +45,44 @@ class _Examples(Sequence[Example]):
 
 
 class StoredExamples(_Examples):
-    """Examples that lie on disk, each read when it is asked for."""
+    """Examples on disk, read one by one whenever they are used. About 40 bytes of each stay in memory."""
 
     def __init__(self) -> None:
-        self._spool = DiskList()
+        self._disk_list = DiskList()
         self._digests = bytearray()
 
     def append(self, example: Example) -> None:
-        """Raises UserError where the disk is full."""
+        """Raises MachineError where the disk is full."""
         self._digests += bytes.fromhex(example.digest)
         messages = [[m.role, m.content] for m in example.messages]
-        # The question is most often the last message: there it need not stand twice.
+        # Most often the question is the last message: None, so that it is not stored twice.
         question = None if example.question == example.messages[-1].content else example.question
         text = json.dumps([messages, example.answer, question, example.context], ensure_ascii=False)
-        self._spool.append(text.encode("utf-8", "surrogatepass"))
+        self._disk_list.append(text.encode("utf-8", "surrogatepass"))
 
     @property
     def digests(self) -> np.ndarray:
+        """See ``digests_of``."""
         return np.frombuffer(self._digests, dtype=np.uint8).reshape(-1, 32)
 
     def __len__(self) -> int:
-        return len(self._spool)
+        return len(self._disk_list)
 
     def _read(self, number: int) -> Example:
-        messages, answer, question, context = json.loads(self._spool[number].decode("utf-8", "surrogatepass"))
-        told = tuple(Message(role, content) for role, content in messages)
-        return Example(told, answer, told[-1].content if question is None else question, context)
+        turns, answer, question, context = json.loads(self._disk_list[number].decode("utf-8", "surrogatepass"))
+        messages = tuple(Message(role, content) for role, content in turns)
+        return Example(messages, answer, messages[-1].content if question is None else question, context)
 
 
 class Chosen(_Examples):
-    """Some of ``examples``, by their numbers, in the order of these."""
+    """The examples at ``numbers`` (M,), in that order; nothing is copied."""
 
     def __init__(self, examples: Sequence[Example], numbers: np.ndarray) -> None:
         self._examples, self._numbers = examples, numbers
 
     @property
     def digests(self) -> np.ndarray:
+        """See ``digests_of``."""
         return digests_of(self._examples)[self._numbers]
 
     def __len__(self) -> int:
@@ -91,36 +93,40 @@ class Chosen(_Examples):
 
 
 def count_chars(example: Example) -> int:
+    """Characters of an example's messages and answer."""
     return len(example.answer) + sum(len(m.content) for m in example.messages)
 
 
 def keep_examples(examples: Iterable[Example]) -> Sequence[Example]:
-    """Examples as they come, in memory or on disk.
+    """The same examples, in the same order, as a tuple or, beyond ``MEMORY_CHARS``, on disk.
 
     Raises:
-        UserError: the disk is full.
+        MachineError: the disk is full.
     """
-    few: list[Example] = []
+    in_memory: list[Example] = []
     stored: StoredExamples | None = None
     num_chars = 0
     for example in examples:
         if stored is not None:
             stored.append(example)
             continue
-        few.append(example)
+        in_memory.append(example)
         num_chars += count_chars(example)
         if num_chars > MEMORY_CHARS:
             stored = StoredExamples()
-            for earlier in few:
+            for earlier in in_memory:
                 stored.append(earlier)
-            few = []
-    return tuple(few) if stored is None else stored
+            in_memory = []
+    return tuple(in_memory) if stored is None else stored
 
 
 def order_by_content(digests: np.ndarray, seed: int) -> np.ndarray:
-    """Numbers of the examples, shape (N,), in a seeded order that does not depend on the file's.
+    """The examples' indices, shape (N,), in a seeded order that does not depend on the file's.
 
-    The order is that of ``digest([seed, example.digest])``; equal examples stay in the file's order.
+    They are sorted by ``digest([seed, example.digest])``; equal examples stay in the file's order.
+
+    Args:
+        digests: (N, 32) bytes, of ``digests_of``.
     """
     keys = bytearray()
     for row in digests:
@@ -129,5 +135,6 @@ def order_by_content(digests: np.ndarray, seed: int) -> np.ndarray:
 
 
 def sorted_rows(rows: np.ndarray) -> np.ndarray:
-    """The order of byte rows of shape (N, 32), a stable one."""
+    """The indices (N,) that sort rows (N, 32) of bytes; equal rows stay in their order."""
+    # Rows compare as four big-endian integers each; lexsort sorts by its last key first.
     return np.lexsort(np.ascontiguousarray(rows).view(">u8").T[::-1])

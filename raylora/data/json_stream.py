@@ -1,7 +1,7 @@
 """The records of a JSON or JSONL file, one after another: memory does not grow with the file.
 
-Python's own decoder reads each value out of a window of text that slides over the file. What is wrong with a file is
-thus said in the words of ``json.loads``, with the line and column of the whole file.
+Python's own decoder reads each value out of a window of text that slides over the file. So errors are those of
+``json.loads``, with line and column in the whole file, which ijson cannot give (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any, Literal
 from raylora.errors import ErrorKind, NotJsonError, UserError, reason
 
 PIECE = 1 << 20
-"""Bytes read at a time."""
+"""Bytes read at a time; more where a single value is longer."""
 CUT_MARGIN = 16
-"""Characters before the window's end where what looks wrong may only be cut: a literal, or two escapes, and no more."""
+"""An error in the last so many characters of the window may only say that the window cuts a value in two. The longest
+such values are ``-Infinity`` (9 characters) and the two escapes of one character beyond U+FFFF (12)."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SPACE_AND_COMMAS = re.compile(r"[ \t\n\r,]*")
 _decode_utf8 = json.JSONDecoder().raw_decode
@@ -29,7 +30,7 @@ _decode_utf8 = json.JSONDecoder().raw_decode
 
 @dataclass(frozen=True)
 class Record:
-    """One record as JSON has it, or why it could not be read. ``place``: ``record 7``, or ``line 7``."""
+    """A parsed record, or in ``error`` why it could not be parsed. ``place`` is ``record 7`` or ``line 7``."""
 
     place: str
     value: Any
@@ -37,22 +38,23 @@ class Record:
 
 
 class RecordStream:
-    """The records of a file, good for one pass.
+    """Yields the records of a file, once.
 
     Args:
-        is_record: whether an object is itself a record, by its keys; another one may wrap a list of records.
-        salvage: keep the complete leading records of a file that breaks off.
+        is_record: whether an object with these keys is itself a record; any other may wrap a list of records.
+        salvage: keep the complete records at the beginning of a file that breaks off.
 
     Iteration raises:
-        UserError: the file cannot be read, is no JSON, or breaks off. Records that came before it are no salvage.
+        UserError: the file cannot be read, is not JSON, or breaks off. Records yielded before must not be used then:
+            ``salvage`` is for that.
     """
 
     def __init__(self, path: Path, is_record: Callable[[Any], bool], salvage: bool = False) -> None:
         self.path, self._is_record, self._salvage = path, is_record, salvage
         self.hash = ""
-        """SHA-256 of the file's bytes, once all records were asked for, also where the file is no JSON."""
+        """SHA-256 of the file's bytes in hex, once iteration has ended, be it by an error: also of what is not JSON."""
         self.num_lost = 0
-        """Records lost by salvage; -1 where that can't be known."""
+        """Records lost by salvage; -1 where nobody can know how many."""
 
     def __iter__(self) -> Iterator[Record]:
         with _Window(self.path) as window:
@@ -60,12 +62,12 @@ class RecordStream:
                 yield from self._records(window)
                 window.drain()
             except UserError:
-                window.drain()  # where the rest is not UTF-8, that is said first
+                window.drain()  # if the rest of the file is not UTF-8, that error is raised in place of this one
                 raise
             except RecursionError:
                 window.drain()
                 raise UserError(f"{shown_path(self.path)}: nested too deeply to be a dataset") from None
-            except ValueError as error:  # an integer of more digits than Python reads
+            except ValueError as error:  # an integer of more digits than Python reads, 4300
                 window.drain()
                 raise UserError(f"{shown_path(self.path)}: {short(error)}") from None
             finally:
@@ -105,50 +107,52 @@ class RecordStream:
                 yield Record(f"record {number}", value)
             if not self._salvage or not number:
                 raise self._broken(error, breaks_off, number) from None
-            # The record in which the file breaks off is lost; how many more lay behind other damage, no one can know.
+            # A file that breaks off loses the record that it breaks off in; after other damage the number is unknown.
             self.num_lost = int(window.skip() != "") if breaks_off else -1
         if not number:
             raise self._empty_list()
 
-    def _wrapped_list(self, window: _Window, number: int) -> Iterator[Record]:
+    def _wrapped_list(self, window: _Window, list_index: int) -> Iterator[Record]:
+        """The records of the list under the key at ``list_index`` of the file's object."""
         window.skip()
-        n = 0
-        for i, _ in enumerate(window.keys()):
-            if i != number:
-                window.pass_value()
+        number = 0
+        for key_index, _ in enumerate(window.keys()):
+            if key_index != list_index:
+                window.skip_value()
                 continue
-            for n, value in enumerate(window.array(), 1):
-                yield Record(f"record {n}", value)
-        if not n:
+            for number, value in enumerate(window.array(), 1):
+                yield Record(f"record {number}", value)
+        if not number:
             raise self._empty_list()
 
     def _form(self, window: _Window) -> Literal["lines", "value"] | int:
-        """How a file that is no list is to be read: ``lines``, ``value``, or which of an object's values is the list.
+        """How to read a file that is not a list: ``lines``, ``value``, or the index of the key that holds the list.
 
-        A pass of its own: an object may show only at its end what it is.
+        It reads the whole file before any record is read, as only an object's last key may decide.
         """
         is_object, begin, end = window.skip() == "{", window.place(), (0, 0)
-        lists: dict[str, int] = {}
+        list_indices: dict[str, int] = {}
         keys: dict[str, None] = {}
         try:
-            for number, key in enumerate(window.keys() if is_object else [""]):
+            for index, key in enumerate(window.keys() if is_object else [""]):
                 keys[key] = None
-                lists.pop(key, None)  # of a key that comes twice, the last one counts
+                list_indices.pop(key, None)  # of a repeated key the last value counts, as in json.loads
                 if window.skip() == "[" and is_object:
-                    lists[key] = number
-                window.pass_value()
+                    list_indices[key] = index
+                window.skip_value()
             end = window.place()
             window.expect_end()
         except NotJsonError as error:
-            # The first line is a whole object, and there are more behind it; or the name says that lines are meant.
+            # JSON lines: the first line is a whole object and the error stands on a later one. If the first value is no
+            # whole line, the file's name decides.
             is_whole_line = begin[0] == end[0] < error.line
             if is_object if is_whole_line else self.path.suffix.lower() == ".jsonl":
                 return "lines"
             raise self._broken(error, self._breaks_off(window, error), 0) from None
-        if len(lists) != 1 or self._is_record(keys):
+        if len(list_indices) != 1 or self._is_record(keys):
             return "value"
-        (only,) = lists.values()
-        return only
+        (list_index,) = list_indices.values()
+        return list_index
 
     def _lines(self, window: _Window) -> Iterator[Record]:
         for number, line in enumerate(window.lines(), 1):
@@ -158,13 +162,14 @@ class RecordStream:
                 yield Record(f"line {number}", json.loads(line))
             except json.JSONDecodeError as error:
                 yield Record(f"line {number}", None, f"column {error.colno}: not JSON: {error.msg}")
-            except ValueError as error:  # an integer of more digits than Python reads
+            except ValueError as error:  # an integer of more than 4300 digits
                 yield Record(f"line {number}", None, short(error))
 
     def _empty_list(self) -> UserError:
         return UserError(f"{shown_path(self.path)}: line 1: an empty list; a dataset needs at least one record")
 
     def _breaks_off(self, window: _Window, error: NotJsonError) -> bool:
+        """Whether the error is that the file ends too soon."""
         return error.message.startswith("Unterminated string") or window.is_blank_from(error.pos)
 
     def _broken(self, error: NotJsonError, breaks_off: bool, num_records: int) -> UserError:
@@ -175,7 +180,7 @@ class RecordStream:
 
 
 class _Window:
-    """A file's text, read a piece at a time and forgotten once it is behind ``pos``.
+    """A window of text that slides over a file: read a piece at a time, dropped once it lies before ``pos``.
 
     Reading raises:
         UserError: the file cannot be read, or is not UTF-8.
@@ -196,20 +201,21 @@ class _Window:
         self._file.close()
 
     def rewind(self) -> None:
+        """Begin again at the file's first byte."""
         self._file.seek(0)
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._hash = hashlib.sha256()
         self.text, self.pos, self.at_end = "", 0, False
-        self._line, self._column = 1, 1  # of the text's first character
+        self._line, self._column = 1, 1  # of text[0], in the file
 
     @property
     def hash(self) -> str:
-        """Of what was read; empty before the end."""
+        """SHA-256 of the file's bytes in hex; empty before its end is read."""
         return self._hash.hexdigest() if self.at_end else ""
 
     def more(self) -> bool:
-        """Read on, twice as much as is not done with; False at the end."""
-        self._forget()
+        """Read as much again as is left in the window, so that a long value is tried few times. False at the end."""
+        self._drop_passed()
         data = self._read(max(PIECE, len(self.text)))
         try:
             self.text += self._decoder.decode(data, final=not data)
@@ -220,7 +226,7 @@ class _Window:
         return not self.at_end
 
     def drain(self) -> None:
-        """Read to the end, and see that it is UTF-8."""
+        """Read to the file's end, for the hash and to see whether all of it is UTF-8."""
         while not self.at_end:
             self.pos = len(self.text)
             self.more()
@@ -234,30 +240,30 @@ class _Window:
         self.at_end = not data
         return data
 
-    def _forget(self) -> None:
+    def _drop_passed(self) -> None:
         self._line, self._column = self.place(self.pos)
         self.text, self.pos = self.text[self.pos :], 0
 
     def place(self, pos: int | None = None) -> tuple[int, int]:
-        """Line and column, from 1, of a position in the window (by default where it stands)."""
+        """Line and column in the file, from 1, of a position in ``text``, by default ``pos``."""
         pos = self.pos if pos is None else pos
         lines = self.text.count("\n", 0, pos)
         column = pos - self.text.rfind("\n", 0, pos) if lines else self._column + pos
         return self._line + lines, column
 
-    def skip(self, what: re.Pattern[str] = _SPACE) -> str:
-        """Go past white space; the character that comes then, empty at the end."""
+    def skip(self, skipped: re.Pattern[str] = _SPACE) -> str:
+        """Move past white space, and return the character that follows; an empty string at the file's end."""
         while True:
-            self.pos = what.match(self.text, self.pos).end()  # type: ignore[union-attr]
+            self.pos = skipped.match(self.text, self.pos).end()  # type: ignore[union-attr]
             if self.pos < len(self.text):
                 return self.text[self.pos]
             if not self.more():
                 return ""
 
     def is_blank_from(self, pos: int) -> bool:
-        """Whether nothing but white space, of any script, stands behind a position."""
-        pos -= self.pos
-        while not self.text[self.pos + pos :].strip():
+        """Whether nothing but white space, of any script, follows the position ``pos``."""
+        offset = pos - self.pos  # reading on drops what lies before self.pos
+        while not self.text[self.pos + offset :].strip():
             if not self.more():
                 return True
         return False
@@ -267,6 +273,7 @@ class _Window:
         return NotJsonError(message, pos, *self.place(pos))
 
     def expect_end(self) -> None:
+        """Raises NotJsonError if anything but white space follows."""
         if self.skip():
             raise self.error("Extra data")
 
@@ -287,7 +294,7 @@ class _Window:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - CUT_MARGIN
                 if self.at_end or not cut:
                     raise self.error(error.msg, error.pos) from None
-            except ValueError:
+            except ValueError:  # too many digits; read on, they may be those of a float, which has no limit
                 if self.at_end or not self.text[-1:].isdecimal():
                     raise
             self.more()
@@ -300,16 +307,16 @@ class _Window:
             return
         while True:
             yield self.value()
-            mark = self.skip()
-            if mark not in {",", "]"}:
+            delimiter = self.skip()
+            if delimiter not in {",", "]"}:
                 raise self.error("Expecting ',' delimiter")
             self.pos += 1
-            if mark == "]":
+            if delimiter == "]":
                 return
             self.skip()
 
     def keys(self) -> Iterator[str]:
-        """The keys of the object that begins here. Who asks reads each one's value before asking for the next."""
+        """The keys of the object that begins here. The caller reads or skips a key's value before it takes the next."""
         self.pos += 1
         if self.skip() == "}":
             self.pos += 1
@@ -323,15 +330,15 @@ class _Window:
             self.pos += 1
             self.skip()
             yield key
-            mark = self.skip()
-            if mark not in {",", "}"}:
+            delimiter = self.skip()
+            if delimiter not in {",", "}"}:
                 raise self.error("Expecting ',' delimiter")
             self.pos += 1
-            if mark == "}":
+            if delimiter == "}":
                 return
 
-    def pass_value(self) -> None:
-        """Go past a value, a list item by item."""
+    def skip_value(self) -> None:
+        """Move past a value, one item at a time if it is a list, as the list of records may be as long as the file."""
         if self.skip() != "[":
             self.value()
             return
@@ -339,7 +346,7 @@ class _Window:
             pass
 
     def leading(self) -> Iterator[Any]:
-        """Values from here on, up to the first that is none."""
+        """Values from here on, with commas between them or not, up to what is not a value."""
         while True:
             self.skip(_SPACE_AND_COMMAS)
             try:
@@ -351,6 +358,7 @@ class _Window:
             yield value
 
     def lines(self) -> Iterator[str]:
+        """The rest of the file, line by line."""
         while True:
             end = self.text.find("\n", self.pos)
             if end >= 0:
@@ -362,17 +370,19 @@ class _Window:
 
 
 def shown_path(path: Path) -> str:
-    """A path on one line, whatever its name holds."""
+    """A path as printable text on one line, whatever characters its name holds."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 
 
 def kind(value: Any) -> str:
+    """The JSON type of a value, for error messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def short(value: Any) -> str:
+    """A value as printable text of at most 80 characters, for error messages."""
     text = ascii(str(value))[1:-1] if not str(value).isprintable() else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -382,7 +392,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _not_utf8(path: Path) -> UserError:
-    """Where the first byte stands that is no UTF-8."""
+    """The error that names the first byte which is not UTF-8."""
     begin = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -390,7 +400,7 @@ def _not_utf8(path: Path) -> UserError:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                at = f"line {number}, column {error.start + 1}: not UTF-8 (byte {begin + error.start})"
-                return UserError(f"{shown_path(path)}: {at}; save the file as UTF-8", kind=ErrorKind.NOT_UTF8)
+                where = f"line {number}, column {error.start + 1}: not UTF-8 (byte {begin + error.start})"
+                return UserError(f"{shown_path(path)}: {where}; save the file as UTF-8", kind=ErrorKind.NOT_UTF8)
             begin += len(line)
     return UserError(f"{shown_path(path)}: line 1: not UTF-8; save the file as UTF-8", kind=ErrorKind.NOT_UTF8)

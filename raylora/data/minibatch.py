@@ -1,44 +1,48 @@
-"""Encoded examples as tensors: rows padded on the left, or packed one after another."""
+"""Encoded examples as tensors: rows padded on the left, or packed one after another into one row.
+
+Padding is on the left, so that the tokens that are scored stand at the end of every row.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from raylora.data.encoding import IGNORE_INDEX, EncodedExample
-
-T = TypeVar("T")
+from raylora.data.encoding import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Tensors of shape (B, T), padded on the left or packed.
+    """Tensors of shape (B, T), padded on the left or packed (B = 1).
 
-    ``targets`` (N,) are the tokens that the loss looks at, example after example; ``predicting`` (N,) are the places
-    before them among all B * T. They are found before anything is sent to a GPU, which need not be waited for.
+    ``targets`` (N,) are the ids of the supervised tokens, example after example. ``predicting`` (N,) are the positions
+    that predict them, one before each, counted over all B * T. Both are computed before anything is sent to a GPU:
+    their size N depends on the data, and computing it there would have the CPU wait for the GPU.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    """None where the row is packed."""
+    """1 for a token, 0 for padding; None where the row is packed."""
     position_ids: torch.Tensor
+    """Counted from 0 in each example."""
     targets: torch.Tensor | None = None
     predicting: torch.Tensor | None = None
     block_lengths: tuple[int, ...] = ()
-    """Tokens of each example of a packed row."""
+    """The number of tokens of each example of a packed row."""
 
     def model_inputs(self) -> dict[str, Any]:
+        """The keyword arguments of the model's forward pass."""
         inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         if self.attention_mask is None:
             return {**inputs, "block_lengths": self.block_lengths}
         return {**inputs, "attention_mask": self.attention_mask}
 
     def spans(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """Where each example, of these lengths, begins and ends among all B * T tokens in a row."""
+        """Start and end of each example among all B * T positions, given the examples' numbers of tokens."""
         width = self.input_ids.shape[1]
         if self.attention_mask is None:
             ends = list(itertools.accumulate(lengths))
@@ -52,37 +56,42 @@ def pad_left(
     device: torch.device | str,
     labels: Sequence[Sequence[int]] | None = None,
 ) -> Minibatch:
-    """Rows of token ids as one minibatch. Position ids count from each row's first real token."""
+    """Rows of token ids as one minibatch, padded on the left to the longest.
+
+    Args:
+        labels: as ``labels_of`` makes them, a row each; without them there are no ``targets``.
+    """
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    wanted = torch.full_like(ids, IGNORE_INDEX)
+    label_ids = torch.full_like(ids, IGNORE_INDEX)
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
         mask[i, width - len(row) :] = 1
         if labels is not None:
-            wanted[i, width - len(row) :] = torch.tensor(labels[i], dtype=torch.long)
+            label_ids[i, width - len(row) :] = torch.tensor(labels[i], dtype=torch.long)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    targets, predicting = _supervised(wanted, device) if labels is not None else (None, None)
+    targets, predicting = _supervised(label_ids, device) if labels is not None else (None, None)
     return Minibatch(send(ids, device), send(mask, device), send(positions, device), targets, predicting)
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """To a device. From pinned memory a copy to a GPU does not wait for what the GPU is at."""
+    """A tensor on a device. A copy from pinned memory to a GPU does not wait for the work that the GPU is at."""
     on_gpu = torch.device(device).type == "cuda"
     return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
 
 
 def _supervised(labels: torch.Tensor, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``targets`` and ``predicting`` of a minibatch; nothing predicts an example's first token, which has no label."""
-    places = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    return send(labels.flatten()[places], device), send(places - 1, device)
+    """``targets`` and ``predicting`` of labels (B, T)."""
+    positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    # The position before is of the same example, as an example's first token has no label.
+    return send(labels.flatten()[positions], device), send(positions - 1, device)
 
 
 def pack_rows(
     rows: Sequence[Sequence[int]], device: torch.device | str, labels: Sequence[Sequence[int]] | None = None
 ) -> Minibatch:
-    """Rows of token ids one after another in a single one, for a model whose attention runs in blocks."""
+    """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/forward.py``)."""
     lengths = tuple(len(row) for row in rows)
 
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
@@ -93,46 +102,12 @@ def pack_rows(
     return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, lengths)
 
 
-def batches_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
-    """Minibatches of at most ``token_budget`` padded tokens, longest first, so that memory runs out at once or never.
-
-    A single item longer than the budget goes alone.
-    """
-    batch: list[T] = []
-    for item in sorted(items, key=length, reverse=True):
-        width = length(batch[0]) if batch else length(item)
-        if batch and width * (len(batch) + 1) > token_budget:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
 def collate(
-    examples: Sequence[EncodedExample],
+    rows: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     pad_token_id: int,
     device: torch.device,
     packed: bool,
 ) -> Minibatch:
-    """Examples as one minibatch: one row without padding, or rows padded on the left."""
-    rows = [e.input_ids for e in examples]
+    """Rows of token ids as one minibatch: a single row without padding, or rows padded on the left."""
     return pack_rows(rows, device, labels) if packed else pad_left(rows, pad_token_id, device, labels)
-
-
-def packs_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
-    """Packs of at most ``token_budget`` tokens, the fullest first: each item, longest first, goes where it just fits.
-
-    A single item longer than the budget goes alone.
-    """
-    packs: list[tuple[int, list[T]]] = []
-    for item in sorted(items, key=length, reverse=True):
-        size = length(item)
-        fitting = [i for i, (used, _) in enumerate(packs) if used + size <= token_budget]
-        if fitting:
-            best = max(fitting, key=lambda i: packs[i][0])
-            packs[best] = (packs[best][0] + size, [*packs[best][1], item])
-        else:
-            packs.append((size, [item]))
-    yield from (items for _, items in sorted(packs, key=lambda pack: -pack[0]))

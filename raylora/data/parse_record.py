@@ -1,4 +1,4 @@
-"""One record of a dataset file to examples: what is asked of its shape."""
+"""One record of a dataset file as examples: the shapes that are accepted, and what is wrong with others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-# Question, answer and context by their usual names; the first pair whose keys are both there is taken.
+# The usual keys of question and answer; the first pair of which a record has both is used.
 PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
@@ -31,26 +31,23 @@ PAIRS = (
     ("prompt", "response"),
 )
 CONTEXT_KEYS = ("context_text", "context")
-KNOWN = "messages, conversations, qa_pairs, or pairs such as instruction/output, question/answer, prompt/completion"
-# Questions that carry their passage or their input inside, as published sets have them (in Chinese too). No two
-# neighbouring parts match the same characters, so that no text takes time that grows with its square.
+ACCEPTED = "messages, conversations, qa_pairs, or pairs such as instruction/output, question/answer, prompt/completion"
+# Published datasets, Chinese ones too, put the passage or the input into the question itself. Neighbouring parts of a
+# pattern never match the same characters: if they did, a text could take time that grows with the square of its length.
 CONTEXT_QUESTION = re.compile(
     r"(?:背景|Context|Background) ?[:：](?P<context>.+?)\n[ \t]*\n(?:问题|Question) ?[:：](?P<question>.+)", re.S
 )
 QUESTION_INPUT = re.compile(r"(?P<question>.+?)\n[ \t]*\n(?:输入|Input) ?[:：](?P<context>.+)", re.S)
 
 
-# Records
-
-
 def is_record(value: Collection[str]) -> bool:
-    """By an object's keys."""
-    known = {"messages", "conversations", "qa_pairs"}
-    return any(key in value for key in known) or any(q in value and a in value for q, a in PAIRS)
+    """Whether an object with these keys is a record."""
+    conversation_keys = {"messages", "conversations", "qa_pairs"}
+    return any(key in value for key in conversation_keys) or any(q in value and a in value for q, a in PAIRS)
 
 
 def parse_record(record: Any) -> tuple[list[Example], list[BadRecordError]]:
-    """The examples of one record, and what is wrong with those parts of it that make none."""
+    """The examples of one record, and an error for each part of it that gives none; nothing is raised."""
     try:
         if not isinstance(record, dict):
             raise BadRecordError(f"expected an object, found {kind(record)}")
@@ -65,7 +62,7 @@ def parse_record(record: Any) -> tuple[list[Example], list[BadRecordError]]:
 
 
 def _parse_conversation(turns: Any) -> list[Example]:
-    """Each assistant turn is an answer to all that stands before it."""
+    """An example for each assistant turn, with all turns before it as its messages."""
     if not isinstance(turns, list) or not turns:
         raise BadRecordError("its conversation is no list of turns" if turns else "its conversation is empty")
     messages: list[Message] = []
@@ -75,7 +72,7 @@ def _parse_conversation(turns: Any) -> list[Example]:
         if message.role == "assistant":
             if not messages or messages[-1].role != "user":
                 raise BadRecordError(f"turn {number} answers, but no user turn stands before it")
-            examples.append(_example(messages, message.content))
+            examples.append(_conversation_example(messages, message.content))
         elif message.role == "system" and messages:
             raise BadRecordError(f"turn {number} is a system turn; only the first may be")
         messages.append(message)
@@ -88,35 +85,36 @@ def _parse_turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
         raise BadRecordError(f"turn {number}: expected an object, found {kind(turn)}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    known = ROLES.get(role.lower()) if isinstance(role, str) else None
-    if known is None:
+    standard_role = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if standard_role is None:
         raise BadRecordError(f"turn {number}: role {short(role)}; known are {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _join_parts(content, number)
-    return Message(known, _checked_text(content, f"turn {number}"))
+    return Message(standard_role, _require_text(content, f"turn {number}"))
 
 
 def _join_parts(parts: list[Any], number: int) -> str:
+    """The text of a turn whose content is a list of parts, as multimodal chats have it."""
     texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
     if len(texts) != len(parts) or not all(isinstance(t, str) for t in texts):
         raise BadRecordError(f"turn {number}: has parts that are no text")
     return "".join(str(t) for t in texts)
 
 
-def _example(messages: Sequence[Message], answer: str) -> Example:
-    asked = messages[-1].content.strip()
+def _conversation_example(messages: Sequence[Message], answer: str) -> Example:
+    question = messages[-1].content.strip()
     for pattern in (CONTEXT_QUESTION, QUESTION_INPUT):
-        match = pattern.fullmatch(asked)
+        match = pattern.fullmatch(question)
         if match and match["question"].strip() and match["context"].strip():
             return Example(tuple(messages), answer, match["question"].strip(), match["context"].strip())
-    return Example(tuple(messages), answer, asked)
+    return Example(tuple(messages), answer, question)
 
 
 def _parse_qa_pairs(record: dict[str, Any]) -> tuple[list[Example], list[BadRecordError]]:
     pairs = record["qa_pairs"]
     if not isinstance(pairs, list) or not pairs:
         raise BadRecordError("qa_pairs is no list of pairs" if pairs else "qa_pairs is empty")
-    context = _optional(record, CONTEXT_KEYS)
+    context = _optional_text(record, CONTEXT_KEYS)
     examples, errors = [], []
     for number, pair in enumerate(pairs, 1):
         try:
@@ -134,31 +132,32 @@ def _parse_pair(record: dict[str, Any]) -> Example:
         if question_key in record and answer_key in record:
             break
     else:
-        raise BadRecordError(f"its keys are {short(', '.join(map(str, record)))}; known are {KNOWN}")
-    question, answer = _checked_text(record[question_key], question_key), _checked_text(record[answer_key], answer_key)
-    system = _optional(record, ("system",))
-    extra = _optional(record, ("input",)) if question_key == "instruction" else ""
-    context = _optional(record, CONTEXT_KEYS)
-    asked = f"{question}\n\n{extra}" if extra else question
+        raise BadRecordError(f"its keys are {short(', '.join(map(str, record)))}; known are {ACCEPTED}")
+    question, answer = _require_text(record[question_key], question_key), _require_text(record[answer_key], answer_key)
+    system = _optional_text(record, ("system",))
+    extra = _optional_text(record, ("input",)) if question_key == "instruction" else ""
+    context = _optional_text(record, CONTEXT_KEYS)
+    prompt = f"{question}\n\n{extra}" if extra else question
     if context:
-        asked = f"Context: {context}\n\nQuestion: {asked}"
-    messages = (*((Message("system", system),) if system else ()), Message("user", asked))
+        prompt = f"Context: {context}\n\nQuestion: {prompt}"
+    messages = (*((Message("system", system),) if system else ()), Message("user", prompt))
     return Example(messages, answer, question, context or extra)
 
 
-def _optional(record: dict[str, Any], keys: Iterable[str]) -> str:
+def _optional_text(record: dict[str, Any], keys: Iterable[str]) -> str:
+    """The text under the first of ``keys`` that holds something; empty where none does, or where it is blank."""
     for key in keys:
         value = record.get(key)
         if value is not None and value != "":
-            return _checked_text(value, key) if not (isinstance(value, str) and not value.strip()) else ""
+            return _require_text(value, key) if not (isinstance(value, str) and not value.strip()) else ""
     return ""
 
 
-def _checked_text(value: Any, name: str) -> str:
-    """A string that says something and can be encoded.
+def _require_text(value: Any, name: str) -> str:
+    """``value``, if it is a string that is not blank and can be written as UTF-8.
 
     Raises:
-        BadRecordError: it is none.
+        BadRecordError: it is not.
     """
     if not isinstance(value, str):
         raise BadRecordError(f"{name}: expected text, found {kind(value)}")

@@ -1,7 +1,6 @@
 """``python -m raylora.experiment``: see ``raylora.commands.experiment``."""
 
-from raylora.commands.experiment import main
 from raylora.commands.run_command import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("experiment")

@@ -111,10 +111,11 @@ def _evaluate_mmlu(bench: Workbench, experiment: Experiment, progress: ProgressC
     if base is None:  # another worker was at it when this one began
         base = bench.base_score(experiment.base_key, wait=True, progress=progress)
     assert base is not None
-    return _score_values(score, base)
+    return score_values(score, base)
 
 
-def _score_values(score: Score, base: Score) -> dict[str, Any]:
+def score_values(score: Score, base: Score) -> dict[str, Any]:
+    """What a row says of MMLU: the adapter's score, the base's, and the change."""
     ours, theirs, change = summarize(score), summarize(base), compare(score, base)
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in ours["groups"].items()}
     both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")

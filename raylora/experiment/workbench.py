@@ -83,7 +83,7 @@ def load_planned_dataset(bench: Workbench, experiment: Experiment) -> Dataset:
     """
     path = location(experiment.path)
     try:
-        dataset = datasets.load_dataset(path, bench.config.salvage, bench.config.max_records)
+        dataset = datasets.read_dataset(path, bench.config.salvage, bench.config.max_records)
     except UserError as error:
         raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != experiment.data_hash:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,13 @@ import regex
 import torch
 import torch.nn.functional as F
 
-from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, encode_with_offsets, labels_of, pad_token_of
-from raylora.data.minibatch import batches_by_budget, pad_left
+from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, encode_with_offsets, labels_of
 from raylora.features.words import words_of
-from raylora.model.forward import at_output_head, head_is_plain, head_losses
-from raylora.model.memory import is_out_of_memory
-from raylora.model.onednn import onednn_linears
+from raylora.model.adapters import LoadedModel
+from raylora.model.forward import Output, forward_rows, inference
+from raylora.model.memory import TokenBudget
 from raylora.records import Example, ProgressCallback, ProgressStage
 from raylora.training.losses import ExampleLoss
-from raylora.work_counts import work_counts
 
 _SENTENCE_END = regex.compile(r"[.!?…]+[\p{Pe}\p{Pf}\"']*(?=\s)|[。！？।॥؟۔]|\n+")
 """A full stop within a number or an address ends no sentence; those of other scripts need no space behind them. The
@@ -98,7 +96,7 @@ class _Activations:
     """Counts, while the model runs, how much of what enters each MLP's last matrix is near zero."""
 
     def __init__(self, model: Any) -> None:
-        self._shape = (0, 0)
+        self._model, self._num_tokens = model, 0
         self._modules = [
             module
             for name, module in model.named_modules()
@@ -107,138 +105,114 @@ class _Activations:
         self._shares: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def counted(self, shape: tuple[int, int]) -> Iterator[None]:
-        """Inside, the model runs on a minibatch of ``shape`` (B, T)."""
-        self._shape = shape
-        self._shares = []
+    def counted(self) -> Iterator[None]:
         hooks = [module.register_forward_pre_hook(self._count) for module in self._modules]
+        hooks.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._num_tokens, self._shares = kwargs["input_ids"].numel(), []
+
     def _count(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         size = args[0].float().abs()  # (B, T, I), in some models (B * T, I)
         rms = size.square().mean(-1, keepdim=True).sqrt()
         share = (size < SPARSE_ACTIVATION_BELOW * rms).float().mean(-1)
-        if share.numel() == self._shape[0] * self._shape[1]:  # an expert sees some of the tokens only
-            self._shares.append(share.reshape(self._shape))
+        if share.numel() == self._num_tokens:  # an expert sees some of the tokens only
+            self._shares.append(share.flatten())
 
-    def shares(self) -> torch.Tensor | None:
-        """Mean over the layers, (B, T); None for a model whose MLPs are not known here."""
-        return torch.stack([s.to(self._shares[0].device) for s in self._shares]).mean(0) if self._shares else None
+    def shares(self, places: torch.Tensor) -> torch.Tensor | None:
+        """Mean over the layers at ``places`` (K,) of the minibatch that ran last; None where no MLP is known here."""
+        if not self._shares:
+            return None
+        mean = torch.stack([s.to(self._shares[0].device) for s in self._shares]).mean(0)
+        return mean[places.to(mean.device)]
 
 
 def measure_all(
-    model: Any, tokenizer: Any, items: Sequence[Item], train_on: TrainOn, token_budget: int, progress: ProgressCallback
+    loaded: LoadedModel, items: Sequence[Item], train_on: TrainOn, token_budget: int, progress: ProgressCallback
 ) -> list[Measured]:
     """What the model says of each item, in their order."""
+    rows = [item.encoded.input_ids for item in items]
+    labels = [_labels(item.encoded, train_on) for item in items]
+    content = [_content(item.encoded) for item in items]
+    activations = _Activations(loaded.model)
+
+    def use(part: list[int], output: Output) -> list[Measured]:
+        assert output.states is not None
+        assert output.places is not None
+        losses, states = output.losses.split(output.num_losses), output.states.split(output.num_states)
+        shares = activations.shares(output.places)
+        sparsities = shares.split(output.num_states) if shares is not None else [None] * len(part)
+        return [_measure(items[i], train_on, *own) for i, *own in zip(part, losses, states, sparsities, strict=True)]
+
     results: dict[int, Measured] = {}
-    activations, plain = _Activations(model), head_is_plain(model)
-
-    def run(indices: list[int]) -> None:
-        encoded = [items[i].encoded for i in indices]
-        rows = [e.input_ids for e in encoded]
-        labels = [labels_of(e, train_on) for e in encoded]
-        wanted = [
-            [label != IGNORE_INDEX or q or a for label, q, a in zip(row, e.is_question, e.is_answer_text, strict=True)]
-            for row, e in zip(labels, encoded, strict=True)
-        ]
-        with activations.counted((len(rows), max(map(len, rows)))):
-            states, losses = _states_and_losses(model, plain, pad_token_of(tokenizer), rows, wanted)
-        shares = activations.shares()
-        for row, i in enumerate(indices):
-            own = slice(-len(rows[row]), None)
-            sparsity = shares[row, own] if shares is not None else None
-            results[i] = _measure(items[i], labels[row], states[row, own], losses[row, own], sparsity)
-        progress(ProgressStage.FEATURES, len(results), len(items))
-
-    in_batches(model, [len(item.encoded) for item in items], token_budget, run)
+    with inference(loaded.model), activations.counted():
+        for part, measured in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, content):
+            results.update(zip(part, measured, strict=True))
+            progress(ProgressStage.FEATURES, len(results), len(items))
     return [results[i] for i in range(len(items))]
 
 
-def answers_alone(model: Any, tokenizer: Any, items: Sequence[Item], token_budget: int) -> list[float]:
+def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int) -> list[float]:
     """Mean token loss of each answer with nothing before it but the token that begins a text."""
+    tokenizer = loaded.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    rows = [
-        [start, *(t for t, mine in zip(i.encoded.input_ids, i.encoded.is_answer_text, strict=True) if mine)]
-        for i in items
-    ]
+    answers = [list(itertools.compress(i.encoded.input_ids, i.encoded.is_answer_text)) for i in items]
+    rows, labels = [[start, *answer] for answer in answers], [[IGNORE_INDEX, *answer] for answer in answers]
+
+    def use(part: list[int], output: Output) -> list[float]:
+        return [float(losses.double().mean()) for losses in output.losses.split(output.num_losses)]
+
     results: dict[int, float] = {}
-    plain = head_is_plain(model)
-
-    def run(indices: list[int]) -> None:
-        part = [rows[i] for i in indices]
-        wanted = [[False] + [True] * (len(row) - 1) for row in part]
-        _, losses = _states_and_losses(model, plain, pad_token_of(tokenizer), part, wanted)
-        for row, i in enumerate(indices):
-            results[i] = float(losses[row, 1 - len(rows[i]) :].double().mean())
-
-    in_batches(model, [len(row) for row in rows], token_budget, run)
+    with inference(loaded.model):
+        for part, means in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use):
+            results.update(zip(part, means, strict=True))
     return [results[i] for i in range(len(items))]
 
 
-def _states_and_losses(
-    model: Any, plain: bool, pad: int, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[bool]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states (B, T, H), and the loss of each wanted token given all before it, (B, T), 0 elsewhere.
+def _content(encoded: EncodedExample) -> list[bool]:
+    return [q or a for q, a in zip(encoded.is_question, encoded.is_answer_text, strict=True)]
 
-    Args:
-        plain: what ``head_is_plain`` says of the model.
-    """
-    batch = pad_left(rows, pad, model.device)
-    width = batch.input_ids.shape[1]
-    mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-    for i, flags in enumerate(wanted):
-        mask[i, width - len(flags) :] = torch.tensor(flags)
-        mask[i, width - len(flags)] = False  # nothing stands before a first token
-    mask = mask.to(model.device)
-    before = mask.roll(-1, dims=1)  # where the head must look to predict a wanted token
-    seen: list[torch.Tensor] = []
 
-    def select(states: torch.Tensor) -> torch.Tensor:
-        seen.append(states)
-        return states[:1, :1] if plain else states[before.to(states.device)][None]
-
-    with at_output_head(model, select) as selected:
-        output = model(**batch.model_inputs(), use_cache=False, output_hidden_states=not selected)
-    states = seen[0] if selected else output.hidden_states[-1]
-    losses = torch.zeros(batch.input_ids.shape, device=states.device)
-    if mask.any():
-        targets, mask = batch.input_ids[mask], mask.to(states.device)
-        if plain:
-            losses[mask] = head_losses(model, states[before.to(states.device)], targets)
-        else:
-            logits = output.logits[0] if selected else output.logits[before.to(output.logits.device)]
-            of_targets = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-            losses[mask] = of_targets.to(losses.device)
-    return states.float(), losses
+def _labels(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
+    """The tokens whose loss is wanted: those of the content, and those where training would look."""
+    supervised, content = labels_of(encoded, train_on), _content(encoded)
+    labels = [t if c else label for t, c, label in zip(encoded.input_ids, content, supervised, strict=True)]
+    return [IGNORE_INDEX, *labels[1:]]
 
 
 def _measure(
-    item: Item, labels: list[int], states: torch.Tensor, losses: torch.Tensor, sparsity: torch.Tensor | None
+    item: Item, train_on: TrainOn, losses: torch.Tensor, states: torch.Tensor, sparsities: torch.Tensor | None
 ) -> Measured:
-    device = states.device
-    question = torch.tensor(item.encoded.is_question, device=device)
-    answer = torch.tensor(item.encoded.is_answer_text, device=device)
-    supervised = torch.tensor(labels, device=device) != IGNORE_INDEX
-    content = question | answer
-    predicted = torch.arange(len(losses), device=device) > 0  # nothing stands before the first token
-    answer_states = states[answer]
-    answer_loss = float(losses[answer & predicted].double().mean())
+    """Of the losses (N,) of its labels, and the states (K, H) and sparsities (K,) of its content."""
+    encoded, content = item.encoded, _content(item.encoded)
+    wanted = [label != IGNORE_INDEX for label in _labels(encoded, train_on)]
+    supervised = [label != IGNORE_INDEX for label in labels_of(encoded, train_on)]
+    answer_loss = float(losses[_among(wanted, encoded.is_answer_text)].double().mean())
+    label_losses = losses[_among(wanted, supervised)].double()
+    answer_states = states[_among(content, encoded.is_answer_text)]
     similarity = None
-    if question.any():
-        similarity = float(F.cosine_similarity(states[question].mean(0), answer_states.mean(0), dim=0))
+    if any(encoded.is_question):
+        question_states = states[_among(content, encoded.is_question)]
+        similarity = float(F.cosine_similarity(question_states.mean(0), answer_states.mean(0), dim=0))
     return Measured(
-        F.normalize(states[content].mean(0), dim=0).cpu().numpy(),
+        F.normalize(states.mean(0), dim=0).cpu().numpy(),
         similarity,
         _consistency(answer_states, item.sentences),
-        float(losses[content & predicted].double().mean()),
+        float(losses[_among(wanted, content)].double().mean()),
         answer_loss,
-        ExampleLoss(float(losses[supervised].double().sum()), int(supervised.sum()), answer_loss),
-        float(sparsity[content].double().mean()) if sparsity is not None else None,
+        ExampleLoss(float(label_losses.sum()), len(label_losses), answer_loss),
+        float(sparsities.double().mean()) if sparsities is not None else None,
     )
+
+
+def _among(chosen: Sequence[bool], flags: Sequence[bool]) -> torch.Tensor:
+    """Mask of the ``flags`` of those positions that were chosen."""
+    return torch.tensor(list(itertools.compress(flags, chosen)), dtype=torch.bool)
 
 
 def _consistency(states: torch.Tensor, sentences: Sequence[tuple[int, int]]) -> float | None:
@@ -254,34 +228,3 @@ def mean_pairwise_cosine(unit: np.ndarray) -> float:
     n = len(unit)
     total = unit.astype(np.float64).sum(0)
     return float((total @ total - n) / (n * (n - 1)))
-
-
-def in_batches(model: Any, lengths: Sequence[int], token_budget: int, run: Callable[[list[int]], None]) -> None:
-    """``run`` on indices, longest first, in evaluation mode; half the budget when memory runs out."""
-    was_training = model.training
-    model.eval()
-    left = list(range(len(lengths)))
-    try:
-        with torch.inference_mode(), onednn_linears(model, token_budget):
-            while left:
-                left, token_budget = _run_until_full(lengths, left, token_budget, run)
-    finally:
-        model.train(was_training)
-
-
-def _run_until_full(
-    lengths: Sequence[int], left: list[int], token_budget: int, run: Callable[[list[int]], None]
-) -> tuple[list[int], int]:
-    """Run batches of ``left``; what is left when memory ran out, and the budget to go on with."""
-    batches: Iterator[list[int]] = batches_by_budget(left, lambda i: lengths[i], token_budget)
-    done: set[int] = set()
-    for batch in batches:
-        try:
-            run(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(batch) == 1:
-                raise
-            work_counts.oom_backoffs += 1
-            return [i for i in left if i not in done], len(batch) * max(lengths[i] for i in batch) // 2
-        done |= set(batch)
-    return [], token_budget

@@ -8,7 +8,8 @@ from typing import Any
 
 from raylora.config import FeatureOptions, Method
 from raylora.data.datasets import sample_examples
-from raylora.features.probe import HyperParams, run_probe
+from raylora.features.analyzer import HyperParams
+from raylora.features.probe import run_probe
 from raylora.features.static import OfLoadedModel, as_dataset, extract_static, join_notes
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import borrowed
@@ -78,7 +79,7 @@ class FeatureExtractionPipeline(OfLoadedModel):
         """Every feature by column name, None where it could not be measured, and ``feature_notes``.
 
         Args:
-            dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
+            dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
             hyperparams: those of the probe's training.
             sample_size: examples that the model looks at (0: all).
             batch_size: examples in a micro-batch of the probe.

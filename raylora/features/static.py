@@ -19,6 +19,7 @@ from raylora.data.parse_record import parse_record
 from raylora.errors import ErrorKind, UserError
 from raylora.features import text
 from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
+from raylora.model.loading import borrowed
 from raylora.model.onednn import onednn_linears
 from raylora.records import Dataset, Example, ProgressCallback, ignore_progress
 from raylora.rows import STATIC_NAMES
@@ -85,7 +86,7 @@ class StaticFeatureExtractor(OfLoadedModel):
         """Every static feature by column name, None where it could not be measured, and ``feature_notes``.
 
         Args:
-            dataset: what ``load_dataset`` returned, Examples, or dicts in any of the known formats.
+            dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
             sample_size: examples that the model looks at (0: all).
             batch_size: examples of ``max_length`` tokens in a batch; more of shorter ones.
             max_length: tokens of an example; the front of a longer one is cut.
@@ -178,11 +179,11 @@ def extract_static(
     held_out_losses: list[ExampleLoss] = []
     num_valid = 0
     if usable:
-        with onednn_linears(model, token_budget, with_head=True):
-            measured_held_out = measure_all(model, tokenizer, held_out, train_on, token_budget, progress)
+        with borrowed(model, tokenizer) as loaded, onednn_linears(model, token_budget, with_head=True):
+            measured_held_out = measure_all(loaded, held_out, train_on, token_budget, progress)
             held_out_losses = [m.labels for m in measured_held_out]
-            measured = [*measured_held_out, *measure_all(model, tokenizer, others, train_on, token_budget, progress)]
-            losses_alone = answers_alone(model, tokenizer, usable, token_budget)
+            measured = [*measured_held_out, *measure_all(loaded, others, train_on, token_budget, progress)]
+            losses_alone = answers_alone(loaded, usable, token_budget)
         # An example on which the model overflows (NaN, infinity) is left out: it would make every mean infinite or NaN.
         is_valid = [m.is_finite and math.isfinite(loss) for m, loss in zip(measured, losses_alone, strict=True)]
         measured = list(itertools.compress(measured, is_valid))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import regex
 
-_WORD = regex.compile(r"[\p{Han}\p{Hiragana}]|(?:(?![\p{Han}\p{Hiragana}])[\w\p{M}])+")
+WORD = regex.compile(r"[\p{Han}\p{Hiragana}]|(?:(?![\p{Han}\p{Hiragana}])[\w\p{M}])+")
 _ASCII_WORD = regex.compile(r"\w+", regex.ASCII)  # the same words of an ASCII text, by a simpler pattern
 
 
@@ -15,5 +15,5 @@ def words_of(text: str) -> list[str]:
     Japanese write no spaces: each ideograph or hiragana is a word, as in Unicode's rules (UAX 29).
     """
     folded = text.casefold()
-    words: list[str] = (_ASCII_WORD if folded.isascii() else _WORD).findall(folded)
+    words: list[str] = (_ASCII_WORD if folded.isascii() else WORD).findall(folded)
     return words

@@ -1,7 +1,6 @@
 """``python -m raylora.mmlu``: see ``raylora.commands.mmlu``."""
 
-from raylora.commands.mmlu import main
 from raylora.commands.run_command import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("mmlu")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylora.data.encoding import render_chat
+from raylora.data.encoding import common_prefix_length, render_chat
 from raylora.errors import UserError
 from raylora.mmlu.questions import LETTERS
 from raylora.records import Message, Question
@@ -90,10 +90,10 @@ def encode_questions(
         if prompt_style == "chat":
             contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in batch]
             with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
-            pairs = _tokenize(tokenizer, contexts, LETTERS, add_special_tokens=with_bos)
+            pairs = _tokenize_pairs(tokenizer, contexts, LETTERS, add_special_tokens=with_bos)
         else:
             contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in batch]
-            pairs = _tokenize(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
+            pairs = _tokenize_pairs(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
         encoded += [_truncate(q, p, max_length) for q, p in zip(batch, pairs, strict=True)]
     return encoded
 
@@ -126,7 +126,7 @@ def _chat_question(question: Question) -> str:
     return f"{question.question.strip()}\n{options}\n\n{CHAT_INSTRUCTION}"
 
 
-def _tokenize(
+def _tokenize_pairs(
     tokenizer: Any, contexts: Sequence[str], continuations: Sequence[str], add_special_tokens: bool
 ) -> list[list[tuple[list[int], list[int]]]]:
     """For each context its pairs (context ids, continuation ids), one for each continuation.
@@ -155,17 +155,13 @@ def _truncate(question: Question, pairs: list[tuple[list[int], list[int]]], max_
     such token on, ids belong to the continuations.
     """
     context = pairs[0][0]
-    num_shared = min((_common_prefix_length(context, ids) for ids, _ in pairs), default=0)
+    num_shared = min((common_prefix_length(context, ids) for ids, _ in pairs), default=0)
     continuations = [ids[num_shared:] + continuation for ids, continuation in pairs]
     context = context[:num_shared]
     # + 1: a continuation's last token is scored, but not fed in, so it takes no place in the window.
     max_context = max_length + 1 - max(len(c) for c in continuations)
     num_cut = max(0, len(context) - max_context)
     return EncodedQuestion(question, context[num_cut:], continuations, num_cut)
-
-
-def _common_prefix_length(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def save_encoded(encoded: Sequence[EncodedQuestion], path: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 from raylora.config import Method
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
+from raylora.model import memory
 from raylora.model.device import compute_dtype, cuda_devices
-from raylora.model.memory import is_out_of_memory
 from raylora.records import digest
 
 
@@ -43,8 +43,15 @@ class LoadedModel:
 
     @property
     def feature_token_budget(self) -> int:
-        """Padded tokens in a batch. On a CPU small ones are faster: they stay in its caches (benchmarks/NOTES.md)."""
-        return 8192 if self.device.type == "cuda" else 512
+        """Padded tokens in a minibatch whose features are measured."""
+        return memory.GPU_FEATURE_TOKENS if self.device.type == "cuda" else memory.CPU_TOKEN_BUDGET
+
+    @property
+    def training_token_budget(self) -> int:
+        """Tokens in a training's first minibatch."""
+        if self.device.type == "cuda":
+            return self.training_tokens or memory.ENOUGH_TOKENS
+        return memory.CPU_TOKEN_BUDGET
 
     def attach(self, method: Method, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
         """A fresh adapter, active and trainable; its parameters, in a fixed order.
@@ -89,7 +96,7 @@ class LoadedModel:
             else:
                 self._peft.load_adapter(str(folder), adapter_name=name)
         except (ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-            if is_out_of_memory(error):
+            if memory.is_out_of_memory(error):
                 raise
             raise UserError(f"{folder}: no adapter of {self.source}: {one_line(error)}") from error
         self._activate(name, trainable=False)
@@ -135,6 +142,11 @@ class LoadedModel:
         if self._peft is not None:
             self._peft.unload()
             self._peft = None
+
+    @property
+    def peft_model(self) -> Any:
+        """PEFT's wrapper around the model, as other trainers take it; None before the first adapter is attached."""
+        return self._peft
 
     def lora_modules(self) -> list[tuple[str, Any]]:
         """Every module that has an adapter, with its name, in the model's order."""

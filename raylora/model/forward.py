@@ -1,112 +1,31 @@
-"""Several examples in one row, without padding and without seeing each other.
+"""Forward passes: rows of token ids in, losses of chosen tokens and hidden states of chosen positions out.
 
-    tokens      a a a a a b b b c c c c
-    positions   0 1 2 3 4 0 1 2 0 1 2 3
+    token ids   a a a a a b b b
+    labels      . . . a a . b b     losses (N,), N = 4; the output head sees the position before each
+    chosen      . a a a a . b b     last hidden states (K, H), K = 6
 
-Attention runs block by block: no mask is made, and no work is done between two examples. A mask over the whole row
-costs 6 times as much at 1024 tokens (benchmarks/NOTES.md). Whether a model allows this is tried on it, not looked up.
+The output head sees no other positions, and these a chunk at a time: the logits of a whole minibatch are
+never there at once. A chunk's gradient is taken while its logits are at hand, so nothing is computed twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from raylora.data.minibatch import Minibatch, pack_rows, pad_left
+from raylora.data.encoding import IGNORE_INDEX, pad_token_of
+from raylora.data.minibatch import Minibatch, collate, send
 from raylora.model.adapters import LoadedModel
+from raylora.model.memory import TokenBudget
+from raylora.model.packing import REFUSALS, attention_in_blocks
 
-BLOCKS = "raylora_blocks"
-REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
-"""What a model raises that cannot be run in another way than its own."""
-
-
-def _attend_in_blocks(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    block_lengths: Sequence[int] | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of each block to itself; query (1, heads, T, D), the blocks' lengths make T.
-
-    Raises:
-        ValueError: the model did not hand on the lengths, or looks further than a causal block.
-    """
-    if block_lengths is None or attention_mask is not None or query.shape[2] != sum(block_lengths):
-        raise ValueError("this model's attention cannot be run in blocks")
-    if sliding_window is not None and max(block_lengths) > sliding_window:
-        raise ValueError("a block is longer than the attention's window")
-    lengths = list(block_lengths)
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    kwargs["is_causal"] = True
-    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
-
-
-AttentionInterface.register(BLOCKS, _attend_in_blocks)
-AttentionMaskInterface.register(BLOCKS, lambda *args, **kwargs: None)
-
-
-@contextlib.contextmanager
-def attention_in_blocks(model: Any) -> Iterator[None]:
-    """Inside, ``model`` takes packed minibatches and no others. Backward passes belong inside as well: with
-    checkpoints they run the forward pass again."""
-    config, before = model.config, model.config._attn_implementation
-    config._attn_implementation = BLOCKS
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def can_pack(model: Any) -> bool:
-    """Whether ``model``, in eval mode, says the same of an example in a packed row as of it alone.
-
-    Only models whose attention is torch's own (sdpa) are asked; recurrent layers, positions that are counted in
-    some other way, and attention that looks at more than its block show themselves in the numbers.
-    """
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
-        return False
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    first, other, second = ([(7919 * i + k) % vocabulary for i in range(n)] for n, k in ((9, 1), (9, 5), (17, 3)))
-    exact = next(model.parameters()).dtype in {torch.float32, torch.float64} and not _is_quantized(model)
-    with torch.inference_mode():
-        alone = model(**pad_left([second], 0, model.device).model_inputs(), use_cache=False).logits[0].float()
-        try:
-            with attention_in_blocks(model):
-                a, b = (
-                    model(**pack_rows([row, second], model.device).model_inputs(), use_cache=False)
-                    .logits[0, 9:]
-                    .float()
-                    for row in (first, other)
-                )
-        except REFUSALS:
-            return False
-    # With reduced precision the shape of a product moves its result: percents of it, where a wrong mask moves it all.
-    tolerance = float(alone.norm()) * (1e-4 if exact else 5e-2)
-    return bool((a - alone).norm() <= tolerance and (b - a).norm() <= tolerance)
-
-
-def _is_quantized(model: Any) -> bool:
-    return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
-
-
-def window_of(model: Any) -> int:
-    """Tokens of the longest example that may be packed: those of the sliding window, if the model has one."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window else 2**62
-
-
+T = TypeVar("T")
 CPU_LOGITS = 2**22
 """Logits held at once: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
 GPU_LOGITS = 2**28
@@ -165,27 +84,6 @@ def head_losses(model: Any, states: torch.Tensor, targets: torch.Tensor) -> torc
     return losses
 
 
-def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
-    """Cross entropy of each label of a minibatch, (N,) in float32, example after example."""
-    assert batch.targets is not None
-    assert batch.predicting is not None
-    model, targets, before = loaded.model, batch.targets, batch.predicting
-    seen: list[torch.Tensor] = []
-
-    def select(states: torch.Tensor) -> torch.Tensor:
-        seen.append(states.flatten(0, 1)[before.to(states.device)])
-        return seen[0][:1][None] if chunked else seen[0][None]
-
-    head = model.get_output_embeddings()
-    chunked = loaded.allows(head_is_plain) and not any(p.requires_grad for p in head.parameters())
-    with at_output_head(model, select) as named:
-        logits = model(**batch.model_inputs(), use_cache=False).logits
-    if chunked:
-        return head_losses(model, seen[0], targets)
-    logits = logits[0] if named else logits.flatten(0, 1)[before.to(logits.device)]
-    return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-
-
 @contextlib.contextmanager
 def at_output_head(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[bool]:
     """Inside, ``select`` takes the last hidden states (B, T, H) and returns those that the output head is to see.
@@ -202,3 +100,115 @@ def at_output_head(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -
         yield True
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode, and nothing is kept for a backward pass."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
+    """Cross entropy of each label of a minibatch, (N,) in float32, example after example."""
+    return _losses_and_states(loaded, batch, None)[0]
+
+
+def _losses_and_states(
+    loaded: LoadedModel, batch: Minibatch, places: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses (N,) of the labels, and the last hidden states (K, H) at ``places`` (K,) among all B * T tokens."""
+    assert batch.targets is not None
+    assert batch.predicting is not None
+    model, targets, before = loaded.model, batch.targets, batch.predicting
+    head = model.get_output_embeddings()
+    chunked = loaded.allows(head_is_plain) and not any(p.requires_grad for p in head.parameters())
+    chosen: list[torch.Tensor] = []
+
+    def choose(states: torch.Tensor) -> torch.Tensor:
+        """Of the last states (B, T, H) those that are needed: the others are free before the losses are computed."""
+        flat = states.flatten(0, 1)
+        chosen.append(flat[before.to(flat.device)])
+        if places is not None:
+            chosen.append(flat[places.to(flat.device)].float())
+        return states[:1, :1] if chunked else chosen[0][None]
+
+    with at_output_head(model, choose) as named:
+        more = {} if named or places is None else {"output_hidden_states": True}
+        output = model(**batch.model_inputs(), use_cache=False, **more)
+    if more:
+        choose(output.hidden_states[-1])
+    if chunked:
+        losses = head_losses(model, chosen[0], targets)
+    else:
+        logits = output.logits[0] if named else output.logits.flatten(0, 1)[before.to(output.logits.device)]
+        losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+    return losses, None if places is None else chosen[1]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass says of the rows of a minibatch, one row after another."""
+
+    losses: torch.Tensor
+    """(N,), of each label given all tokens before it in its row, in nats, float32."""
+    num_losses: list[int]
+    """Of each row; they add up to N."""
+    states: torch.Tensor | None
+    """(K, H), the last hidden states that were chosen, float32."""
+    places: torch.Tensor | None
+    """(K,), where those stand among all tokens of the minibatch, padding included."""
+    num_states: list[int]
+
+
+def forward_rows(
+    loaded: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    budget: TokenBudget,
+    use: Callable[[list[int], Output], T],
+    chosen: Sequence[Sequence[bool]] | None = None,
+    start_over: Callable[[], object] | None = None,
+    packed: bool = False,
+) -> Iterator[tuple[list[int], T]]:
+    """Run rows of token ids, longest first, in minibatches that memory holds.
+
+    Args:
+        labels: of each row, as long as it: its own tokens where their loss is wanted, else IGNORE_INDEX. Nothing
+            predicts a row's first token, which has no label.
+        use: makes of a minibatch, its rows' numbers and output, what is kept of it; a backward pass belongs here. What
+            it returns is not None.
+        chosen: of each row, as long as it: the positions whose last hidden states are wanted.
+        start_over: see ``TokenBudget.pieces``.
+        packed: without padding, for a model that ``can_pack``.
+
+    Yields:
+        The numbers of the rows of each minibatch, and what ``use`` returned.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    pad = pad_token_of(loaded.tokenizer)
+    num_losses = [sum(label != IGNORE_INDEX for label in row) for row in labels]
+
+    def run(part: list[int]) -> T:
+        batch = collate([rows[i] for i in part], [labels[i] for i in part], pad, loaded.device, packed)
+        places, num_states = _places(batch, [chosen[i] for i in part]) if chosen is not None else (None, [])
+        with attention_in_blocks(loaded.model) if packed else contextlib.nullcontext():
+            losses, states = _losses_and_states(loaded, batch, places)
+            return use(part, Output(losses, [num_losses[i] for i in part], states, places, num_states))
+
+    yield from budget.pieces(range(len(rows)), lambda i: len(rows[i]), run, start_over, packed)
+
+
+def _places(batch: Minibatch, chosen: Sequence[Sequence[bool]]) -> tuple[torch.Tensor, list[int]]:
+    """Where the chosen positions of each row stand among all tokens, (K,), and how many of each row there are."""
+    spans = batch.spans([len(flags) for flags in chosen])
+    places = [list(itertools.compress(range(*span), flags)) for span, flags in zip(spans, chosen, strict=True)]
+    flat = torch.tensor(list(itertools.chain.from_iterable(places)), dtype=torch.long)
+    return send(flat, batch.input_ids.device), [len(row) for row in places]

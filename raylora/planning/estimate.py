@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from raylora.config import GPU_TOKEN_BUDGET, Config, FeatureOptions, Method
+from raylora.config import Config, FeatureOptions, Method
 from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
 from raylora.errors import DoesNotFitError, UserError
@@ -24,12 +24,17 @@ from raylora.mmlu.prompts import harness_prompt
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.device import compute_dtype
 from raylora.model.loading import load_tokenizer
-from raylora.model.onednn import COPIES_MEMORY_SHARE
+from raylora.model.memory import (
+    COPIES_MEMORY_SHARE,
+    CPU_TOKEN_BUDGET,
+    GPU_TOKEN_BUDGET,
+    MINIBATCH_MEMORY_SHARE,
+    Attempt,
+    next_attempt,
+)
 from raylora.model.sources import resolve_model
 from raylora.planning.hardware import Hardware, hardware_of
 from raylora.records import Example, Message
-from raylora.training.gradients import CPU_TRAINING_TOKENS, ENOUGH_TOKENS
-from raylora.training.gradients import TRAINING_MEMORY_SHARE as TRAINING_SHARE
 
 log = logging.getLogger("raylora")
 BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -167,32 +172,37 @@ def estimate(
         num_question_tokens: of all prompts of MMLU; 0 where it is not evaluated.
     """
     weights = weight_bytes(shape, config.quantization, machine)
-    budget = GPU_TOKEN_BUDGET if machine.on_gpu else CPU_TRAINING_TOKENS
-    a_step = method.batch_size * method.gradient_accumulation * sizes.mean_tokens
-    room = machine.memory_bytes - (CUDA_CONTEXT_BYTES if machine.on_gpu else 0)
-    share = TRAINING_SHARE if machine.on_gpu else 1.0
-    tokens, checkpointing = max(sizes.longest, int(min(budget, a_step))), False
-    # As passes.py backs off.
-    while weights + training_bytes(shape, method, tokens, machine, checkpointing) / share > room:
-        if checkpointing and tokens <= sizes.longest:
-            break
-        if not checkpointing and tokens <= max(ENOUGH_TOKENS, sizes.longest):
-            checkpointing = True
-        else:
-            tokens = max(sizes.longest, tokens // 2)
-    peak = weights + training_bytes(shape, method, tokens, machine, checkpointing)
+    fitting = _training_that_fits(shape, machine, method, sizes, weights)
+    peak = weights + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing)
     if not machine.on_gpu:
         peak += CPU_PROCESS_BYTES
         copies = 2 * machine.dtype_bytes * shape.layer_weights if config.quantization == "none" else 0
-        peak += copies if copies <= COPIES_MEMORY_SHARE * machine.memory_bytes else 0  # as packed.py has it
+        peak += copies if copies <= COPIES_MEMORY_SHARE * machine.memory_bytes else 0  # as onednn.py has it
     counts = token_counts(config, method, sizes, num_question_tokens)
     forward = 2 * shape.layer_weights
     seconds = None
     if machine.rate:
         seconds = forward * counts["evaluate"] / (SHARE_OF_RATE["evaluate"] * machine.rate)
         # The way back has the products of the way there, once: the base's own weights have no gradient.
-        seconds += (3 if checkpointing else 2) * forward * counts["train"] / (SHARE_OF_RATE["train"] * machine.rate)
+        seconds += (
+            (3 if fitting.checkpointing else 2) * forward * counts["train"] / (SHARE_OF_RATE["train"] * machine.rate)
+        )
     return Estimate(peak, seconds)
+
+
+def _training_that_fits(shape: Shape, machine: Hardware, method: Method, sizes: Sizes, weights: int) -> Attempt:
+    """The minibatch that a training ends up with, beside ``weights`` bytes; the smallest one if none fits."""
+    most = GPU_TOKEN_BUDGET if machine.on_gpu else CPU_TOKEN_BUDGET
+    a_step = method.batch_size * method.gradient_accumulation * sizes.mean_tokens
+    room = machine.memory_bytes - (CUDA_CONTEXT_BYTES if machine.on_gpu else 0)
+    share = MINIBATCH_MEMORY_SHARE if machine.on_gpu else 1.0
+    attempt = Attempt(max(sizes.longest, int(min(most, a_step))))
+    while weights + training_bytes(shape, method, attempt.tokens, machine, attempt.checkpointing) / share > room:
+        smaller = next_attempt(attempt, attempt.tokens, attempt.tokens <= sizes.longest, may_checkpoint=True)
+        if smaller is None:
+            break
+        attempt = smaller._replace(tokens=max(sizes.longest, smaller.tokens))
+    return attempt
 
 
 def token_counts(config: Config, method: Method, sizes: Sizes, num_question_tokens: int) -> dict[str, float]:
@@ -263,7 +273,7 @@ def misfit(shape: Shape, machine: Hardware, config: Config) -> str:
         return ""
     smaller = [q for q in ("8bit", "4bit") if _least_bytes(shape, q, config, machine) <= room]
     where = "this GPU" if machine.on_gpu else "a worker here"
-    mend = (
+    fix = (
         f"--quantization {smaller[0]} would fit"
         if smaller and smaller[0] != config.quantization
         else "--max-memory can put a part of it on the CPU"
@@ -274,7 +284,7 @@ def misfit(shape: Shape, machine: Hardware, config: Config) -> str:
     )
     return (
         f"--model {config.model}: in {config.quantization} it needs {gigabytes(least)} for training one example at a "
-        f"time, and {where} has {gigabytes(max(0, room))} for it: {mend}"
+        f"time, and {where} has {gigabytes(max(0, room))} for it: {fix}"
     )
 
 

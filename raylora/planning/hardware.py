@@ -1,4 +1,4 @@
-"""What a worker computes with: memory, and the rate of matrix products, measured where the run is on this machine."""
+"""What a worker computes with: its memory, and the rate of its matrix products, measured if it is on this machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Hardware:
 
     device: str
     dtype_bytes: int
+    """Of a number in matrix products."""
     memory_bytes: int
-    """Of the device, for one worker."""
+    """Of the device; on a CPU each worker's share of it."""
     rate: float | None
-    """Floating-point operations a second of large matrix products, for one worker; None where it is not known."""
+    """Floating-point operations a second of large matrix products, of one worker; None where it is not known."""
 
     @property
     def on_gpu(self) -> bool:
@@ -32,11 +33,11 @@ class Hardware:
 
 
 ELSEWHERE = Hardware("cuda", 2, 2**63, None)
-"""A GPU of a cluster: its memory is looked at by the worker that has it."""
+"""A GPU that cannot be measured from here, mostly a cluster's: no limit of memory, as the worker that has it checks."""
 
 
 def hardware_of(config: Config) -> Hardware:
-    """What a worker of the run will have. A cluster's machines are not known here, nor how fast they are."""
+    """What a worker of the run will compute with. A cluster's machines cannot be measured from here: ``ELSEWHERE``."""
     import psutil
 
     if config.address or _in_a_cluster():
@@ -50,24 +51,24 @@ def hardware_of(config: Config) -> Hardware:
 
 
 def _in_a_cluster() -> bool:
-    """Whether this process has joined a Ray of its own accord. ``scheduler.py`` alone imports it."""
+    """Whether the caller has initialized Ray. Not by an import: ``cluster/ray_run.py`` alone imports Ray."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
 
 def _local_gpu() -> Hardware:
-    """In a process of its own, as the first use of a GPU takes memory on it until the process ends."""
+    """Measured in a process of its own: from its first use of a GPU on, a process takes memory there until it ends."""
     code = f"from {__name__} import measure_gpu; print(measure_gpu())"
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-        dtype_bytes, memory, rate = json.loads(done.stdout)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        dtype_bytes, memory, rate = json.loads(process.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ELSEWHERE
     return Hardware("cuda", dtype_bytes, memory, rate)
 
 
 def measure_gpu() -> str:
-    """Of the GPUs here: bytes of a number, the memory of the smallest, the rate of the first, as a JSON list."""
+    """This machine's GPUs as a JSON list: bytes of a number, bytes of memory of the smallest, ``rate`` of the first."""
     device = torch.device("cuda")
     dtype = compute_dtype(device)
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
@@ -75,14 +76,14 @@ def measure_gpu() -> str:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    """Floating-point operations a second of a product of two n x n matrices: the best of five."""
+    """Floating-point operations a second of a product of two n x n matrices, the best of five."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    def once() -> float:
+    def seconds_of_product() -> float:
         started = time.perf_counter()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    return 2 * n**3 / min(once() for _ in range(5))
+    return 2 * n**3 / min(seconds_of_product() for _ in range(5))

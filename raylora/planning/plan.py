@@ -1,4 +1,4 @@
-"""What a run will do, worked out and checked before anything starts: experiments, identities, what is done."""
+"""What a run will do, checked before anything starts: its experiments, their identities, and which are done."""
 
 from __future__ import annotations
 
@@ -37,33 +37,36 @@ class Plan:
     store: Store
     experiments: tuple[Experiment, ...]
     hashes: dict[str, str]
+    """SHA-256 of ``model`` and, if MMLU is scored, of ``questions``."""
     notes: list[str]
-    """What is odd, and no reason to stop."""
+    """Warnings that do not stop the run."""
     misfit: str = ""
-    """Why the model can in no way be trained on this machine: a reason to stop where anything is left to do."""
+    """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
 
     def check_fit(self) -> None:
-        """To be called before anything is run here.
+        """To be called before anything is run.
 
         Raises:
-            UserError: the model does not fit.
+            UserError: the model does not fit this machine.
         """
         if self.misfit:
             raise UserError(self.misfit, kind=ErrorKind.DOES_NOT_FIT)
 
     def done(self) -> dict[str, ResultRow]:
-        """Finished rows by experiment id: those of earlier runs that this one need not do again."""
-        if self.config.fresh:
-            return {}
+        """Rows of earlier runs, by experiment id, that this run does not make again."""
+        return {} if self.config.fresh else self.stored_rows()
+
+    def stored_rows(self) -> dict[str, ResultRow]:
+        """Rows by experiment id that are in the store now, without failed ones that are to be tried again."""
         rows = self.store.read_rows(self.experiments)
-        return {key: row for key, row in rows.items() if row.ok or not self.config.retry_failed}
+        return {experiment_id: row for experiment_id, row in rows.items() if row.ok or not self.config.retry_failed}
 
 
 def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     """Check everything that can be checked without loading the model, and name every experiment.
 
     Raises:
-        UserError: nothing can be run. A single bad dataset file is no reason: its experiment carries the error.
+        UserError: nothing can be run. A bad dataset file raises nothing: its experiments carry the error.
     """
     quiet_libraries()
     check_trackers(config)
@@ -71,57 +74,59 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     if set(config.stages) & {"features", "train"}:
         check_window(config, source, max(method.max_length for method in config.grid_methods()))
     store = store_at(config.output / safe_folder(chunk))
-    of_model = model_key(config, source)
-    hashes = {"model": of_model["model"]}
-    of_questions: dict[str, Any] = {}
-    asked: QuestionSet | None = None
+    model_settings = model_key(config, source)
+    hashes = {"model": model_settings["model"]}
+    question_settings: dict[str, Any] = {}
+    questions: QuestionSet | None = None
     notes: list[str] = []
     if "mmlu" in config.stages:
-        asked = load_question_set(config)
-        notes = asked.notes
-        hashes["questions"] = asked.hash
-        of_questions = questions_key(config, asked)
+        questions = load_question_set(config)
+        notes = questions.notes
+        hashes["questions"] = questions.hash
+        question_settings = questions_key(config, questions)
         check_prompt_style(config, source)
-    estimator = Estimator(config, source, asked)
-    shared = (of_model, of_questions, estimator, config)
+    estimator = Estimator(config, source, questions)
+    shared = (model_settings, question_settings, estimator, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
-    # Largest first, so that the last worker is not busy alone; names break ties, so that the order is always the same.
+    # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the
+    # longest dataset bounds the run: benchmarks/NOTES.md). Ids break ties, so that the order is always the same.
     experiments.sort(key=lambda e: (-e.num_tokens * float(e.settings["num_epochs"]), e.experiment_id))
-    if place := read_order(config.order):
-        experiments.sort(key=lambda e: place.get(e.experiment_id, place.get(e.dataset, len(place))))
+    if ranks := read_order(config.order):
+        experiments.sort(key=lambda e: ranks.get(e.experiment_id, ranks.get(e.dataset, len(ranks))))
     experiments = experiments[: config.max_experiments]
     return Plan(config, chunk, store, tuple(experiments), hashes, notes, estimator.misfit)
 
 
 def _experiments_of(
-    path: Path, of_model: dict[str, Any], of_questions: dict[str, Any], estimator: Estimator, config: Config
+    path: Path, model_settings: dict[str, Any], question_settings: dict[str, Any], estimator: Estimator, config: Config
 ) -> list[Experiment]:
-    found = datasets.survey(path, config.salvage, config.max_records)
-    dataset, error, error_kind = path.stem, found.error, found.error_kind
+    """The experiments of one dataset file: one for each set of hyperparameters of the grid."""
+    survey = datasets.survey(path, config.salvage, config.max_records)
+    dataset, error, error_kind = path.stem, survey.error, survey.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
-    loading = {key: value for key, value in of_model.items() if key not in {"model", "schema"}}
+    loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
     experiments = []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
         train = {
-            # Not --salvage, whose place the False holds: it changes nothing of a file that is whole, and without it one
-            # that is not makes nothing.
-            "data": digest([found.data_hash, False, config.max_records]),
-            "model": of_model["model"],
+            # --salvage is not part of it: a whole file gives the same examples with it, and a broken file gives none
+            # without it. The False stands where it was once, so that earlier results keep their hash.
+            "data": digest([survey.data_hash, False, config.max_records]),
+            "model": model_settings["model"],
             "quantization": digest(loading),
             "hyperparameters": digest(settings),
             "seed": str(config.seed),
-            "raylora": str(of_model["schema"]),
+            "raylora": str(model_settings["schema"]),
         }
         origins = {
             "features": {**train, "feature options": digest(config.settings_of(FeatureOptions))},
             "train": train,
-            "mmlu": {**train, "questions": digest(of_questions)},
+            "mmlu": {**train, "questions": digest(question_settings)},
         }
-        sizes, estimate = estimator.of(found.sample, found.num_examples, found.num_chars, method)
-        name = safe_name(dataset, printable(path.suffix), settings, of_model, config.max_records, config.seed)
+        sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method)
+        name = safe_name(dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed)
         experiments.append(
             Experiment(
                 experiment_id=name,
@@ -130,9 +135,9 @@ def _experiments_of(
                 settings=settings,
                 identity=digest([origins, sorted(config.stages), error]),
                 origins=origins,
-                base_key=score_key(of_model, of_questions),
-                data_hash=found.data_hash,
-                num_examples=found.num_examples,
+                base_key=score_key(model_settings, question_settings),
+                data_hash=survey.data_hash,
+                num_examples=survey.num_examples,
                 num_tokens=sizes.num_tokens,
                 estimated_peak_memory_bytes=estimate.peak_memory_bytes,
                 estimated_seconds=estimate.seconds,
@@ -144,21 +149,21 @@ def _experiments_of(
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be written: bytes of it that are not UTF-8 as ``\\xe9``."""
+    """A file's name as text that can be written as UTF-8: a byte that is not UTF-8 becomes ``\\xe9`` or the like."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def safe_folder(chunk: str) -> str:
-    """A chunk's name as a folder of the output: as it is where that is safe."""
+    """The name of a chunk's output folder: the chunk's own if that is safe on every file system."""
     plain = chunk.replace("_", "").replace("-", "")
     return chunk if plain.isascii() and plain.isalnum() and len(chunk) <= 80 else safe_name(chunk)
 
 
 def find_files(config: Config) -> tuple[str, list[Path]]:
-    """The chunk's name and its dataset files, as far as ``limit`` lets them.
+    """The chunk's name and its dataset files, the first ``config.limit`` of them.
 
     Raises:
-        UserError: no chunk is named, or there is none by that name; the line lists those there are.
+        UserError: no chunk is named, or there is no such chunk (the message lists the chunks), or it holds no dataset.
     """
     with reading(config.data_root):
         return _find_files(config)
@@ -173,16 +178,16 @@ def _find_files(config: Config) -> tuple[str, list[Path]]:
     else:
         folder = datasets.find_chunk(config.data_root, config.chunk)
     files = datasets.list_dataset_files(folder)
-    if place := read_order(config.order):
-        files.sort(key=lambda path: place.get(path.stem, len(place)))
+    if ranks := read_order(config.order):
+        files.sort(key=lambda path: ranks.get(path.stem, len(ranks)))
     return folder.name, files[: config.limit]
 
 
 def read_order(path: Path | None) -> dict[str, int]:
-    """Places by dataset and by experiment, from a CSV with these columns; what is not in it comes last.
+    """The position, from 0, of each dataset and each experiment id in a CSV with such columns (``raylora.rank``).
 
     Raises:
-        UserError: it cannot be read, or has no column ``dataset``.
+        UserError: the file cannot be read, or has no column ``dataset``.
     """
     if path is None:
         return {}
@@ -194,7 +199,8 @@ def read_order(path: Path | None) -> dict[str, int]:
     if "dataset" not in table:
         raise UserError(f"--order {path}: no column dataset; it is made by python -m raylora.rank")
     names = [table[column] for column in ("experiment_id", "dataset") if column in table]
-    return {name: place for column in names for place, name in reversed(list(enumerate(column)))}
+    # Reversed, so that a name that comes twice keeps its first position.
+    return {name: rank for column in names for rank, name in reversed(list(enumerate(column)))}
 
 
 NEEDS = {"mlflow": ("mlflow",), "tensorboard": ("tensorboard",), "wandb": ("wandb",)}
@@ -202,10 +208,10 @@ NEEDS = {"mlflow": ("mlflow",), "tensorboard": ("tensorboard",), "wandb": ("wand
 
 
 def check_trackers(config: Config) -> None:
-    """Before anything starts: are the packages there?
+    """Check that the packages of the chosen trackers are installed.
 
     Raises:
-        UserError: one is not; the line says how to install it.
+        UserError: one is not; the message says how to install it.
     """
     for name in config.trackers:
         missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]

@@ -1,4 +1,4 @@
-"""``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
+"""The plan as a table, for ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from raylora.records import Experiment
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """``--dry-run``: what would run, how large it is, what it takes, and what is done already."""
+    """Print what would run and why, how large it is, what memory and time it takes, and what is done already."""
     done = plan.done()
     table = Table(title=f"{plan.chunk}: {len(plan.experiments)} experiments, {len(done)} done")
     for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
         stages = plan.config.stages
-        why = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
-        finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not why[s])
-        todo = "" if e.experiment_id in done else "; ".join(f"{s}: {why[s]}" for s in stages if why[s])
+        reasons = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
+        finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not reasons[s])
+        todo = "" if e.experiment_id in done else "; ".join(f"{s}: {reasons[s]}" for s in stages if reasons[s])
         size = (f"{e.num_examples:,}", f"{e.num_tokens:,}", _memory_text(e), _duration_text(e.estimated_seconds))
         cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
         table.add_row(*cells)
     console.print(table)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
-    left = [e for e in plan.experiments if e.experiment_id not in done]
-    if left and any(e.estimated_seconds for e in left):
-        seconds = sum(e.estimated_seconds or 0.0 for e in left)
+    remaining = [e for e in plan.experiments if e.experiment_id not in done]
+    if remaining and any(e.estimated_seconds for e in remaining):
+        seconds = sum(e.estimated_seconds or 0.0 for e in remaining)
         console.print(
             f"About {_duration_text(seconds)} for one worker, stages that are done not taken off. Tokens, memory and "
             "time are estimates, from a sample of each dataset and the model's shape (raylora/planning/estimate.py).",

@@ -1,7 +1,6 @@
 """``python -m raylora.report``: see ``raylora.commands.report``."""
 
-from raylora.commands.report import main
 from raylora.commands.run_command import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("report")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, false_discovery_control, rankdata, spearmanr
 
+from raylora.errors import ErrorKind
 from raylora.mmlu.questions import SUBJECT_GROUPS
 from raylora.mmlu.statistics import holm
 from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
@@ -26,28 +27,33 @@ STAGES = {
     "MMLU": "mmlu_seconds",
 }
 AGAIN = "; then the same command with --retry-failed"
-MENDS = {
-    "ran out of memory": "fewer --num-workers, or a smaller --max-length" + AGAIN,
-    "outofmemoryerror": "one example does not fit: lower --max-length, or --quantization 4bit" + AGAIN,
-    "out of memory": "one example does not fit: lower --max-length, or --quantization 4bit" + AGAIN,
-    "gave up after --timeout": "raise --timeout" + AGAIN,
-    "the loss became": "lower --learning-rate; the same command then runs it anew",
-    "cannot keep a large dataset": "make room, or set RAYLORA_CACHE; the same command tries it again",
-    "not what it was when the run began": "the same command runs it as it is now",
-    "the base model is not what it was": "the same command with --retry-failed; if it comes again, tell its authors",
-    " is gone": "the same command with --retry-failed",
-    "its worker process died": "look at the end of its log" + AGAIN,
-    "--target-modules": "give --target-modules names of the model's linear layers",
-    "--model": "mend it on the machine that the cause names; the same command tries it again",
-    "no trained adapter": "add train to --stages",
-    "no supervised token": "raise --max-length, or look at the dataset's answers",
-    "chat template refuses": "mend the dataset's roles, or take a model whose template knows them",
-    "breaks off": "get the file again, or --salvage its complete records; the same command then runs it anew",
-    "not utf-8": "save the file as UTF-8; the same command then runs it anew",
-    "records is valid": "give its records a known form (docs/datasets.md); the same command then runs it anew",
-    "tried ": "look at the end of its log" + AGAIN,
+ANEW = "; the same command then runs it anew"
+FIXES = {
+    ErrorKind.DATA: "fix the file where the cause points" + ANEW,
+    ErrorKind.TRUNCATED_FILE: "get the file again, or --salvage its complete records" + ANEW,
+    ErrorKind.NOT_UTF8: "save the file as UTF-8" + ANEW,
+    ErrorKind.BAD_RECORDS: "give its records a known form (docs/datasets.md)" + ANEW,
+    ErrorKind.CHAT_TEMPLATE: "fix the dataset's roles, or take a model whose template knows them",
+    ErrorKind.NO_SUPERVISED_TOKEN: "raise --max-length, or look at the dataset's answers",
+    ErrorKind.USAGE: "as the cause says" + AGAIN,
+    ErrorKind.QUESTIONS: "give that machine the questions of --mmlu; the same command tries it again",
+    ErrorKind.MODEL: "fix it on the machine that the cause names; the same command tries it again",
+    ErrorKind.TARGET_MODULES: "give --target-modules names of the model's linear layers",
+    ErrorKind.ADAPTER: "add train to --stages; one that cannot be read: remove its folder" + AGAIN,
+    ErrorKind.CHANGED_MEANWHILE: "the same command runs it as it is now",
+    ErrorKind.DIVERGED: "lower --learning-rate" + ANEW,
+    ErrorKind.BASE_CHANGED: "the same command with --retry-failed; if it comes again, tell its authors",
+    ErrorKind.OUT_OF_MEMORY: "one example does not fit: lower --max-length, or --quantization 4bit" + AGAIN,
+    ErrorKind.NODE_OUT_OF_MEMORY: "fewer --num-workers, or a smaller --max-length" + AGAIN,
+    ErrorKind.DOES_NOT_FIT: "--quantization 4bit, or a GPU with more memory that nobody else uses" + AGAIN,
+    ErrorKind.GPU: "look at that machine's `nvidia-smi`; the same command tries it again",
+    ErrorKind.CACHE_FULL: "make room, or set RAYLORA_CACHE; the same command tries it again",
+    ErrorKind.TIMEOUT: "raise --timeout" + AGAIN,
+    ErrorKind.WORKER_DIED: "look at the end of its log" + AGAIN,
+    ErrorKind.NODE_LOST: "the same command with --retry-failed",
+    ErrorKind.UNKNOWN: "look at the cause, and at the end of its log" + AGAIN,
 }
-"""What to do, by what an error says; the first that is found in it. docs/troubleshooting.md says the same at length."""
+"""What to do about each kind of error that a row can have. docs/troubleshooting.md says the same at length."""
 
 
 def ranking(run: FinishedRun) -> dict[str, Any]:
@@ -200,18 +206,17 @@ def costs(run: FinishedRun) -> dict[str, Any]:
 
 
 def failures(run: FinishedRun) -> list[dict[str, Any]]:
-    """Of each row that is not good: ``row``, ``cause``, ``mend``."""
-    texts = run.texts("error")
+    """Of each row that is not good: ``row``, ``cause``, ``fix``."""
+    texts, kinds = run.texts("error"), run.texts("error_kind")
     return [
-        {"row": row, "cause": texts[row] or "no cause was written down", "mend": mend_of(texts[row])}
+        {"row": row, "cause": texts[row] or "no cause was written down", "fix": fix_of(kinds[row])}
         for row in np.flatnonzero(~run.ok).tolist()
     ]
 
 
-def mend_of(error: str) -> str:
-    """What to do about an error: by what it says."""
-    known = next((mend for mark, mend in MENDS.items() if mark in error.lower()), "")
-    return known or "mend the file where the cause points; the same command then runs it anew"
+def fix_of(kind: str) -> str:
+    """What to do about a row's ``error_kind``, which rows of older runs do not have."""
+    return FIXES.get(ErrorKind(kind), FIXES[ErrorKind.UNKNOWN])
 
 
 def oddities(run: FinishedRun) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from raylora.storage.atomic import read_json
 UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pandas and pyarrow raise for a missing, cut or foreign file."""
 NUM_CURVE_POINTS = 80
-"""Points of a loss curve at most: more cannot be seen apart on a page that is 1280 pixels wide."""
+"""Points of a loss curve at most: more cannot be seen on a page that is 1280 pixels wide."""
 
 
 @dataclass(frozen=True)

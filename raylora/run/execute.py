@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
 from raylora import errors
 from raylora.cluster import ray_run
-from raylora.config import Config
 from raylora.errors import ErrorKind, StoppedError
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
 from raylora.rows import ROW_COLUMNS, error_row
-from raylora.run.interrupts import Interrupts
+from raylora.run.interrupts import Interrupts, exit_on_sigterm
 from raylora.run.live_table import LiveTable
 from raylora.run.manifest import manifest_of
 from raylora.run.trackers import tracking
 from raylora.storage.legacy import write_legacy_results
+from raylora.storage.run_tables import RunTables
+from raylora.storage.tables import CsvTable
 
 
-def run_plan(
-    plan: Plan, console: Console, on_rows: Callable[[Sequence[ResultRow]], None] = lambda _: None
-) -> list[ResultRow]:
-    """Run what is not done yet; the rows of all experiments, in the plan's order.
+def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list[ResultRow]:
+    """Run what is not done yet; the rows of all experiments, in the tables' order.
 
-    The tables are written as rows come in, and once more at the end, however it comes; ``on_rows`` is called with the
-    rows they hold.
+    The tables, and ``more``, are written by the run's Ray Dataset as rows come in, and once more at the end, however it
+    comes, from all that is stored.
 
     Raises:
         StoppedError: the run ended early; one line says why.
@@ -38,7 +36,7 @@ def run_plan(
     store, config = plan.store, plan.config
     with store.held(config.fresh), _one_line_where_no_room(plan):
         rows = plan.done()
-        tables = _Tables(plan, rows, on_rows)
+        tables = RunTables(store, ROW_COLUMNS, more)
         for experiment in plan.experiments:
             if experiment.error:
                 kind = ErrorKind(experiment.error_kind)
@@ -47,41 +45,15 @@ def run_plan(
         pending = [e for e in plan.experiments if e.experiment_id not in rows]
         store.write_manifest(manifest_of(plan))
         try:
-            if pending:
-                run_pending(plan, pending, rows, console, tables.row_came)
+            with tables.permitted():
+                run_pending(plan, pending, rows, console, tables)
         finally:
-            ordered = tables.write()
+            if len(rows) < len(plan.experiments):  # rows that were made while the command heard of none any more
+                rows |= plan.stored_rows()
+            ordered = tables.write(rows.values())
             try_write_report(store, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
-
-
-def how_to_go_on(config: Config) -> str:
-    """After a run that ended early."""
-    if config.fresh:
-        return "What is finished is kept: the same command without --fresh goes on from here."
-    return "What is finished is kept: the same command goes on from here."
-
-
-class _Tables:
-    """The tables of a run, in place from the first row on. Writing them takes a tenth of the time at most."""
-
-    def __init__(self, plan: Plan, rows: dict[str, ResultRow], on_rows: Callable[[Sequence[ResultRow]], None]) -> None:
-        self._plan, self._rows, self._on_rows = plan, rows, on_rows
-        self._not_before = 0.0
-
-    def write(self) -> list[ResultRow]:
-        started = time.monotonic()
-        ordered = _in_order(self._plan, self._rows)
-        self._plan.store.write_tables(ordered, ROW_COLUMNS)
-        self._on_rows(ordered)
-        now = time.monotonic()
-        self._not_before = now + 10 * (now - started)
-        return ordered
-
-    def row_came(self) -> None:
-        if time.monotonic() >= self._not_before:
-            self.write()
 
 
 @contextlib.contextmanager
@@ -104,12 +76,18 @@ def run_pending(
     pending: Sequence[Experiment],
     rows: dict[str, ResultRow],
     console: Console,
-    row_came: Callable[[], None],
+    tables: RunTables | None,
 ) -> None:
+    """Run them, and put their rows to ``rows``, by experiment id.
 
+    Args:
+        tables: written with all of ``rows`` as they come.
+    """
+    if not pending:
+        return
     plan.check_fit()
-
     with (
+        exit_on_sigterm(),  # and again within Interrupts, as Ray puts a handler of its own in its place
         ray_run.cluster(plan.config) as dashboard,
         LiveTable(len(plan.experiments), len(rows), console) as watch,
         Interrupts(console) as interrupts,
@@ -118,21 +96,24 @@ def run_pending(
         console.print(dashboard, soft_wrap=True)
 
         def on_start(run: ray_run.RunHandle) -> None:
-            watch.connect(run.read)
+            watch.connect(run.read, row_came)
             interrupts.begin_no_more = run.begin_no_more
 
+        def row_came(row: ResultRow) -> None:
+            rows[row.values["experiment_id"]] = row
+            watch.finished(row)
+            trackers.log_row(row)
+
+        former = [*rows.values()]
         try:
-            for row in ray_run.run_experiments(plan.config, plan.store, pending, on_start):
-                rows[row.values["experiment_id"]] = row
-                row_came()
-                watch.finished(row)
-                trackers.log_row(row)
+            made = ray_run.run_experiments(plan.config, plan.store, pending, on_start, tables=tables, former=former)
         except errors.ClusterLostError as error:
             raise StoppedError(f"Ray broke down: {error}") from error
+        finally:
+            watch.look_once_more()
+        unheard = {row.values["experiment_id"]: row for row in made if row.values["experiment_id"] not in rows}
+        rows.update(unheard)  # all of them, even if the terminal is gone and the first line ends this
+        for row in unheard.values():
+            row_came(row)
         if interrupts.came and any(e.experiment_id not in rows for e in pending):
             raise KeyboardInterrupt
-
-
-def _in_order(plan: Plan, rows: dict[str, ResultRow]) -> list[ResultRow]:
-    names = sorted(plan.experiments, key=lambda e: (e.dataset, e.experiment_id))
-    return [rows[e.experiment_id] for e in names if e.experiment_id in rows]

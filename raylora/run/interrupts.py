@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -14,9 +16,28 @@ GRACE_SECONDS = 20
 """After Ctrl-C, the time in which experiments that are nearly done may finish."""
 
 
-def exit_on_sigterm() -> None:
-    """So that what is running is stopped in order. For the main thread: no other may handle signals."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises ``SystemExit(143)``, so that what is running is stopped in order; then as it was before."""
+    with _handling(signal.SIGTERM, lambda *_: sys.exit(143)):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Handler) -> Iterator[None]:
+    """A signal's handler for a time; nothing outside the main thread, as no other may handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        # None: it was put there by other means than Python's, and cannot be put there again by these
+        signal.signal(number, signal.SIG_DFL if former is None else former)
 
 
 class Interrupts:
@@ -27,19 +48,16 @@ class Interrupts:
         self.begin_no_more: Callable[[], None] = lambda: None
         self.came = False
         self._over = threading.Event()
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
-        self._former: Any = None
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> Interrupts:
-        if self._in_main_thread:  # no other may handle signals
-            self._former = signal.signal(signal.SIGINT, self._handle)
-            exit_on_sigterm()  # again: as it starts Ray puts a handler of its own in its place, which aborts
+        self._handlers.enter_context(_handling(signal.SIGINT, self._handle))
+        self._handlers.enter_context(exit_on_sigterm())  # as it starts Ray puts a handler in its place, which aborts
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._in_main_thread:
-            signal.signal(signal.SIGINT, self._former)
+        self._handlers.close()
 
     def _handle(self, *_: object) -> None:
         if self.came:

@@ -6,16 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from raylora.cluster.status import Status, WorkerProgress
 from raylora.console import clock, make_console
 from raylora.records import ResultRow
 
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 0.5
 
 
 class LiveTable:
@@ -26,15 +26,18 @@ class LiveTable:
         self.num_total, self.num_done, self.num_failed = num_total, num_done, 0
         self.num_before = num_done
         self.started = time.monotonic()
-        self._read: Callable[[], Any] | None = None
+        self._read: Callable[[], Status] | None = None
+        self._row_came: Callable[[ResultRow], None] = self.finished
+        self._looking = threading.Lock()
         self._num_notes = 0
         self._live: Live | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._shown: dict[int, tuple[str, str]] = {}
 
-    def connect(self, read: Callable[[], Any]) -> None:
-        """``read`` returns a ``Sight`` of the run from now on: every worker's progress, and notes."""
+    def connect(self, read: Callable[[], Status], row_came: Callable[[ResultRow], None] | None = None) -> None:
+        """``read`` returns what the run's board shows from now on; ``row_came`` is told of its rows, one by one."""
+        self._row_came = row_came or self.finished
         self._read = read
 
     def __enter__(self) -> LiveTable:
@@ -58,30 +61,38 @@ class LiveTable:
         self.num_failed += not row.ok
         self.console.print(f"[{self.num_done}/{self.num_total}] {describe(row)}", soft_wrap=True)
 
+    def look_once_more(self) -> None:
+        """What came since the last look. Nothing is looked at after it."""
+        self._stop.set()
+        self._look()
+
     def _poll(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
-            if self._read is None:
-                continue
-            try:
-                sight = self._read()
-            except Exception:  # noqa: BLE001 - the cluster may be going away; what is shown is not worth failing for
-                continue
-            progress = sight.progress
-            for note in sight.notes[self._num_notes :]:
-                self.console.print(f"Note: {note}", soft_wrap=True)
-            self._num_notes = len(sight.notes)
-            if self._live:
-                self._live.update(self._table(progress))
-            else:
-                self._print_changes(progress)
+            self._look()
 
-    def _print_changes(self, progress: list[Any]) -> None:
+    def _look(self) -> None:
+        with self._looking:
+            try:
+                status = self._read() if self._read else Status()
+            except Exception:  # noqa: BLE001 - the cluster may be going away; what is shown is not worth failing for
+                return
+            for values in status.rows:
+                self._row_came(ResultRow(values))
+            for note in status.notes[self._num_notes :]:
+                self.console.print(f"Note: {note}", soft_wrap=True)
+            self._num_notes = max(self._num_notes, len(status.notes))
+            if self._live:
+                self._live.update(self._table(status.progress))
+            else:
+                self._print_changes(status.progress)
+
+    def _print_changes(self, progress: list[WorkerProgress]) -> None:
         for p in progress:
             if self._shown.get(p.worker) != (p.dataset, p.stage):
                 self._shown[p.worker] = (p.dataset, p.stage)
                 self.console.print(f"worker {p.worker}: {p.dataset} · {p.stage}", soft_wrap=True)
 
-    def _table(self, progress: list[Any]) -> Table:
+    def _table(self, progress: list[WorkerProgress]) -> Table:
         elapsed = time.monotonic() - self.started
         fresh = self.num_done - self.num_before
         left = f", about {clock(elapsed / fresh * (self.num_total - self.num_done))} left" if fresh else ""

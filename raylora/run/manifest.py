@@ -7,6 +7,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from raylora import __version__
 from raylora.planning.plan import Plan
 
 PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
@@ -21,13 +22,15 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
         "hashes": plan.hashes,
         "base_key": plan.experiments[0].base_key if plan.experiments else "",
         "data_hashes": {e.dataset: e.data_hash for e in plan.experiments},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": _describe_machine(),
     }
 
 
-def _version(package: str) -> str | None:
-    """The installed version; None where the package is not installed."""
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not there."""
+    if package == "raylora":  # what is imported, which need not be what is installed
+        return __version__
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTIAL = ".partial-"
 
 
 def to_json(value: Any) -> str:
-    """JSON text; what JSON does not know (NaN, infinity) becomes null."""
+    """A value as JSON text. NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite_json(value), ensure_ascii=False, indent=1, default=str)
 
 
@@ -27,18 +27,23 @@ def _finite_json(value: Any) -> Any:
 
 
 def partial_of(path: Path) -> Path:
-    """A temporary name beside ``path``; what is left under one is thrown away by the next run."""
+    """A temporary name in the folder of ``path``. The next run deletes what a killed one left (``Store.open``)."""
     return path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` makes a file or folder under a temporary name beside ``path``, which then takes its place."""
+    """Have ``write`` make a file or folder under a temporary name beside ``path``, then rename it to ``path``.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
         write(partial)
         if partial.is_dir() and path.is_dir():
-            shutil.rmtree(path)  # a folder cannot be renamed over one that holds files
+            # A folder cannot be renamed over one that holds files. A kill right after this leaves none, never a half.
+            shutil.rmtree(path)
         partial.replace(path)
     finally:
         if partial.is_dir():
@@ -48,6 +53,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """``write_atomically`` of text in UTF-8."""
+
     def write(partial: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
@@ -55,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object that was written here; None where there is none, or none that can be read."""
+    """The JSON object in a file; None where there is no such file, it cannot be read, or it holds none."""
     try:
         return parse_json(path.read_bytes())
     except OSError:
@@ -63,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:
-    """A JSON object; None where it is none."""
+    """The JSON object that ``data`` is; None if it is none."""
     try:
         value = json.loads(data)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A run's results in the form of the research code that users come from."""
+"""A run's results in the JSON file of the research code, which users' scripts read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raylora.storage.store import Store
 
 
 def write_legacy_results(store: Store, chunk: str, max_samples: int | None, rows: list[ResultRow]) -> Path:
-    """``batch_mmlu_results_<chunk>_<time>.json`` in the form that users' scripts read."""
+    """Write ``batch_mmlu_results_<chunk>_<time>.json``; returns where users find it."""
     now = datetime.now(UTC)
     stamp = now.strftime("%Y%m%d_%H%M%S")
     report = {
@@ -29,22 +29,24 @@ def write_legacy_results(store: Store, chunk: str, max_samples: int | None, rows
 
 
 def safe_prefix(chunk: str) -> str:
+    """The beginning of the file's name, up to the time."""
     return "batch_mmlu_results_" + (re.sub(r"[^A-Za-z0-9_-]+", "_", chunk) or "chunk")
 
 
 def legacy_result(row: ResultRow) -> dict[str, Any]:
     """One row as the nested result of the research code."""
-    v = row.values
-    metrics = {k: v.get(k) for k in v if k.startswith(("train_", "num_train", "peak_memory", "num_supervised"))}
-    metrics["train_runtime"] = v.get("train_seconds")
+    values = row.values
+    prefixes = ("train_", "num_train", "peak_memory", "num_supervised")
+    metrics = {name: value for name, value in values.items() if name.startswith(prefixes)}
+    metrics["train_runtime"] = values.get("train_seconds")
     return {
-        "dataset": v.get("dataset"),
-        "status": v.get("status"),
-        "error": v.get("error"),
+        "dataset": values.get("dataset"),
+        "status": values.get("status"),
+        "error": values.get("error"),
         "training_info": {"training_metrics": metrics},
         "results": {
-            "finetuned_model": _scores(v, ""),
-            "base_model": _scores(v, "base_"),
+            "finetuned_model": _scores(values, ""),
+            "base_model": _scores(values, "base_"),
         },
     }
 

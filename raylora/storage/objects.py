@@ -12,88 +12,86 @@ from typing import Any, TypeVar
 from raylora.errors import RemoteError, one_line, reason
 
 MAX_TRIES = 5
-"""Of an operation on an object store that has answered before; each wait is twice as long as the last, from 1 s."""
-NEVER = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-"""What no second try changes."""
+"""Tries of one operation. The waits between them are 1, 2, 4 and 8 s."""
+FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+"""Errors that trying again does not change."""
 
 T = TypeVar("T")
 
 
-# Objects
-
-
 class Remote:
-    """A folder on an object store. Names are relative to it, with ``/``. There is no rename and nothing is appended.
+    """A folder on an object store. Names are relative to it, with ``/``. An object cannot be renamed or appended to.
 
-    Every method raises ``RemoteError`` where the store does not answer, or says no.
+    Every method raises ``RemoteError`` where the store does not answer or refuses.
     """
 
     def __init__(self, place: str) -> None:
         from fsspec.core import url_to_fs
 
         self.place = place
-        # A listing that was kept would not show what others write.
+        # fsspec keeps listings of folders, which would not show what other machines write.
         self._fs, self._root = url_to_fs(place, use_listings_cache=False)
         self._has_answered = False
 
     def read(self, name: str) -> bytes | None:
         """The whole object; None where there is none."""
-        found: bytes | None = self._call(name, lambda: _or_none(lambda: self._fs.cat_file(self._path(name))))
-        return found
+        data: bytes | None = self._call(name, lambda: _or_none(lambda: self._fs.cat_file(self._path(name))))
+        return data
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Those of the objects that are there, asked for side by side."""
+        """The contents by name of those objects that exist, read in parallel."""
         return self._call("", lambda: self._read_many(names)) if names else {}
 
     def _read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        by_path = {self._path(name): name for name in names}
-        found = self._fs.cat([*by_path], on_error="return")
-        for value in found.values():
-            if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
-                raise value
-        return {by_path[path]: value for path, value in found.items() if isinstance(value, bytes)}
+        names_by_path = {self._path(name): name for name in names}
+        results = self._fs.cat([*names_by_path], on_error="return")
+        for result in results.values():
+            if isinstance(result, Exception) and not isinstance(result, FileNotFoundError):
+                raise result
+        return {names_by_path[path]: result for path, result in results.items() if isinstance(result, bytes)}
 
     def write(self, name: str, data: bytes) -> None:
+        """Write an object, in place of an old one."""
         self._call(name, lambda: self._fs.pipe_file(self._path(name), data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object that must not be there yet: False where it is. Of many who try at once, one succeeds."""
+        """Write an object that must not exist yet; False where it does. Of several that try at once, one succeeds."""
 
         def create() -> bool:
             try:
                 self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
-                # Perhaps by our own first try, whose answer was lost.
+                # It may be ours: ``_call`` tries again where the first try was written and its answer was lost.
                 return bool(self._fs.cat_file(self._path(name)) == data)
             return True
 
         return self._call(name, create)
 
     def upload(self, name: str, path: Path) -> None:
-        """A file, or every file below a folder."""
+        """Write a file, or every file below a folder."""
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            there = "/".join((name, *file.relative_to(path).parts))
-            self._call(there, partial(self._fs.put_file, str(file), self._path(there)))
+            object_name = "/".join((name, *file.relative_to(path).parts))
+            self._call(object_name, partial(self._fs.put_file, str(file), self._path(object_name)))
 
     def download(self, name: str, path: Path) -> bool:
-        """An object, or all below a name, into a new ``path``; False where there is none. Not atomic on this side."""
-        names = self.list(name)
-        for found in names:
-            target = path.joinpath(*PurePosixPath(found).relative_to(name).parts)
+        """Copy an object, or all below a name, to a new local ``path``, not atomically; False where there is none."""
+        object_names = self.list(name)
+        for object_name in object_names:
+            target = path.joinpath(*PurePosixPath(object_name).relative_to(name).parts)
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._call(found, partial(self._fs.get_file, self._path(found), str(target)))
-        return bool(names)
+            self._call(object_name, partial(self._fs.get_file, self._path(object_name), str(target)))
+        return bool(object_names)
 
     def list(self, name: str) -> list[str]:
-        """The names of the object itself and of all objects below it."""
+        """The names of the object itself and of all objects below it, sorted."""
         start = len(self._root.rstrip("/")) + 1
-        found = self._call(name, lambda: _or_none(lambda: self._fs.find(self._path(name)))) or []
-        names = [path[start:] for path in found]
-        # A name with .. in it is nobody's of ours, and must not lead out of a folder here.
+        paths = self._call(name, lambda: _or_none(lambda: self._fs.find(self._path(name)))) or []
+        names = [path[start:] for path in paths]
+        # raylora writes no name with .. in it; somebody else's must not lead out of the folder of downloads.
         return sorted(n for n in names if not n.endswith("/") and ".." not in PurePosixPath(n).parts)
 
     def remove(self, name: str) -> None:
-        """The object, or all below the name; nothing where there is none."""
+        """Delete the object, or all below the name, if there are any."""
         assert name, "the whole folder is never removed: other things may lie in it"
         self._call(name, lambda: _or_none(lambda: self._fs.rm(self._path(name), recursive=True)))
 
@@ -101,12 +99,17 @@ class Remote:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
 
     def _call(self, name: str, do: Callable[[], T]) -> T:
-        """One operation, with patience where the store has answered before."""
+        """Run one operation, up to ``MAX_TRIES`` times if this store has answered before.
+
+        One that has not is likely misspelt, or has no credentials here: its first error is raised at once.
+        """
         for seconds in [2.0**i for i in range(MAX_TRIES - 1)]:
             try:
-                return self._answered(do())
+                result = do()
+                self._has_answered = True
+                return result
             except Exception as error:
-                if isinstance(error, NEVER) or not self._has_answered:
+                if isinstance(error, FINAL_ERRORS) or not self._has_answered:
                     raise self._error(name, error) from error
             time.sleep(seconds)
         try:
@@ -114,16 +117,13 @@ class Remote:
         except Exception as error:
             raise self._error(name, error) from error
 
-    def _answered(self, value: T) -> T:
-        self._has_answered = True
-        return value
-
     def _error(self, name: str, error: Exception) -> RemoteError:
         cause = reason(error) if isinstance(error, OSError) else one_line(error)
         return RemoteError(f"{self.place}/{name}".rstrip("/"), cause)
 
 
 def _or_none(do: Callable[[], Any]) -> Any:
+    """What ``do`` returns; None where it finds no such object."""
     with contextlib.suppress(FileNotFoundError):
         return do()
     return None

@@ -1,9 +1,8 @@
-"""Places that users name: local paths, and what fsspec reads (``s3://``, ``gs://``, ...). The only importer of fsspec.
+"""Places that users name: local paths, and URIs that fsspec can read (``s3://``, ``gs://``, ...).
 
 Data and questions are read through ``location``: a local path stays a plain ``pathlib.Path``, a URI becomes a path of
-universal-pathlib, which has the same methods. Results on an object store are written and read through ``Remote``, a
-handful of operations on whole objects, each of which happens or does not. Credentials come from where the libraries
-of fsspec look for them (``AWS_PROFILE``, an instance's role, ...), never through here.
+universal-pathlib, which has the same methods. Results on an object store go through ``objects.Remote``. Credentials are
+found by the libraries below fsspec (``AWS_PROFILE``, an instance's role, ...) and never pass through raylora.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from urllib.request import url2pathname
 
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
-from raylora.errors import UserError, one_line, without_secrets
+from raylora.errors import RayloraError, UserError, one_line, without_secrets
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-"""The extra of raylora that a protocol needs."""
+"""By protocol, the extra of raylora that installs its package."""
 
 
 @contextlib.contextmanager
 def writing(option: str, place: Path) -> Iterator[None]:
-    """Around what writes to a place that the user gave: what cannot be written is a line that names the option."""
+    """For code that writes to a place that the user gave with ``option``.
+
+    Raises:
+        UserError: in place of an ``OSError``; one line that names the option and the place.
+    """
     try:
         yield
     except OSError as error:
         raise UserError(f"{option} {place}: cannot be written to: {error.strerror}") from error
-
-
-# Places
 
 
 def location(text: str | Path) -> Path:
@@ -58,7 +58,7 @@ def location(text: str | Path) -> Path:
     _check_protocol(text, protocol)
     from upath import UPath
 
-    return cast(Path, UPath(text.rstrip("/"), use_listings_cache=False))  # see Remote
+    return cast(Path, UPath(text.rstrip("/"), use_listings_cache=False))  # as in objects.Remote
 
 
 def _check_protocol(text: str, protocol: str) -> None:
@@ -68,44 +68,45 @@ def _check_protocol(text: str, protocol: str) -> None:
         get_filesystem_class(protocol)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        mend = f"pip install 'raylora[{extra}]'" if extra else one_line(error)
-        raise UserError(f"{text}: needs a package more: {mend}") from None
+        fix = f"pip install 'raylora[{extra}]'" if extra else one_line(error)
+        raise UserError(f"{text}: needs a package more: {fix}") from None
     except ValueError:
         raise UserError(f"{text}: {protocol}:// is no protocol that fsspec knows") from None
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a location is no path of this machine."""
+    """Whether a location is a URI's path, and not a local one."""
     return not isinstance(path, Path)
 
 
-def _checked_place(text: str | None) -> str | None:
+def _validate_uri(text: str | None) -> str | None:
     if text is not None and "://" in text:
         location(text)
     return text
 
 
-Location = Annotated[Path, PlainValidator(location), PlainSerializer(str, when_used="json")]
+Location = Annotated[Path, PlainValidator(location, json_schema_input_type=str), PlainSerializer(str, when_used="json")]
 """An option that is a place."""
-LocationText = Annotated[str, AfterValidator(_checked_place)]
-"""An option that may be a place, or a name of ours."""
+LocationText = Annotated[str, AfterValidator(_validate_uri)]
+"""An option that may be a place or a name that raylora knows, such as ``demo``."""
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what can be made again: ``RAYLORA_CACHE``, or ``~/.cache/raylora``."""
+    """This machine's folder for files that can be made again: ``RAYLORA_CACHE``, or ``~/.cache/raylora``."""
     return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """While something remote is read: what a client library raises becomes one line.
+    """For code that reads a place: whatever a client library raises of a remote one becomes one line.
 
     Raises:
-        UserError: no credentials, no such host, ...; an ``OSError`` stays what it is.
+        UserError: no credentials, no such host, ...
+        OSError: as it was raised.
     """
     try:
         yield
-    except (UserError, OSError):
+    except (RayloraError, OSError):
         raise
     except Exception as error:
         if not is_remote(path):

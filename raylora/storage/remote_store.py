@@ -1,9 +1,9 @@
-"""The run's folder on an object store: the same names, kept by whole objects.
+"""The run's folder on an object store, under the same names as in ``store.py``.
 
-Each machine works in a folder of its own (below ``RAYLORA_CACHE``), with the paths and the code of ``store.py``. A
-finished product is uploaded, its JSON file last, so that what has one is whole; what is done is read from the object
-store, never from the machine. What needs a file system stays on the machine and is lost with it: locks among its
-workers, half-done answers, the log while an experiment runs.
+Each machine works in a local folder of its own (below ``RAYLORA_CACHE``), with the paths and the code of ``store.py``.
+A finished product is uploaded, its JSON file last: where that exists, the product is complete. What is done is read
+from the object store only, never from a local folder. What needs a file system stays local and is lost with the
+machine: locks between its workers, answers of an unfinished evaluation, the log while an experiment runs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from raylora.storage.run_lock import RunLock
 from raylora.storage.store import LOG, PRODUCTS, ROW, Store, row_of
 
 EDITION = "edition"
-"""An object whose text names the folder in which machines work on these results: another one after ``--fresh``."""
+"""The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
+on with files of the results that were deleted."""
 
-SMALL = ("/loss_curve.csv", "/scores.parquet", "/result.json")
-"""What reports are made of."""
+REPORT_FILES = ("/loss_curve.csv", "/scores.parquet", "/result.json")
+"""Endings of the objects that a report is made from."""
 
 
 def store_at(place: Path) -> Store:
-    """The store of a place that ``files.location`` made."""
+    """The store of a place that ``places.location`` made."""
     return RemoteStore(place) if is_remote(place) else Store(place)
 
 
@@ -40,18 +41,19 @@ class RemoteStore(Store):
     """Results at a URI.
 
     Args:
-        edition: known from ``open`` on, and travels to workers.
+        edition: the text of ``EDITION``, read by ``open`` and pickled for workers; empty before.
+        lock_number: of the lock that the command holds, elsewhere than where it holds it.
     """
 
-    def __init__(self, place: Path, edition: str = "") -> None:
+    def __init__(self, place: Path, edition: str = "", lock_number: int = 0) -> None:
         self.place = place
         self._remote = Remote(str(place))
-        self._lease = RunLock(self._remote)
+        self._run_lock = RunLock(self._remote, lock_number)
         self._use_edition(edition)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The machine that it comes to has a cache of its own, and no lease.
-        return _travelled, (str(self.place), self._edition)
+        # Another machine has its own cache folder, and the run lock stays with the command.
+        return _unpickle, (str(self.place), self._edition, self._run_lock.number)
 
     def _use_edition(self, edition: str) -> None:
         self._edition = edition
@@ -61,10 +63,10 @@ class RemoteStore(Store):
 
     def open(self, fresh: bool) -> None:
         try:
-            # Hexadecimal: what somebody else put there must not lead out of the cache.
+            # Only 32 hexadecimal digits: another text could lead out of the cache folder.
             saved = (self._remote.read(EDITION) or b"").decode("ascii", "ignore")
-            known = re.fullmatch(r"[0-9a-f]{32}", saved)
-            self._use_edition(saved if known and not fresh else uuid.uuid4().hex)
+            is_valid = re.fullmatch(r"[0-9a-f]{32}", saved)
+            self._use_edition(saved if is_valid and not fresh else uuid.uuid4().hex)
             self._remote.write(EDITION, self._edition.encode())
             if fresh:
                 for name in ("experiments", "base"):
@@ -77,14 +79,14 @@ class RemoteStore(Store):
     @contextlib.contextmanager
     def held(self, fresh: bool) -> Iterator[None]:
         try:
-            with self._lease.held():
+            with self._run_lock.held():
                 self.open(fresh)
                 yield
         except RemoteError as error:
             raise UserError(f"--output {self.place}: {error.strerror}") from error
 
     def _make_work_folder(self) -> None:
-        """This machine's folder of the edition; those of earlier ones are of no use any more."""
+        """Make this machine's folder of the edition, and delete those of earlier editions."""
         if self.root.is_dir():
             return
         self.root.mkdir(parents=True, exist_ok=True)
@@ -97,57 +99,58 @@ class RemoteStore(Store):
 
         Raises:
             UserError: another run took the folder over.
+            RemoteError: the object store does not answer.
         """
-        self._lease.check()
+        self._run_lock.check()
         if (self.root / name).is_file():
             self._remote.upload(name, self.root / name)
 
     def collect(self) -> None:
         for name in [*self._remote.list("base"), *self._remote.list("experiments")]:
-            if name.endswith(SMALL) and not (self.root / name).is_file():
+            if name.endswith(REPORT_FILES) and not (self.root / name).is_file():
                 self._download(name, self.root / name)
 
     # One experiment
 
     def take_out(self, experiment: Experiment) -> None:
-        """Bring what was finished on other machines to this one."""
+        """Download the stages that were finished on other machines."""
         self._make_work_folder()
-        folder, there = self.folder(experiment), set(self._remote.list(_name(experiment)))
+        folder, existing_names = self.folder(experiment), set(self._remote.list(_name(experiment)))
         for stage, products in PRODUCTS.items():
             marker = _name(experiment, f"{stage}.json")
-            data = self._remote.read(marker) if marker in there else None
+            data = self._remote.read(marker) if marker in existing_names else None
             local = folder / f"{stage}.json"
             if data is None or (parse_json(data) or {}).get("origin") != experiment.origins[stage]:
                 continue
-            # The same text was made by the same run of the stage: it has its seconds in it.
+            # An equal local JSON file is of the same run of the stage, as the stage's seconds are in it: no download.
             if not local.is_file() or local.read_bytes() != data:
                 for name in products:
                     self._download(_name(experiment, name), folder / name)
                 write_text(local, data.decode("utf-8"))
-        if _name(experiment, LOG) in there and not (folder / LOG).is_file():
+        if _name(experiment, LOG) in existing_names and not (folder / LOG).is_file():
             self._download(_name(experiment, LOG), folder / LOG)
 
     def put_away(self, experiment: Experiment) -> None:
-        """Keep the log. What lies on this machine only to be worked on goes when the experiment has its row."""
+        """Upload the log, and delete the local folder if the experiment has its row."""
         folder = self.folder(experiment)
         if (folder / LOG).is_file():
             self._remote.upload(_name(experiment, LOG), folder / LOG)
-            # Another machine may go on with it: the next run here begins with what it left.
+            # Another machine may append to the log: if this one has the experiment again, it must download it anew.
             (folder / LOG).unlink()
         if self.read_row(experiment):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _lacks(self, experiment: Experiment, stage: str) -> list[str]:
-        return []  # nobody asks the object store for each: a marker is written last, and taken away first
+    def _missing_files(self, experiment: Experiment, stage: str) -> list[str]:
+        return []  # no request for each file: the marker is uploaded after them and deleted before them
 
     def _read(self, experiment: Experiment, name: str) -> dict[str, Any] | None:
         return parse_json(self._remote.read(_name(experiment, name)) or b"")
 
     def read_rows(self, experiments: Iterable[Experiment]) -> dict[str, ResultRow]:
         by_name = {_name(e, ROW): e for e in experiments}
-        found = self._remote.read_many([*by_name])
-        rows = {by_name[n].experiment_id: row_of(by_name[n], parse_json(data)) for n, data in found.items()}
-        return {key: row for key, row in rows.items() if row}
+        objects = self._remote.read_many([*by_name])
+        rows = {by_name[name].experiment_id: row_of(by_name[name], parse_json(data)) for name, data in objects.items()}
+        return {experiment_id: row for experiment_id, row in rows.items() if row}
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
         text = to_json({"identity": experiment.identity, "row": row.values})
@@ -156,14 +159,14 @@ class RemoteStore(Store):
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
         text = to_json({"origin": experiment.origins[stage], "values": values})
         marker = _name(experiment, f"{stage}.json")
-        # A marker of another origin must not stand beside this product, not for a moment.
+        # See ``forget_stage``: the old marker must not stand beside the new files.
         self._remote.remove(marker)
         for name in PRODUCTS[stage]:
             self._remote.upload(_name(experiment, name), self.folder(experiment) / name)
         self._remote.write(marker, text.encode("utf-8"))
         write_text(self.folder(experiment) / f"{stage}.json", text)
 
-    # What all experiments share. Machines may make it side by side; the first to be done gives it to all.
+    # Files that all experiments share. Two machines may make the same one: the first that is uploaded is used by both.
 
     def fetch(self, path: Path) -> None:
         if not path.is_file():
@@ -175,7 +178,7 @@ class RemoteStore(Store):
             self._download(name, path)
 
     def _download(self, name: str, path: Path) -> None:
-        """Put the object, or all below the name, at ``path``, whole. Without one, ``path`` stays as it is."""
+        """Download the object, or all below the name, to ``path``, atomically. Without one ``path`` stays as it is."""
 
         def download(partial: Path) -> None:
             if not self._remote.download(name, partial):
@@ -189,5 +192,5 @@ def _name(experiment: Experiment, *parts: str) -> str:
     return "/".join(("experiments", experiment.experiment_id, *parts))
 
 
-def _travelled(place: str, edition: str) -> RemoteStore:
-    return RemoteStore(location(place), edition)
+def _unpickle(place: str, edition: str, lock_number: int) -> RemoteStore:
+    return RemoteStore(location(place), edition, lock_number)

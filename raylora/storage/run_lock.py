@@ -1,9 +1,11 @@
-"""One run at a time in a folder of an object store, where no file can be locked.
+"""A lock for one run at a time in a folder of an object store, where files cannot be locked.
 
-The holder of ``run.lock/<number>`` is the one who made it, by a write that fails where it is there already, as long as
-no higher number is. It renews its object every ``RENEW_SECONDS``. Who comes next watches: an object that is renewed is
-a run that lives; one that is not for ``KEEP_SECONDS`` is a dead one's, and the next number may be made. Nobody's clock
-is compared with anybody else's, and a run that slept too long finds a higher number and stops.
+The lock is a row of numbered objects, ``run.lock/00000001`` and on. The run that created the highest number holds it;
+creating fails if the object exists, so that of several runs which try the same number one succeeds. The holder
+rewrites its object every ``RENEW_SECONDS``. Another run that wants the lock watches this object. If it changes, the
+holder is alive and the other run gives up. If it stays the same for ``KEEP_SECONDS``, the holder is taken for dead and
+the other run creates the next number. Both intervals are measured by one clock each, so machines' clocks may differ.
+A holder that was suspended for longer than that finds the higher number and stops.
 """
 
 from __future__ import annotations
@@ -25,15 +27,22 @@ from raylora.storage.objects import Remote
 
 RENEW_SECONDS = 10.0
 KEEP_SECONDS = 60.0
+"""A lock that is not renewed for so long, six times in a row, is free."""
 FOLDER = "run.lock"
+TAKEN_OVER = "another run took it over"
 
 
 class RunLock:
-    """This process's right to write below ``remote``."""
+    """The right to write below ``remote``, which one process at a time can hold.
 
-    def __init__(self, remote: Remote) -> None:
+    Args:
+        number: of the lock that another process of the same run holds; 0 where this one will.
+    """
+
+    def __init__(self, remote: Remote, number: int = 0) -> None:
         self._remote = remote
-        self._number = 0
+        self.number = number
+        self._is_elsewhere = number > 0
         self._state: dict[str, Any] = {
             "owner": f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             "process": [_process_space(), os.getpid()],
@@ -41,15 +50,19 @@ class RunLock:
             "renewals": 0,
             "released": False,
         }
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._lost = ""
+        """Why it was lost; empty while it is held."""
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Take it, renew it until the end, let go.
+        """Acquire the lock, renew it in a thread, release it at the end.
+
+        A lock of a dead run is waited for, ``KEEP_SECONDS`` or, if it was a process of this machine, not at all.
 
         Raises:
-            UserError: another run has it and lives. That is seen within ``RENEW_SECONDS``; a dead one's is waited for.
+            UserError: another run holds it and is alive, which is seen after ``RENEW_SECONDS`` at most.
+            RemoteError: the object store does not answer.
         """
         self._acquire()
         thread = threading.Thread(target=self._keep_renewing, daemon=True)
@@ -57,7 +70,7 @@ class RunLock:
         try:
             yield
         finally:
-            self._over.set()
+            self._ended.set()
             thread.join()
             with contextlib.suppress(RemoteError):
                 self._release()
@@ -66,25 +79,28 @@ class RunLock:
         """To be called before something is written.
 
         Raises:
-            UserError: it was lost; another run may be writing.
+            UserError: the lock was lost: another run may be writing.
         """
+        if self._is_elsewhere and self._read_highest()[0] != self.number:
+            self._lost = TAKEN_OVER
         if self._lost:
             raise UserError(f"--output {self._remote.place}: {self._lost}: this run stops, what is finished is kept")
 
     def _acquire(self) -> None:
         seen: tuple[int, bytes] | None = None
-        since = time.monotonic()
+        first_seen = time.monotonic()
         while True:
-            number, data = self._highest()
-            if number == 0 or _is_free(data) or (seen == (number, data) and time.monotonic() - since > KEEP_SECONDS):
-                self._number = number + 1
-                if self._remote.create(self._name(self._number), self._data()):
+            number, data = self._read_highest()
+            is_expired = seen == (number, data) and time.monotonic() - first_seen > KEEP_SECONDS
+            if number == 0 or _is_free(data) or is_expired:
+                self.number = number + 1
+                if self._remote.create(self._name(self.number), self._data()):
                     return
-                seen = None
+                seen = None  # another run was faster: watch its lock
             elif seen is None or seen[0] != number:
-                seen, since = (number, data), time.monotonic()
-            elif seen != (number, data):
-                owner = _parsed(data).get("owner", "unknown")
+                seen, first_seen = (number, data), time.monotonic()
+            elif seen != (number, data):  # it was renewed
+                owner = _parse_state(data).get("owner", "unknown")
                 raise UserError(
                     f"--output {self._remote.place}: another run is writing here ({owner}): wait for it, or give "
                     "another --output"
@@ -93,13 +109,13 @@ class RunLock:
 
     def _keep_renewing(self) -> None:
         renewed = time.monotonic()
-        while not self._over.wait(RENEW_SECONDS):
+        while not self._ended.wait(RENEW_SECONDS):
             try:
-                if self._highest()[0] != self._number:
-                    self._lost = "another run took it over"
+                if self._read_highest()[0] != self.number:
+                    self._lost = TAKEN_OVER
                     return
                 self._state["renewals"] += 1
-                self._remote.write(self._name(self._number), self._data())
+                self._remote.write(self._name(self.number), self._data())
                 renewed = time.monotonic()
             except RemoteError as error:
                 if time.monotonic() - renewed > KEEP_SECONDS:
@@ -107,18 +123,19 @@ class RunLock:
                     return
 
     def _release(self) -> None:
-        if self._lost or self._highest()[0] != self._number:
+        if self._lost or self._read_highest()[0] != self.number:
             return
         self._state["released"] = True
-        # The object stays, so that no number is ever given twice; those before it are of no use any more.
-        self._remote.write(self._name(self._number), self._data())
+        # The object stays, so that no number is used twice; lower numbers are of no use any more.
+        self._remote.write(self._name(self.number), self._data())
         for name in self._remote.list(FOLDER):
-            if name < self._name(self._number):
+            if name < self._name(self.number):
                 self._remote.remove(name)
 
-    def _highest(self) -> tuple[int, bytes]:
-        numbers = [int(n.rpartition("/")[2]) for n in self._remote.list(FOLDER) if n.rpartition("/")[2].isdecimal()]
-        number = max(numbers, default=0)
+    def _read_highest(self) -> tuple[int, bytes]:
+        """The highest number and its object's content; 0 where there is none yet."""
+        names = [path.rpartition("/")[2] for path in self._remote.list(FOLDER)]
+        number = max((int(name) for name in names if name.isdecimal()), default=0)
         return number, (self._remote.read(self._name(number)) or b"") if number else b""
 
     def _data(self) -> bytes:
@@ -130,8 +147,8 @@ class RunLock:
 
 
 def _is_free(data: bytes) -> bool:
-    """Whether its holder let go, or was a process of this machine that is no more."""
-    state = _parsed(data)
+    """Whether the holder released the lock, or was a process of this machine that has ended."""
+    state = _parse_state(data)
     if state.get("released"):
         return True
     process = state.get("process")
@@ -140,7 +157,7 @@ def _is_free(data: bytes) -> bool:
     return not Path(f"/proc/{process[1]}").is_dir()
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parse_state(data: bytes) -> dict[str, Any]:
     try:
         state = json.loads(data)
     except ValueError:
@@ -149,9 +166,9 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def _process_space() -> str:
-    """What two processes share only if they see each other: this boot of the machine, and the space of process ids."""
+    """Where a process id means the same process: this boot of this machine, and its namespace of process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:  # no Linux: nobody is known to be dead, and a lease runs out
+    except OSError:  # not Linux: no process is known to be dead, and its lock expires
         return uuid.uuid4().hex

@@ -1,8 +1,8 @@
 """The run's folder: names, atomic writes, what is done, the tables.
 
-What makes work durable is here, not in the scheduler. Each experiment has a folder; each stage's product is written
-under a temporary name and renamed, together with the key of everything it came from; ``result.json`` comes last. A
-product whose key does not match is made anew.
+Finished work survives a crash through what is here, not through Ray. Each experiment has a folder. Each stage's files
+are written under temporary names and renamed; last comes the stage's JSON file, its marker, with the origin: hashes of
+everything that the stage depends on. A stage whose origin has changed is run anew. ``result.json`` is written last.
 
     results/<chunk>/
       results.csv  results.parquet  run.json  batch_mmlu_results_<chunk>_<time>.json
@@ -37,15 +37,15 @@ from raylora.storage.tables import rows_to_table
 LOG = "log.txt"
 ROW = "result.json"
 PRODUCTS = {"features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",)}
-"""What lies beside a stage's JSON file."""
+"""By stage, the files and folders beside its JSON file."""
 FILES_OF = {"adapter": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")}
-"""What a product that is a folder cannot do without."""
+"""By product that is a folder, the files that it must hold."""
 
 
 def safe_name(name: str, *identity: Any) -> str:
-    """A folder name from a user's: ASCII letters, digits, ``_``, ``-`` and ``.``, at most 80, and 12 digits of a hash.
+    """A folder name from a user's name: at most 80 ASCII letters, digits, ``_`` and ``-``, the last 12 of them a hash.
 
-    The hash is over the whole name and ``identity``, so that names which look alike do not collide.
+    The hash is of the whole name and ``identity``, so that names which look alike do not collide.
     """
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^A-Za-z0-9_-]+", "_", ascii_name).strip("_-")[:67] or "dataset"
@@ -53,9 +53,10 @@ def safe_name(name: str, *identity: Any) -> str:
 
 
 class Store:
-    """The folder of one chunk's results. Plain paths inside, so that it travels to workers.
+    """The folder of one chunk's results. It can be pickled for workers.
 
-    ``root`` is where files are made; ``place`` is where people find them, which is the same on a file system.
+    ``root`` is the local folder in which files are made; ``place`` is where users find them. They differ on an object
+    store only.
     """
 
     def __init__(self, root: Path) -> None:
@@ -63,7 +64,7 @@ class Store:
         self.place = self.root
 
     def open(self, fresh: bool) -> None:
-        """Make the folder, throw away what a killed run left half-written, and with ``fresh`` everything.
+        """Make the folder, and delete what a killed run left half-written; with ``fresh`` all earlier results too.
 
         Raises:
             UserError: it cannot be written to.
@@ -81,35 +82,35 @@ class Store:
 
     @contextlib.contextmanager
     def held(self, fresh: bool) -> Iterator[None]:
-        """Open the folder and keep other runs out of it until the end. It is free again when this process dies.
+        """Open the folder and lock it against other runs. The system frees the lock if this process dies.
 
         Raises:
             UserError: another run holds it, or it cannot be written to.
         """
-        lock, owner = FileLock(self.root / "run.lock"), self.root / "run.owner"
+        lock, owner_file = FileLock(self.root / "run.lock"), self.root / "run.owner"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            who = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "unknown"
+            owner = owner_file.read_text(encoding="utf-8").strip() if owner_file.is_file() else "unknown"
             raise UserError(
-                f"--output {self.root}: another run is writing here ({who}): wait for it, or give another --output"
+                f"--output {self.root}: another run is writing here ({owner}): wait for it, or give another --output"
             ) from None
         except OSError as error:
             raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
         try:
             self.open(fresh)
             since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-            write_text(owner, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            write_text(owner_file, f"process {os.getpid()} on {socket.gethostname()} since {since}")
             yield
         finally:
             with contextlib.suppress(OSError):  # the next run sweeps again
                 self._sweep()
-            owner.unlink(missing_ok=True)
+            owner_file.unlink(missing_ok=True)
             lock.release()
 
     def _sweep(self) -> None:
-        """Throw away what processes that were killed left half-written."""
+        """Delete what killed processes left half-written."""
         for partial in [*self.root.glob(f"{PARTIAL}*"), *self.root.glob(f"*/*/{PARTIAL}*")]:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
@@ -117,18 +118,18 @@ class Store:
         return self.root / "experiments" / experiment.experiment_id
 
     def shown(self, path: Path) -> Path:
-        """Where people find what is made at ``path``."""
+        """Where users find what is made at ``path``."""
         return self.place / path.relative_to(self.root).as_posix()
 
     def log_path(self, experiment: Experiment) -> Path:
-        """Where people find an experiment's log."""
+        """Where users find an experiment's log."""
         return self.shown(self.folder(experiment) / LOG)
 
     def take_out(self, experiment: Experiment) -> None:
-        """Have what is finished of an experiment at hand. On a file system it always is."""
+        """Called before work on an experiment: bring its finished stages to this machine, if they are not here."""
 
     def put_away(self, experiment: Experiment) -> None:
-        """Nobody works on the experiment any more, for now."""
+        """Called after work on an experiment, finished or not: leave nothing on this machine that others need."""
 
     def _read(self, experiment: Experiment, name: str) -> dict[str, Any] | None:
         return read_json(self.folder(experiment) / name)
@@ -136,29 +137,29 @@ class Store:
     # One experiment's row
 
     def read_row(self, experiment: Experiment) -> ResultRow | None:
-        """The finished row of an experiment, if it came from the same data, model and settings."""
+        """The finished row of an experiment; None without one of the same data, model and settings."""
         return row_of(experiment, self._read(experiment, ROW))
 
     def read_rows(self, experiments: Iterable[Experiment]) -> dict[str, ResultRow]:
-        """The finished rows by experiment id."""
+        """The finished rows by experiment id; see ``read_row``."""
         rows = {e.experiment_id: self.read_row(e) for e in experiments}
-        return {key: row for key, row in rows.items() if row}
+        return {experiment_id: row for experiment_id, row in rows.items() if row}
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
         write_text(self.folder(experiment) / ROW, to_json({"identity": experiment.identity, "row": row.values}))
 
-    # One stage's product: a JSON file with the key it was made under, written after whatever lies beside it
+    # One stage: its JSON file (the marker, with the stage's values and origin), written after the files beside it
 
     def read_stage(self, experiment: Experiment, stage: str) -> dict[str, Any] | None:
-        """A stage's values, if they came from what the experiment is now, and what lies beside them is there."""
+        """A finished stage's values; None unless its origin is the experiment's now and its files are there."""
         saved = self._read(experiment, f"{stage}.json")
-        if saved is None or saved.get("origin") != experiment.origins[stage] or self._lacks(experiment, stage):
+        if saved is None or saved.get("origin") != experiment.origins[stage] or self._missing_files(experiment, stage):
             return None
         values: dict[str, Any] = saved["values"]
         return values
 
-    def _lacks(self, experiment: Experiment, stage: str) -> list[str]:
-        """Files of a stage that somebody took away or emptied."""
+    def _missing_files(self, experiment: Experiment, stage: str) -> list[str]:
+        """The names of a stage's files that somebody deleted or emptied."""
         names = [name for product in PRODUCTS[stage] for name in FILES_OF.get(product, (product,))]
         paths = {name: self.folder(experiment) / name for name in names}
         return [name for name, path in paths.items() if not path.is_file() or not path.stat().st_size]
@@ -168,18 +169,18 @@ class Store:
         write_text(self.folder(experiment) / f"{stage}.json", to_json({"origin": origin, "values": values}))
 
     def forget_stage(self, experiment: Experiment, stage: str) -> None:
-        """Before a product is replaced: a marker of another origin must not stand beside it, not for a moment."""
+        """Delete a stage's marker before its files are replaced: a kill must not leave it beside files it is not of."""
         (self.folder(experiment) / f"{stage}.json").unlink(missing_ok=True)
 
     def why_not_done(self, experiment: Experiment, stage: str) -> str:
-        """Why a stage must be run: ``new``, or what has changed since it was; empty where it is done."""
+        """Why a stage must be run: ``new``, or what has changed since it was run; empty if it is done."""
         saved = self._read(experiment, f"{stage}.json")
         if saved is None or not isinstance(saved.get("origin"), dict):
             return "new"
         now, before = experiment.origins[stage], saved["origin"]
         changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
-        lacking = "" if changed else ", ".join(self._lacks(experiment, stage))
-        return f"{', '.join(changed)} changed" if changed else f"{lacking} missing" if lacking else ""
+        missing = "" if changed else ", ".join(self._missing_files(experiment, stage))
+        return f"{', '.join(changed)} changed" if changed else f"{missing} missing" if missing else ""
 
     def adapter_folder(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "adapter"
@@ -187,38 +188,38 @@ class Store:
     def scores_path(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "scores.parquet"
 
-    # What all experiments share (questions as token ids, the base's scores), made by whichever worker comes first
+    # Files that all experiments share (questions as token ids, the base's scores); the first worker makes them
 
     def base_file(self, key: str, name: str) -> Path:
         return self.root / "base" / key / name
 
     def base_lock(self, key: str, name: str) -> FileLock:
-        """Held by the one worker that makes it. The system frees it when that worker dies."""
+        """The lock of the one worker that makes such a file. The system frees it when that worker dies."""
         path = self.base_file(key, f"{name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
     def fetch(self, path: Path) -> None:
-        """Have a shared file at hand, if another machine made it. Called with its lock held."""
+        """Bring a shared file that another machine made to this one. The caller holds the file's ``base_lock``."""
 
     def share(self, path: Path) -> None:
-        """A shared file is made: others may have it."""
+        """Give a shared file that was made here to other machines."""
 
     def collect(self) -> None:
-        """Have the scores and loss curves of all experiments at hand, for a report."""
+        """Bring the rows, scores and loss curves of all experiments to this machine, for a report."""
 
     # Files of the whole run
 
     def write_file(self, name: str, write: Callable[[Path], None]) -> None:
-        """A file of the folder's top, whole and in place of the old one."""
+        """Write a file at the top of the folder, atomically, in place of the old one."""
         write_atomically(self.root / name, write)
         self.publish(name)
 
     def publish(self, name: str) -> None:
-        """A file of the folder's top was made in ``root``: put it where people find it."""
+        """Put a file at the top of ``root`` where users find it."""
 
     def write_tables(self, rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
-        """``results.csv`` and ``results.parquet``, whole and in place of the old ones."""
+        """Write ``results.csv`` and ``results.parquet``, each atomically, and return the table."""
         table = rows_to_table(rows, columns)
         self.write_file("results.csv", lambda p: table.to_csv(p, index=False))
         self.write_file("results.parquet", lambda p: table.to_parquet(p, index=False))
@@ -235,7 +236,7 @@ class Store:
 
 
 def row_of(experiment: Experiment, saved: dict[str, Any] | None) -> ResultRow | None:
-    """A stored row, if it is of what the experiment is now."""
+    """A stored row; None unless its identity is the experiment's now."""
     if saved is None or saved.get("identity") != experiment.identity or not isinstance(saved.get("row"), dict):
         return None
     return ResultRow(saved["row"])

@@ -8,6 +8,7 @@ are trained in the same passes, change nothing but float noise.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,25 +16,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from raylora.config import GPU_TOKEN_BUDGET, Method
+from raylora.config import Method
 from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_token_of, supervised_counts
-from raylora.data.minibatch import batches_by_budget, collate, packs_by_budget, send
+from raylora.data.minibatch import collate, send
 from raylora.model.adapters import LoadedModel
-from raylora.model.forward import attention_in_blocks, can_pack, head_is_plain, token_losses, window_of
-from raylora.model.memory import is_out_of_memory
+from raylora.model.forward import head_is_plain, token_losses
+from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
+from raylora.model.packing import attention_in_blocks, can_pack, window_of
 from raylora.training.adapter_products import AdapterProducts, Span, mix
-from raylora.work_counts import work_counts
 
 log = logging.getLogger("raylora")
-CPU_TRAINING_TOKENS = 512
-"""Tokens in a minibatch on a CPU, where no allocation fails before the system kills. More are no faster and take more
-memory: 2 GB for each 1000 tokens of a model of 135 million parameters (benchmarks/NOTES.md)."""
-
-ENOUGH_TOKENS = 2048
-"""In a minibatch on a GPU until it is known what a token takes of its memory. Smaller ones are slower there: below this
-the way there is rather run twice (checkpoints), which takes half as long again."""
-TRAINING_MEMORY_SHARE = 0.8
-"""Of the free memory of a GPU, what a minibatch may take."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +87,6 @@ def count_labels(job: Job) -> list[int]:
     return supervised_counts(job.examples, job.method.train_on)
 
 
-def tokens_that_fit(bytes_a_token: float, free_bytes: float) -> int:
-    """Of a minibatch on a GPU."""
-    return max(256, min(GPU_TOKEN_BUDGET, int(TRAINING_MEMORY_SHARE * free_bytes / max(1.0, bytes_a_token))))
-
-
 def separate_gradients(
     parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], float]], observer: Observer
 ) -> float:
@@ -139,16 +126,14 @@ class GradientAccumulator:
         self.loaded, self.jobs, self.observer = loaded, jobs, observer
         self._counts = [count_labels(job) for job in jobs]
         self._on_gpu = loaded.device.type == "cuda"
-        self.token_budget = (loaded.training_tokens or ENOUGH_TOKENS) if self._on_gpu else CPU_TRAINING_TOKENS
-        self.num_backoffs = self.fullest = self._most_tokens = 0
+        self.budget = TokenBudget(loaded.training_token_budget, may_checkpoint=True)
+        self.fullest = self._most_tokens = 0
         longest = max(n for job in self.jobs for n in lengths_of(job.examples))
         self.packed = longest <= window_of(loaded.model) and loaded.allows(can_pack)
         if not self.packed:
             log.info("minibatches are padded: this model's attention cannot be run in blocks")
         loaded.allows(head_is_plain)  # tried here, while the model is its plain self
         self._adapters = AdapterProducts(loaded, [job.name for job in self.jobs])
-        self._checkpointing = False
-        self._running: list[_Item] = []
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -172,14 +157,10 @@ class GradientAccumulator:
         while losses is None:
             # For dropout outside the adapters, which a model may have: a step that is repeated draws the same.
             torch.manual_seed((self.jobs[0].seed + k) % 2**63)
-            try:
-                losses = self._backward_once(items)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or (self._checkpointing and len(self._running) <= 1):
-                    raise
-            if losses is None:  # only here is the memory of what failed free again
+            losses = self.budget.attempt(functools.partial(self._backward_once, items))
+            if losses is None:
                 self._drop_gradients()
-                self._back_off()
+                self.use_less_memory()
         if self._on_gpu and self.loaded.training_tokens is None:
             self._learn_what_fits(held)
         return {
@@ -203,9 +184,8 @@ class GradientAccumulator:
     def _accumulate(self, items: list[_Item], totals: dict[int, int]) -> torch.Tensor:
         """Add the gradients of these examples' part of their adapters' losses; that part, adapter by adapter."""
         sums = torch.zeros(len(self.jobs), dtype=torch.float64, device=self.loaded.device)
-        cut = packs_by_budget if self.packed else batches_by_budget
-        for part in cut(items, self._length, self.token_budget):
-            self._running = part = sorted(part, key=lambda item: item.job)  # an adapter's tokens side by side
+        for part in self.budget.cut(items, self._length, self.packed):
+            part = sorted(part, key=lambda item: item.job)  # an adapter's tokens side by side
             jobs = [item.job for item in part for _ in range(self._num_supervised(item))]
             owners = send(torch.tensor(jobs), sums.device)
             shares = send(torch.tensor([1 / totals[job] for job in jobs]), sums.device)
@@ -215,13 +195,14 @@ class GradientAccumulator:
             losses.sum().backward()
             sums.index_add_(0, owners, losses.detach().to(sums.device, torch.float64))
             self.fullest = max(self.fullest, len(part))
-            self._most_tokens = max(self._most_tokens, self._num_tokens(part))
+            self._most_tokens = max(self._most_tokens, self.budget.held)
         return sums
 
     def _losses(self, part: list[_Item]) -> torch.Tensor:
         examples = [self.jobs[item.job].examples[item.index] for item in part]
         labels = [labels_of(e, self.jobs[i.job].method.train_on) for e, i in zip(examples, part, strict=True)]
-        batch = collate(examples, labels, pad_token_of(self.loaded.tokenizer), self.loaded.device, self.packed)
+        rows, pad = [e.input_ids for e in examples], pad_token_of(self.loaded.tokenizer)
+        batch = collate(rows, labels, pad, self.loaded.device, self.packed)
         spans = [
             Span(start, stop, self.jobs[item.job].name, item.seed)
             for item, (start, stop) in zip(part, batch.spans([len(e) for e in examples]), strict=True)
@@ -235,35 +216,23 @@ class GradientAccumulator:
     def _num_supervised(self, item: _Item) -> int:
         return self._counts[item.job][item.index]
 
-    def _num_tokens(self, part: list[_Item]) -> int:
-        lengths = [self._length(item) for item in part]
-        return sum(lengths) if self.packed else len(lengths) * max(lengths, default=0)
-
-    def _back_off(self) -> None:
-        """Use less memory next time: halve a large minibatch, then checkpoint activations, then halve a small one."""
-        self.num_backoffs += 1
-        work_counts.oom_backoffs += 1
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-        tokens = self._num_tokens(self._running)
-        if not self._checkpointing and (tokens <= ENOUGH_TOKENS or len(self._running) <= 1):
+    def use_less_memory(self) -> None:
+        """As the budget says, which memory has made smaller."""
+        if self.budget.checkpointing and not self.loaded.model.is_gradient_checkpointing:
             self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self._checkpointing = True
             return
-        self.token_budget, self.fullest = tokens // 2, 0
+        self.fullest = 0
         if self._on_gpu:
-            self.loaded.training_tokens = self.token_budget  # the next training need not find out again
+            self.loaded.training_tokens = self.budget.tokens  # the next training need not find out again
 
     def _learn_what_fits(self, held: int) -> None:
         """How many tokens a minibatch may have, going by what those of this step took beyond ``held``, in bytes."""
         device = self.loaded.device
-        if self._checkpointing or self._most_tokens < ENOUGH_TOKENS / 4:
+        if self.budget.checkpointing or self._most_tokens < ENOUGH_TOKENS / 4:
             return  # too few to tell
         a_token = (torch.cuda.max_memory_allocated(device) - held) / self._most_tokens
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        self.loaded.training_tokens = self.token_budget = tokens_that_fit(a_token, free)
-        log.info("%.1f MB a token: minibatches of %d tokens", a_token / 1e6, self.token_budget)
+        self.loaded.training_tokens = self.budget.tokens = tokens_that_fit(a_token, free_gpu_bytes(device))
+        log.info("%.1f MB a token: minibatches of %d tokens", a_token / 1e6, self.budget.tokens)
 
     def _drop_gradients(self) -> None:
         for parameter in (p for job in self.jobs for p in job.parameters):
@@ -271,5 +240,5 @@ class GradientAccumulator:
 
     def restore(self) -> None:
         self._drop_gradients()
-        if self._checkpointing:
+        if self.budget.checkpointing:
             self.loaded.model.gradient_checkpointing_disable()

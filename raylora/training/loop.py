@@ -1,6 +1,6 @@
 """The training loop of LoRA adapters. The probe of the dynamic features runs the same loop with an observer.
 
-Several adapters are trained beside each other over the same passes through the base, or one alone; it is the same code.
+It trains one adapter or several: adapters that are trained together share forward and backward passes of the base.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from raylora.data.encoding import EncodedExample, lengths_of
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import peak_memory_bytes
+from raylora.model.memory import CPU_TOKEN_BUDGET
 from raylora.model.onednn import onednn_linears
 from raylora.records import ProgressCallback, ProgressStage, ignore_progress
 from raylora.rows import TrainingMetrics
 from raylora.training.gradients import (
-    CPU_TRAINING_TOKENS,
-    ENOUGH_TOKENS,
     GradientAccumulator,
     Job,
     Observer,
@@ -36,7 +35,8 @@ from raylora.training.gradients import (
 from raylora.work_counts import work_counts
 
 ONEDNN_FROM_TOKENS = 4000
-"""On a CPU, from so many tokens on, faster products are worth the second in which weights are packed for them."""
+"""Trainings of fewer tokens on a CPU do without oneDNN: steps are 12% faster with it, but reordering the weights takes
+a second (benchmarks/NOTES.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class TrainingResult:
     steps: list[Step]
 
     def loss_curve(self) -> list[dict[str, Any]]:
+        """A row for each step, with the fields of ``Step`` as columns."""
         return [asdict(step) for step in self.steps]
 
 
 def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
-    """Share of the peak learning rate at ``step`` (from 0), as transformers' schedules have it."""
+    """The share of the peak learning rate at ``step`` (from 0), as in transformers' schedules."""
     num_warmup = math.ceil(num_steps * method.warmup_ratio)
     if step < num_warmup:
         return step / max(1, num_warmup)
@@ -60,17 +61,17 @@ def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
 
 
 def _steps_of_examples(num_examples: int, method: Method, num_steps: int, seed: int) -> Iterator[list[int]]:
-    """Indices of each step's examples: every epoch a new seeded order, its last step as short as it falls."""
+    """The indices of each step's examples: each epoch in a new seeded order, with fewer in its last step if need be."""
     per_step = method.batch_size * method.gradient_accumulation
-    done, epoch = 0, 0
-    while done < num_steps:
+    num_yielded, epoch = 0, 0
+    while num_yielded < num_steps:
         order = list(range(num_examples))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, num_examples, per_step):
-            if done == num_steps:
+            if num_yielded == num_steps:
                 return
             yield order[start : start + per_step]
-            done += 1
+            num_yielded += 1
         epoch += 1
 
 
@@ -81,7 +82,7 @@ def count_steps(num_examples: int, method: Method) -> int:
 
 
 def count_tokens(job: Job, num_steps: int) -> float:
-    """Tokens that go through the model in so many steps, about."""
+    """About how many tokens pass through the model in ``num_steps`` steps, from the examples' mean length."""
     per_step = min(job.method.batch_size * job.method.gradient_accumulation, len(job.examples))
     return num_steps * per_step * sum(lengths_of(job.examples)) / len(job.examples)
 
@@ -113,24 +114,25 @@ def train_adapter(
 def train_adapters(
     loaded: LoadedModel, jobs: Sequence[Job], progress: ProgressCallback = ignore_progress
 ) -> list[TrainingResult | TrainingDivergedError]:
-    """Train several attached adapters, step by step beside each other over the same passes through the base.
+    """Train several attached adapters at once: each step's forward and backward passes hold examples of all of them.
 
-    Each becomes what it would become alone, but for float noise: it has its own steps, optimizer, clipping and
-    dropout. One that diverges stops alone. Seconds are shared out by tokens; rates and memory are those of all of them.
+    Each adapter becomes what it would become alone, up to float noise: it has its own steps, optimizer, clipping and
+    dropout. If one diverges, the others go on. Of the training's seconds each result gets a share by its tokens; tokens
+    a second and memory are those of all together.
 
     Raises:
-        UserError: an adapter has no supervised token, or is of modules that cannot share a pass.
+        UserError: an adapter has no supervised token, or is on modules that cannot share a forward pass.
         torch.OutOfMemoryError: a single example does not fit.
     """
     return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
 
 
 def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
-    """How many adapters like that of ``job``, which is attached, are worth training at once.
+    """How many adapters like the one of ``job``, which is attached, to train at once.
 
-    On a GPU as many as fill a minibatch with the tokens of a step, if half of what memory is free holds them: four
-    bytes each for a parameter, its gradient and AdamW's two moments. How large a minibatch may be is known from the
-    trainings before, those of probes among them. On a CPU one: its products are as fast on the tokens of one adapter
+    On a GPU as many as fill a minibatch with a step's tokens each, if half of the free memory holds them: 16 bytes a
+    parameter, four each for itself, its gradient and AdamW's two moments. How large a minibatch may be is known from
+    earlier trainings, those of probes included. On a CPU one: matrix products over its tokens alone are as fast
     (benchmarks/NOTES.md).
     """
     if loaded.device.type != "cuda":
@@ -138,11 +140,15 @@ def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
     tokens = count_tokens(job, num_steps=1)
     free, _ = torch.cuda.mem_get_info(loaded.device)
     fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
-    return max(1, min(int((loaded.training_tokens or ENOUGH_TOKENS) / tokens), int(fitting)))
+    return max(1, min(int(loaded.training_token_budget / tokens), int(fitting)))
 
 
 class _Trainee:
-    """One adapter on its way: what is left of its steps, and those it has made."""
+    """One adapter in training: the examples of its remaining steps, its optimizer, and the steps it has made.
+
+    Raises:
+        UserError: there is no supervised token.
+    """
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job = job
@@ -177,36 +183,38 @@ class _Trainee:
 def _train(
     loaded: LoadedModel, trainees: Sequence[_Trainee], observer: Observer | None, progress: ProgressCallback
 ) -> list[TrainingResult | TrainingDivergedError]:
-    passes = GradientAccumulator(loaded, [t.job for t in trainees], observer)
+    accumulator = GradientAccumulator(loaded, [t.job for t in trainees], observer)
     num_steps, on_gpu = max(t.num_steps for t in trainees), loaded.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(loaded.device)
     for parameter in (p for t in trainees for p in t.job.parameters):
-        parameter.requires_grad_(True)  # PEFT lets one adapter learn at a time
-    pays = sum(count_tokens(t.job, t.num_steps) for t in trainees) >= ONEDNN_FROM_TOKENS
+        parameter.requires_grad_(True)  # PEFT leaves it on for one adapter only
+    use_onednn = sum(count_tokens(t.job, t.num_steps) for t in trainees) >= ONEDNN_FROM_TOKENS
     started = time.perf_counter()
     loaded.model.train()
     try:
         with (
-            passes.ready(),
-            onednn_linears(loaded.model, CPU_TRAINING_TOKENS, with_backward=True) if pays else contextlib.nullcontext(),
+            accumulator.ready(),
+            onednn_linears(loaded.model, CPU_TOKEN_BUDGET, with_backward=True)
+            if use_onednn
+            else contextlib.nullcontext(),
             torch.random.fork_rng(devices=[loaded.device] if on_gpu else []),
         ):
             for k in range(num_steps):
-                busy = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
-                if not busy:
+                batches = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
+                if not batches:
                     break
-                for i, gradient in passes.backward(busy, k).items():
+                for i, gradient in accumulator.backward(batches, k).items():
                     trainees[i].step(gradient, observer)
                     work_counts.supervised_tokens += gradient.num_supervised
                 progress(ProgressStage.TRAIN, k + 1, num_steps)
     finally:
         loaded.model.eval()
-        passes.restore()
+        accumulator.restore()
     seconds = time.perf_counter() - started
     num_tokens = sum(step.num_tokens for t in trainees for step in t.steps)
     return [
-        t.diverged or TrainingResult(_summarize(t, passes, seconds / max(1, num_tokens), loaded.device), t.steps)
+        t.diverged or TrainingResult(_summarize(t, accumulator, seconds / max(1, num_tokens), loaded.device), t.steps)
         for t in trainees
     ]
 
@@ -220,10 +228,10 @@ def take_step(
     learning_rate: float | None = None,
     observer: Observer | None = None,
 ) -> Step:
-    """Optimizer step ``k``, from 0, with the gradient that is in the parameters.
+    """Optimizer step ``k``, from 0, with the gradient that is in the parameters: clip it, update, and reset it.
 
     Args:
-        gradient: what it comes from.
+        gradient: the loss and the token counts of that gradient.
         learning_rate: by default the optimizer's own.
 
     Raises:
@@ -259,7 +267,7 @@ def _make_optimizer(
 
 
 def _summarize(
-    trainee: _Trainee, passes: GradientAccumulator, seconds_a_token: float, device: torch.device
+    trainee: _Trainee, accumulator: GradientAccumulator, seconds_a_token: float, device: torch.device
 ) -> TrainingMetrics:
     steps = trainee.steps
     num_tokens = sum(s.num_tokens for s in steps)
@@ -277,8 +285,8 @@ def _summarize(
         train_steps_per_second=len(steps) / seconds,
         train_tokens_per_second=num_tokens / seconds,
         peak_memory_bytes=peak_memory_bytes(device),
-        micro_batch_size=passes.fullest,
-        num_oom_backoffs=passes.num_backoffs,
-        packed=passes.packed,
-        num_adapters=len(passes.jobs),
+        micro_batch_size=accumulator.fullest,
+        num_oom_backoffs=accumulator.budget.num_backoffs,
+        packed=accumulator.packed,
+        num_adapters=len(accumulator.jobs),
     )

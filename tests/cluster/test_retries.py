@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylora.cluster.worker_pool import WorkerPlace
-from raylora.errors import CannotGoOnError, MachineFailedError, WorkerFailedError
+from raylora.errors import CannotGoOnError, ErrorKind, MachineFailedError, WorkerFailedError
 from raylora.storage.store import Store
 from tests.helpers.pool import PLACES, executor_of, failing, make_experiment, make_pool
 
@@ -13,11 +13,13 @@ from tests.helpers.pool import PLACES, executor_of, failing, make_experiment, ma
 def test_what_machines_are_to_blame_for_is_tried_elsewhere_and_again_by_the_next_run(tmp_path):
     told: list[str] = []
     seen: list[WorkerPlace] = []
-    one, error = make_experiment("one"), MachineFailedError("--model /models/llama: no such folder")
+    error = MachineFailedError("--model /models/llama: no such folder", kind=ErrorKind.MODEL)
+    one = make_experiment("one")
     with executor_of(tmp_path, failing(error, seen), make_pool(told), told) as executor:
         values = executor.run(one, 0)
     assert values["status"] == "error"
     assert "no such folder; tried 2 times" in values["error"]
+    assert values["error_kind"] == "model"
     assert set(seen) == set(PLACES), "it was not tried on the other GPU"
     assert Store(tmp_path).read_row(one) is None
 
@@ -34,7 +36,8 @@ def test_what_no_machine_can_do_for_anyone_ends_the_run(tmp_path):
 
 def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
     told: list[str] = []
-    one, error = make_experiment("one"), WorkerFailedError("its worker process died")
+    one, error = make_experiment("one"), WorkerFailedError("its worker process died", kind=ErrorKind.WORKER_DIED)
     with executor_of(tmp_path, failing(error), make_pool(told), told) as executor:
         assert executor.run(one, 0)["status"] == "error"
-    assert Store(tmp_path).read_row(one).values["num_attempts"] == 2
+    values = Store(tmp_path).read_row(one).values
+    assert (values["num_attempts"], values["error_kind"]) == (2, "worker_died")

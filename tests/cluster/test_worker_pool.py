@@ -74,13 +74,13 @@ def test_those_who_are_drawn_in_wait_until_they_are_let_go():
     pool = pool_of(1)
     mine = pool.take()
     served = wait_in_line(pool, ["a", "b", "c", "d"])
-    until(lambda: len(pool._waiting) == 4)
-    drawn = pool.draw_in(2, lambda work: work != "b")
+    until(lambda: pool.num_waiting == 4)
+    drawn = pool.claim_waiting(2, lambda work: work != "b")
     assert [waiter.work for waiter in drawn] == ["a", "c"]
     pool.give_back(mine)
     until(lambda: "b" in served)
     assert "a" not in served
-    pool.let_go(drawn)
+    pool.requeue(drawn)
     pool.give_back(served["b"])
     until(lambda: "a" in served)
     assert set(served) == {"a", "b"}, "a is before d, which has waited all the time"
@@ -94,8 +94,8 @@ def test_no_worker_draws_in_more_than_its_share_of_the_line():
     for _ in range(3):
         pool.take()
     wait_in_line(pool, [str(i) for i in range(10)])
-    until(lambda: len(pool._waiting) == 10)
-    assert len(pool.draw_in(16, lambda _: True)) == 3
+    until(lambda: pool.num_waiting == 10)
+    assert len(pool.claim_waiting(16, lambda _: True)) == 3
     pool.close()
 
 
@@ -103,9 +103,9 @@ def test_who_is_drawn_in_when_nothing_is_begun_any_more_is_sent_away():
     pool = pool_of(1)
     pool.take()
     served = wait_in_line(pool, ["a", "b"])
-    until(lambda: len(pool._waiting) == 2)
-    drawn = pool.draw_in(1, lambda _: True)
+    until(lambda: pool.num_waiting == 2)
+    drawn = pool.claim_waiting(1, lambda _: True)
     pool.begin_no_more()
-    pool.let_go(drawn)
+    pool.requeue(drawn)
     until(lambda: served == {"a": None, "b": None})
     pool.close()

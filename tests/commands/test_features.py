@@ -11,7 +11,8 @@ import time
 import pandas as pd
 import pytest
 
-from raylora.commands.features import CSV_COLUMNS, main
+from raylora.commands.features import CSV_COLUMNS
+from raylora.commands.run_command import run_command
 from raylora.features.columns import describe_columns
 from raylora.rows import FEATURE_NAMES
 from tests.helpers import ROOT
@@ -25,6 +26,7 @@ def call_command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folder, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -58,6 +60,7 @@ def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folde
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder, tmp_path):
     """Ctrl-C after the first rows, in a run of the first eight files of nine."""
     folder = tmp_path / "data"
@@ -108,7 +111,7 @@ def test_the_command_describes_every_column():
 )
 def test_wrong_use_of_the_command_is_one_line(arguments, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        call_command(main, arguments)
+        run_command("features", arguments)
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert expected in told

@@ -10,18 +10,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raylora.commands.predict import main as predict_main
+from raylora.commands.run_command import run_command
 from raylora.predict.predictor import load_predictor
 from tests.helpers.predictors import make_table
 
 
 def test_the_output_of_runs_is_not_that_of_predictors(monkeypatch, tmp_path):
-    from raylora.commands.predict import FitConfig, PredictConfig
+    from raylora.commands.options import FitConfig, PredictConfig
     from raylora.config_sources import load_settings
 
     monkeypatch.setenv("RAYLORA_OUTPUT", str(tmp_path))
-    assert load_settings(FitConfig, [], "fit").output == Path("results/predictor")
-    assert load_settings(PredictConfig, [], "predict").output is None
+    assert load_settings(FitConfig, ["table.csv"], "fit").output == Path("results/predictor")
+    assert load_settings(PredictConfig, ["predictor", "table.csv"], "predict").output is None
 
 
 def call_command(*arguments: str) -> subprocess.CompletedProcess:
@@ -62,9 +62,10 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
         (["--help"], 0, "fit TABLE"),
         (["fit", "--help"], 0, "--leave-out"),
         (["predict", "--help"], 0, "--coverage"),
-        (["guess"], 2, "there are fit, predict, explain"),
-        (["fit"], 2, "fit TABLE"),
-        (["predict", "only-one"], 2, "predict PREDICTOR TABLE"),
+        (["guess"], 2, "invalid choice: 'guess' (choose from 'fit', 'predict', 'explain')"),
+        (["fit"], 2, "required: TABLE"),
+        (["predict", "only-one"], 2, "required: TABLE"),
+        (["fit", "s3://a/b"], 2, "only what lies on this machine"),
         (["fit", "nowhere.csv"], 2, "nowhere.csv: No such file"),
         (["fit", "nowhere.csv", "--target", "speed"], 2, "--target"),
         (["explain", "nowhere"], 2, "nowhere: no such predictor"),
@@ -72,7 +73,7 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
 )
 def test_the_commands_help_and_mistakes(arguments, code, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        call_command(predict_main, arguments)
+        run_command("predict", arguments)
     assert (stop.value.code or 0) == code
     shown = capsys.readouterr()
     assert expected in (shown.out if code == 0 else shown.err)

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from raylora.commands.rank import batch_options
+from raylora.commands.options import RankConfig
+from raylora.commands.rank import next_command
+from raylora.config import Config, load_config
+from raylora.config_sources import load_settings
 from tests.helpers.feature_rows import make_records
 
 
-def test_the_next_command_has_the_users_own_options():
+def test_the_next_command_has_all_options_of_the_batch_command_wherever_they_came_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYLORA_NUM_EPOCHS", "2")
+    Path("a.yaml").write_text("grid: {lora_r: [2, 4]}\nmax_memory: {cpu: 60GiB}\n")
     given = [
+        "--config",
+        "a.yaml",
         "--chunk",
-        "c",
+        "c d",
         "--predictor",
         "p",
         "--model=m x",
         "--budget=3",
         "--coverage",
         "0.8",
-        "--fresh",
-        "--seed",
-        "1",
     ]
-    assert batch_options(given) == ["--chunk", "c", "--model=m x", "--seed", "1"]
+    given += ["--fresh", "--seed", "1", "--target-modules", "q_proj,v_proj", "--salvage", "--trackers", "mlflow"]
+    config = load_settings(RankConfig, given, "rank")
+    words = shlex.split(next_command(config, Path("o.csv")))
+    assert words[:3] == ["python", "-m", "raylora.batch"]
+    monkeypatch.delenv("RAYLORA_NUM_EPOCHS")
+    batch = load_config(words[3:])
+    changed = {"order": Path("o.csv"), "max_experiments": 3, "fresh": False}
+    assert batch.model_dump() == {name: getattr(config, name) for name in Config.model_fields} | changed
+    assert len(words) == 3 + 2 * 10 + 1, "an option that nobody set, or none"
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder, tmp_path):
     folder = tmp_path / "chunk_002"
     folder.mkdir()
@@ -50,7 +66,8 @@ def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder
     assert "FAILED broken" in first.stdout
     following = next(line for line in first.stdout.splitlines() if line.startswith("Next: "))
     assert f"--model {tiny_model_folder}" in following
-    assert following.endswith("--max-experiments 2")
+    assert "--max-experiments 2" in following
+    assert following.endswith("ranking.csv")
     results = tmp_path / "out" / "chunk_002"
     ranking = pd.read_csv(results / "ranking.csv")
     assert set(ranking["dataset"]) == {"set_0", "set_1", "set_2", "broken"}

@@ -25,7 +25,7 @@ def test_the_command_writes_the_page_anew(forty, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["nowhere"], "nowhere: no results.csv in it"), ([".", "--price", "-1"], "--price: expected a price")],
+    [(["nowhere"], "nowhere: no results.csv in it"), ([".", "--price", "-1"], "--price: input should be greater")],
 )
 def test_wrong_use_of_the_command_is_one_line(arguments, expected):
     result = run_command(*arguments)

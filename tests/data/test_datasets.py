@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raylora.data import datasets, examples
-from raylora.data.datasets import find_chunk, list_chunks, list_dataset_files, load_dataset, sample_examples, survey
+from raylora.data.datasets import find_chunk, list_chunks, list_dataset_files, read_dataset, sample_examples, survey
 from raylora.errors import UserError
 from raylora.planning.plan import DEMO_FOLDER
 from raylora.records import Example, Message, digest
@@ -22,7 +22,7 @@ from tests.helpers.objects import BUCKET, RECORDS
 
 def error_of(path: Path, **options: object) -> str:
     with pytest.raises(UserError) as raised:
-        load_dataset(path, **options)  # type: ignore[arg-type]
+        read_dataset(path, **options)  # type: ignore[arg-type]
     text = str(raised.value)
     assert "\n" not in text
     assert path.name in text
@@ -32,7 +32,7 @@ def error_of(path: Path, **options: object) -> str:
 def test_a_bad_line_costs_only_itself(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "Q", "answer": "A"}\n\n{"question": "Q", \n{"question": "Q2", "answer": "A"}\n')
-    dataset = load_dataset(path)
+    dataset = read_dataset(path)
     assert len(dataset.examples) == 2
     assert dataset.bad_records[0].place == "line 3"
     assert "column" in dataset.bad_records[0].reason
@@ -89,17 +89,17 @@ def test_salvage_keeps_the_complete_leading_records(tmp_path):
         if num_whole == 0:
             error_of(path, salvage=True)
             continue
-        dataset = load_dataset(path, salvage=True)
+        dataset = read_dataset(path, salvage=True)
         assert len(dataset.examples) == num_whole
         assert dataset.num_lost_records == (0 if text[:length].rstrip(", ").endswith("}") else 1)
     path.write_text(text.replace('"Q3"', "Q3"))
-    dataset = load_dataset(path, salvage=True)
+    dataset = read_dataset(path, salvage=True)
     assert (len(dataset.examples), dataset.num_lost_records) == (3, -1)
 
 
 def test_limit_looks_at_the_first_records_only(tmp_path):
     path = write_data(tmp_path, [{"question": f"Q{i}", "answer": "A"} for i in range(9)])
-    dataset = load_dataset(path, limit=4)
+    dataset = read_dataset(path, limit=4)
     assert (dataset.num_items, len(dataset.examples)) == (4, 4)
 
 
@@ -114,7 +114,7 @@ def test_damaged_and_arbitrary_bytes_end_in_a_dataset_or_one_line(tmp_path, data
     path = tmp_path / data.draw(st.sampled_from(["fuzz.json", "fuzz.jsonl"]))
     path.write_bytes(bytes(content))
     try:
-        dataset = load_dataset(path, salvage=data.draw(st.booleans()))
+        dataset = read_dataset(path, salvage=data.draw(st.booleans()))
     except UserError as error:
         lines, named = [str(error)], path.name in str(error)
     else:
@@ -126,9 +126,9 @@ def test_damaged_and_arbitrary_bytes_end_in_a_dataset_or_one_line(tmp_path, data
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=2, max_size=8), random=st.randoms())
 def test_the_order_of_the_file_changes_neither_seed_nor_sample(tmp_path, pairs, random):
-    one = load_dataset(write_data(tmp_path, [FORMATS["messages"](q, a) for q, a in pairs]))
+    one = read_dataset(write_data(tmp_path, [FORMATS["messages"](q, a) for q, a in pairs]))
     random.shuffle(pairs)
-    two = load_dataset(write_data(tmp_path, [FORMATS["messages"](q, a) for q, a in pairs]))
+    two = read_dataset(write_data(tmp_path, [FORMATS["messages"](q, a) for q, a in pairs]))
     assert one.seed == two.seed
     for size in (0, 1, 3):
         drawn = [[e.digest for e in sample_examples(d.examples, size, d.seed)] for d in (one, two)]
@@ -156,7 +156,7 @@ def test_chunks_are_found_by_name_and_number_and_never_outside(tmp_path):
 def test_real_files_load_whole(shared_data):
     files = list_dataset_files(shared_data / "chunk_001")
     assert len(files) == 4
-    datasets = [load_dataset(path) for path in files]
+    datasets = [read_dataset(path) for path in files]
     assert all(2207 <= d.num_items <= 3000 and d.num_bad_records == 0 for d in datasets)
     assert all(sum(bool(e.context) for e in d.examples) > 50 for d in datasets)
 
@@ -173,7 +173,7 @@ def test_the_hash_is_that_of_the_bytes_also_where_the_file_is_bad(tmp_path):
 
 def test_a_survey_counts_what_loading_finds(tmp_path):
     for path in sorted((DEMO_FOLDER / "chunk_demo").iterdir()):
-        dataset, found = load_dataset(path), survey(path)
+        dataset, found = read_dataset(path), survey(path)
         num_chars = sum(examples.count_chars(e) for e in dataset.examples)
         assert (found.num_examples, found.num_chars, found.error) == (len(dataset.examples), num_chars, "")
 
@@ -182,7 +182,7 @@ def test_seed_sample_and_order_are_what_they_have_always_been(tmp_path):
     """Pinned: another value would make every earlier result another one."""
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"question": q, "answer": a} for q, a in PAIRS]))
-    dataset = load_dataset(path)
+    dataset = read_dataset(path)
     assert dataset.seed == PINNED_SEED
     drawn = sample_examples(dataset.examples, 0, dataset.seed)
     assert [PAIRS.index((e.question, e.answer)) for e in drawn][:8] == PINNED_ORDER
@@ -214,6 +214,6 @@ def test_datasets_are_read_from_s3_as_from_a_disk(objects, tmp_path):
     here = datasets.list_dataset_files(tmp_path / "chunk_10")
     assert [p.name for p in there] == [p.name for p in here] == ["a.jsonl", "b.json", "bad.json"]
     for a, b in zip(here[:2], there[:2], strict=True):
-        assert tuple(datasets.load_dataset(a).examples) == tuple(datasets.load_dataset(b).examples)
+        assert tuple(datasets.read_dataset(a).examples) == tuple(datasets.read_dataset(b).examples)
     with pytest.raises(UserError, match=f"s3://{BUCKET}/data/chunk_10/bad.json: line 1"):
-        datasets.load_dataset(there[2])
+        datasets.read_dataset(there[2])

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from raylora.data import examples
-from raylora.data.datasets import load_dataset
-from raylora.errors import UserError
+from raylora.data.datasets import read_dataset
+from raylora.errors import ErrorKind, MachineError
 from raylora.planning.plan import DEMO_FOLDER
 
 
@@ -17,8 +17,9 @@ def test_a_disk_without_room_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(examples, "MEMORY_CHARS", 0)
-    with pytest.raises(UserError, match="RAYLORA_CACHE"):
-        load_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
+    with pytest.raises(MachineError, match="RAYLORA_CACHE") as raised:
+        read_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
+    assert raised.value.kind is ErrorKind.CACHE_FULL
 
 
 @pytest.mark.slow
@@ -29,10 +30,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import StoredEncoded, encode_each
 from tests.helpers.tiny import make_tokenizer
-dataset = load_dataset(Path(sys.argv[1]))
+dataset = read_dataset(Path(sys.argv[1]))
 ordered = sample_examples(dataset.examples, 0, dataset.seed)
 encoded = StoredEncoded(encode_each(make_tokenizer(), ordered, 1024))
 assert len(encoded) == len(dataset.examples) == int(sys.argv[2])

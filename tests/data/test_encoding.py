@@ -7,7 +7,7 @@ import json
 import pytest
 
 from raylora.data import encoding
-from raylora.data.datasets import load_dataset
+from raylora.data.datasets import read_dataset
 from raylora.data.encoding import IGNORE_INDEX, StoredEncoded, encode_each, encode_example, labels_of, supervised_counts
 from raylora.records import Example, Message
 from tests.helpers.formats import FORMATS, PAIRS
@@ -117,7 +117,7 @@ def test_supervised_tokens_read_as_the_answers_whatever_the_format_and_template(
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[template])
     path = tmp_path / "data.json"
     path.write_text(json.dumps([FORMATS[form](q, a) for q, a in ANSWERS]), encoding="utf-8")
-    examples = load_dataset(path).examples
+    examples = read_dataset(path).examples
     for (_, answer), example in zip(ANSWERS, examples, strict=True):
         whole = encode_example(tokenizer, example, 4096)
         supervised = [t for t in labels_of(whole, "answer") if t != IGNORE_INDEX]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.data import examples
-from raylora.data.datasets import load_dataset, sample_examples
+from raylora.data.datasets import read_dataset, sample_examples
 from raylora.records import Example, Message
 from tests.helpers.formats import PAIRS
 
@@ -23,11 +23,11 @@ def test_examples_on_disk_are_those_in_memory(tmp_path, on_disk, monkeypatch):
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(content))
-    stored = load_dataset(path)
+    stored = read_dataset(path)
     assert not isinstance(stored.examples, tuple)
     assert list((tmp_path / "cache").iterdir()) == []  # the file has no name
     monkeypatch.setattr(examples, "MEMORY_CHARS", 10**9)
-    kept = load_dataset(path)
+    kept = read_dataset(path)
     assert isinstance(kept.examples, tuple)
     assert tuple(stored.examples) == kept.examples
     assert stored.examples[-1] == kept.examples[-1]

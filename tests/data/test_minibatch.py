@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylora.data.minibatch import batches_by_budget, packs_by_budget
+from raylora.model.memory import batches_by_budget, packs_by_budget
 
 
 def test_batches_keep_to_the_budget_longest_first():

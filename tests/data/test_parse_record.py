@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylora.data.datasets import load_dataset
+from raylora.data.datasets import read_dataset
 from tests.helpers.formats import FORMATS, TEXT, write_data
 
 
@@ -22,7 +22,7 @@ def test_every_format_comes_back_as_it_was(tmp_path, form, lines, pairs, bom):
     text = "\n".join(json.dumps(r) for r in records) if lines else json.dumps(records)
     path = tmp_path / ("data.jsonl" if lines else "data.json")
     path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
-    dataset = load_dataset(path)
+    dataset = read_dataset(path)
     assert [(e.messages[-1].content, e.answer) for e in dataset.examples] == pairs
     assert (dataset.num_items, dataset.num_bad_records) == (len(pairs), 0)
 
@@ -36,7 +36,7 @@ def test_contexts_and_inputs_are_known_apart_from_the_question(tmp_path):
         FORMATS["messages"]("Sort these\n\n输入: 3, 1, 2", "1, 2, 3"),
         {"question": "Who?", "answer": "Owls", "context": "Owls hoot.", "system": "Be brief."},
     ]
-    dataset = load_dataset(write_data(tmp_path, records))
+    dataset = read_dataset(write_data(tmp_path, records))
     assert [(e.context, e.question) for e in dataset.examples] == [
         ("1 and 2", "Add"),
         ("Cats purr.", "Who?"),
@@ -53,7 +53,7 @@ def test_contexts_and_inputs_are_known_apart_from_the_question(tmp_path):
 def test_several_turns_make_an_example_for_each_answer(tmp_path):
     turns = [("system", "S"), ("human", "Q1"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "A2"), ("human", "bye")]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    examples = load_dataset(write_data(tmp_path, [record])).examples
+    examples = read_dataset(write_data(tmp_path, [record])).examples
     assert [e.answer for e in examples] == ["A1", "A2"]
     assert [m.content for m in examples[1].messages] == ["S", "Q1", "A1", "Q2"]
 
@@ -76,7 +76,7 @@ def test_bad_records_are_counted_with_place_and_reason(tmp_path):
     }
     path = tmp_path / "data.json"
     path.write_text(json.dumps([good, *bad.values(), good]))
-    dataset = load_dataset(path)
+    dataset = read_dataset(path)
     assert (len(dataset.examples), dataset.num_items, dataset.num_bad_records) == (2, 2 + len(bad), len(bad))
     for number, (expected, found) in enumerate(zip(bad, dataset.bad_records, strict=True), 2):
         assert found.place == f"record {number}"
@@ -85,7 +85,7 @@ def test_bad_records_are_counted_with_place_and_reason(tmp_path):
 
 def test_a_bad_pair_costs_only_itself(tmp_path):
     record = {"context_text": "c", "qa_pairs": [{"question": "Q", "output": "A"}, {"question": "Q"}]}
-    dataset = load_dataset(write_data(tmp_path, [record]))
+    dataset = read_dataset(write_data(tmp_path, [record]))
     assert len(dataset.examples) == 1
     assert dataset.bad_records[0].place == "record 1, qa_pairs[2]"
 
@@ -93,5 +93,5 @@ def test_a_bad_pair_costs_only_itself(tmp_path):
 @pytest.mark.parametrize("text", ["\n" * 500_000 + "x", "Context:" + " " * 500_000, "Context: a\n\n" * 50_000])
 def test_long_questions_take_no_longer_than_they_are(tmp_path, text):
     started = time.perf_counter()
-    load_dataset(write_data(tmp_path, [FORMATS["messages"](text, "A")]))
+    read_dataset(write_data(tmp_path, [FORMATS["messages"](text, "A")]))
     assert time.perf_counter() - started < 5  # quadratic: minutes

@@ -8,9 +8,10 @@ import shutil
 import pytest
 
 from raylora.config import load_config
-from raylora.errors import MachineError
+from raylora.errors import ErrorKind, MachineError
 from raylora.experiment.runner import ExperimentRunner
 from raylora.experiment.story import run_experiment
+from raylora.experiment.together import train_together
 from raylora.experiment.workbench import Workbench
 from raylora.planning.plan import make_plan
 from tests.helpers.chunks import OPTIONS, planned, write_dataset
@@ -27,8 +28,9 @@ def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tm
     plan = planned(options, stages=("train", "mmlu"))
     (experiment,) = plan.experiments
     questions.write_text(json.dumps([{**q, "answer": 0} for q in right]))
-    with plan.store.held(False), pytest.raises(MachineError, match="when the run began"):
+    with plan.store.held(False), pytest.raises(MachineError, match="when the run began") as raised:
         ExperimentRunner(plan.config, plan.store).run(experiment)
+    assert raised.value.kind is ErrorKind.CHANGED_MEANWHILE
     assert not list(plan.store.root.rglob("scores.parquet"))
     assert plan.store.read_row(experiment) is None
     questions.write_text(json.dumps(right))
@@ -39,6 +41,57 @@ def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tm
     plan.store.forget_stage(experiment, "train")
     with pytest.raises(MachineError, match="model: not what it was when the run began"):
         ExperimentRunner(plan.config, plan.store).run(experiment)
+
+
+def error_kind_of(options, **more) -> str:
+    """What a run of the one dataset, with these options, has in its row."""
+    plan = planned(options, **more)
+    row = ExperimentRunner(plan.config, plan.store).run(*plan.experiments)
+    assert row.values["status"] == ("error" if row.values["error"] else "ok")
+    return row.values["error_kind"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (None, {}),
+        ("diverged", {"learning_rate": 9.0, "max_grad_norm": 1e30, "lora_alpha": 1e30}),
+        ("target_modules", {"target_modules": ("no_such_module",)}),
+        ("adapter", {"stages": ("mmlu",)}),
+    ],
+)
+def test_a_row_says_what_kind_of_error_it_has(options, tmp_path, kind, more):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    assert error_kind_of(options, **{"stages": ("train",), **more}) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("data", b""),
+        ("truncated_file", b'[{"question": "Q", "answer": "A"}, {"quest'),
+        ("not_utf8", b'[{"question": "\xff", "answer": "A"}]'),
+        ("bad_records", b'[{"foo": "bar"}]'),
+        ("data", b'[{"question": "Q" "answer": "A"}]'),
+    ],
+)
+def test_the_plan_knows_the_kind_of_a_bad_file(options, tmp_path, kind, content):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    (tmp_path / "data" / "chunk_1" / "data.json").write_bytes(content)
+    (experiment,) = planned(options).experiments
+    assert experiment.error_kind == kind
+    assert error_kind_of(options) == kind
+
+
+def test_a_model_that_cannot_be_loaded_is_the_machines_fault_and_of_that_kind(options, tmp_path, tiny_model_folder):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    model = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    plan = planned({**options, "model": str(model), "adapters_a_pass": 2})
+    (model / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MachineError, match="cannot be loaded") as raised:
+        ExperimentRunner(plan.config, plan.store).run(*plan.experiments)
+    assert raised.value.kind is ErrorKind.MODEL
+    assert train_together(Workbench(plan.config, plan.store), plan.experiments * 2) == 0
 
 
 def test_files_that_somebody_took_away_or_cut_are_made_again(options, tmp_path):

@@ -34,6 +34,7 @@ def weights_of(plan, experiment) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_bench_trains_several_as_it_would_train_each(options, tmp_path):
     (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
     alone, together = plan_of(options), plan_of(options, output=tmp_path / "together", adapters_a_pass=4)
@@ -60,6 +61,7 @@ def test_a_bench_trains_several_as_it_would_train_each(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_that_shares_passes_has_every_row(options):
     ray.init(num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:

@@ -11,6 +11,7 @@ STAGES = ["begin", "load", "features", "probe", "train", "mmlu", "write", "half 
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_workers_killed_once_in_every_stage_change_no_row(shared_site, undisturbed):
     """Each stage of another experiment, all in one run."""
     others = (
@@ -45,12 +46,18 @@ def test_experiments_that_cannot_be_run_get_error_rows_and_cost_no_others(shared
     rows = shared_site.rows()
     causes = {name: row["error"] for name, row in rows.items() if row["status"] == "error"}
     assert set(causes) == set(bad)
-    for (name, cause), text in zip(
+    for (name, cause), (text, kind) in zip(
         causes.items(),
-        ("worker process died", "--timeout 20 s", "RuntimeError: something", "out of memory"),
+        (
+            ("worker process died", "worker_died"),
+            ("--timeout 20 s", "timeout"),
+            ("RuntimeError: something", "unknown"),
+            ("OutOfMemoryError: CUDA out of memory", "out_of_memory"),
+        ),
         strict=True,
     ):
         assert text in cause, (name, cause)
+        assert rows[name]["error_kind"] == kind
         assert "\n" not in cause
         assert "tried 2 times" in cause
         assert rows[name]["num_attempts"] == 2
@@ -84,12 +91,12 @@ def test_an_allocation_that_fails_makes_minibatches_smaller(shared_site, undistu
 
 
 @pytest.mark.slow
-def test_a_gpu_that_keeps_failing_is_set_aside_and_named(shared_site):
+def test_a_gpu_that_keeps_failing_is_quarantined_and_named(shared_site):
     """Experiments long enough that the bad GPU is given three of them before the good one has done all."""
     shared_site.strike({"stage": "train", "what": "raise", "gpu": "1", "times": 999})
     shown = shared_site.run(num_epochs=60)
     assert "GPU 1 of" in shown
-    assert "is set aside: 3 experiments failed there in a row; the last: RuntimeError: something went wrong" in shown
+    assert "is quarantined: 3 experiments failed there in a row; the last: RuntimeError: something went wrong" in shown
     rows = shared_site.rows()
     assert all(row["status"] == "ok" for row in rows.values())
     # One more may have begun there before the third had gone well elsewhere.

@@ -17,8 +17,9 @@ from raylora.data.datasets import sample_examples
 from raylora.data.encoding import encode_example
 from raylora.errors import UserError
 from raylora.features import probe
+from raylora.features.observer import ProbeObserver
 from raylora.features.pipeline import extract_features
-from raylora.features.probe import ProbeObserver, _flatness
+from raylora.features.probe import landscape_flatness
 from raylora.features.static import as_dataset, count_held_out
 from raylora.model.adapters import plain_weight
 from raylora.model.loading import load_model
@@ -91,7 +92,7 @@ def test_updates_are_those_of_whole_matrices(loaded):
             for p in parameters:
                 p.copy_(torch.randn_like(p))
         expected = []
-        for _, module in loaded._peft.named_modules():
+        for _, module in loaded.peft_model.named_modules():
             if hasattr(module, "lora_A") and "default" in module.lora_A:
                 update = module.lora_B["default"].weight @ module.lora_A["default"].weight * 7 / 3
                 expected.append(float(update.norm() / module.get_base_layer().weight.norm()))
@@ -151,7 +152,7 @@ def test_sharpness_by_hand(loaded, tokenizer):
             for p, b in zip(parameters, before, strict=True):
                 p.copy_(b)
         example_losses(loaded, examples, "answer", 100, with_gradient=True)
-        found = _flatness(loaded, parameters, examples, float(at_w), method, 100)
+        found = landscape_flatness(loaded, parameters, examples, float(at_w), method, 100)
         assert found == pytest.approx(1 / (1 + float(worse - at_w)), rel=1e-4)
         assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)), "the adapter was moved"
     finally:

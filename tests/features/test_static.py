@@ -21,7 +21,7 @@ from tests.helpers.feature_rows import WORDS, assert_same_row, make_records, tok
 def test_characters_are_those_of_the_records(tmp_path, loaded):
     import json
 
-    from raylora.data.datasets import load_dataset
+    from raylora.data.datasets import read_dataset
 
     records = [
         {
@@ -30,7 +30,7 @@ def test_characters_are_those_of_the_records(tmp_path, loaded):
         }
     ]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    from_file, from_memory = load_dataset(tmp_path / "a.json"), as_dataset(records)
+    from_file, from_memory = read_dataset(tmp_path / "a.json"), as_dataset(records)
     assert from_memory.total_chars == from_file.total_chars
     assert from_memory.num_items == from_file.num_items == 1
 
@@ -168,12 +168,13 @@ def test_consistency_and_outliers_are_those_of_plain_loops(loaded, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
-    from raylora.data.datasets import load_dataset
+    from raylora.data.datasets import read_dataset
 
     loaded = smollm2
     path = sorted((shared_data / "chunk_001").iterdir())[0]
-    examples = sample_examples(load_dataset(path, limit=400).examples, 24, 0)
+    examples = sample_examples(read_dataset(path, limit=400).examples, 24, 0)
     rng = random.Random(0)
     pairs = [{"question": e.question[:300], "answer": e.answer[:300]} for e in examples]
     shuffled = [{**p, "answer": pairs[i - 1]["answer"]} for i, p in enumerate(pairs)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylora.features import text
-from raylora.features.probe import loss_stability
+from raylora.features.observer import loss_stability
 from raylora.features.static import as_dataset
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from tests.helpers import ROOT
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 OPENINGS = (*sorted((ROOT / "cluster").iterdir()), *sorted((ROOT / "configs").glob("*.yaml")))
 PROGRAMS = {
     ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "kubectl", "ls", "make", "mkdir", "mlflow",
-    "pip", "prometheus", "python", "ray", "rm", "sbatch", "squeue", "srun", "ssh", "tail", "tensorboard", "wget",
+    "pip", "prometheus", "python", "ray", "raylora", "rm", "sbatch", "squeue", "srun", "ssh", "tail",
+    "tensorboard", "wget",
 }  # fmt: skip
 """A block one of whose lines begins with one of these is a shell block: each of its lines is a command."""
 
@@ -38,6 +39,8 @@ class Command:
     def raylora(self) -> list[str] | None:
         """The command of raylora within it, from the module's name on: ``["raylora.batch", "--chunk", ...]``."""
         words = self.words
+        if words[0] == "raylora":
+            return [f"raylora.{words[1]}", *words[2:]]
         for i in range(len(words) - 2):
             if words[i : i + 2] == ["python", "-m"] and words[i + 2].startswith("raylora."):
                 return words[i + 2 :]
@@ -97,6 +100,12 @@ RUN = {
         "ray get-auth-token --generate",
     ),
     "a made-up run": ("python -m tests.helpers.runs FOLDER 40",),
+    # tests/commands/test_run_command.py
+    "the program": (
+        "raylora completion bash > ~/.local/share/bash-completion/completions/raylora",
+        "raylora completion zsh > ~/.zfunc/_raylora",
+        "raylora schema > raylora.schema.json",
+    ),
     # tests/whole/test_docs.py
     "a new question set": ("python -m raylora.mmlu --model demo --questions own_test.json --num-fewshot 1",),
     "the columns": ("python -m raylora.features --describe",),
@@ -105,8 +114,10 @@ RUN = {
 # What is not run, by what it begins with, and why. Its options and files are checked in tests/whole/test_docs.py.
 
 NOT_RUN = {
+    "raylora batch": "is python -m raylora.batch under another name",
     "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs the same model",
     "make test": "is what runs this",
+    ". .venv/bin/activate && pip install pre-commit": "puts hooks into this repository",
     "make check": "is run for every change (.ci/run), and takes a minute",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
     "ray up": "starts machines (by hand, on two of our own: benchmarks/NOTES.md)",

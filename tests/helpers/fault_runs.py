@@ -107,7 +107,7 @@ class Site:
         table = pd.read_parquet(self.output / "results.parquet")
         assert sorted(table["dataset"]) == DATASETS
         assert sorted(pd.read_csv(self.output / "results.csv")["dataset"]) == DATASETS
-        left = [p for p in self.output.rglob("*") if ".partial-" in p.name or p.suffix == ".journal"]
+        left = [p for p in self.output.rglob("*") if ".partial-" in p.name or p.suffix in {".journal", ".permit"}]
         assert not left
         assert not (self.output / "run.owner").exists()
         wait_until_gone(self, of_a_run=True)
@@ -136,7 +136,7 @@ def environment(faults: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "RAYLORA_FAULTS": str(faults), **token, **more}
 
 
-ACTORS = ("RayWorker", "raylora-", "MapWorker", "Board")
+ACTORS = ("RayWorker", "raylora-", "MapWorker", "Board", "Write")
 """What the titles of a run's processes have in them, where Ray itself goes on without it."""
 
 

@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 
 from raylora.config import Config, load_config
-from raylora.experiment.story import _score_values
+from raylora.errors import ErrorKind
+from raylora.experiment.story import score_values
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
 from raylora.mmlu.scoring import save_score
 from raylora.records import Experiment, ResultRow, Score, digest
 from raylora.rows import FEATURE_COLUMNS, ROW_COLUMNS, TrainingMetrics, error_row, make_row
-from raylora.run.manifest import PACKAGES, _version
+from raylora.run.manifest import PACKAGES, version_of
 from raylora.storage.store import Store, safe_name
 from raylora.training.gradients import Step
 from raylora.training.loop import TrainingResult
@@ -30,9 +31,15 @@ from raylora.training.loop import TrainingResult
 SOURCES = ("dolly", "alpaca", "oasst", "flan_cot", "sharegpt", "code_feedback", "math_steps", "wiki_qa", "pubmed_qa")
 VARIANTS = ("1k", "3k", "filtered", "dedup", "shuffled", "long", "short", "mixed")
 CAUSES = (
-    "train_data/{}.json: line 1, column 48211: the file breaks off here: get it again, or --salvage what is whole",
-    "{}: its worker process died: it crashed or was killed, perhaps for memory; tried 2 times, see experiments/log.txt",
-    "{}: the loss became nan at step 41: lower --learning-rate",
+    (
+        "train_data/{}.json: line 1, column 48211: the file breaks off here: get it again, or --salvage what is whole",
+        ErrorKind.TRUNCATED_FILE,
+    ),
+    (
+        "{}: its worker process died: it crashed or was killed, perhaps for memory; tried 2 times, see its log.txt",
+        ErrorKind.WORKER_DIED,
+    ),
+    ("{}: the loss became nan at step 41: lower --learning-rate", ErrorKind.DIVERGED),
 )
 
 
@@ -148,7 +155,8 @@ def write_run(
             folder.mkdir(parents=True, exist_ok=True)
             store.log_path(experiment).write_text("finished: ok\n", encoding="utf-8")
             if number >= len(names) - num_failed:
-                row = error_row(config, experiment, CAUSES[number % len(CAUSES)].format(name), num_attempts=2)
+                text, kind = CAUSES[number % len(CAUSES)]
+                row = error_row(config, experiment, text.format(name), kind, num_attempts=2)
             else:
                 row = make_row(config, experiment, "ok", **_stages(folder, stages, number, k, sizes, base))
             store.write_row(experiment, row)
@@ -162,7 +170,7 @@ def write_run(
             "configuration": config.model_dump(mode="json"),
             "hashes": {"model": digest("model"), "questions": digest("questions")},
             "data_hashes": {name: digest(name) for name in names},
-            "versions": {"python": "3.11.9", **{name: _version(name) for name in PACKAGES}},
+            "versions": {"python": "3.11.9", **{name: version_of(name) for name in PACKAGES}},
             "machine": {
                 "platform": "Linux-6.1-x86_64",
                 "cores": 96,
@@ -193,7 +201,7 @@ def _stages(folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: d
     if "mmlu" in stages:
         score = make_score(seed + 7, sizes, base, 0.022 * quality - 0.004)
         save_score(score, folder / "scores.parquet")
-        values |= _score_values(score, base)
+        values |= score_values(score, base)
         seconds["mmlu_seconds"] = float(random.uniform(380, 420))
     values |= seconds
     stage_names = ("features_seconds", "train_seconds", "mmlu_seconds")

@@ -29,7 +29,7 @@ def gradient_of(loaded, encoded, method, packed, budget=10**6):
             p.copy_(torch.randn_like(p) * 0.1)
     step = GradientAccumulator(loaded, [Job(parameters, encoded, method, 0)], None)
     assert step.packed
-    step.packed, step.token_budget = packed, budget
+    step.packed, step.budget.tokens = packed, budget
     loaded.model.train()
     try:
         with step.ready():

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from raylora.config import Method
-from raylora.mmlu import scoring
+from raylora.mmlu.batches import common_prefix
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
 from raylora.mmlu.scoring import evaluate
 from raylora.model.adapters import LoadedModel
@@ -87,7 +87,7 @@ def test_a_model_that_answers_differently_behind_a_prefix_is_found_out(tokenizer
 
 def test_a_lent_prefix_is_never_changed(tiny_model, encoded):
     subject = [e for e in encoded if e.question.subject == "anatomy"]
-    length = scoring.common_prefix(subject)
+    length = common_prefix(subject)
     with torch.inference_mode():
         prefix = SharedPrefix(tiny_model, subject[0].context_ids[:length])
         before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from raylora.mmlu import scoring
-from raylora.mmlu.scoring import evaluate, load_score, save_score
+from raylora.mmlu.scoring import evaluate, find_token_budget, load_score, save_score
+from raylora.model.memory import GPU_TOKEN_BUDGET
 from tests.helpers.questions import encode
 from tests.helpers.tiny import make_model
 
@@ -108,8 +108,8 @@ def test_scores_come_back_as_they_were(tiny_model, tokenizer, tmp_path):
 def test_the_token_budget_of_a_gpu_fits_its_memory(tokenizer, encoded):
     model = make_model().to("cuda", torch.bfloat16)
     with torch.inference_mode():
-        budget = scoring.find_token_budget(model, encoded, 0)
-    assert 256 <= budget <= scoring.MAX_GPU_TOKEN_BUDGET
+        budget = find_token_budget(model, encoded, 0)
+    assert 256 <= budget <= GPU_TOKEN_BUDGET
     assert budget & (budget - 1) == 0
     score = evaluate(model, tokenizer, encoded)
     assert score.info["token_budget"] == budget

@@ -1,4 +1,4 @@
-"""What an estimate says beside what is there: weights in memory, tensors kept for the way back, tokens that are run."""
+"""Estimates beside what is measured: weights in memory, tensors saved for the backward pass, tokens that are run."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from raylora.commands import batch
+from raylora.commands.run_command import call_command
 from raylora.config import load_config
 from raylora.errors import UserError
 from raylora.planning.plan import find_files, make_plan, read_order
@@ -23,7 +23,7 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
     write_dataset(tmp_path / "data" / "chunk_1", "data_a")
     (tmp_path / "data" / "chunk_1" / "empty.json").touch()
     argv = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    assert batch.main(["--chunk", "1", "--dry-run", *argv]) == 0
+    assert call_command("batch", ["--chunk", "1", "--dry-run", *argv]) == 0
     shown = capsys.readouterr().out
     assert "data_a" in shown
     assert "2 experiments, 0 done" in shown
@@ -39,7 +39,7 @@ def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_r
     (folder / "bad.json").write_text('[{"messages": [{"role": "[/INST]", "content": "x"}]}]')
     (folder / os.fsdecode(b"lat\xe9n.json")).write_text("[]")
     argv = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    assert batch.main(["--chunk", "1", "--dry-run", *argv]) == 0
+    assert call_command("batch", ["--chunk", "1", "--dry-run", *argv]) == 0
     shown = "".join(capsys.readouterr().out.split())
     assert "[red][bold]" in shown
     assert "[/INST]" in shown
@@ -49,7 +49,7 @@ def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_r
 
 
 def test_salvage_costs_nothing_of_what_is_whole(options, tmp_path):
-    """A mend that the error row itself names."""
+    """A fix that the error row itself names."""
     folder = tmp_path / "data" / "chunk_1"
     write_dataset(folder, "whole")
     text = json.dumps([{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(4)])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import permutation_test, spearmanr
 
+from raylora.errors import ErrorKind
 from raylora.mmlu.statistics import compare, compare_subjects
 from raylora.records import Score
 from raylora.report import findings
@@ -114,11 +115,22 @@ def test_of_several_bases_the_runs_own_is_taken(tmp_path):
     assert findings.subjects(load_run(root)) is None, "two bases fit, and nothing says which one it was"
 
 
-def test_every_failure_has_a_cause_and_a_mend(forty):
-    found = findings.failures(load_run(forty))
+def test_every_failure_has_a_cause_and_the_fix_of_its_kind(forty):
+    run = load_run(forty)
+    found = findings.failures(run)
     assert len(found) == 3
-    assert all(f["cause"] and f["mend"] for f in found)
-    assert "file" in findings.mend_of("x.json: line 1: empty")
+    kinds = run.table["error_kind"].dropna()
+    assert {f["row"]: f["fix"] for f in found} == {row: findings.FIXES[kind] for row, kind in kinds.items()}
+    assert len(set(kinds)) == 3
+    run.table["error"] = "the loss became nan, out of memory, not UTF-8"
+    assert findings.failures(run)[0]["fix"] == found[0]["fix"], "a text decides nothing"
+
+
+def test_a_row_of_an_older_raylora_has_the_fix_of_what_is_not_known(forty):
+    run = load_run(forty)
+    del run.table["error_kind"]
+    assert {f["fix"] for f in findings.failures(run)} == {findings.FIXES[ErrorKind.UNKNOWN]}
+    assert all(f["cause"] for f in findings.failures(run))
 
 
 def test_costs_name_the_gpus_that_were_used_and_the_runs_own_price(forty, tmp_path):
@@ -132,16 +144,22 @@ def test_costs_name_the_gpus_that_were_used_and_the_runs_own_price(forty, tmp_pa
     assert page_data(run, 4.0)["price"] == 4.0
 
 
-def test_the_mends_of_the_page_are_those_of_the_documentation():
-    """Line by line: every option that the documentation tells to use, the page tells too."""
+def test_the_fixes_of_the_page_are_those_of_the_documentation():
+    """Kind by kind: every option that the documentation tells to use, the page tells too."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    rows = text.partition("## In the row of a dataset")[2].partition("##")[0].strip().splitlines()[2:]
-    assert len(rows) > 12
-    for row in rows:
-        line, _, mend = (cell.strip() for cell in row.strip("|").split(" | "))
-        wanted = [word.strip("`") for word in re.findall(r"`[^`]+`", mend) if "train,mmlu" not in word]
-        found = findings.mend_of(line.strip("`").replace("...", "x"))
-        assert [word for word in wanted if word not in found] == [], (line, found)
+    table = text.partition("## In the row of a dataset")[2].partition("\n## ")[0].partition("| --- |")[2]
+    wanted: dict[str, set[str]] = {}
+    for row in table.strip().splitlines()[1:]:
+        _, kind, _, fix = (cell.strip() for cell in row.strip("|").split(" | "))
+        words = {word for word in re.findall(r"`([^`]+)`", fix) if "train,mmlu" not in word}
+        wanted.setdefault(kind.strip("`"), set()).update(words)
+    assert set(wanted) == set(findings.FIXES)
+    for kind, words in wanted.items():
+        assert [word for word in words if word not in findings.FIXES[ErrorKind(kind)]] == [], kind
+
+
+def test_every_kind_that_a_row_can_have_has_a_fix():
+    assert set(ErrorKind) - set(findings.FIXES) == {ErrorKind.STORAGE, ErrorKind.CLUSTER, ErrorKind.STOPPED}
 
 
 def test_two_scores_are_compared_as_a_run_compares_them():

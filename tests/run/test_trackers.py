@@ -145,6 +145,7 @@ def test_wandb_writes_a_run_a_row_without_a_server(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_tells_its_trackers(tiny_model_folder, tmp_path):
     """The command itself, with two trackers, of which neither needs a server."""
     needs("tensorboard")
@@ -199,6 +200,7 @@ def mlflow_server(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_mlflow_server_gets_rows_with_metrics_settings_and_curves(mlflow_server, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     rows = [make_row("a"), make_row("b", status="error", error="line 1", overall_accuracy=None)]

@@ -14,13 +14,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from raylora import rows
-from raylora.commands import batch
+from raylora.commands.run_command import call_command
 from raylora.config import load_config
 from raylora.errors import UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import ResultRow
+from raylora.rows import load_results
 from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore, store_at
 from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
@@ -104,13 +104,13 @@ def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     machinery = {n for n in there if "/run.lock/" in n or n.endswith("/edition")}
     assert here - stamped - needs_files == there - stamped - machinery
     assert len(stamped) == 2
-    table = rows.load_results(f"s3://{BUCKET}/{OUT}")
+    table = load_results(f"s3://{BUCKET}/{OUT}")
     assert sorted(table["dataset"]) == sorted(rows)
     assert list(pd.read_csv(location(f"s3://{BUCKET}/{OUT}/results.csv").open("rb"))["status"]) == ["ok"] * 3
     before = {n: d for n, d in objects.everything().items() if "/experiments/" in n or "/base/" in n}
     assert run(options) == rows
     assert {n: d for n, d in objects.everything().items() if n in before} == before
-    batch.main([*command(options)[3:], "--dry-run"])
+    call_command("batch", [*command(options)[3:], "--dry-run"])
     assert "3 experiments, 3 done" in capsys.readouterr().out
 
 
@@ -213,6 +213,23 @@ def make_other_machine(store) -> RemoteStore:
     return pickle.loads(pickle.dumps(store))
 
 
+def test_another_process_of_the_run_publishes_until_another_run_takes_over(objects, tmp_path):
+    """As the sink's process does, which gets the store without the thread that renews its lock."""
+    from raylora.storage.objects import Remote
+    from raylora.storage.run_lock import FOLDER
+
+    place = f"s3://{BUCKET}/{OUT}"
+    with on_machine(tmp_path / "m"):
+        store = store_at(location(place))
+        with store.held(False):
+            copy = make_other_machine(store)
+            copy.write_file("results.csv", lambda p: p.write_text("first"))
+            Remote(place).write(f"{FOLDER}/{99:08d}", b"{}")
+            with pytest.raises(UserError, match="another run took it over"):
+                copy.write_file("results.csv", lambda p: p.write_text("second"))
+    assert objects.get(f"{OUT}/results.csv") == b"first"
+
+
 def test_reports_find_what_other_machines_made(objects, options, tmp_path):
     from raylora.experiment.story import run_experiment
     from raylora.experiment.workbench import Workbench
@@ -261,6 +278,6 @@ def test_a_killed_run_is_gone_on_with_and_a_second_one_is_told(objects, options,
     second = only_process(words, tmp_path / "second", text=True)
     output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
-    assert len(rows.load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets
+    assert len(load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets
     assert {n: objects.get(n) for n in rows_before} == rows_before, "what was finished is not done again"
     assert f"s3://{BUCKET}/{OUT}" in output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 import threading
@@ -40,31 +42,52 @@ def test_a_dead_run_of_this_machine_is_known_at_once(remote, monkeypatch):
         assert "run.lock/00000002" in remote.list("run.lock")
 
 
+def leave_lock_of_another_machine(remote: Remote) -> None:
+    """As a run leaves it that died there."""
+    state = {"owner": "process 1 on elsewhere", "process": ["another machine", 1], "renewals": 3, "released": False}
+    assert remote.create("run.lock/00000001", json.dumps(state).encode())
+
+
 def test_a_dead_run_of_another_machine_is_waited_for(remote, quick):
-    dead = RunLock(remote)
-    dead._state["process"] = ["another machine", 1]
-    dead._acquire()  # and never renewed
+    leave_lock_of_another_machine(remote)
     with RunLock(remote).held():
         assert "run.lock/00000002" in remote.list("run.lock")
 
 
 def test_who_slept_too_long_finds_that_it_was_taken_over(remote, quick):
-    sleeper = RunLock(remote)
-    sleeper._state["process"] = ["another machine", 1]
-    sleeper._acquire()
-    with RunLock(remote).held():
-        sleeper.check()  # it does not know yet
-        sleeper._keep_renewing()
-        with pytest.raises(UserError, match="another run took it over"):
-            sleeper.check()
-        sleeper._release()
-        assert b'"released": false' in (remote.read("run.lock/00000001") or b""), "it touches nothing any more"
+    """SIGSTOP, as a laptop's lid or a virtual machine's host does it."""
+    script = (
+        "import time\n"
+        "from raylora.storage import run_lock\n"
+        "from raylora.storage.objects import Remote\n"
+        f"run_lock.RENEW_SECONDS, run_lock.KEEP_SECONDS = {run_lock.RENEW_SECONDS}, {run_lock.KEEP_SECONDS}\n"
+        f"lock = run_lock.RunLock(Remote({remote.place!r}))\n"
+        "with lock.held():\n"
+        "    print('held', flush=True)\n"
+        "    while True:\n"
+        "        lock.check()\n"
+        "        time.sleep(0.05)\n"
+    )
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert sleeper.stdout.readline() == "held\n"
+        sleeper.send_signal(signal.SIGSTOP)
+        with RunLock(remote).held():
+            assert sleeper.poll() is None, "it does not know yet"
+            sleeper.send_signal(signal.SIGCONT)
+            _, said = sleeper.communicate(timeout=60)
+            assert "UserError" in said
+            assert "another run took it over" in said
+            assert b'"released": false' in (remote.read("run.lock/00000001") or b""), "it touches nothing any more"
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_of_many_who_wait_for_a_dead_run_one_gets_it(remote, quick):
-    dead = RunLock(remote)
-    dead._state["process"] = ["another machine", 1]
-    dead._acquire()
+    leave_lock_of_another_machine(remote)
     held, told = [], []
     all_done = threading.Barrier(4)
 

@@ -8,11 +8,11 @@ import torch
 from raylora.config import ModelOptions
 from raylora.data.encoding import encode_example, labels_of
 from raylora.errors import TrainingDivergedError, UserError
+from raylora.model import memory
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import load_model
 from raylora.records import Example, Message
-from raylora.training import gradients
-from raylora.training.adapter_products import mix
+from raylora.training.adapter_products import AdapterProducts, mix
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import adapters_a_pass, train_adapter, train_adapters
 from tests.helpers.tiny import make_model
@@ -49,7 +49,7 @@ def alone(loaded, name, method, part, num, seed):
 
 @pytest.mark.parametrize("budget", [400, 1024])
 def test_adapters_trained_together_are_what_they_become_alone(loaded, encoded, tmp_path, monkeypatch, budget):
-    monkeypatch.setattr(gradients, "CPU_TRAINING_TOKENS", budget)
+    monkeypatch.setattr(memory, "CPU_TOKEN_BUDGET", budget)
     plans = jobs_of(loaded, encoded)
     expected = [alone(loaded, *plan, seed=i) for i, plan in enumerate(plans)]
     jobs = [
@@ -137,7 +137,13 @@ def test_on_a_gpu_packed_and_padded_agree_and_adapters_share_passes(tiny_model_f
     assert adapters_a_pass(loaded, job) > 3, "a tiny adapter's steps fill no minibatch"
 
 
-def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer):
+def record_slices(monkeypatch, drawn: list) -> None:
+    """Whatever is drawn for dropout from now on is put to ``drawn``, too."""
+    draw = AdapterProducts.slice_of
+    monkeypatch.setattr(AdapterProducts, "slice_of", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+
+
+def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer, monkeypatch):
     """PEFT's own forward pass, its dropout replaced by one that multiplies with the bytes that raylora drew."""
     method = METHOD.model_copy(update={"lora_dropout": 0.25, "batch_size": 1, "gradient_accumulation": 1})
     (example,) = [encode_example(tokenizer, e, 256) for e in make_examples(1)]
@@ -147,13 +153,12 @@ def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer):
             p.copy_(torch.randn_like(p) * 0.1)
     passes = GradientAccumulator(loaded, [Job(parameters, [example], method, 3)], None)
     drawn: list[torch.Tensor] = []
-    draw = passes._adapters._slice
-    passes._adapters._slice = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+    record_slices(monkeypatch, drawn)
     loaded.model.train()
     with passes.ready():
         found = passes.backward({0: [0]}, 0)[0]
     gradients = [p.grad.clone() for p in parameters]
-    loaded._peft.zero_grad()
+    loaded.peft_model.zero_grad()
 
     class Drawn(torch.nn.Module):
         def __init__(self, keep):
@@ -176,15 +181,14 @@ def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer):
         torch.testing.assert_close(mine, p.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_draws_of_dropout_have_nothing_in_common(loaded, tokenizer):
+def test_draws_of_dropout_have_nothing_in_common(loaded, tokenizer, monkeypatch):
     seeds = {mix(seed, step, at) for seed in range(10) for step in range(10) for at in range(10)}
     assert len({s >> 32 for s in seeds}) == 1000
     method = METHOD.model_copy(update={"lora_dropout": 0.5})
     same = [encode_example(tokenizer, Example((Message("user", "so " * 40),), "yes", "q"), 256)] * 2
     passes = GradientAccumulator(loaded, [Job(loaded.attach(method, 0), same, method, 3)], None)
     drawn = []
-    draw = passes._adapters._slice
-    passes._adapters._slice = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+    record_slices(monkeypatch, drawn)
     loaded.model.train()
     with passes.ready():
         passes.backward({0: [0, 1]}, 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raylora.data.encoding import StoredEncoded, encode_each, encode_example
-from raylora.errors import TrainingDivergedError, UserError
+from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import compare
@@ -135,8 +135,9 @@ def test_a_loss_that_is_no_number_is_one_line(loaded, encoded):
 def test_no_supervised_token_is_one_line(loaded, tokenizer):
     empty = encode_example(tokenizer, make_examples(1)[0], 256)
     unsupervised = type(empty)(empty.input_ids, *[[False] * len(empty)] * 3)
-    with pytest.raises(UserError, match="no supervised token"):
+    with pytest.raises(UserError, match="no supervised token") as raised:
         train(loaded, [unsupervised])
+    assert raised.value.kind is ErrorKind.NO_SUPERVISED_TOKEN
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -219,7 +220,7 @@ def test_steps_and_losses_are_those_of_the_transformers_trainer(loaded, tokenize
         warmup_steps=2, weight_decay=method.weight_decay, report_to=[], save_strategy="no", disable_tqdm=True,
         use_cpu=True, average_tokens_across_devices=False,
     )  # fmt: skip
-    Reference(other._peft, arguments).train()
+    Reference(other.peft_model, arguments).train()
     assert [s.loss for s in result.steps] == pytest.approx(losses, abs=1e-5)
     assert losses[-1] < losses[0] - 0.01, "nothing was learnt that could have gone wrong"
     for mine, other_one in zip(ours, theirs, strict=True):

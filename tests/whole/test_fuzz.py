@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylora.config import load_config
-from raylora.data.datasets import load_dataset
+from raylora.data.datasets import read_dataset
 from raylora.errors import UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.mmlu.questions import load_questions
@@ -90,7 +90,7 @@ def read(kind: str, path: Path, salvage: bool) -> None:
     elif kind.startswith("questions"):
         load_questions(path)
     else:
-        load_dataset(path, salvage)
+        read_dataset(path, salvage)
 
 
 def check(folder: Path, num_inputs: int, seed: int) -> dict[str, int]:
@@ -129,6 +129,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_ten_thousand_mutated_files(tmp_path, monkeypatch, seed):
     monkeypatch.setenv("MODEL_NAME", "demo")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
-from raylora.config import GPU_TOKEN_BUDGET, Method, ModelOptions
+from raylora.config import Method, ModelOptions
 from raylora.data.encoding import encode_example
 from raylora.model.loading import load_model
-from raylora.training import gradients
+from raylora.model.memory import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, GPU_TOKEN_BUDGET, TokenBudget, tokens_that_fit
 from raylora.training.adapter_products import AdapterProducts, Span
-from raylora.training.gradients import CPU_TRAINING_TOKENS, ENOUGH_TOKENS, GradientAccumulator, Job, tokens_that_fit
+from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import train_adapter
 from raylora.training.losses import example_losses
 from tests.helpers.training import make_examples
@@ -27,6 +30,21 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+@contextlib.contextmanager
+def refused(loaded, refuses: Callable[[int], bool]) -> Iterator[None]:
+    """Inside, memory runs out in every minibatch of whose number of tokens ``refuses`` says so."""
+
+    def check(module, args, kwargs):
+        if refuses(kwargs["input_ids"].numel()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @pytest.fixture
 def load(device, tiny_model_folder):
     def load(quantization: str, where: torch.device = device):
@@ -41,9 +59,10 @@ def keep_of(loaded, seed: int) -> torch.Tensor:
     loaded.attach(METHOD, 0)
     try:
         adapters = AdapterProducts(loaded, ["default"])
-        adapters.expect([Span(0, 7, "default", seed), Span(7, 12, "default", seed + 1)], 12)
+        spans = [Span(0, 7, "default", seed), Span(7, 12, "default", seed + 1)]
+        adapters.expect(spans, 12)
         rows = torch.zeros(12, 64, device=loaded.device)
-        return adapters._slice(rows, adapters._spans, 0, 0.3, 1.0).keep.cpu()
+        return adapters.slice_of(rows, spans, 0, 0.3, 1.0).keep.cpu()
     finally:
         loaded.detach()
 
@@ -95,13 +114,14 @@ def test_checkpoints_change_nothing_but_memory(load):
     for checkpointing in (False, True):
         parameters = loaded.attach(METHOD, 0)
         runner = GradientAccumulator(loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None)
-        if checkpointing:
-            runner._running = []
-            runner._back_off()
-            assert loaded.model.is_gradient_checkpointing
         loaded.model.train()
-        with runner.ready():
+
+        def refuse(num_tokens: int, checkpointing: bool = checkpointing) -> bool:
+            return checkpointing and not loaded.model.is_gradient_checkpointing
+
+        with runner.ready(), refused(loaded, refuse):
             curves.append([runner.backward({0: range(k, k + 8)}, k)[0].loss for k in range(3)])
+        assert loaded.model.is_gradient_checkpointing == checkpointing
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         runner.restore()
         loaded.detach()
@@ -121,20 +141,33 @@ def test_a_minibatch_on_a_gpu_is_what_memory_holds():
 
 def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
     loaded, encoded = load("none")
-    job = Job(loaded.attach(METHOD, 0), encoded * 100, METHOD, 0, loaded.active_adapter)
+    job = Job(loaded.attach(METHOD, 0), encoded * 25, METHOD, 0, loaded.active_adapter)
     runner = GradientAccumulator(loaded, [job], None)
-    large = [gradients._Item(0, i, 0) for i in range(400)]
-    runner._running = large
-    tokens = runner._num_tokens(large)
-    assert tokens > 2 * ENOUGH_TOKENS
-    runner._back_off()
-    assert runner.token_budget == tokens // 2
-    assert not loaded.model.is_gradient_checkpointing
-    runner._running = large[:4]
-    runner._back_off()
-    assert loaded.model.is_gradient_checkpointing
-    runner.restore()
-    loaded.detach()
+    runner.budget = TokenBudget(2 * ENOUGH_TOKENS, may_checkpoint=True)
+    seen = []
+
+    def refuse(module, args, kwargs):
+        seen.append((kwargs["input_ids"].numel(), loaded.model.is_gradient_checkpointing))
+        if len(seen) < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    loaded.model.train()
+    try:
+        with runner.ready():
+            runner.backward({0: range(400)}, 0)
+    finally:
+        hook.remove()
+        loaded.model.eval()
+        runner.restore()
+        loaded.detach()
+    sizes = [size for size, _ in seen[:4]]
+    assert sizes[0] > ENOUGH_TOKENS
+    assert sizes[1] <= sizes[0] // 2
+    assert sizes[2] == sizes[1], "a small one is not halved before activations are checkpointed"
+    assert sizes[3] <= sizes[2] // 2
+    assert [checkpointing for _, checkpointing in seen[:4]] == [False, False, True, True]
+    assert runner.budget.num_backoffs == 3
 
 
 @pytest.mark.gpu
@@ -180,8 +213,7 @@ def test_a_cpu_learns_nothing(load, device):
         pytest.skip("about the CPU")
     loaded, encoded = load("none")
     parameters = loaded.attach(METHOD, 0)
-    assert GradientAccumulator(
-        loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None
-    ).token_budget == (CPU_TRAINING_TOKENS)
+    runner = GradientAccumulator(loaded, [Job(parameters, encoded, METHOD, 0, loaded.active_adapter)], None)
+    assert runner.budget.tokens == CPU_TOKEN_BUDGET
     train_adapter(loaded, parameters, encoded, METHOD, 0, 1)
     assert loaded.training_tokens is None

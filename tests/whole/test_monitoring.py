@@ -110,8 +110,7 @@ def watched(tmp_path_factory, tiny_model_folder) -> Iterator[Watched]:
     runs: list[RunHandle] = []
 
     def work() -> None:
-        for _ in run_experiments(plan.config, plan.store, plan.experiments, runs.append, Scanty):
-            pass
+        run_experiments(plan.config, plan.store, plan.experiments, runs.append, Scanty)
 
     thread = threading.Thread(target=work, daemon=True)
     try:

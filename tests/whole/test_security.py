@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylora.commands import batch
+from raylora.commands.run_command import call_command
 from raylora.config import ModelOptions
 from raylora.data.encoding import render_chat
 from raylora.errors import UserError
@@ -67,7 +67,8 @@ def test_hostile_file_names_stay_in_the_output_folder(tiny_model_folder, tmp_pat
     (chunk / "linked.json").symlink_to(chunk / "paypal.json")
     output = tmp_path / "out"
     before = {p for p in tmp_path.rglob("*") if output not in p.parents and p != output}
-    code = batch.main(
+    code = call_command(
+        "batch",
         ["--chunk", "chunk_1", "--data-root", str(chunk.parent), "--output", str(output),
          "--model", str(tiny_model_folder), "--quantization", "none", "--stages", "features",
          "--probe-steps", "0", "--sample-size", "4"]

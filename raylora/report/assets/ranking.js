@@ -1,7 +1,7 @@
 // The datasets from the best change to the worst: a forest plot that is a table.
 
 const RANKED = DATA.ranking.rows.slice().sort((a, b) => CHANGE[b] - CHANGE[a]);
-const verdict = (i) => (!isReal(i) ? "not told apart" : CHANGE[i] > 0 ? "gain" : "loss");
+const verdict = (i) => (!isReal(i) ? "undecided" : CHANGE[i] > 0 ? "gain" : "loss");
 
 /** From a domain to percent of a cell's width. */
 function cellScale(low, high) {
@@ -20,13 +20,13 @@ function drawTiles() {
     const stderr = numbers("base_overall_stderr")[best];
     const asked = numbers("total_questions")[best];
     add("Base model on MMLU", percent(base), `${stderr === null ? "" : `± ${(100 * stderr).toFixed(1)} (standard error), `}${asked === null ? "" : count(asked, "question")}`);
-    add("Best change", `${points(CHANGE[best])} points`, `${DATA.labels[best]}${isReal(best) ? "" : ": not told apart from none"}`, tone(best) === "none" ? "" : tone(best));
+    add("Best change", `${points(CHANGE[best])} points`, `${DATA.labels[best]}${isReal(best) ? "" : ": undecided"}`, tone(best) === "none" ? "" : tone(best));
     add("Real changes", `${gains} up, ${losses} down`, `of ${RANKED.length}; McNemar's test, Holm-adjusted, 5%`);
   }
   const seconds = DATA.costs.totals.reduce((a, b) => a + (b || 0), 0);
   add(DATA.costs.gpus.length ? "GPU time" : "Worker time", duration(seconds), DATA.costs.gpus.length ? [...new Set(DATA.costs.gpus)].join(", ") : "one process a worker");
   const bad = NUM_ROWS - good;
-  add("Failed", String(bad), bad ? "with cause and mend below" : `all ${count(good, "experiment")} are good`, bad ? "loss" : "");
+  add("Failed", String(bad), bad ? "with cause and fix below" : `all ${count(good, "experiment")} are good`, bad ? "loss" : "");
 }
 
 function drawRanking() {
@@ -44,7 +44,7 @@ function drawRanking() {
       `Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
     ),
   );
-  const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "not told apart from no change", false]];
+  const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "undecided", false]];
   host.append(el("div", { class: "keys" }, ...keys.map(([name, text, filled]) => el("span", { class: "key" }, el("i", { style: { borderColor: `var(--${name})`, background: filled ? `var(--${name})` : "none" } }), text))));
 
   const known = (values) => RANKED.map((i) => values[i]).filter((v) => v !== null);

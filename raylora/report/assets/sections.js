@@ -56,10 +56,10 @@ function drawFailures() {
   if (failures.length) {
     const attempts = column("num_attempts");
     new Table(host, [name(failures),
-      { key: "cause", title: "Cause", value: (k) => failures[k].cause, draw: (k) => el("div", { title: `${failures[k].cause}\nMend: ${failures[k].mend}` }, failures[k].cause, el("div", { class: "mend" }, el("b", {}, "Mend: "), failures[k].mend)) },
-      { key: "mend", title: "Mend", value: (k) => failures[k].mend, text: (k) => failures[k].mend, from: 620 },
+      { key: "cause", title: "Cause", value: (k) => failures[k].cause, draw: (k) => el("div", { title: `${failures[k].cause}\nFix: ${failures[k].fix}` }, failures[k].cause, el("div", { class: "fix" }, el("b", {}, "Fix: "), failures[k].fix)) },
+      { key: "fix", title: "Fix", value: (k) => failures[k].fix, text: (k) => failures[k].fix, from: 620 },
       { key: "attempts", title: "Tries", value: (k) => attempts[failures[k].row], text: (k) => short(attempts[failures[k].row]), num: true, width: 60, from: 700 },
-      log(failures)], { name: "failures", rows: failures.map((_, k) => k), sort: "name", descending: false, search: (k) => `${DATA.labels[failures[k].row]} ${failures[k].cause} ${failures[k].mend}`, wrap: failures.length <= 60, height: 420, onRow: null });
+      log(failures)], { name: "failures", rows: failures.map((_, k) => k), sort: "name", descending: false, search: (k) => `${DATA.labels[failures[k].row]} ${failures[k].cause} ${failures[k].fix}`, wrap: failures.length <= 60, height: 420, onRow: null });
   }
   if (oddities.length) {
     host.append(el("h3", {}, "No failure, and worth a look"));

@@ -127,10 +127,30 @@ def around_batches(module: Any) -> None:
     module.token_losses = losses
 
 
+def around_tables(module: Any) -> None:
+    """In the sink's process alone; the command writes the same tables at its end."""
+    write_if_due, write_file = module.RunTables.write_if_due, module.Store.write_file
+
+    def write_by_sink(self: Any, name: str, write: Any) -> None:
+        def write_and_reach(partial: Path) -> None:
+            write(partial)
+            reach(f"{name} half written")
+
+        write_file(self, name, write_and_reach)
+
+    def write_if_due_and_reach(self: Any, rows: Any) -> None:
+        reach("sink")
+        module.Store.write_file = write_by_sink
+        write_if_due(self, rows)
+
+    module.RunTables.write_if_due = write_if_due_and_reach
+
+
 PATCHES = {
     "raylora.experiment.story": around_experiments,
     "raylora.model.loading": around_models,
     "raylora.storage.store": around_store,
+    "raylora.storage.run_tables": around_tables,
     "raylora.model.forward": around_batches,
 }
 

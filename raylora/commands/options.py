@@ -1,0 +1,118 @@
+"""What each command takes, beside what all runs take: no torch, no Ray and no pandas, as --help must not wait for them.
+
+``raylora.commands.run_command`` says which command takes which of these classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import CliPositionalArg, CliVariadicArg, NoDecode, SettingsConfigDict
+
+from raylora.config import Config, EvaluationConfig
+from raylora.config_sources import Settings, split_commas
+from raylora.storage.places import Location
+
+
+def _check_local(path: Any) -> Any:
+    if "://" in str(path):
+        raise ValueError("only what lies on this machine is read here: copy it first")
+    return path
+
+
+LocalPath = Annotated[Path, BeforeValidator(_check_local)]
+
+
+class ExperimentConfig(Config):
+    """One dataset, in this process, without a cluster."""
+
+    file: CliPositionalArg[Location] = Field(description="a dataset file")
+
+
+class MmluConfig(EvaluationConfig):
+    """Evaluate a model and its adapters on MMLU."""
+
+    model_config = SettingsConfigDict(cli_shortcuts={"mmlu": "questions"})
+
+    adapter: CliVariadicArg[list[Path]] = Field([], description="folders of PEFT adapters")
+
+
+class FeaturesConfig(Config):
+    """Measure the features of every dataset of a folder."""
+
+    model_config = SettingsConfigDict(cli_shortcuts={"model": "model-path", "data-folder": "data-dir"})
+
+    output: Location = Field(
+        Path("results/features"), description="folder for rows, logs and what a rerun goes on with"
+    )
+    data_folder: Location | None = Field(None, description="folder of dataset files (or name a --chunk)")
+    single_dataset: Location | None = Field(None, description="one dataset file in place of a folder")
+    output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
+    describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
+
+
+class RankConfig(Config):
+    """Predict what training on each dataset would do, and in which order to train."""
+
+    predictor: Path = Field(Path("results/predictor"), description="folder or file that raylora.predict fit wrote")
+    budget: int | None = Field(None, ge=1, description="trainings that can be paid for (default: all)")
+    coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: the predictor's)")
+
+
+class FitConfig(Settings):
+    """Fit a predictor to a table of finished runs, and measure it on rows it has not seen."""
+
+    table: CliPositionalArg[LocalPath] = Field(description="folder of a run, its results.csv, or any such table")
+    target: Literal["overall_accuracy", "accuracy_change"] = Field("overall_accuracy", description="what is predicted")
+    group: str | None = Field(
+        None, description="column whose rows stay together in validation (none: no such; default: the dataset's)"
+    )
+    leave_out: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
+        (),
+        description="groups (text, semantic, perplexity, dynamic, static, hyperparameters) or columns not to use",
+    )
+    coverage: float = Field(0.9, gt=0, lt=1, description="share of outcomes that intervals are to hold")
+    folds: int = Field(5, ge=3, le=50, description="outer folds of the cross-validation")
+    seed: int = Field(0, ge=0, le=2**32 - 2, description="of folds and forests")
+    threads: int | None = Field(None, ge=1, description="processes that fit folds (default: one a core)")
+    output: Path = Field(Path("results/predictor"), description="folder for the predictor")
+
+    not_from_environment = frozenset({"output"})
+
+
+class PredictConfig(Settings):
+    """Predict the outcome for every row of a table, with intervals."""
+
+    predictor: CliPositionalArg[LocalPath] = Field(description="what fit wrote")
+    table: CliPositionalArg[LocalPath] = Field(description="folder of a run, its results.csv, or any such table")
+    coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: what it was fitted with)")
+    output: Path | None = Field(None, description="CSV file for the predictions")
+
+    not_from_environment = frozenset({"output"})
+
+
+class ExplainConfig(Settings):
+    """What a predictor uses, how good it is on rows it has not seen, and what each feature is worth."""
+
+    predictor: CliPositionalArg[LocalPath] = Field(description="what fit wrote")
+
+
+class ReportConfig(Settings):
+    """The page of a finished or half-finished run, written anew."""
+
+    folder: CliPositionalArg[LocalPath] = Field(description="a run's folder, such as results/chunk_001")
+    price: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="price of a GPU-hour, in your currency, for the costs"
+    )
+
+
+class SchemaConfig(Settings):
+    """The JSON schema of the YAML file of --config, for editors."""
+
+
+class CompletionConfig(Settings):
+    """A script that completes commands, options and files of raylora at a shell's prompt."""
+
+    shell: CliPositionalArg[Literal["bash", "zsh"]] = Field(description="bash or zsh")

@@ -1,0 +1,135 @@
+"""The probe as a class that researchers know: on a model of their own, with their own optimizer and batches."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from raylora.config import Method
+from raylora.data.datasets import sample_examples
+from raylora.data.encoding import IGNORE_INDEX, encode_example
+from raylora.errors import UserError
+from raylora.features.observer import ProbeObserver
+from raylora.features.probe import run_probe
+from raylora.features.static import OfLoadedModel, as_dataset, count_held_out, has_answer, join_notes
+from raylora.model.loading import borrowed
+from raylora.records import Dataset, Example
+from raylora.training.gradients import StepGradient, separate_gradients
+from raylora.training.loop import take_step
+from raylora.training.losses import example_losses
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HyperParams:
+    """What the research code calls the hyperparameters of a probe; all others have raylora's defaults."""
+
+    learning_rate: float = 2e-4
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+
+    def method(self, batch_size: int) -> Method:
+        return Method(**vars(self), batch_size=batch_size)
+
+
+class DynamicProbeAnalyzer(OfLoadedModel):
+    """Dynamic features of a dataset."""
+
+    def extract_all_dynamic_features(
+        self,
+        dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]],
+        hyperparams: HyperParams,
+        probe_steps: int = 100,
+        sample_size: int = 50,
+        batch_size: int = 8,
+        token_budget: int = 512,
+    ) -> dict[str, Any]:
+        """Every feature of the probe by column name, None where it could not be measured, and ``feature_notes``.
+
+        Args:
+            dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
+            sample_size: examples that are trained on and held out (0: all).
+            batch_size: examples in a micro-batch; four make an optimizer step.
+
+        Raises:
+            UserError: there is no valid example.
+        """
+        known = as_dataset(dataset)
+        method = hyperparams.method(batch_size)
+        sample = sample_examples(known.examples, sample_size, known.seed)
+        encoded = [encode_example(self.tokenizer, example, method.max_length) for example in sample]
+        held_out = [e for e in encoded[: count_held_out(len(encoded))] if has_answer(e)]
+        with borrowed(self.model, self.tokenizer) as loaded:
+            before = example_losses(loaded, held_out, method.train_on, token_budget)
+            result = run_probe(loaded, encoded, before, method, probe_steps, known.seed % 2**62, token_budget)
+        return {**result.values, "feature_notes": join_notes(result.notes)}
+
+    def run_streaming_training(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        train_batches: Iterable[Mapping[str, torch.Tensor]],
+        probe_steps: int,
+        gradient_accumulation_steps: int = 1,
+        max_grad_norm: float = 0.3,
+    ) -> dict[str, Any]:
+        """Optimizer steps on batches that are made already; nothing is kept of a step but numbers.
+
+        Args:
+            model: with trainable parameters, those of ``optimizer``.
+            train_batches: what the model's forward takes, ``labels`` among it. A list or a DataLoader is gone through
+                over and over, an iterator once: where it ends, the steps end.
+
+        Returns:
+            ``losses`` and ``grad_norms`` (lists, a number a step, norms before clipping), ``avg_grad_norm``,
+            ``gradient_consistency``, ``avg_grad_sparsity``, ``loss_stability`` (None where it cannot be measured).
+
+        Raises:
+            UserError: there is no batch.
+            TrainingDivergedError: the loss became infinite or NaN.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        observer = ProbeObserver(parameters)
+        batches = _over_and_over(train_batches)
+
+        def backward(batch: Mapping[str, torch.Tensor]) -> float:
+            on_device = {key: value.to(model.device) for key, value in batch.items()}
+            loss = model(**on_device).loss / gradient_accumulation_steps
+            loss.backward()
+            return float(loss.detach())
+
+        def gradient(part: Sequence[Mapping[str, torch.Tensor]]) -> StepGradient:
+            loss = separate_gradients(parameters, [functools.partial(backward, b) for b in part], observer)
+            num_tokens = sum(b["input_ids"].numel() for b in part)
+            return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in part))
+
+        was_training = model.training
+        model.train()
+        try:
+            for k in range(probe_steps):
+                if not (part := list(itertools.islice(batches, gradient_accumulation_steps))):
+                    break
+                take_step(k, parameters, optimizer, gradient(part), max_grad_norm, observer=observer)
+        finally:
+            model.train(was_training)
+        return {"losses": observer.losses, "grad_norms": observer.grad_norms, **observer.features()}
+
+
+def _over_and_over(batches: Iterable[T]) -> Iterator[T]:
+    """Raises UserError where there is none."""
+    for turn in itertools.count():
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+        if is_empty and turn == 0:
+            raise UserError("there is no batch to train on")
+        if is_empty:  # an iterator, which is at its end
+            return

@@ -1,0 +1,181 @@
+"""Runs on real Ray whose workers make rows without a model: who writes the tables, when, and what if it dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import ray
+
+from raylora import load_dataset, load_results
+from raylora.cluster.ray_run import RunHandle, run_experiments
+from raylora.config import load_config
+from raylora.errors import CannotGoOnError, UserError
+from raylora.records import Experiment, ProgressStage, ResultRow
+from raylora.rows import ROW_COLUMNS, make_row
+from raylora.storage.run_tables import RunTables
+from raylora.storage.store import Store
+from raylora.storage.tables import CsvTable
+
+NUM_ROWS = 6
+
+
+class Sleeper:
+    """Makes a row in a while, in place of training; notes when."""
+
+    def __init__(self, config, store) -> None:
+        self._config, self._store = config, store
+
+    def run(self, experiment: Experiment, progress) -> ResultRow:
+        progress(ProgressStage.TRAIN, 0, 1)
+        time.sleep(experiment.settings["seconds"])
+        row = make_row(self._config, experiment, "ok", train_loss=float(experiment.dataset[-1]))
+        self._store.write_row(experiment, row)
+        return row
+
+    def help(self, experiment: Experiment, name: str, progress) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Diary(CsvTable):
+    """Notes who writes which rows, and when."""
+
+    def write(self, rows) -> None:
+        with self.path.open("a") as file:
+            names = [row.values["dataset"] for row in rows]
+            file.write(json.dumps({"process": os.getpid(), "time": time.time(), "rows": names}) + "\n")
+
+    def entries(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+class EagerTables(RunTables):
+    """Each row as it comes, on a machine however slow."""
+
+    pause = 0.0
+
+
+@dataclass
+class Run:
+    """A run in a thread, as the command's main thread waits for nothing else."""
+
+    folder: Path
+    seconds: float = 1.0
+    former: tuple[ResultRow, ...] = ()
+    tables: RunTables | None = None
+
+    def __post_init__(self) -> None:
+        self.config, self.store = load_config(model="demo", num_workers=1, adapters_a_pass=1), Store(self.folder)
+        self.store.open(fresh=False)
+        self.diary = Diary("", self.folder / "diary", [])
+        self.tables = self.tables or EagerTables(self.store, ROW_COLUMNS, self.diary)
+        self.experiments = [
+            Experiment(f"data_{i}-1", f"data_{i}", "", {"seconds": self.seconds}, str(i), {"train": {}}, "")
+            for i in range(NUM_ROWS)
+        ]
+        self.handles: list[RunHandle] = []
+        self.rows: list[ResultRow] = []
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            with self.tables.permitted():
+                self.rows = run_experiments(
+                    self.config, self.store, self.experiments, self.handles.append, Sleeper, self.tables, self.former
+                )
+        except Exception as error:  # noqa: BLE001 - for the test's thread
+            self.error = error
+
+    def start(self, num_rows: int = 0) -> Run:
+        """Goes on when so many rows are in the tables."""
+        self.thread.start()
+        deadline = time.monotonic() + 120
+        while not self.handles or len(self.diary.entries()) < num_rows:
+            assert time.monotonic() < deadline, self.error
+            time.sleep(0.02)
+        return self
+
+    def finish(self) -> list[str]:
+        """The datasets of the rows, all good and at the first try."""
+        self.thread.join(120)
+        assert not self.thread.is_alive()
+        if self.error:
+            raise self.error
+        assert {(row.values["error"], row.values["num_attempts"]) for row in self.rows} == {("", 1)}
+        return sorted(row.values["dataset"] for row in self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        return [e.dataset for e in self.experiments]
+
+
+def test_rows_reach_the_tables_one_by_one_from_one_process_beside_the_command(ray_with_gpus, tmp_path):
+    former = ResultRow(dict.fromkeys(ROW_COLUMNS) | {"dataset": "before", "experiment_id": "before-1"})
+    run = Run(tmp_path, former=(former,))
+    assert run.start().finish() == run.names
+    entries = run.diary.entries()
+    assert [len(e["rows"]) for e in entries] == [*range(2, NUM_ROWS + 2)], "each row as soon as it was made"
+    assert {e["rows"][0] for e in entries} == {"before"}
+    assert len({e["process"] for e in entries} - {os.getpid()}) == 1
+    made = [(run.store.folder(e) / "result.json").stat().st_mtime for e in run.experiments]
+    late = [e["time"] - m for e, m in zip(entries, sorted(made), strict=True)]
+    print(f"rows in the tables {', '.join(f'{seconds:.2f}' for seconds in late)} s after they were made")
+    assert max(late[2:]) < 2.0, "but for the first ones, for which the process starts"
+    shown = ray.get(run.handles[0].board.read.remote(1)).rows
+    assert sorted(values["dataset"] for values in shown) == run.names
+
+
+def test_a_sink_that_is_killed_costs_no_row(ray_with_gpus, tmp_path):
+    run = Run(tmp_path).start(num_rows=2)
+    first = run.diary.entries()[0]["process"]
+    psutil.Process(first).kill()
+    assert run.finish() == run.names
+    entries = run.diary.entries()
+    assert len({e["process"] for e in entries}) == 2
+    assert [len(e["rows"]) for e in entries] == [*range(1, NUM_ROWS + 1)], "the new process knows what the old one knew"
+
+
+def test_a_board_that_dies_costs_no_row_either(ray_with_gpus, tmp_path):
+    run = Run(tmp_path).start(num_rows=2)
+    ray.kill(run.handles[0].board)
+    assert run.finish() == run.names
+    assert [len(e["rows"]) for e in run.diary.entries()] == [*range(1, NUM_ROWS + 1)]
+
+
+class BrokenTable(CsvTable):
+    def write(self, rows) -> None:
+        raise CannotGoOnError("no room")
+
+
+def test_a_table_that_cannot_be_written_ends_the_run_with_its_own_error(ray_with_gpus, tmp_path, capfd):
+    store = Store(tmp_path)
+    tables = RunTables(store, ROW_COLUMNS, BrokenTable("", tmp_path / "t", []))
+    with pytest.raises(CannotGoOnError, match=r"^no room$"):
+        Run(tmp_path, tables=tables).start().finish()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_rows_of_a_run_are_a_ray_dataset_again(ray_with_gpus, tmp_path):
+    run = Run(tmp_path, seconds=0.0)
+    with run.tables.permitted():
+        pass
+    rows = [make_row(run.config, e, "ok", train_loss=0.5) for e in run.experiments]
+    run.store.write_tables(rows, ROW_COLUMNS)
+    dataset = load_dataset(tmp_path)
+    assert isinstance(dataset, ray.data.Dataset)
+    assert dataset.count() == NUM_ROWS
+    table = load_results(tmp_path)
+    assert dataset.columns() == list(table.columns)
+    pd.testing.assert_frame_equal(dataset.to_pandas(), table)
+    assert dataset.filter(lambda row: row["dataset"] == "data_3").take_all()[0]["train_loss"] == 0.5
+    with pytest.raises(UserError, match="no such table"):
+        load_dataset(tmp_path / "nothing")
