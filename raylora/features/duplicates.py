@@ -74,9 +74,10 @@ def mark_similar_rows(matrix: csr_matrix, marked: np.ndarray) -> None:
     """Set ``marked`` for each row that has another row at a cosine above 0.8.
 
     All-pairs similarity search with prefix filtering (Bayardo, Ma and Srikant 2007), exact. The prefix of a row is its
-    most common words, as many as together have a norm below 0.8: rows that share no other words cannot be similar. So
-    candidate pairs are those that share a rare word, which few rows have. Most are ruled out by an upper bound of their
-    cosine (1.1 s in place of 3.5 for 32,000 texts, benchmarks/NOTES.md); the others' cosine is computed.
+    most common words, as many as together have a norm below 0.8: two rows that share no word outside both prefixes
+    cannot be similar. So candidates are the pairs that share such a rare word, which few rows have. Most are ruled out
+    by an upper bound of their cosine (1.1 s in place of 3.5 for 32,000 texts, benchmarks/NOTES.md); the cosine of the
+    others is computed.
 
     Memory grows with the pairs in one block, not with the square of the number of rows. Rows that are marked already
     are not searched for again.

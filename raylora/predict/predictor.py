@@ -270,7 +270,7 @@ def trees_of(model: Any) -> list[Any]:
 
 
 def _check_tree(tree: Any, num_columns: int) -> None:
-    """In scikit-learn's trees children come after their parent (so that none is in a circle); leaves have none, -1.
+    """In scikit-learn's trees children come after their parent, so that there is no cycle; a leaf's are -1.
 
     Raises:
         ValueError: a child or a feature is outside its array.
