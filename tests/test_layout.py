@@ -14,7 +14,6 @@ TESTS = ROOT / "tests"
 WITHOUT_A_MODULE = {
     "test_layers": "the whole package: what imports what",
     "test_layout": "the tests themselves",
-    "test_package": "what is published of the whole",
     "mmlu/test_parity": "the whole wing, beside lm-evaluation-harness",
     "report/test_browser": "the page as a browser shows it",
 }

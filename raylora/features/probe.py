@@ -1,6 +1,6 @@
 """Features of a probe: a few optimizer steps from a fresh adapter, which is then thrown away.
 
-The steps are those of ``raylora.train``; an observer looks on.
+The steps are those of ``raylora.training.loop``; an observer looks on.
 """
 
 from __future__ import annotations
