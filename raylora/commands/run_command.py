@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import NoReturn
 
+from raylora import __version__
 from raylora.commands import options
 from raylora.config import CommonOptions, Config
 from raylora.config_sources import OptionParser, Settings, settings_from_command
@@ -103,7 +103,7 @@ def make_parser(command: Command | Group, prog: str) -> OptionParser:
     """The options of a command, or of all of a group."""
     parser = OptionParser(prog=prog, description=command.summary)
     if command is PROGRAM:
-        parser.add_argument("--version", action="version", version=f"raylora {version('raylora')}")
+        parser.add_argument("--version", action="version", version=f"raylora {__version__}")
     _add_command(parser, command)
     return parser
 
