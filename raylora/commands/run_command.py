@@ -89,14 +89,14 @@ def run_command(name: str, argv: list[str] | None = None) -> NoReturn:
 
 
 def call_command(name: str, argv: list[str]) -> int:
-    """A command of ``COMMANDS`` in this process; its exit code.
+    """A command of the program in this process; its exit code.
 
     Raises:
         UserError: wrong use, in one line.
         StoppedError, RemoteError, KeyboardInterrupt: it did not come to its end.
         SystemExit: 0 after ``--help``; 143 after SIGTERM.
     """
-    return _work(*_read(COMMANDS[name], f"python -m raylora.{name}", argv))
+    return _work(*_read(PROGRAM.commands[name], f"raylora {name}", argv))
 
 
 def make_parser(command: Command | Group, prog: str) -> OptionParser:
