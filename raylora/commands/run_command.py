@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import NoReturn
 
+from raylora import __version__
 from raylora.commands import options
 from raylora.config import CommonOptions, Config
 from raylora.config_sources import OptionParser, Settings, settings_from_command
@@ -89,21 +89,21 @@ def run_command(name: str, argv: list[str] | None = None) -> NoReturn:
 
 
 def call_command(name: str, argv: list[str]) -> int:
-    """A command of ``COMMANDS`` in this process; its exit code.
+    """A command of the program in this process; its exit code.
 
     Raises:
         UserError: wrong use, in one line.
         StoppedError, RemoteError, KeyboardInterrupt: it did not come to its end.
         SystemExit: 0 after ``--help``; 143 after SIGTERM.
     """
-    return _work(*_read(COMMANDS[name], f"python -m raylora.{name}", argv))
+    return _work(*_read(PROGRAM.commands[name], f"raylora {name}", argv))
 
 
 def make_parser(command: Command | Group, prog: str) -> OptionParser:
     """The options of a command, or of all of a group."""
     parser = OptionParser(prog=prog, description=command.summary)
     if command is PROGRAM:
-        parser.add_argument("--version", action="version", version=f"raylora {version('raylora')}")
+        parser.add_argument("--version", action="version", version=f"raylora {__version__}")
     _add_command(parser, command)
     return parser
 
