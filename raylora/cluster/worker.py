@@ -14,6 +14,7 @@ from raylora.cluster.metrics import WorkerMeter, title
 from raylora.cluster.status import WorkerProgress
 from raylora.config import Config
 from raylora.errors import ErrorKind, MachineError, OutOfMemoryError, one_line
+from raylora.model.memory import is_out_of_memory
 from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
 from raylora.storage.store import Store
 
@@ -112,8 +113,6 @@ class Worker:
 
     @contextlib.contextmanager
     def _reporter(self, experiment: Experiment) -> Iterator[ProgressCallback]:
-        from raylora.model.memory import is_out_of_memory  # imports torch
-
         stage_now: ProgressStage | None = None
         started, written, titled = 0.0, 0.0, 0.0
         meter = self._meter
