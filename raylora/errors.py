@@ -159,6 +159,10 @@ class CannotGoOnError(RayloraError):
     """Results cannot be kept, or no worker starts: trying again is of no use before somebody fixes that."""
 
 
+class SinkError(RayloraError):
+    """Carries the error that ends the run as its first argument: to the text of one Ray Data adds words of its own."""
+
+
 def kind_of(error: BaseException) -> ErrorKind:
     return error.kind if isinstance(error, RayloraError) else ErrorKind.UNKNOWN
 

@@ -44,6 +44,7 @@ from raylora.errors import (
     MachineError,
     MachineFailedError,
     NodeLostError,
+    SinkError,
     UserError,
     WorkerFailedError,
     kind_of,
@@ -289,10 +290,6 @@ class RunHandle:
 
 _rows_of_runs: dict[str, dict[str, ResultRow]] = {}
 """What this process, a sink's, knows of its run: the rows by experiment id."""
-
-
-class SinkError(Exception):
-    """Carries the error that ends the run as its first argument: to the text of one Ray Data adds words of its own."""
 
 
 class TableSink(Datasink[list[dict[str, Any]]]):
