@@ -39,6 +39,7 @@ class Command:
     def raylora(self) -> list[str] | None:
         """The command of raylora within it, from the module's name on: ``["raylora.batch", "--chunk", ...]``."""
         words = self.words
+        words = words[: words.index(">")] if ">" in words else words
         if words[0] == "raylora":
             return [f"raylora.{words[1]}", *words[2:]]
         for i in range(len(words) - 2):
