@@ -235,7 +235,7 @@ def _training_that_fits(shape: Shape, machine: Hardware, method: Method, sizes: 
 
 
 def token_counts(config: Config, method: Method, sizes: Sizes, num_question_tokens: int) -> dict[str, float]:
-    """Tokens of an experiment that have a forward pass only (``evaluate``), and those with a backward pass (``train``)."""
+    """Tokens of an experiment: with a forward pass only (``evaluate``), and with a backward pass too (``train``)."""
     counts: dict[str, float] = defaultdict(float)
     if "features" in config.stages:
         options = FeatureOptions(**config.settings_of(FeatureOptions))

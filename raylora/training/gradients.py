@@ -154,7 +154,7 @@ class GradientAccumulator:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, the model serves ``backward`` and nothing else: its attention and its adapters' products are replaced."""
+        """Inside, the model serves ``backward`` alone: its attention and its adapters' products are replaced."""
         blocks = attention_in_blocks(self.loaded.model) if self.packed else contextlib.nullcontext()
         with self._adapters.installed(), blocks:
             yield
