@@ -1,4 +1,4 @@
-"""The probe as a class that researchers know: on a model of their own, with their own optimizer and batches."""
+"""The probe under the research code's class and method names, for a model, optimizer and batches of one's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HyperParams:
-    """What the research code calls the hyperparameters of a probe; all others have raylora's defaults."""
+    """The hyperparameters of a probe that the research code has; all others have raylora's defaults."""
 
     learning_rate: float = 2e-4
     lora_r: int = 16
@@ -40,7 +40,7 @@ class HyperParams:
 
 
 class DynamicProbeAnalyzer(OfLoadedModel):
-    """Dynamic features of a dataset."""
+    """Dynamic features: those of a dataset, and those of any training's steps."""
 
     def extract_all_dynamic_features(
         self,
@@ -51,24 +51,28 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         batch_size: int = 8,
         token_budget: int = 512,
     ) -> dict[str, Any]:
-        """Every feature of the probe by column name, None where it could not be measured, and ``feature_notes``.
+        """Run a probe on a sample of a dataset.
 
         Args:
             dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
-            sample_size: examples that are trained on and held out (0: all).
-            batch_size: examples in a micro-batch; four make an optimizer step.
+            sample_size: examples to draw, for training and held out together (0: all).
+            batch_size: examples in a micro-batch; four of them make an optimizer step.
+            token_budget: most padded tokens in a minibatch that is measured.
+
+        Returns:
+            Each feature by column name, None where it could not be measured, and ``feature_notes``, which says why.
 
         Raises:
             UserError: there is no valid example.
         """
-        known = as_dataset(dataset)
+        read = as_dataset(dataset)
         method = hyperparams.method(batch_size)
-        sample = sample_examples(known.examples, sample_size, known.seed)
+        sample = sample_examples(read.examples, sample_size, read.seed)
         encoded = [encode_example(self.tokenizer, example, method.max_length) for example in sample]
         held_out = [e for e in encoded[: count_held_out(len(encoded))] if has_answer(e)]
         with borrowed(self.model, self.tokenizer) as loaded:
             before = example_losses(loaded, held_out, method.train_on, token_budget)
-            result = run_probe(loaded, encoded, before, method, probe_steps, known.seed % 2**62, token_budget)
+            result = run_probe(loaded, encoded, before, method, probe_steps, read.seed % 2**62, token_budget)
         return {**result.values, "feature_notes": join_notes(result.notes)}
 
     def run_streaming_training(
@@ -80,12 +84,14 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float = 0.3,
     ) -> dict[str, Any]:
-        """Optimizer steps on batches that are made already; nothing is kept of a step but numbers.
+        """Run optimizer steps on the caller's batches and measure them; gradients are not kept.
 
         Args:
-            model: with trainable parameters, those of ``optimizer``.
-            train_batches: what the model's forward takes, ``labels`` among it. A list or a DataLoader is gone through
-                over and over, an iterator once: where it ends, the steps end.
+            model: a model whose trainable parameters are those of ``optimizer``.
+            train_batches: keyword arguments of the model's forward pass, with ``input_ids`` and ``labels``. A list or
+                a DataLoader is repeated; an iterator is used once, and the steps end where it does.
+            gradient_accumulation_steps: batches of one optimizer step.
+            max_grad_norm: gradients are clipped to this L2 norm.
 
         Returns:
             ``losses`` and ``grad_norms`` (lists, a number a step, norms before clipping), ``avg_grad_norm``,
@@ -123,7 +129,11 @@ class DynamicProbeAnalyzer(OfLoadedModel):
 
 
 def _over_and_over(batches: Iterable[T]) -> Iterator[T]:
-    """Raises UserError where there is none."""
+    """The batches, repeated for as long as they can be iterated over again.
+
+    Raises:
+        UserError: there is no batch.
+    """
     for turn in itertools.count():
         is_empty = True
         for batch in batches:
@@ -131,5 +141,5 @@ def _over_and_over(batches: Iterable[T]) -> Iterator[T]:
             yield batch
         if is_empty and turn == 0:
             raise UserError("there is no batch to train on")
-        if is_empty:  # an iterator, which is at its end
+        if is_empty:  # an iterator that has come to its end: it cannot be repeated
             return

@@ -1,11 +1,11 @@
-"""What one forward pass of the base tells of each example: losses, mean states, activations.
+"""Measures each example in one forward pass of the base: losses, mean hidden states, activation sparsity.
 
     template    question            template   answer              end
     . . . . .   q q q q q q q q q   . . . . .  a a a a a a a a a   .
-                '- states: question -'         '- states, losses -'
+                '-- states, losses -'          '- states, losses -'
 
-The template's own tokens are the same for every dataset: they are read, and not measured. The output head runs where a
-loss is wanted and nowhere else.
+The chat template's own tokens are the same in every dataset: the model reads them, but they are not measured. The
+output head is applied only where a loss is wanted.
 """
 
 from __future__ import annotations
@@ -31,69 +31,74 @@ from raylora.records import Example, ProgressCallback, ProgressStage
 from raylora.training.losses import ExampleLoss
 
 _SENTENCE_END = regex.compile(r"[.!?…]+[\p{Pe}\p{Pf}\"']*(?=\s)|[。！？।॥؟۔]|\n+")
-"""A full stop within a number or an address ends no sentence; those of other scripts need no space behind them. The
-space is the next sentence's: most tokenizers join it to the word that follows."""
+"""The end of a sentence. A Latin full stop needs a space after it, as it may be part of a number or an address; other
+scripts' do not. The space belongs to the next sentence: most tokenizers join it to the word that follows."""
 SPARSE_ACTIVATION_BELOW = 0.1
-"""An activation counts as sparse below this share of its token's root mean square."""
+"""An activation counts as sparse if its absolute value is below this share of its token's root mean square."""
 DOWN_PROJECTIONS = ("down_proj", "fc2", "dense_4h_to_h", "fc_out", "mlp.c_proj")
-"""What the last matrix of an MLP is called in the families of models that transformers knows."""
+"""How the names of an MLP's last matrix end in the model families of transformers."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example of the sample, encoded. ``sentences`` are slices of the answer's tokens."""
+    """One example of the sample, encoded."""
 
     example: Example
     encoded: EncodedExample
     sentences: list[tuple[int, int]]
+    """The answer's sentences: start and end among the tokens of its text."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the forward pass told of one example.
-
-    ``embedding`` has unit length, shape (H,); losses are in nats a token, ``labels`` those where training would look.
-    """
+    """What was measured of one example. Losses are means in nats a token."""
 
     embedding: np.ndarray
+    """(H,), of unit length: the direction of the mean last hidden state of question and answer."""
     similarity: float | None
+    """Cosine of the question's and the answer's mean states; None without a question."""
     consistency: float | None
+    """Mean pairwise cosine of the mean states of the answer's sentences; None for fewer than two."""
     loss: float
+    """Over question and answer."""
     answer_loss: float
     labels: ExampleLoss
+    """The losses of the tokens that training would supervise."""
     activation_sparsity: float | None
+    """Share of the MLPs' activations that are near zero; None where the model's MLPs have other names."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model had numbers for it: half-precision models overflow on some texts."""
+        """Whether all these are finite numbers: half-precision models overflow on some texts."""
         return bool(np.isfinite([self.loss, self.answer_loss, *self.embedding]).all())
 
 
 def make_item(tokenizer: Any, example: Example, max_length: int) -> Item:
+    """Encode an example, cut to ``max_length`` tokens, and find the sentences of its answer."""
     encoded, answer, offsets = encode_with_offsets(tokenizer, example, max_length)
     return Item(example, encoded, sentence_slices(answer, offsets))
 
 
 def sentence_slices(answer: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Token slices of the sentences of two words or more, as far as the tokens go.
+    """Start and end, in tokens, of each sentence of two words or more, up to where the answer was truncated.
 
     Args:
-        offsets: characters of ``answer`` that each of its tokens stands for, from left to right.
+        offsets: for each token of ``answer``, the start and end of its characters, from left to right.
     """
     starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
     slices, start = [], 0
     for end in itertools.chain((m.end() for m in _SENTENCE_END.finditer(answer)), [len(answer)]):
         if not ends or start >= ends[-1]:
             break
-        tokens = bisect_right(ends, start), bisect_left(starts, end)
-        if tokens[1] > tokens[0] and len(words_of(answer[start:end])) > 1:
-            slices.append(tokens)
+        first_token, end_token = bisect_right(ends, start), bisect_left(starts, end)
+        if end_token > first_token and len(words_of(answer[start:end])) > 1:
+            slices.append((first_token, end_token))
         start = end
     return slices
 
 
 class _Activations:
-    """Counts, while the model runs, how much of what enters each MLP's last matrix is near zero."""
+    """Hooks that count, in each forward pass, which share of the inputs of each MLP's last matrix is near zero."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._num_tokens = model, 0
@@ -102,10 +107,11 @@ class _Activations:
             for name, module in model.named_modules()
             if name.endswith(DOWN_PROJECTIONS) and hasattr(module, "weight")
         ]
-        self._shares: list[torch.Tensor] = []
+        self._shares: list[torch.Tensor] = []  # of each layer, (B * T,), in the forward pass that ran last
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
+        """Inside, the hooks are installed."""
         hooks = [module.register_forward_pre_hook(self._count) for module in self._modules]
         hooks.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
         try:
@@ -118,14 +124,15 @@ class _Activations:
         self._num_tokens, self._shares = kwargs["input_ids"].numel(), []
 
     def _count(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        size = args[0].float().abs()  # (B, T, I), in some models (B * T, I)
-        rms = size.square().mean(-1, keepdim=True).sqrt()
-        share = (size < SPARSE_ACTIVATION_BELOW * rms).float().mean(-1)
-        if share.numel() == self._num_tokens:  # an expert sees some of the tokens only
+        magnitudes = args[0].float().abs()  # (B, T, I), in some models (B * T, I)
+        rms = magnitudes.square().mean(-1, keepdim=True).sqrt()
+        share = (magnitudes < SPARSE_ACTIVATION_BELOW * rms).float().mean(-1)
+        # In a mixture of experts a module gets some of the tokens only: it is not known which, so it is left out.
+        if share.numel() == self._num_tokens:
             self._shares.append(share.flatten())
 
     def shares(self, places: torch.Tensor) -> torch.Tensor | None:
-        """Mean over the layers at ``places`` (K,) of the minibatch that ran last; None where no MLP is known here."""
+        """Mean share of the layers at tokens ``places`` (K,) of the last forward pass; None where none was counted."""
         if not self._shares:
             return None
         mean = torch.stack([s.to(self._shares[0].device) for s in self._shares]).mean(0)
@@ -135,7 +142,15 @@ class _Activations:
 def measure_all(
     loaded: LoadedModel, items: Sequence[Item], train_on: TrainOn, token_budget: int, progress: ProgressCallback
 ) -> list[Measured]:
-    """What the model says of each item, in their order."""
+    """Measure each item, in their order.
+
+    Args:
+        token_budget: most padded tokens in a minibatch; where memory runs out, smaller ones are tried.
+        progress: called with the number of items that are measured after each minibatch.
+
+    Raises:
+        torch.OutOfMemoryError: a single example does not fit (MemoryError or RuntimeError on a CPU).
+    """
     rows = [item.encoded.input_ids for item in items]
     labels = [_labels(item.encoded, train_on) for item in items]
     content = [_content(item.encoded) for item in items]
@@ -147,7 +162,9 @@ def measure_all(
         losses, states = output.losses.split(output.num_losses), output.states.split(output.num_states)
         shares = activations.shares(output.places)
         sparsities = shares.split(output.num_states) if shares is not None else [None] * len(part)
-        return [_measure(items[i], train_on, *own) for i, *own in zip(part, losses, states, sparsities, strict=True)]
+        return [
+            _measure(items[i], train_on, *of_row) for i, *of_row in zip(part, losses, states, sparsities, strict=True)
+        ]
 
     results: dict[int, Measured] = {}
     with inference(loaded.model), activations.counted():
@@ -158,8 +175,9 @@ def measure_all(
 
 
 def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int) -> list[float]:
-    """Mean token loss of each answer with nothing before it but the token that begins a text."""
+    """Mean token loss, in nats, of each answer without its question: only the begin-of-text token precedes it."""
     tokenizer = loaded.tokenizer
+    # Some tokenizers have no begin-of-text token; their models were trained on texts separated by the end token.
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     answers = [list(itertools.compress(i.encoded.input_ids, i.encoded.is_answer_text)) for i in items]
     rows, labels = [[start, *answer] for answer in answers], [[IGNORE_INDEX, *answer] for answer in answers]
@@ -175,20 +193,22 @@ def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int)
 
 
 def _content(encoded: EncodedExample) -> list[bool]:
+    """For each token, whether it is the question's or the answer's text, and so is measured."""
     return [q or a for q, a in zip(encoded.is_question, encoded.is_answer_text, strict=True)]
 
 
 def _labels(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
-    """The tokens whose loss is wanted: those of the content, and those where training would look."""
+    """Labels of the tokens whose loss is wanted: those of the content, and those that training would supervise."""
     supervised, content = labels_of(encoded, train_on), _content(encoded)
     labels = [t if c else label for t, c, label in zip(encoded.input_ids, content, supervised, strict=True)]
-    return [IGNORE_INDEX, *labels[1:]]
+    return [IGNORE_INDEX, *labels[1:]]  # nothing comes before the first token to predict it
 
 
 def _measure(
     item: Item, train_on: TrainOn, losses: torch.Tensor, states: torch.Tensor, sparsities: torch.Tensor | None
 ) -> Measured:
-    """Of the losses (N,) of its labels, and the states (K, H) and sparsities (K,) of its content."""
+    """An item's measures, from the losses (N,) of its ``_labels``, and the states (K, H) and activation sparsities (K,)
+    of its content."""
     encoded, content = item.encoded, _content(item.encoded)
     wanted = [label != IGNORE_INDEX for label in _labels(encoded, train_on)]
     supervised = [label != IGNORE_INDEX for label in labels_of(encoded, train_on)]
@@ -211,20 +231,23 @@ def _measure(
 
 
 def _among(chosen: Sequence[bool], flags: Sequence[bool]) -> torch.Tensor:
-    """Mask of the ``flags`` of those positions that were chosen."""
+    """The ``flags`` of the chosen positions alone, as a mask for a tensor that has only these positions."""
     return torch.tensor(list(itertools.compress(flags, chosen)), dtype=torch.bool)
 
 
 def _consistency(states: torch.Tensor, sentences: Sequence[tuple[int, int]]) -> float | None:
-    """Mean pairwise cosine of the sentences' mean states, those that truncation left."""
-    means = [states[a:b].mean(0) for a, b in sentences if a < len(states)]
+    """Mean pairwise cosine of the sentences' mean states; None for fewer than two sentences."""
+    means = [states[a:b].mean(0) for a, b in sentences if a < len(states)]  # the others were truncated
     if len(means) < 2:
         return None
     return mean_pairwise_cosine(F.normalize(torch.stack(means), dim=1).cpu().numpy())
 
 
 def mean_pairwise_cosine(unit: np.ndarray) -> float:
-    """Of n unit vectors (n, H), in closed form: the squared length of their sum is n plus all the cosines."""
+    """Mean cosine of all pairs of n unit vectors (n, H), n at least 2.
+
+    Without n^2 products: the squared length of the vectors' sum is n plus the cosines of all n (n - 1) ordered pairs.
+    """
     n = len(unit)
     total = unit.astype(np.float64).sum(0)
     return float((total @ total - n) / (n * (n - 1)))

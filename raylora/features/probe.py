@@ -1,6 +1,6 @@
-"""Features of a probe: a few optimizer steps from a fresh adapter, which is then thrown away.
+"""Features of a probe: a few optimizer steps with a fresh adapter, which is thrown away afterwards.
 
-The steps are those of ``raylora.training.loop``; an observer looks on.
+The steps are run by ``raylora.training.loop``, as a training's are; a ``ProbeObserver`` measures their gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from raylora.training.losses import ExampleLoss, example_losses
 
 GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json"
 RHO = 0.05
-"""Radius of the sharpness (Foret et al. 2021)."""
+"""Length of the step along the gradient for ``landscape_flatness``: the default of sharpness-aware minimization (Foret
+et al. 2021)."""
 Losses = Sequence[ExampleLoss]
 
 
@@ -44,32 +45,39 @@ def run_probe(
     token_budget: int,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureResult:
-    """Train ``probe_steps`` steps on most of the sample and measure what it did to the rest.
+    """Train a fresh adapter for ``probe_steps`` steps on a part of the sample, and measure it on the rest.
 
     Args:
-        encoded: the sample, in an order that does not depend on the file's; its front is held out.
-        before: losses of what is held out, with the base.
+        encoded: the sample, in an order that does not depend on the file's; its first ``count_held_out`` examples are
+            held out.
+        before: the base's losses on the held-out examples that have an answer.
+        token_budget: most padded tokens in a minibatch that is measured; a training has a budget of its own.
 
     Returns:
-        The features of ``PROBE_NAMES``; null with a note where the probe cannot be run.
+        The features of ``PROBE_NAMES``; those that could not be measured are None, with a note that says why.
+
+    Raises:
+        torch.OutOfMemoryError: a single example does not fit (MemoryError or RuntimeError on a CPU).
     """
     num_held_out = count_held_out(len(encoded))
     held_out, training = [e for e in encoded[:num_held_out] if has_answer(e)], encoded[num_held_out:]
     if not num_held_out:
-        return _nothing("the probe needs two examples, one of them held out")
+        return _unmeasured("the probe needs two examples, one of them held out")
     if not sum(e.num_supervised for e in before):
-        return _nothing("the held-out examples have no supervised token")
-    known = {"initial_loss": mean_loss(before)}  # whatever comes of the probe
+        return _unmeasured("the held-out examples have no supervised token")
+    base_values = {"initial_loss": mean_loss(before)}  # of the base: it needs no probe, and stays if that fails
     if probe_steps == 0:
-        return _nothing("the probe is off (--probe-steps 0)", **known)
-    steps = Job((), training, method, seed, num_steps=probe_steps)
-    pays = count_tokens(steps, probe_steps) >= ONEDNN_FROM_TOKENS
-    faster = onednn_linears(loaded.model, token_budget, with_backward=True) if pays else contextlib.nullcontext()
+        return _unmeasured("the probe is off (--probe-steps 0)", **base_values)
+    job = Job((), training, method, seed, num_steps=probe_steps)
+    use_onednn = count_tokens(job, probe_steps) >= ONEDNN_FROM_TOKENS
+    products = (
+        onednn_linears(loaded.model, token_budget, with_backward=True) if use_onednn else contextlib.nullcontext()
+    )
     try:
-        with faster:
-            values = known | _probe(loaded, held_out, before, steps, token_budget, progress)
-    except UserError as error:
-        return _nothing(str(error), **known)
+        with products:
+            values = base_values | _probe(loaded, held_out, before, job, token_budget, progress)
+    except UserError as error:  # no target module, or the training diverged: the row's other features stay
+        return _unmeasured(str(error), **base_values)
     finally:
         loaded.detach("probe")
     finite = _finite_values(values)
@@ -80,33 +88,38 @@ def _probe(
     loaded: LoadedModel,
     held_out: Sequence[EncodedExample],
     before: Losses,
-    steps: Job,
+    job: Job,
     token_budget: int,
     progress: ProgressCallback,
 ) -> dict[str, float | None]:
-    """What the steps' adapter does, which stays attached; a number of ``PROBE_NAMES`` each."""
-    method = steps.method
+    """Attach an adapter, train it for ``job``'s steps, and measure it; the caller detaches it.
+
+    Returns:
+        The features of ``PROBE_NAMES``, by name, without ``initial_loss``.
+    """
+    method = job.method
     general_before = general_losses_of(loaded, token_budget)
-    parameters = loaded.attach(method, steps.seed, name="probe")
-    start = [p.detach().clone() for p in parameters]
+    parameters = loaded.attach(method, job.seed, name="probe")
+    initial = [p.detach().clone() for p in parameters]
     observer = ProbeObserver(parameters)
     train_adapter(
         loaded,
         parameters,
-        steps.examples,
+        job.examples,
         method,
-        steps.seed,
-        num_steps=steps.num_steps,
+        job.seed,
+        num_steps=job.num_steps,
         observer=observer,
         progress=lambda _, done, total: progress(ProgressStage.PROBE, done, total),
     )
+    # With the gradient of the held-out loss, along which ``landscape_flatness`` takes its step.
     after = example_losses(loaded, held_out, method.train_on, token_budget, with_gradient=True)
     flatness = landscape_flatness(loaded, parameters, held_out, mean_loss(after), method, token_budget)
     general = example_losses(loaded, general_examples(loaded.tokenizer), "answer", token_budget)
     return {
         **_loss_features(before, after),
         **observer.features(),
-        "avg_param_change": global_norm([p.detach() - s for p, s in zip(parameters, start, strict=True)]),
+        "avg_param_change": global_norm([p.detach() - s for p, s in zip(parameters, initial, strict=True)]),
         "relative_weight_update": loaded.relative_weight_update("probe"),
         "landscape_flatness": flatness,
         "catastrophic_forgetting": mean_loss(general) / mean_loss(general_before) - 1,
@@ -114,10 +127,12 @@ def _probe(
 
 
 def _finite_values(values: dict[str, float | None]) -> dict[str, float | None]:
+    """``values`` with None in place of infinity and NaN."""
     return {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
 def _why_null(name: str) -> str:
+    """The note of a feature that is None although the probe was run."""
     reasons = {
         "loss_stability": "a trend needs three steps",
         "gradient_consistency": "needs two micro-batches with a gradient",
@@ -143,8 +158,18 @@ def landscape_flatness(
     method: Method,
     token_budget: int,
 ) -> float | None:
-    """1 / (1 + s): how much a step of length ``RHO`` along the held-out loss's gradient, which is there, raises it."""
-    kept = [p.detach().clone() for p in parameters]
+    """1 / (1 + s), where s is how much a step of length ``RHO`` along its gradient raises the held-out loss.
+
+    The parameters have their values back afterwards.
+
+    Args:
+        parameters: with the gradient of the held-out loss in their ``grad``.
+        loss: the held-out loss, in nats a token.
+
+    Returns:
+        None where the gradient is zero or NaN.
+    """
+    originals = [p.detach().clone() for p in parameters]
     norm = global_norm([p.grad for p in parameters if p.grad is not None])
     if not norm > 0:
         return None
@@ -152,15 +177,15 @@ def landscape_flatness(
         for p in parameters:
             if p.grad is not None:
                 p.add_(p.grad, alpha=RHO / norm)
-        worse = mean_loss(example_losses(loaded, held_out, method.train_on, token_budget))
-        for p, original in zip(parameters, kept, strict=True):
+        raised = mean_loss(example_losses(loaded, held_out, method.train_on, token_budget))
+        for p, original in zip(parameters, originals, strict=True):
             p.copy_(original)
             p.grad = None
-    return 1 / (1 + worse - loss)
+    return 1 / (1 + raised - loss)
 
 
 def general_losses_of(loaded: LoadedModel, token_budget: int) -> Losses:
-    """The base's, measured once a process."""
+    """The base's losses on texts of general knowledge, measured once for each LoadedModel."""
     if loaded.general_losses is None:
         with loaded.base():
             texts = general_examples(loaded.tokenizer)
@@ -169,22 +194,27 @@ def general_losses_of(loaded: LoadedModel, token_budget: int) -> Losses:
 
 
 def general_examples(tokenizer: Any) -> list[EncodedExample]:
-    """Plain texts of general knowledge, written for this project; every token but the first is predicted."""
+    """Texts of general knowledge, without a chat template, written for this project.
+
+    They measure what a probe makes the model forget. Every token is marked as answer: all but the first have a loss.
+    """
     rows = tokenizer(json.loads(GENERAL_KNOWLEDGE.read_text(encoding="utf-8")))["input_ids"]
     return [EncodedExample(ids, [False] * len(ids), [True] * len(ids), [True] * len(ids)) for ids in rows]
 
 
 def mean_loss(losses: Losses) -> float:
+    """Mean over all supervised tokens of all examples, in nats; NaN where there is none."""
     count = sum(e.num_supervised for e in losses)
     return sum(e.total for e in losses) / count if count else math.nan
 
 
 def _perplexity_of(losses: Losses) -> float:
-    """Mean over examples of exp(mean token loss), as ``base_model_perplexity`` has it."""
-    with np.errstate(over="ignore"):  # beyond floats it is infinite, and what is made of it null
+    """Mean over examples of exp(mean loss of the answer's tokens), the definition of ``base_model_perplexity``."""
+    with np.errstate(over="ignore"):  # exp of more than 709 is infinite; _finite_values then makes the feature None
         return float(np.mean(np.exp([e.answer for e in losses if e.num_supervised])))
 
 
-def _nothing(reason: str, **known: float) -> FeatureResult:
-    values = {**dict.fromkeys(PROBE_NAMES), **_finite_values(dict(known))}
+def _unmeasured(reason: str, **base_values: float) -> FeatureResult:
+    """The result where the probe was not run, or failed: all features None for ``reason``, but those of the base."""
+    values = {**dict.fromkeys(PROBE_NAMES), **_finite_values(dict(base_values))}
     return FeatureResult(values, {name: reason for name, value in values.items() if value is None})

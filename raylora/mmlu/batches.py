@@ -1,7 +1,8 @@
-"""Which questions are asked together, and whose turn it is to ask them.
+"""Which questions share a batch, and which process asks which batch.
 
-Questions of a subject that begin with the same tokens (its description and solved questions) are asked together, behind
-the keys and values of those tokens. All others are asked together, longest first: memory runs out at once or never.
+The prompts of a subject begin with the same tokens (its description and solved questions). Where that saves enough, the
+keys and values of those tokens are computed once, and the subject's questions are asked together behind them. All other
+questions are asked together, longest first: if memory runs out, it does at the first batch.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ class Part:
 
 
 def divide(encoded: Sequence[EncodedQuestion], least_saving: float) -> list[Part]:
-    """Subjects whose shared prefix saves at least so many tokens, each by itself, and one part of all others.
+    """Divide questions into parts: one for each subject whose shared prefix is worth it, and one of all others.
 
     The part with the longest prompt comes first.
+
+    Args:
+        least_saving: tokens that a shared prefix must spare, over all questions behind it; infinity: no prefix is
+            shared.
     """
 
     def longest_first(indices: Iterable[int]) -> list[int]:
@@ -42,35 +47,45 @@ def divide(encoded: Sequence[EncodedQuestion], least_saving: float) -> list[Part
         else:
             others += indices
     if others:
-        # Even prompts of different subjects begin with the same dozen words.
+        # Prompts of different subjects begin with the same dozen words too, which pays if there are many questions.
         length = common_prefix([encoded[i] for i in others])
-        worth = length * (len(others) - 1) >= least_saving
-        parts.append(Part(longest_first(others), length if worth else 0))
+        saves_enough = length * (len(others) - 1) >= least_saving
+        parts.append(Part(longest_first(others), length if saves_enough else 0))
     return sorted(parts, key=lambda part: (-len(encoded[part.indices[0]]), part.indices[0]))
 
 
 def common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
-    """Tokens that all prompts begin with, at least one less than the shortest has. 0 where choices are long."""
+    """How many tokens all prompts have in common at their beginning.
+
+    It is less than the shortest prompt's length, as each row needs a token of its own to compute logits at; and 0 where
+    a choice has more than one token, as ``choice_logprobs`` scores such questions without a prefix.
+    """
     if len(encoded) < 2 or not all(e.single_token for e in encoded):
         return 0
+    # In lexicographic order: what the first and the last have in common, all between them have too.
     first, last = min(e.context_ids for e in encoded), max(e.context_ids for e in encoded)
     length = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return min(length, min(len(e) for e in encoded) - 1)
 
 
 def batches_of(encoded: Sequence[EncodedQuestion], part: Part, budget: int) -> Iterator[Part]:
-    """A part cut into batches, each as large as the budget allows."""
-    left = part.indices
-    while left:
-        width = max(1, len(encoded[left[0]]) - part.prefix_length)
-        num = max(1, budget // width)
-        yield Part(left[:num], part.prefix_length)
-        left = left[num:]
+    """A part cut into batches of at most ``budget`` padded tokens, the prefix left out; of one question at least."""
+    remaining = part.indices
+    while remaining:
+        width = max(1, len(encoded[remaining[0]]) - part.prefix_length)
+        num_questions = max(1, budget // width)
+        yield Part(remaining[:num_questions], part.prefix_length)
+        remaining = remaining[num_questions:]
 
 
 def in_turn(batches: Sequence[Part], journal: Journal) -> Iterator[Part]:
-    """Batches for this process to ask: those nobody has begun, then, for the owner, those somebody left unfinished."""
+    """The batches that this process is to ask, one by one.
+
+    First those that no process has begun. The owner then also asks those that a helper has begun and not finished, as
+    that helper may have died.
+    """
     numbers = range(len(batches))
+    # Helpers begin at the end: they and the owner claim the same batches only when few are left.
     for number in reversed(numbers) if journal.is_helper else numbers:
         if not journal.knows(batches[number].indices) and journal.claim(number):
             yield batches[number]
@@ -79,6 +94,6 @@ def in_turn(batches: Sequence[Part], journal: Journal) -> Iterator[Part]:
     journal.read_others()
     for number in reversed(numbers):
         if not journal.knows(batches[number].indices):
-            journal.read_others()
+            journal.read_others()  # again: a helper may have finished it while the batch before was asked
             if not journal.knows(batches[number].indices):
                 yield batches[number]

@@ -1,11 +1,11 @@
-"""Log-likelihoods of the four choices from one forward pass a question.
+"""Log-likelihoods of a question's four choices, from one forward pass.
 
     prefix (once a subject)                  | question        | padding
     description, solved questions ...        | c0 c1 ...    cn | 0 0 0
-    keys and values, lent to every batch     |              ^ the output head runs here alone
+    keys and values, shared by all batches   |              ^ the output head is applied to this position only
 
-Rows are padded on the right: positions are then indices of the cache, which sliding windows count by, and a causal mask
-needs no other to keep the padding out.
+Rows are padded on the right. A token's position is then its index in the cache, by which sliding windows are counted;
+and no padding mask is needed, as causal attention never looks to the right.
 """
 
 from __future__ import annotations
@@ -23,40 +23,46 @@ from raylora.mmlu.prompts import EncodedQuestion
 from raylora.model.forward import at_output_head
 
 
-class _LentLayer(DynamicLayer):
-    """One layer's keys and values of a prefix, (1, heads, P, D), in front of any batch's own, and never changed.
+class _SharedLayer(DynamicLayer):
+    """A layer's cache that holds the keys and values of a prefix, (1, heads, P, D), and never changes.
 
-    What is put together is not kept: at any moment one layer's copy is in memory, not that of all layers.
+    Each forward pass puts a copy of them before each row of its batch. The result is not stored in the cache, so that
+    memory holds one layer's copies at a time, not all layers'.
     """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of prefix and batch, (B, heads, P + T, D)."""
         shape = (len(key_states), -1, -1, -1)
         keys = torch.cat([self.keys.expand(shape), key_states], dim=-2)
         return keys, torch.cat([self.values.expand(shape), value_states], dim=-2)
 
 
 class SharedPrefix:
-    """The keys and values of tokens that many prompts begin with, for one state of one model (its adapter included)."""
+    """The keys and values of tokens that many prompts begin with.
+
+    They are those of the adapter that is active when they are computed: with another one they must be computed anew.
+    """
 
     def __init__(self, model: Any, ids: Sequence[int]) -> None:
         self.length = len(ids)
-        # Without the model's configuration every layer keeps all it saw, sliding ones too; the masks do the sliding.
+        # Made without the model's configuration, a cache keeps all tokens in every layer, in those with a sliding
+        # window too: there the attention masks hide the tokens outside the window.
         cache = DynamicCache()
-        with _head_at(model, torch.tensor([0])):  # its logits are of no use
+        with _head_at(model, torch.tensor([0])):  # one position, as the logits are not used
             model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
         layers = []
         for layer in cache.layers:
-            lent = _LentLayer()
-            lent.lazy_initialization(layer.keys, layer.values)
-            lent.keys, lent.values = layer.keys, layer.values
-            layers.append(lent)
+            shared = _SharedLayer()
+            shared.lazy_initialization(layer.keys, layer.values)
+            shared.keys, shared.values = layer.keys, layer.values
+            layers.append(shared)
         self.cache = Cache(layers=layers)
 
 
 def why_no_prefix(model: Any) -> str:
-    """Why keys and values of a prefix cannot be shared in this model; empty where they can."""
+    """Why this model cannot share the keys and values of a prefix; empty where it can."""
     if getattr(model, "_is_stateful", False):
         return "the model keeps a running state instead of keys and values"
     try:
@@ -70,7 +76,11 @@ def why_no_prefix(model: Any) -> str:
 def choice_logprobs(
     model: Any, batch: Sequence[EncodedQuestion], pad: int, prefix: SharedPrefix | None = None
 ) -> list[list[float]]:
-    """Natural-log likelihoods of the four choices of each question, (B, 4)."""
+    """Log-likelihoods (B, 4), in nats, of the four choices of each question.
+
+    Args:
+        prefix: tokens that all these prompts begin with; they are not run again.
+    """
     if not all(e.single_token for e in batch):
         return [_whole_logprobs(model, e, pad) for e in batch]
     skip = prefix.length if prefix else 0
@@ -92,12 +102,12 @@ def choice_logprobs(
 
 
 def _head_at(model: Any, last: torch.Tensor) -> contextlib.AbstractContextManager[bool]:
-    """Inside, the output head sees one position of each row, ``last`` (B,), and nothing else is multiplied with it."""
+    """Inside, the output head is applied to one position of each row only, ``last`` (B,)."""
     return at_output_head(model, lambda states: states[torch.arange(len(states)), last][:, None])
 
 
 def _whole_logprobs(model: Any, encoded: EncodedQuestion, pad: int) -> list[float]:
-    """Each choice's tokens scored one after another, for tokenizers that make more than one of a letter."""
+    """Log-likelihoods (4,) where a choice has several tokens: the sum over its tokens, from a row for each choice."""
     rows = [encoded.context_ids + c[:-1] for c in encoded.continuations]
     inputs = pad_left(rows, pad, model.device)
     keep = max(len(c) for c in encoded.continuations)

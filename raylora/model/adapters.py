@@ -1,4 +1,4 @@
-"""The base model of a process and its LoRA adapters, which come and go."""
+"""The base model of a process, loaded once, and the LoRA adapters that are attached to it and detached again."""
 
 from __future__ import annotations
 
@@ -22,20 +22,28 @@ from raylora.records import digest
 
 @dataclass
 class LoadedModel:
-    """One base model for the life of a process. Adapters are attached and dropped, never wrapped anew (peft 2270)."""
+    """One base model for the life of a process.
+
+    PEFT wraps it once, for the first adapter, and the wrapper is used again for all others: wrapping a model twice
+    breaks it (peft issue 2270).
+    """
 
     model: Any
-    """The transformers model. Whatever adapter is attached is active in it."""
+    """The transformers model. The attached adapter acts in it: PEFT replaces modules within this model."""
     tokenizer: Any
     source: str
+    """The folder or the Hugging Face name that it was loaded from."""
     quantization: str
+    """``8bit``, ``4bit`` or ``none``."""
     _peft: Any = field(default=None, repr=False)
     _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
+    """Frobenius norms of the adapted modules' frozen weights, by module name: they never change."""
     _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
+    """What each ``trial`` of ``allows`` returned."""
     general_losses: Sequence[Any] | None = field(default=None, repr=False)
-    """The base's losses on general knowledge (``ExampleLoss``), measured once."""
+    """The base's losses on texts of general knowledge (``ExampleLoss``), measured once; None before that."""
     training_tokens: int | None = field(default=None, repr=False)
-    """Tokens of a training's minibatch that a GPU's memory holds, once a training has shown what a token takes."""
+    """Tokens that a training's minibatch may have on this GPU; None until a training has measured it."""
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +62,13 @@ class LoadedModel:
         return memory.CPU_TOKEN_BUDGET
 
     def attach(self, method: Method, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
-        """A fresh adapter, active and trainable; its parameters, in a fixed order.
+        """Attach a fresh adapter, active and trainable.
+
+        Args:
+            seed: of its initial weights; the caller's random state is left as it was.
+
+        Returns:
+            Its parameters, sorted by name.
 
         Raises:
             UserError: the model has none of the target modules.
@@ -82,10 +96,11 @@ class LoadedModel:
 
     @errors_are(ErrorKind.ADAPTER)
     def attach_saved(self, folder: Path, name: str = "default") -> None:
-        """The adapter of a PEFT folder, active, not trainable.
+        """Attach the adapter in a PEFT folder, active and not trainable.
 
         Raises:
             UserError: it is no LoRA adapter of this model.
+            torch.OutOfMemoryError: memory does not hold it (MemoryError or RuntimeError on a CPU).
         """
         from peft import PeftModel
 
@@ -96,22 +111,26 @@ class LoadedModel:
             else:
                 self._peft.load_adapter(str(folder), adapter_name=name)
         except (ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-            if memory.is_out_of_memory(error):
+            if memory.is_out_of_memory(error):  # torch's is a RuntimeError; the adapter is not to blame
                 raise
             raise UserError(f"{folder}: no adapter of {self.source}: {one_line(error)}") from error
         self._activate(name, trainable=False)
 
     @property
     def active_adapter(self) -> str:
+        """The name of the adapter that the model computes with."""
         return str(self._peft.active_adapter)
 
     def activate(self, name: str) -> None:
-        """Of several attached adapters, the one that the model answers with; not trainable."""
+        """Choose, of several attached adapters, the one that the model computes with; it is not trainable."""
         self._activate(name, trainable=False)
 
     def _activate(self, name: str, trainable: bool) -> list[torch.nn.Parameter]:
+        """Make ``name`` the active adapter, trainable or frozen; returns its parameters, sorted by name."""
         self._peft.set_adapter(name)
-        marker = f".{name}."  # embeddings' names end in it
+        # ``lora_A.default.weight`` in a linear layer, but ``lora_embedding_A.default`` in an embedding: hence the dot
+        # that is added to the key.
+        marker = f".{name}."
         named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in f"{key}.")
         parameters = [p for _, p in named]
         for parameter in parameters:
@@ -120,17 +139,17 @@ class LoadedModel:
         return parameters
 
     def save_adapter(self, folder: Path, name: str = "default") -> None:
-        """PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors`` in ``folder``."""
+        """Write PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors`` in ``folder``."""
         self._peft.save_pretrained(str(folder), selected_adapters=[name], safe_serialization=True)
-        nested = folder / name
+        nested = folder / name  # where PEFT puts every adapter that is not called "default"
         if name != "default" and nested.is_dir():
             for file in nested.iterdir():
                 file.rename(folder / file.name)
             nested.rmdir()
-        (folder / "README.md").unlink(missing_ok=True)  # a model card of blanks
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, not filled in
 
     def detach(self, name: str = "default") -> None:
-        """Drop an adapter; the model is the bare base again. Nothing happens where there is none by that name."""
+        """Drop an adapter and give its memory back; nothing is dropped where none has that name."""
         if self._peft is not None and name in self._peft.peft_config:
             self._peft.delete_adapter(name)
         self.model.eval()
@@ -138,14 +157,14 @@ class LoadedModel:
             torch.cuda.empty_cache()
 
     def unwrap(self) -> None:
-        """Take PEFT's wrappers off again: the modules are those of the plain base."""
+        """Remove PEFT's wrappers and all adapters: the model has its original modules again."""
         if self._peft is not None:
             self._peft.unload()
             self._peft = None
 
     @property
     def peft_model(self) -> Any:
-        """PEFT's wrapper around the model, as other trainers take it; None before the first adapter is attached."""
+        """PEFT's wrapper around the model, which other trainers expect; None before the first adapter is attached."""
         return self._peft
 
     def lora_modules(self) -> list[tuple[str, Any]]:
@@ -155,7 +174,10 @@ class LoadedModel:
         return [(key, module) for key, module in self._peft.named_modules() if isinstance(module, LoraLayer)]
 
     def allows(self, trial: Callable[[Any], bool]) -> bool:
-        """What ``trial`` says of the bare base in eval mode; it is tried once in the life of the model."""
+        """Whether ``trial``, called with the model, returns True; each trial is run once in the life of the model.
+
+        It runs in eval mode and with the adapters switched off, so that the result does not depend on when it is run.
+        """
         if trial not in self._allowed:
             training = self.model.training
             self.model.eval()
@@ -168,7 +190,7 @@ class LoadedModel:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """Inside, the model answers as the base, whatever adapter is attached."""
+        """Inside, the attached adapters are switched off: the model computes as the base does."""
         if self._peft is None or not self._peft.peft_config:
             yield
         else:
@@ -176,14 +198,14 @@ class LoadedModel:
                 yield
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Mixed precision on a GPU: adapters are float32 there, their products bfloat16. Nothing on a CPU."""
+        """Mixed precision on a GPU: an adapter's parameters are float32, its products bfloat16. Nothing on a CPU."""
         if self.device.type != "cuda":
             return contextlib.nullcontext()
         return torch.autocast("cuda", dtype=compute_dtype(self.device))
 
     def relative_weight_update(self, name: str = "default") -> float:
-        """Mean over adapted modules of the Frobenius norm of (alpha / r) B A over that of the frozen weight."""
-        shares = []
+        """Mean over the adapted modules of ||(alpha / r) B A|| / ||W||: Frobenius norms, W the frozen weight."""
+        ratios = []
         for key, module in self.lora_modules():
             if (factors := _factors(module, name)) is None:
                 continue
@@ -191,14 +213,15 @@ class LoadedModel:
                 weight = plain_weight(module.get_base_layer())
                 self._weight_norms[key] = float(torch.linalg.vector_norm(weight.float()))
             a, b = (factor.detach().double() for factor in factors)
-            # The norm of B A from two matrices of r x r: the product itself has the weight's size.
+            # ||B A||^2 is the sum of (B^T B) * (A A^T), two r x r matrices: B A itself would be as large as W.
             update = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
-            shares.append(float(module.scaling[name] * update) / self._weight_norms[key])
-        return sum(shares) / len(shares)
+            ratios.append(float(module.scaling[name] * update) / self._weight_norms[key])
+        return sum(ratios) / len(ratios)
 
     def logits_hash(self) -> str:
-        """Hash of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
+        """SHA-256 of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
         vocabulary = int(self.model.config.get_text_config().vocab_size)
+        # 7919 is a prime: the 32 ids are spread over the vocabulary.
         ids = (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
         with self.base(), torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -220,15 +243,15 @@ def plain_weight(layer: Any) -> torch.Tensor:
 
     if type(layer.weight).__name__ not in {"Params4bit", "Int8Params"}:
         return layer.weight
-    # Not peft's dequantize_module_weight: on a CPU it leaves an 8-bit layer behind that has lost its scales.
+    # Not peft's dequantize_module_weight: on a CPU it drops the scales of an 8-bit layer, which is broken afterwards.
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
 
 
 def check_adapter(folder: Path) -> None:
-    """Whether ``folder`` can hold an adapter in PEFT's format, as safetensors.
+    """Check that ``folder`` has the files of an adapter in PEFT's format, with weights as safetensors.
 
     Raises:
-        UserError: a file is missing, or the weights are a pickle, which could run anything.
+        UserError: a file is missing, or the weights are in a pickle file, which could run code when it is loaded.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
@@ -237,7 +260,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Hash of an adapter's weights and configuration."""
+    """Hash of an adapter's weights and configuration, which says whether two adapters are the same."""
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     return digest([config, weights])

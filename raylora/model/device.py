@@ -1,4 +1,4 @@
-"""What this process computes with."""
+"""The GPU or CPU that this process computes on: its name, the dtype of its products, its memory."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import torch
 
 
 def device_name() -> str:
-    """What this process computes with: the GPU's name, or ``cpu``."""
+    """The GPU's name, or ``cpu``."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU (bfloat16 is 10 to 30 times slower there), bfloat16 on a GPU, float16 on an old one."""
+    """float32 on a CPU (most compute bfloat16 10 to 30 times slower), bfloat16 on a GPU, float16 on an old one."""
     if device.type != "cuda":
         return torch.float32
+    # torch can emulate bfloat16 on GPUs without it: float16, which they have in hardware, is better there.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the GPU since its counter was reset, on the CPU by this process."""
+    """Peak memory in bytes: on a GPU since torch's peak counter was reset, on a CPU since the process began."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def cuda_devices() -> list[int]:
+    """The GPU in use, as ``torch.random.fork_rng`` takes it; empty without one."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -4,8 +4,11 @@
     labels      . . . a a . b b     losses (N,), N = 4; the output head sees the position before each
     chosen      . a a a a . b b     last hidden states (K, H), K = 6
 
-The output head sees no other positions, and these a chunk at a time: the logits of a whole minibatch are
-never there at once. A chunk's gradient is taken while its logits are at hand, so nothing is computed twice.
+B rows, T tokens in a row, H numbers in a hidden state, V entries in the vocabulary.
+
+Logits take the most memory (V is 128,256 in Llama 3), so the output head is applied to no other positions, and to these
+in chunks: the logits of a whole minibatch are never in memory at once. The gradient with respect to a chunk's hidden
+states is computed right after its logits, so the backward pass need not compute the logits again.
 """
 
 from __future__ import annotations
@@ -27,13 +30,17 @@ from raylora.model.packing import REFUSALS, attention_in_blocks
 
 T = TypeVar("T")
 CPU_LOGITS = 2**22
-"""Logits held at once: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
+"""Logits of a chunk on a CPU: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
 GPU_LOGITS = 2**28
+"""Logits of a chunk on a GPU: 1 GB in float32."""
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Losses (N,) of hidden states (N, H) at a frozen output head. Each depends on its own state alone, so that its
-    gradient can be kept, in the states' size, in place of the logits."""
+    """Cross entropy (N,) of hidden states (N, H) at a frozen output head.
+
+    A loss depends on its own hidden state alone. So the gradients, (N, H), can be computed in the forward pass. Only
+    they are saved for the backward pass, the logits, (N, V), are not.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, head: Any, targets: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -45,24 +52,28 @@ class _HeadLosses(torch.autograd.Function):
             log_probabilities = logits.detach().float().log_softmax(-1)
             losses.append(-log_probabilities.gather(1, target[:, None])[:, 0])
             if ctx.needs_input_grad[0]:
-                slope = log_probabilities.exp_()
-                slope.scatter_add_(1, target[:, None], slope.new_full((len(target), 1), -1.0))
-                gradients.append(torch.autograd.grad(logits, part, slope.to(logits.dtype))[0])
+                # The derivative of cross entropy by the logits: the probabilities, less 1 at the target.
+                by_logits = log_probabilities.exp_()
+                by_logits.scatter_add_(1, target[:, None], by_logits.new_full((len(target), 1), -1.0))
+                gradients.append(torch.autograd.grad(logits, part, by_logits.to(logits.dtype))[0])
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *by_losses: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return gradients * slopes[0][:, None].to(gradients.dtype), None, None, None
+        return gradients * by_losses[0][:, None].to(gradients.dtype), None, None, None
 
 
 def head_is_plain(model: Any) -> bool:
-    """Whether ``model``'s logits are what its output head makes of the last states: some scale or bend them after."""
-    seen: list[torch.Tensor] = []
+    """Whether ``model``'s logits are its output head applied to the last hidden states, and nothing more.
+
+    Some models scale the logits afterwards, or soft-cap them. Found out by running ``model`` on four tokens.
+    """
+    head_inputs: list[torch.Tensor] = []
 
     def select(states: torch.Tensor) -> torch.Tensor:
-        seen.append(states)
+        head_inputs.append(states)
         return states
 
     ids = torch.arange(4, device=model.device)[None] + 3
@@ -70,13 +81,20 @@ def head_is_plain(model: Any) -> bool:
         try:
             with at_output_head(model, select) as named:
                 logits = model(input_ids=ids, use_cache=False).logits
-            return named and bool(torch.allclose(logits, model.get_output_embeddings()(seen[0]), rtol=1e-3, atol=1e-5))
+            if not named:
+                return False
+            head_outputs = model.get_output_embeddings()(head_inputs[0])
+            return bool(torch.allclose(logits, head_outputs, rtol=1e-3, atol=1e-5))
         except REFUSALS:
             return False
 
 
 def head_losses(model: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy (N,) of what a plain, frozen output head makes of states (N, H), a chunk at a time."""
+    """Cross entropy (N,), in float32, of hidden states (N, H) at a plain, frozen output head, a chunk at a time.
+
+    Args:
+        targets: (N,), the token that each state is to predict.
+    """
     head = model.get_output_embeddings()
     budget = GPU_LOGITS if states.device.type == "cuda" else CPU_LOGITS
     chunk = max(1, budget // int(head.weight.shape[0]))
@@ -86,10 +104,11 @@ def head_losses(model: Any, states: torch.Tensor, targets: torch.Tensor) -> torc
 
 @contextlib.contextmanager
 def at_output_head(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[bool]:
-    """Inside, ``select`` takes the last hidden states (B, T, H) and returns those that the output head is to see.
+    """Inside, the output head is applied to what ``select`` returns when called with the last hidden states (B, T, H).
 
     Yields:
-        False where the model does not name its head: its logits are then those of all positions.
+        False where the model does not name its output head: ``select`` is then never called, and the logits are those
+        of all positions.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -104,7 +123,7 @@ def at_output_head(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -
 
 @contextlib.contextmanager
 def inference(model: Any) -> Iterator[None]:
-    """Inside, ``model`` is in eval mode, and nothing is kept for a backward pass."""
+    """Inside, ``model`` is in eval mode, and nothing is saved for a backward pass."""
     was_training = model.training
     model.eval()
     try:
@@ -115,55 +134,58 @@ def inference(model: Any) -> Iterator[None]:
 
 
 def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
-    """Cross entropy of each label of a minibatch, (N,) in float32, example after example."""
+    """Cross entropy of each label of a minibatch, (N,) in float32, in nats, example after example."""
     return _losses_and_states(loaded, batch, None)[0]
 
 
 def _losses_and_states(
     loaded: LoadedModel, batch: Minibatch, places: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses (N,) of the labels, and the last hidden states (K, H) at ``places`` (K,) among all B * T tokens."""
+    """Losses (N,) of the labels, and the last hidden states (K, H) at ``places`` (K,), indices of the B * T tokens."""
     assert batch.targets is not None
     assert batch.predicting is not None
-    model, targets, before = loaded.model, batch.targets, batch.predicting
+    model, targets, predicting = loaded.model, batch.targets, batch.predicting
     head = model.get_output_embeddings()
+    # Not where the head itself is trained: _HeadLosses has no gradient for its weights.
     chunked = loaded.allows(head_is_plain) and not any(p.requires_grad for p in head.parameters())
     chosen: list[torch.Tensor] = []
 
     def choose(states: torch.Tensor) -> torch.Tensor:
-        """Of the last states (B, T, H) those that are needed: the others are free before the losses are computed."""
+        """Copy what is needed of the last states (B, T, H), so that they are freed before the losses are computed."""
         flat = states.flatten(0, 1)
-        chosen.append(flat[before.to(flat.device)])
+        chosen.append(flat[predicting.to(flat.device)])
         if places is not None:
             chosen.append(flat[places.to(flat.device)].float())
+        # The model applies its head to something in any case: to one position where head_losses does the work.
         return states[:1, :1] if chunked else chosen[0][None]
 
     with at_output_head(model, choose) as named:
-        more = {} if named or places is None else {"output_hidden_states": True}
-        output = model(**batch.model_inputs(), use_cache=False, **more)
-    if more:
+        options = {} if named or places is None else {"output_hidden_states": True}
+        output = model(**batch.model_inputs(), use_cache=False, **options)
+    if options:
         choose(output.hidden_states[-1])
     if chunked:
         losses = head_losses(model, chosen[0], targets)
     else:
-        logits = output.logits[0] if named else output.logits.flatten(0, 1)[before.to(output.logits.device)]
+        logits = output.logits[0] if named else output.logits.flatten(0, 1)[predicting.to(output.logits.device)]
         losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
     return losses, None if places is None else chosen[1]
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass says of the rows of a minibatch, one row after another."""
+    """Losses and hidden states of the rows of a minibatch, one row after another."""
 
     losses: torch.Tensor
-    """(N,), of each label given all tokens before it in its row, in nats, float32."""
+    """(N,): the loss of each label, given all tokens before it in its row, in nats, float32."""
     num_losses: list[int]
-    """Of each row; they add up to N."""
+    """How many losses each row has; N in all."""
     states: torch.Tensor | None
-    """(K, H), the last hidden states that were chosen, float32."""
+    """(K, H): the last hidden states of the chosen positions, float32; None where none were asked for."""
     places: torch.Tensor | None
-    """(K,), where those stand among all tokens of the minibatch, padding included."""
+    """(K,): the index of each of these positions among all tokens of the minibatch, padding included."""
     num_states: list[int]
+    """How many of these positions each row has; K in all."""
 
 
 def forward_rows(
@@ -176,22 +198,22 @@ def forward_rows(
     start_over: Callable[[], object] | None = None,
     packed: bool = False,
 ) -> Iterator[tuple[list[int], T]]:
-    """Run rows of token ids, longest first, in minibatches that memory holds.
+    """Run rows of token ids, longest first, in minibatches that fit into memory.
 
     Args:
-        labels: of each row, as long as it: its own tokens where their loss is wanted, else IGNORE_INDEX. Nothing
-            predicts a row's first token, which has no label.
-        use: makes of a minibatch, its rows' numbers and output, what is kept of it; a backward pass belongs here. What
-            it returns is not None.
-        chosen: of each row, as long as it: the positions whose last hidden states are wanted.
+        labels: one list a row, of the row's length: the token itself where its loss is wanted, else IGNORE_INDEX. The
+            first token has no label, as nothing comes before it to predict it.
+        use: called with the indices of a minibatch's rows and their ``Output``; a backward pass belongs here. It must
+            not return None.
+        chosen: one list a row, of the row's length: True at positions whose last hidden states are wanted.
         start_over: see ``TokenBudget.pieces``.
         packed: without padding, for a model that ``can_pack``.
 
     Yields:
-        The numbers of the rows of each minibatch, and what ``use`` returned.
+        The indices of the rows of each minibatch, and what ``use`` returned.
 
     Raises:
-        torch.OutOfMemoryError: a single row does not fit.
+        torch.OutOfMemoryError: a single row does not fit (MemoryError or RuntimeError on a CPU).
     """
     pad = pad_token_of(loaded.tokenizer)
     num_losses = [sum(label != IGNORE_INDEX for label in row) for row in labels]
@@ -207,7 +229,7 @@ def forward_rows(
 
 
 def _places(batch: Minibatch, chosen: Sequence[Sequence[bool]]) -> tuple[torch.Tensor, list[int]]:
-    """Where the chosen positions of each row stand among all tokens, (K,), and how many of each row there are."""
+    """The indices (K,) of the chosen positions among all tokens of the minibatch, and their number in each row."""
     spans = batch.spans([len(flags) for flags in chosen])
     places = [list(itertools.compress(range(*span), flags)) for span, flags in zip(spans, chosen, strict=True)]
     flat = torch.tensor(list(itertools.chain.from_iterable(places)), dtype=torch.long)

@@ -1,8 +1,8 @@
-"""The base model: found, quantized, loaded once a process; adapters come and go. The only importer of bitsandbytes.
+"""Loads the base model, quantized, and its tokenizer. The only module that uses bitsandbytes.
 
-The convention of every evaluation and training here: unquantized parameters keep the compute type (float32 on a CPU,
-bfloat16 on a GPU). ``prepare_model_for_kbit_training`` is not used, because it would cast them up and so move the
-base's own numbers.
+Parameters that are not quantized have the compute dtype in every evaluation and training: float32 on a CPU, bfloat16
+on a GPU. PEFT's ``prepare_model_for_kbit_training`` is not used: it casts them to float32, which changes the base's
+outputs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer, with a pad token.
 
     Raises:
-        UserError: there is none, or it is a slow one, which cannot say what characters a token stands for.
+        UserError: it cannot be loaded, or is a slow one, which cannot say which characters each token stands for.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged file raises what its parser raises
+    except Exception as error:  # on a damaged file: whatever its parser raises
         raise UserError(f"--model {source}: its tokenizer cannot be loaded: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"--model {source}: has no fast tokenizer (tokenizer.json)")
@@ -59,10 +59,14 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 @errors_are(ErrorKind.MODEL)
 def load_model(options: ModelOptions, device: torch.device | None = None) -> LoadedModel:
-    """The base model of ``options``, quantized, in eval mode, without gradients.
+    """The base model of ``options``, quantized, in eval mode, its parameters frozen.
+
+    Args:
+        device: None: the GPU if there is one, else the CPU. With ``options.max_memory`` the model is spread over the
+            devices named there.
 
     Raises:
-        UserError: it cannot be found, read or held in memory.
+        UserError: it cannot be found or read, or does not fit into memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +74,8 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     source = resolve_model(options.model)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        # It plans anew, for tens of milliseconds, whenever a length is new: in packed rows nearly every one is.
+        # cuDNN's attention makes a plan for each new sequence length, which takes tens of milliseconds. In packed rows
+        # nearly every length is new.
         torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = compute_dtype(device)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
@@ -104,32 +109,34 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
 
 
 def _settle(model: Any) -> Any:
-    """Eval mode, no gradients, and weights that no forward pass changes."""
+    """Put ``model`` into eval mode, freeze it, and keep bitsandbytes from repacking its weights."""
     model.eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On some CPUs bitsandbytes repacks a 4-bit layer at its first evaluation, for a kernel that has no backward
-            # pass: an adapter below it would get no gradient ever after, and the base's logits would change.
+            # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer in place at its first forward pass in
+            # eval mode, for a kernel without a backward pass. From then on adapters below that layer would get no
+            # gradient, without any error, and the base's logits would change (benchmarks/NOTES.md).
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def context_window(model: Any) -> int:
-    """Tokens that ``model`` can look at; 2048 where it does not say, as in lm-evaluation-harness."""
+    """Tokens of ``model``'s context window; 2048 where it does not say, as in lm-evaluation-harness."""
     return _context_window(model.config) or 2048
 
 
 def _context_window(config: Any) -> int | None:
-    """Tokens that a model of this configuration can look at; None where it does not say."""
+    """Tokens of the context window of a model with this configuration; None where it does not say."""
     window = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(window) if window else None
 
 
 def check_window(options: ModelOptions, source: str, max_length: int) -> None:
-    """Whether examples of ``max_length`` tokens fit what the model can look at.
+    """Check that examples of ``max_length`` tokens fit into the model's context window.
 
     Raises:
-        UserError: they do not: learned positions have no more, and rotary ones were never trained on more.
+        UserError: they do not. Beyond the window learned position embeddings do not exist, and rotary ones were never
+            trained.
     """
     from transformers import AutoConfig
 
@@ -142,7 +149,10 @@ def check_window(options: ModelOptions, source: str, max_length: int) -> None:
 
 
 def as_loaded(model: Any, tokenizer: Any) -> LoadedModel:
-    """A model that somebody else loaded; the same LoadedModel each time, as PEFT must not wrap it twice (peft 2270)."""
+    """The LoadedModel of a model that the caller has loaded, which is put into eval mode and frozen.
+
+    The same model gets the same LoadedModel at each call, as PEFT must not wrap a model twice (peft issue 2270).
+    """
     if getattr(model, "_raylora", None) is None:
         quantized = getattr(model, "is_loaded_in_4bit", False), getattr(model, "is_loaded_in_8bit", False)
         quantization = "4bit" if quantized[0] else "8bit" if quantized[1] else "none"
@@ -154,8 +164,13 @@ def as_loaded(model: Any, tokenizer: Any) -> LoadedModel:
 
 @contextlib.contextmanager
 def borrowed(model: Any, tokenizer: Any) -> Iterator[LoadedModel]:
-    """A model that somebody else goes on with: its modules, modes and flags are afterwards what they were."""
-    if getattr(model, "_raylora", None) is not None:  # it is raylora's own
+    """Inside, the caller's model is a LoadedModel.
+
+    Afterwards its modules, its train/eval modes and each parameter's ``requires_grad`` are what they were.
+    """
+    if (
+        getattr(model, "_raylora", None) is not None
+    ):  # raylora loaded it, or is borrowing it already: nothing to restore
         yield as_loaded(model, tokenizer)
         return
     modes = [(module, module.training) for module in model.modules()]
@@ -173,6 +188,6 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LoadedModel]:
 
 
 def _remember(loaded: LoadedModel) -> LoadedModel:
-    """On the model itself, so that it lives as long as the model does."""
+    """Store ``loaded`` as an attribute of its model, so that it lives as long as the model does."""
     loaded.model._raylora = loaded
     return loaded

@@ -1,11 +1,11 @@
-"""How many tokens a minibatch may have, and what is done when memory runs out.
+"""How many tokens a minibatch may have, and what is tried next when memory runs out.
 
-    |----------- 4096 -----------|            out of memory: a large minibatch is halved
-    |---- 2048 ----|                          out of memory: activations are checkpointed, in a training
-    |---- 2048 ----| checkpointing            out of memory: a small one is halved, too
+    |----------- 4096 -----------|            out of memory: a minibatch of more than 2048 tokens is halved
+    |---- 2048 ----|                          out of memory: gradient checkpointing is switched on (in training)
+    |---- 2048 ----| checkpointing            out of memory: with checkpointing, small minibatches are halved too
     |- 1024 -| checkpointing                  it fits
 
-This module imports no torch of its own: the processes that watch workers read the numbers, and run no model.
+torch is imported inside functions only: the processes that watch workers read the constants and never run a model.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ T = TypeVar("T")
 ItemT = TypeVar("ItemT", bound=Hashable)
 
 CPU_TOKEN_BUDGET = 512
-"""Tokens in a minibatch on a CPU, in training, features and MMLU alike. Larger ones are no faster, as they leave the
-caches, and in training take more memory, where no allocation fails before the system kills: 2 GB for each 1000 tokens
-of a model of 135 million parameters (benchmarks/NOTES.md)."""
+"""Tokens in a minibatch on a CPU, in training, features and MMLU alike. Larger ones are no faster, as their activations
+do not stay in the caches. In training they also take 2 GB for each 1000 tokens of a model of 135 million parameters
+(benchmarks/NOTES.md), and on a CPU the system kills the process before an allocation fails, so nothing backs off."""
 GPU_TOKEN_BUDGET = 16384
 """Most tokens in a minibatch on a GPU."""
 GPU_FEATURE_TOKENS = 8192
+"""Padded tokens in a minibatch on a GPU whose features are measured."""
 LEAST_GPU_TOKENS = 256
-"""Whatever is measured of the memory that a token takes, a minibatch is tried that has so many."""
+"""A minibatch on a GPU may always have this many tokens, however little memory was measured to be free."""
 ENOUGH_TOKENS = 2048
-"""In a training's minibatch on a GPU until it is known what a token takes of its memory. Smaller ones are slower there:
-below this the forward pass is rather run twice (gradient checkpointing), which takes half as long again."""
+"""Tokens in a training's minibatch on a GPU until the memory of a token has been measured. Smaller minibatches are
+slower on a GPU: from here down, gradient checkpointing is tried before halving. It runs the forward pass twice, which
+takes half as long again."""
 MINIBATCH_MEMORY_SHARE = 0.8
-"""Of the free memory of a GPU, what a minibatch may take."""
+"""Share of a GPU's free memory that a minibatch may take."""
 COPIES_MEMORY_SHARE = 0.25
-"""Of the free memory of a CPU, what the copies of the weights in oneDNN's layout may take."""
+"""Share of a CPU's free memory that the copies of the weights in oneDNN's layout may take."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,14 +45,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "alloc_failed")
+    # torch on a CPU and the CUDA libraries raise a plain RuntimeError, which only its message tells apart.
+    phrases = ("out of memory", "can't allocate memory", "alloc_failed")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(t in text for t in known)
+        isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
     )
 
 
 def free_gpu_bytes(device: Any) -> int:
-    """What a minibatch can allocate on a GPU: what the driver has, and what torch keeps at hand and does not use."""
+    """Bytes that a minibatch can allocate on a GPU: free at the driver, plus reserved by torch but not in use."""
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
@@ -58,15 +61,15 @@ def free_gpu_bytes(device: Any) -> int:
 
 
 def tokens_that_fit(bytes_a_token: float, free_bytes: float) -> int:
-    """Of a minibatch on a GPU."""
+    """Tokens that a minibatch on a GPU may have, between ``LEAST_GPU_TOKENS`` and ``GPU_TOKEN_BUDGET``."""
     fitting = int(MINIBATCH_MEMORY_SHARE * free_bytes / max(1.0, bytes_a_token))
     return max(LEAST_GPU_TOKENS, min(GPU_TOKEN_BUDGET, fitting))
 
 
 def batches_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
-    """Minibatches of at most ``token_budget`` padded tokens, longest first, so that memory runs out at once or never.
+    """Minibatches of at most ``token_budget`` padded tokens, longest first: if one runs out of memory, the first does.
 
-    A single item longer than the budget goes alone.
+    An item longer than the budget is a minibatch of its own.
     """
     batch: list[T] = []
     for item in sorted(items, key=length, reverse=True):
@@ -80,9 +83,10 @@ def batches_by_budget(items: Iterable[T], length: Callable[[T], int], token_budg
 
 
 def packs_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget: int) -> Iterator[list[T]]:
-    """Packs of at most ``token_budget`` tokens, the fullest first: each item, longest first, goes where it just fits.
+    """Packs of at most ``token_budget`` tokens, the fullest first, by best-fit decreasing.
 
-    A single item longer than the budget goes alone.
+    Items are taken longest first; each goes into the fullest pack that has room for it. An item longer than the budget
+    is a pack of its own.
     """
     packs: list[tuple[int, list[T]]] = []
     for item in sorted(items, key=length, reverse=True):
@@ -97,7 +101,7 @@ def packs_by_budget(items: Iterable[T], length: Callable[[T], int], token_budget
 
 
 class Attempt(NamedTuple):
-    """How work is tried: the most tokens in a minibatch, and whether activations are checkpointed."""
+    """How work is tried: the most tokens in a minibatch, and whether with gradient checkpointing."""
 
     tokens: int
     checkpointing: bool = False
@@ -107,9 +111,10 @@ def next_attempt(last: Attempt, held: int, is_single: bool, may_checkpoint: bool
     """What to try after a minibatch ran out of memory; None where there is nothing smaller to try.
 
     Args:
-        held: tokens of that minibatch, which may have been far fewer than it was allowed.
-        is_single: it was of one item.
-        may_checkpoint: there is a backward pass, whose activations take the memory.
+        last: how that minibatch was tried.
+        held: tokens it had, which may be far fewer than ``last.tokens``.
+        is_single: it had one item, so that it cannot be halved.
+        may_checkpoint: the work has a backward pass, so that gradient checkpointing saves memory.
     """
     if may_checkpoint and not last.checkpointing and (held <= ENOUGH_TOKENS or is_single):
         return Attempt(last.tokens, True)
@@ -118,27 +123,29 @@ def next_attempt(last: Attempt, held: int, is_single: bool, may_checkpoint: bool
 
 @dataclass
 class TokenBudget:
-    """Tokens in a minibatch, fewer whenever memory runs out. All that runs the model runs it within one of these."""
+    """Most tokens in a minibatch, lowered whenever memory runs out. Training, features and MMLU each run the model with
+    one."""
 
     tokens: int
     may_checkpoint: bool = False
-    """Whether whoever runs the work checkpoints its activations once ``checkpointing`` is True."""
+    """Whether the caller switches gradient checkpointing on once ``checkpointing`` is True."""
     checkpointing: bool = False
     num_backoffs: int = 0
+    """How often memory ran out and something smaller was tried."""
     held: int = 0
-    """Tokens, padding included, of the minibatch that was cut last: the one that fails, if any does."""
+    """Tokens, padding included, of the minibatch that was cut last, the only one that can be running."""
     num_held: int = 0
     """Items of that minibatch."""
 
     def cut(self, items: Iterable[T], length: Callable[[T], int], packed: bool = False) -> Iterator[list[T]]:
-        """Items as minibatches that the budget allows, those that take most memory first."""
+        """Items as minibatches that the budget allows, those that take the most memory first."""
         for part in (packs_by_budget if packed else batches_by_budget)(items, length, self.tokens):
             lengths = [length(item) for item in part]
             self.held, self.num_held = sum(lengths) if packed else len(part) * max(lengths), len(part)
             yield part
 
     def attempt(self, run: Callable[[], T]) -> T | None:
-        """What ``run`` returns; None where memory ran out: the budget is smaller then, and the work is to begin again.
+        """What ``run`` returns; None where memory ran out: the budget is then smaller, and the caller tries again.
 
         Raises:
             torch.OutOfMemoryError: nothing smaller can be tried (MemoryError or RuntimeError on a CPU).
@@ -149,16 +156,16 @@ class TokenBudget:
             smaller = self.smaller() if is_out_of_memory(error) else None
             if smaller is None:
                 raise
-        # Outside of the handler: within it, the error keeps the tensors of the minibatch that failed alive.
-        self._take(smaller)
+        # After the handler, not in it: the error's traceback keeps the failed minibatch's tensors alive until it ends.
+        self._back_off(smaller)
         return None
 
     def smaller(self) -> Attempt | None:
-        """What is tried if the minibatch that was cut last does not fit."""
+        """What to try if the minibatch that was cut last does not fit; None where nothing smaller can be tried."""
         last = Attempt(self.tokens, self.checkpointing)
         return next_attempt(last, self.held, self.num_held <= 1, self.may_checkpoint)
 
-    def _take(self, attempt: Attempt) -> None:
+    def _back_off(self, attempt: Attempt) -> None:
         import torch
 
         self.tokens, self.checkpointing = attempt
@@ -175,25 +182,29 @@ class TokenBudget:
         start_over: Callable[[], object] | None = None,
         packed: bool = False,
     ) -> Iterator[tuple[list[ItemT], T]]:
-        """Minibatches of ``items``, longest first, each with what ``run`` returned of it, which is not None.
+        """Run ``items`` in minibatches, longest first; where memory runs out, the rest is cut smaller and run.
 
         Args:
+            run: called with the items of a minibatch; must not return None.
             start_over: for work that adds up over all minibatches, such as a gradient: called before the first one,
                 and again where memory ran out, after which every item is run again.
 
+        Yields:
+            The items of each minibatch, and what ``run`` returned. With ``start_over``, a minibatch may come twice.
+
         Raises:
-            torch.OutOfMemoryError: a single item does not fit.
+            torch.OutOfMemoryError: a single item does not fit (MemoryError or RuntimeError on a CPU).
         """
-        left = list(items)
-        while left:
+        remaining = list(items)
+        while remaining:
             done: set[ItemT] = set()
             if start_over:
                 start_over()
-            for part in self.cut(left, length, packed):
+            for part in self.cut(remaining, length, packed):
                 result = self.attempt(functools.partial(run, part))
                 if result is None:
                     done = set() if start_over else done
                     break
                 done.update(part)
                 yield part, result
-            left = [item for item in left if item not in done]
+            remaining = [item for item in remaining if item not in done]

@@ -1,10 +1,11 @@
-"""Several examples in one row, without padding and without seeing each other.
+"""Packing: several examples in one row, without padding, none of which attends to another.
 
     tokens      a a a a a b b b c c c c
     positions   0 1 2 3 4 0 1 2 0 1 2 3
 
-Attention runs block by block: no mask is made, and no work is done between two examples. A mask over the whole row
-costs 6 times as much at 1024 tokens (benchmarks/NOTES.md). Whether a model allows this is tried on it, not looked up.
+Attention is computed for each block (example) by itself: no mask is needed, and no score between two examples is
+computed. One attention over the whole row, with a mask, takes 17 ms in place of 2.7 at 1024 tokens
+(benchmarks/NOTES.md). Whether a model can be run like this is found out by running it (``can_pack``), not by its name.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from raylora.data.minibatch import pack_rows, pad_left
 
 BLOCKS = "raylora_blocks"
+"""The name of this attention in transformers' registry."""
 REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
-"""What a model raises that cannot be run in another way than its own."""
+"""What a model may raise that cannot be run in another way than its own code expects."""
 
 
 def _attend_in_blocks(
@@ -35,10 +37,18 @@ def _attend_in_blocks(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each block to itself; query (1, heads, T, D), the blocks' lengths make T.
+    """Causal attention within each block; its signature is that of transformers' attention functions.
+
+    Args:
+        query: (1, heads, T, D); ``key`` and ``value`` too, possibly with fewer heads.
+        block_lengths: tokens of each block, T in all.
+
+    Returns:
+        (1, T, heads, D), and None in place of attention weights.
 
     Raises:
-        ValueError: the model did not hand on the lengths, or looks further than a causal block.
+        ValueError: the model did not pass ``block_lengths`` on, has a mask of its own, or its sliding window is shorter
+            than a block.
     """
     if block_lengths is None or attention_mask is not None or query.shape[2] != sum(block_lengths):
         raise ValueError("this model's attention cannot be run in blocks")
@@ -56,21 +66,24 @@ AttentionMaskInterface.register(BLOCKS, lambda *args, **kwargs: None)
 
 @contextlib.contextmanager
 def attention_in_blocks(model: Any) -> Iterator[None]:
-    """Inside, ``model`` takes packed minibatches and no others. Backward passes belong inside as well: with
-    checkpoints they run the forward pass again."""
-    config, before = model.config, model.config._attn_implementation
+    """Inside, ``model`` takes packed minibatches and no others.
+
+    Backward passes must be inside too: with gradient checkpointing they run the forward pass again.
+    """
+    config, usual = model.config, model.config._attn_implementation
     config._attn_implementation = BLOCKS
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = usual
 
 
 def can_pack(model: Any) -> bool:
-    """Whether ``model``, in eval mode, says the same of an example in a packed row as of it alone.
+    """Whether ``model``, in eval mode, computes the same logits for an example in a packed row as for it alone.
 
-    Only models whose attention is torch's own (sdpa) are asked; recurrent layers, positions that are counted in
-    some other way, and attention that looks at more than its block show themselves in the numbers.
+    An example of 17 tokens is run alone, and packed behind each of two others of 9. Recurrent layers, positions that
+    are counted in another way, and attention beyond the block change its logits. Models whose attention is not torch's
+    own (sdpa) are not tried.
     """
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
@@ -81,7 +94,7 @@ def can_pack(model: Any) -> bool:
         alone = model(**pad_left([second], 0, model.device).model_inputs(), use_cache=False).logits[0].float()
         try:
             with attention_in_blocks(model):
-                a, b = (
+                behind_first, behind_other = (
                     model(**pack_rows([row, second], model.device).model_inputs(), use_cache=False)
                     .logits[0, 9:]
                     .float()
@@ -89,9 +102,9 @@ def can_pack(model: Any) -> bool:
                 )
         except REFUSALS:
             return False
-    # With reduced precision the shape of a product moves its result: percents of it, where a wrong mask moves it all.
+    # In reduced precision the shape of a product alone changes its result by some percent; a wrong mask changes all.
     tolerance = float(alone.norm()) * (1e-4 if exact else 5e-2)
-    return bool((a - alone).norm() <= tolerance and (b - a).norm() <= tolerance)
+    return bool((behind_first - alone).norm() <= tolerance and (behind_other - behind_first).norm() <= tolerance)
 
 
 def _is_quantized(model: Any) -> bool:
@@ -99,7 +112,7 @@ def _is_quantized(model: Any) -> bool:
 
 
 def window_of(model: Any) -> int:
-    """Tokens of the longest example that may be packed: those of the sliding window, if the model has one."""
+    """Tokens of the longest example that may be packed: of the sliding window, or 2**62 (no limit) without one."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return int(window) if window else 2**62

@@ -1,8 +1,8 @@
 """The gradient of an optimizer step, added up over minibatches that are as full as memory allows.
 
-A step's loss is the sum of its token losses over the number of its supervised tokens, whatever the minibatches it is
-cut into, and dropout is drawn example by example: smaller minibatches when memory runs out, and other adapters that
-are trained in the same passes, change nothing but float noise.
+A step's loss is the sum of its token losses, divided by the number of its supervised tokens. Dropout is seeded for each
+example. So neither depends on how the step is cut into minibatches: where memory runs out and they become smaller, or
+other adapters are trained in the same minibatches, the gradient differs by float noise only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ log = logging.getLogger("raylora")
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did. ``grad_norm`` is the global L2 norm before clipping."""
+    """What one optimizer step did.
+
+    ``loss`` is in nats a supervised token; ``grad_norm`` is the global L2 norm before clipping.
+    """
 
     step: int
     loss: float
@@ -41,7 +44,7 @@ class Step:
 
 
 class StepGradient(NamedTuple):
-    """What a step's gradient, which is in the parameters, comes from."""
+    """The loss of a step, and how much it was computed from. The gradient itself is in the parameters' ``grad``."""
 
     loss: float
     num_tokens: int
@@ -50,27 +53,30 @@ class StepGradient(NamedTuple):
 
 
 class Observer(Protocol):
-    """Looks on while the loop runs; the probe measures its features this way.
+    """Methods that the training loop calls in each step; the probe measures its features in them.
 
-    A step is cut into micro-batches of ``batch_size`` examples; after each one its gradient alone is in the parameters.
+    With an observer a step is cut into micro-batches of ``batch_size`` examples, whose gradients it sees one by one.
     """
 
     def begin_step(self) -> None:
-        """Also after running out of memory, when the step begins again."""
+        """Called before the first micro-batch; again where memory ran out, as the step then begins again."""
 
-    def after_micro_batch(self) -> None: ...
+    def after_micro_batch(self) -> None:
+        """Called while the parameters' ``grad`` is that of this micro-batch alone."""
 
     def before_clipping(self) -> None:
-        """The whole step's gradient is in the parameters."""
+        """Called while the parameters' ``grad`` is that of the whole step."""
 
-    def after_step(self, step: Step) -> None: ...
+    def after_step(self, step: Step) -> None:
+        """Called once the optimizer has changed the parameters."""
 
 
 @dataclass(frozen=True)
 class Job:
     """An attached adapter, and what it is to be trained on.
 
-    ``examples`` stand in an order that does not depend on the file's, so that the seed alone decides.
+    The order of ``examples`` must not depend on their order in the file: it is then the seed alone that decides which
+    examples share a step.
     """
 
     parameters: Sequence[torch.nn.Parameter]
@@ -90,10 +96,14 @@ def count_labels(job: Job) -> list[int]:
 def separate_gradients(
     parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], float]], observer: Observer
 ) -> float:
-    """Run the backward pass of each micro-batch of a step, and show its gradient alone to ``observer``.
+    """Compute the gradient of each micro-batch of a step by itself, for ``observer``, and their sum.
+
+    Args:
+        passes: a function for each micro-batch that runs its forward and backward pass and returns its share of the
+            step's loss.
 
     Returns:
-        The sum of what ``passes`` return, their losses; the sum of their gradients is in ``parameters``.
+        The step's loss, the sum of these shares; the step's gradient is in the parameters' ``grad``.
     """
     observer.begin_step()
     total = 0.0
@@ -112,15 +122,21 @@ def separate_gradients(
 
 @dataclass(frozen=True)
 class _Item:
-    """An example of a step: whose, which, and the seed of its dropout."""
+    """An example of a step."""
 
     job: int
+    """Whose example it is: an index into the accumulator's ``jobs``."""
     index: int
+    """Which of the job's examples it is."""
     seed: int
+    """Of its dropout."""
 
 
 class GradientAccumulator:
-    """Gradients of one step of every adapter, in minibatches that shrink when memory runs out."""
+    """Computes one step's gradients of all adapters, in minibatches that become smaller when memory runs out.
+
+    ``packed``: whether minibatches are packed. ``fullest``: examples of the largest minibatch since the last halving.
+    """
 
     def __init__(self, loaded: LoadedModel, jobs: Sequence[Job], observer: Observer | None) -> None:
         self.loaded, self.jobs, self.observer = loaded, jobs, observer
@@ -132,73 +148,96 @@ class GradientAccumulator:
         self.packed = longest <= window_of(loaded.model) and loaded.allows(can_pack)
         if not self.packed:
             log.info("minibatches are padded: this model's attention cannot be run in blocks")
-        loaded.allows(head_is_plain)  # tried here, while the model is its plain self
+        # Tried before ``ready`` replaces attention and PEFT's forward pass; ``token_losses`` looks the result up.
+        loaded.allows(head_is_plain)
         self._adapters = AdapterProducts(loaded, [job.name for job in self.jobs])
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, the model runs these passes and no others."""
+        """Inside, the model serves ``backward`` alone: its attention and its adapters' products are replaced."""
         blocks = attention_in_blocks(self.loaded.model) if self.packed else contextlib.nullcontext()
         with self._adapters.installed(), blocks:
             yield
 
     def backward(self, steps: Mapping[int, Sequence[int]], k: int) -> dict[int, StepGradient]:
-        """Put the gradient of step ``k`` into the parameters.
+        """Compute the gradients of step ``k`` of all adapters; they are left in the parameters' ``grad``.
 
         Args:
-            steps: the examples of the step, by the number of the adapter's job; jobs that are done are not in it.
+            steps: for each job, by its index, which of its examples are in the step; finished jobs are left out.
+
+        Returns:
+            The ``StepGradient`` of each job in ``steps``, by its index.
+
+        Raises:
+            torch.OutOfMemoryError: a single example does not fit, even with gradient checkpointing (MemoryError or
+                RuntimeError on a CPU).
         """
         items = [
-            [_Item(job, i, mix(self.jobs[job].seed, k, at)) for at, i in enumerate(indices)]
+            [_Item(job, i, mix(self.jobs[job].seed, k, position)) for position, i in enumerate(indices)]
             for job, indices in steps.items()
         ]
-        held = torch.cuda.memory_allocated(self.loaded.device) if self._on_gpu else 0
+        bytes_before = torch.cuda.memory_allocated(self.loaded.device) if self._on_gpu else 0
         losses: list[float] | None = None
         while losses is None:
-            # For dropout outside the adapters, which a model may have: a step that is repeated draws the same.
+            # Seeds the dropout that a model may have outside its adapters: a step that begins again draws the same.
             torch.manual_seed((self.jobs[0].seed + k) % 2**63)
             losses = self.budget.attempt(functools.partial(self._backward_once, items))
             if losses is None:
                 self._drop_gradients()
                 self.use_less_memory()
         if self._on_gpu and self.loaded.training_tokens is None:
-            self._learn_what_fits(held)
+            self._measure_token_memory(bytes_before)
         return {
-            own[0].job: StepGradient(
-                losses[own[0].job], sum(map(self._length, own)), sum(map(self._num_supervised, own)), len(own)
+            of_job[0].job: StepGradient(
+                losses[of_job[0].job],
+                sum(map(self._length, of_job)),
+                sum(map(self._num_supervised, of_job)),
+                len(of_job),
             )
-            for own in items
+            for of_job in items
         }
 
     def _backward_once(self, items: list[list[_Item]]) -> list[float]:
-        """The loss of each adapter's step, 0 for those that are done."""
-        totals = {own[0].job: sum(map(self._num_supervised, own)) for own in items}
+        """The step's loss of each job, 0 for finished ones; memory may run out at any point.
+
+        Args:
+            items: for each job in the step, its examples.
+        """
+        totals = {of_job[0].job: sum(map(self._num_supervised, of_job)) for of_job in items}
         if self.observer is None:
-            losses = self._accumulate([item for own in items for item in own], totals)
+            losses = self._accumulate([item for of_job in items for item in of_job], totals)
             return losses.tolist()
-        (own,), size = items, self.jobs[0].method.batch_size
-        groups = [own[i : i + size] for i in range(0, len(own), size)]
-        passes = [lambda group=group: float(self._accumulate(group, totals)[0]) for group in groups]
+        (examples,), size = items, self.jobs[0].method.batch_size  # an observer sees one adapter's training
+        micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+        passes = [lambda batch=batch: float(self._accumulate(batch, totals)[0]) for batch in micro_batches]
         return [separate_gradients(self.jobs[0].parameters, passes, self.observer)]
 
     def _accumulate(self, items: list[_Item], totals: dict[int, int]) -> torch.Tensor:
-        """Add the gradients of these examples' part of their adapters' losses; that part, adapter by adapter."""
+        """Add to the gradients what these examples contribute to their steps.
+
+        Args:
+            totals: supervised tokens of each job's whole step, by the job's index.
+
+        Returns:
+            (jobs,), float64: what these examples contribute to each job's loss.
+        """
         sums = torch.zeros(len(self.jobs), dtype=torch.float64, device=self.loaded.device)
         for part in self.budget.cut(items, self._length, self.packed):
-            part = sorted(part, key=lambda item: item.job)  # an adapter's tokens side by side
+            part = sorted(part, key=lambda item: item.job)  # AdapterProducts multiplies one slice for each adapter
             jobs = [item.job for item in part for _ in range(self._num_supervised(item))]
-            owners = send(torch.tensor(jobs), sums.device)
-            shares = send(torch.tensor([1 / totals[job] for job in jobs]), sums.device)
+            job_of_loss = send(torch.tensor(jobs), sums.device)
+            weights = send(torch.tensor([1 / totals[job] for job in jobs]), sums.device)
             with self.loaded.autocast():
                 losses = self._losses(part)
-            losses = losses * shares.to(losses.device)
+            losses = losses * weights.to(losses.device)
             losses.sum().backward()
-            sums.index_add_(0, owners, losses.detach().to(sums.device, torch.float64))
+            sums.index_add_(0, job_of_loss, losses.detach().to(sums.device, torch.float64))
             self.fullest = max(self.fullest, len(part))
             self._most_tokens = max(self._most_tokens, self.budget.held)
         return sums
 
     def _losses(self, part: list[_Item]) -> torch.Tensor:
+        """Losses (N,) of the supervised tokens of a minibatch, example after example."""
         examples = [self.jobs[item.job].examples[item.index] for item in part]
         labels = [labels_of(e, self.jobs[i.job].method.train_on) for e, i in zip(examples, part, strict=True)]
         rows, pad = [e.input_ids for e in examples], pad_token_of(self.loaded.tokenizer)
@@ -217,28 +256,37 @@ class GradientAccumulator:
         return self._counts[item.job][item.index]
 
     def use_less_memory(self) -> None:
-        """As the budget says, which memory has made smaller."""
+        """Do what the budget has decided after memory ran out: gradient checkpointing, or smaller minibatches."""
         if self.budget.checkpointing and not self.loaded.model.is_gradient_checkpointing:
+            # use_reentrant=False: the reentrant kind gives no gradients where a segment's inputs need none, and the
+            # embeddings, the first inputs, are frozen.
             self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
             return
         self.fullest = 0
         if self._on_gpu:
-            self.loaded.training_tokens = self.budget.tokens  # the next training need not find out again
+            self.loaded.training_tokens = self.budget.tokens  # so that the next training begins with what fits
 
-    def _learn_what_fits(self, held: int) -> None:
-        """How many tokens a minibatch may have, going by what those of this step took beyond ``held``, in bytes."""
+    def _measure_token_memory(self, bytes_before: int) -> None:
+        """Set how many tokens a minibatch may have, by the GPU memory that a token of this step took.
+
+        Args:
+            bytes_before: GPU memory that was allocated before the step.
+        """
         device = self.loaded.device
         if self.budget.checkpointing or self._most_tokens < ENOUGH_TOKENS / 4:
-            return  # too few to tell
-        a_token = (torch.cuda.max_memory_allocated(device) - held) / self._most_tokens
-        self.loaded.training_tokens = self.budget.tokens = tokens_that_fit(a_token, free_gpu_bytes(device))
-        log.info("%.1f MB a token: minibatches of %d tokens", a_token / 1e6, self.budget.tokens)
+            # Checkpointing lowers what a token takes. Of fewer than 512 tokens, memory that does not depend on their
+            # number makes up too much.
+            return
+        bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / self._most_tokens
+        self.loaded.training_tokens = self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device))
+        log.info("%.1f MB a token: minibatches of %d tokens", bytes_a_token / 1e6, self.budget.tokens)
 
     def _drop_gradients(self) -> None:
         for parameter in (p for job in self.jobs for p in job.parameters):
             parameter.grad = None
 
     def restore(self) -> None:
+        """Drop the gradients and switch gradient checkpointing off, for whoever uses the model next."""
         self._drop_gradients()
         if self.budget.checkpointing:
             self.loaded.model.gradient_checkpointing_disable()

@@ -1,4 +1,4 @@
-"""Cross entropy of examples' supervised tokens, and of them alone."""
+"""Cross entropy of each example's supervised tokens, outside training: before and after the probe."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from raylora.model.memory import TokenBudget
 
 
 class ExampleLoss(NamedTuple):
-    """Of one example, in nats: summed over its supervised tokens, their number, and the mean over its answer's text."""
+    """The losses of one example, in nats."""
 
     total: float
+    """Summed over its supervised tokens."""
     num_supervised: int
     answer: float
+    """Mean over the tokens of its answer's text, without those of the chat template."""
 
 
 def example_losses(
@@ -29,12 +31,14 @@ def example_losses(
     token_budget: int,
     with_gradient: bool = False,
 ) -> list[ExampleLoss]:
-    """Each example's losses, without dropout; those of one without a supervised token are 0, 0 and NaN.
+    """The losses of each example, in their order; (0, 0, NaN) for one without a supervised token.
 
-    With ``with_gradient`` the trainable parameters' gradients become those of the mean loss over all supervised tokens.
+    Args:
+        token_budget: most padded tokens in a minibatch; where memory runs out, smaller ones are tried.
+        with_gradient: leave the gradient of the mean loss over all supervised tokens in the trainable parameters.
 
     Raises:
-        torch.OutOfMemoryError: a single example does not fit.
+        torch.OutOfMemoryError: a single example does not fit (MemoryError or RuntimeError on a CPU).
     """
     all_labels = [labels_of(e, train_on) for e in examples]
     usable = [i for i, row in enumerate(all_labels) if any(label != IGNORE_INDEX for label in row)]
@@ -45,19 +49,21 @@ def example_losses(
         if with_gradient:
             (output.losses.sum() / num_supervised).backward()
         losses = output.losses.detach().double().split(output.num_losses)
-        return [_example_loss(examples[usable[k]], labels[k], own) for k, own in zip(part, losses, strict=True)]
+        return [_example_loss(examples[usable[k]], labels[k], of_row) for k, of_row in zip(part, losses, strict=True)]
 
     results = [ExampleLoss(0.0, 0, math.nan)] * len(examples)
-    start_over = loaded.model.zero_grad if with_gradient else None  # a backward pass broken off leaves half a gradient
+    # Gradients add up over minibatches: from the first one again where a backward pass ended half-way, out of memory.
+    start_over = loaded.model.zero_grad if with_gradient else None
+    budget = TokenBudget(token_budget)
     with torch.inference_mode(not with_gradient), loaded.autocast():
-        for part, found in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, start_over=start_over):
-            for k, loss in zip(part, found, strict=True):
+        for part, losses_of_part in forward_rows(loaded, rows, labels, budget, use, start_over=start_over):
+            for k, loss in zip(part, losses_of_part, strict=True):
                 results[usable[k]] = loss
     return results
 
 
 def _example_loss(encoded: EncodedExample, labels: Sequence[int], losses: torch.Tensor) -> ExampleLoss:
-    """Of the losses (N,) of an example's labels."""
-    of_text = [a for a, label in zip(encoded.is_answer_text, labels, strict=True) if label != IGNORE_INDEX]
-    answer = losses[torch.tensor(of_text, device=losses.device)].mean()
+    """The losses of one example from those of its labels, (N,)."""
+    is_text = [a for a, label in zip(encoded.is_answer_text, labels, strict=True) if label != IGNORE_INDEX]
+    answer = losses[torch.tensor(is_text, device=losses.device)].mean()
     return ExampleLoss(float(losses.sum()), len(losses), float(answer))
