@@ -41,7 +41,7 @@ def _handling(number: signal.Signals, handler: Handler) -> Iterator[None]:
 
 
 class Interrupts:
-    """After Ctrl-C nothing new is begun, and experiments may finish; ``GRACE_SECONDS`` or a second one later, all stops.
+    """After Ctrl-C nothing new is begun, and experiments may finish; all stops ``GRACE_SECONDS`` later, or at a second.
 
     Attributes:
         begin_no_more: called at the first Ctrl-C, in a thread of its own.
