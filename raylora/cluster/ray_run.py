@@ -462,7 +462,7 @@ def _new_namespace() -> str:
 
 
 def _this_node() -> dict[str, str]:
-    """The label of the command's node. Supervisor, board and sink run there, so that no other node's end takes them."""
+    """The label of the command's node. Supervisor, board and sink run there, so that no other node's loss ends them."""
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
@@ -474,5 +474,5 @@ def _resources_of_a_worker() -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, up to 300 characters: Ray puts whole tracebacks into its own."""
+    """The first line of an error's text, up to 300 characters: texts of Ray's errors hold whole tracebacks."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

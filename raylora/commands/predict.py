@@ -35,7 +35,7 @@ def fit(config: FitConfig) -> int:
     predictor, held_out = fit_predictor(
         training, config.target, config.coverage, config.folds, config.seed, config.threads
     )
-    from raylora.predict.figures import write_calibration  # imported here: errors need not wait a second
+    from raylora.predict.figures import write_calibration  # imports matplotlib: the errors above need no second
 
     with writing("--output", config.output):
         predictor.save(config.output)

@@ -39,7 +39,7 @@ RULE = (
 
 
 def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
-    """A row for each experiment: names, settings, and its features or the ``error`` that left none.
+    """A row for each experiment: names, settings, and and its features, or the ``error`` that prevented them.
 
     Only features that are not in the store yet are measured, and put there. The run's tables stay as they are.
 

@@ -21,6 +21,7 @@ from raylora.storage.store import Store
 from raylora.storage.tables import CsvTable
 
 PERMIT = "tables-{}.permit"
+"""The name of a permit's file, with an id for each run."""
 _not_before: dict[Path, float] = {}
 """By permit: the ``time.monotonic()`` from which this process, the sink's, may write the run's tables again."""
 
