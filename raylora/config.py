@@ -1,7 +1,8 @@
 """The configuration: every option declared once, with its help.
 
 A YAML file, the environment (``RAYLORA_LEARNING_RATE=1e-4``, ``MODEL_NAME``), ``.env`` and the command line set the
-same options, in rising order of strength. Unknown names and bad values end in one line that names the option.
+same options; of two values the one from the later source in this list counts. Unknown names and bad values end in one
+line that names the option.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pydantic_settings import NoDecode
 from raylora.config_sources import SETTINGS, Settings, load_settings, split_commas
 from raylora.storage.places import Location, LocationText
 
-if TYPE_CHECKING:  # half a second of pandas, which a mistake and --help need not wait for
+if TYPE_CHECKING:  # imports pandas, half a second: errors in options and --help need not wait for it
     from raylora.records import Experiment
 
 Stage = Literal["features", "train", "mmlu"]
 TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of attention and MLP, as Llama and models like it name them."""
 DEMO = "demo"
+"""The value of ``--model`` and ``--mmlu`` that stands for the demo's."""
 
 
 class Method(BaseModel):
@@ -151,13 +154,13 @@ class RunOptions(BaseModel):
     @field_validator("chunk", mode="before", json_schema_input_type=str | int | None)
     @classmethod
     def _take_numbers(cls, chunk: Any) -> Any:
-        """``chunk: 1`` in a YAML file is a number, and on the command line text."""
+        """A number as text: a YAML file gives ``chunk: 1`` as a number, the command line as text."""
         return str(chunk) if type(chunk) is int else chunk
 
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str | None) -> str | None:
-        """Ray Data does not run over Ray's client connection; and a run must not end with a laptop's network."""
+        """Refuse ``ray://``: Ray Data does not run over Ray Client, and a laptop's lost network would end the run."""
         if address and address.startswith("ray://"):
             host = address.removeprefix("ray://").partition(":")[0] or "HOST"
             raise ValueError(
@@ -181,7 +184,7 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
     @field_validator("grid")
     @classmethod
     def _check_grid(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Every value of the grid is checked as the option it stands for."""
+        """Check every value of the grid as a value of its option."""
         for key, values in grid.items():
             if key not in Method.model_fields:
                 raise ValueError(f"{key} is no hyperparameter; a grid may vary {', '.join(Method.model_fields)}")
@@ -195,10 +198,11 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
         return grid
 
     def method(self) -> Method:
+        """The hyperparameters, without the grid's values."""
         return Method(**{name: getattr(self, name) for name in Method.model_fields})
 
     def grid_methods(self) -> list[Method]:
-        """Every combination of the grid's values, each once, over the other settings; one where there is no grid."""
+        """The hyperparameters of every combination of the grid's values, without repeats; ``method()`` if no grid."""
         base = self.method().model_dump()
         combinations = itertools.product(*self.grid.values())
         methods = (Method(**{**base, **dict(zip(self.grid, values, strict=True))}) for values in combinations)
@@ -211,4 +215,5 @@ def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.ba
 
 
 def method_of(experiment: Experiment) -> Method:
+    """The hyperparameters of an experiment."""
     return Method(**experiment.settings)

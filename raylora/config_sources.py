@@ -1,4 +1,4 @@
-"""Where options come from: a YAML file, the environment, ``.env`` and the command line, in rising order of strength."""
+"""Where options come from: a YAML file, the environment, ``.env``, the command line. The later one counts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from pydantic_settings import (
 from raylora.errors import UserError, without_secrets
 
 POSITIONAL = get_args(CliPositionalArg)[1]
-"""Marks an option that has no name on the command line, but a place."""
+"""In the metadata of an option that is positional on the command line."""
 
 
 def split_commas(value: Any) -> Any:
-    """``a,b`` as ``("a", "b")``, and JSON, which is how ``CliApp.serialize`` writes a tuple."""
+    """Text as a tuple: ``a,b``, or a JSON list, as ``CliApp.serialize`` writes a tuple. Other values as they are."""
     if not isinstance(value, str):
         return value
     if value.startswith("["):
@@ -40,18 +40,18 @@ def split_commas(value: Any) -> Any:
 
 
 class _Environment(EnvSettingsSource):
-    """The variables that are ours; ``MODEL_NAME`` is another name for ``RAYLORA_MODEL``."""
+    """The environment variables that set options. ``MODEL_NAME`` counts where ``RAYLORA_MODEL`` is not set."""
 
     def __call__(self) -> dict[str, Any]:
-        own = {*self.settings_cls.model_fields} - self.settings_cls.not_from_environment  # type: ignore[attr-defined]
-        values = {name: value for name, value in super().__call__().items() if name in own}
-        if "model" in own and (model := self.env_vars.get("model_name")):
+        names = {*self.settings_cls.model_fields} - self.settings_cls.not_from_environment  # type: ignore[attr-defined]
+        values = {name: value for name, value in super().__call__().items() if name in names}
+        if "model" in names and (model := self.env_vars.get("model_name")):
             values.setdefault("model", model)
         return values
 
 
 class _DotEnv(_Environment, DotEnvSettingsSource):
-    """``.env``, which may hold settings of other programs too."""
+    """The same variables in ``.env``, which may hold those of other programs too."""
 
 
 SETTINGS = SettingsConfigDict(
@@ -59,7 +59,7 @@ SETTINGS = SettingsConfigDict(
     env_file=".env",
     extra="forbid",
     frozen=True,
-    defer_build=True,  # 25 ms a class, of which a command uses one
+    defer_build=True,  # building a class takes 25 ms, and a command uses one of many
     cli_kebab_case=True,
     cli_implicit_flags=True,
     cli_hide_none_type=True,
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
 
     model_config = SETTINGS
     not_from_environment: ClassVar[frozenset[str]] = frozenset()
-    """Options that are another thing than those of the same name that all commands share."""
+    """Options that no variable sets: under this name other commands have another option, whose variable it is."""
 
     @classmethod
     def settings_customise_sources(
@@ -83,7 +83,10 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Strongest first: arguments, ``.env``, the environment. Command line and YAML are put around them."""
+        """Strongest first: arguments, ``.env``, the environment.
+
+        ``settings_from_command`` puts the command line before them, and YAML after them.
+        """
         return init_settings, _DotEnv(settings_cls), _Environment(settings_cls)
 
     def settings_of(self, *groups: type[BaseModel]) -> dict[str, Any]:
@@ -93,12 +96,12 @@ class Settings(BaseSettings):
 
 
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files"}
-"""What shtab's completion calls where a file is meant."""
+"""By shell, the function of shtab's script that completes a file's name."""
 S = TypeVar("S", bound=Settings)
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser whose errors are ``UserError``, and whose options are those of settings."""
+    """A parser that raises ``UserError``, and takes its options from the fields of ``Settings`` classes."""
 
     def __init__(self, **options: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
@@ -108,7 +111,10 @@ class OptionParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
     def add_options(self, settings: type[Settings]) -> None:
-        """Every field of ``settings``, and ``--config``; what is parsed goes to ``settings_from_command``."""
+        """Add an option for every field of ``settings``, and ``--config``.
+
+        Give what ``parse`` then returns to ``settings_from_command``.
+        """
         source = CliSettingsSource[Any](settings, root_parser=self, add_argument_method=_add_option)
         _add_option(
             self, "--config", type=Path, metavar="FILE", help="YAML file of these options, such as configs/demo.yaml"
@@ -116,32 +122,35 @@ class OptionParser(argparse.ArgumentParser):
         self.set_defaults(_source=source)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What is on the command line, by the options' names.
+        """The values on the command line by option name (with underscores), and the parser's own entries.
 
         Raises:
-            UserError: there is no such option, or it lacks its value.
+            UserError: an option is unknown or lacks its value.
             SystemExit: 0, after ``--help``.
         """
-        given, unknown = self.parse_known_args(argv)
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
-            word = unknown[0].partition("=")[0]
-            near = closest_option(given._source.settings_cls, word.lstrip("-").replace("-", "_"))
-            raise UserError(f"unknown option {unknown[0]}: {near}")
-        return vars(given)
+            option = unknown[0].partition("=")[0]
+            hint = closest_option(parsed._source.settings_cls, option.lstrip("-").replace("-", "_"))
+            raise UserError(f"unknown option {unknown[0]}: {hint}")
+        return vars(parsed)
 
 
-def _add_option(parser: argparse.ArgumentParser, *names: str, **how: Any) -> None:
-    """An option with its name in dashes, which help shows, and in underscores; a list takes values until the next."""
-    is_place = how.get("metavar") in {"Path", "FILE"} or not names[0].startswith("-")
-    if how.get("nargs") == "*" and names[0].startswith("-"):
-        how |= {"action": "extend", "nargs": "+"}
-    option = parser.add_argument(*names, **how)
-    if is_place:
+def _add_option(parser: argparse.ArgumentParser, *names: str, **arguments: Any) -> None:
+    """Add an option named with dashes, and the same with underscores, which help does not show.
+
+    An option of a list takes all values up to the next option.
+    """
+    is_path = arguments.get("metavar") in {"Path", "FILE"} or not names[0].startswith("-")
+    if arguments.get("nargs") == "*" and names[0].startswith("-"):
+        arguments |= {"action": "extend", "nargs": "+"}
+    option = parser.add_argument(*names, **arguments)
+    if is_path:
         setattr(option, "complete", FILES)  # noqa: B010 (an attribute that only shtab knows)
-    hidden = {**how, "help": argparse.SUPPRESS}
+    hidden = {**arguments, "help": argparse.SUPPRESS}
     for name in option.option_strings:
         if "-" in name[2:]:
-            if how.get("action") is argparse.BooleanOptionalAction:
+            if arguments.get("action") is argparse.BooleanOptionalAction:
                 hidden["action"] = "store_false" if name.startswith("--no-") else "store_true"
             parser.add_argument("--" + name[2:].replace("-", "_"), **hidden)
 
@@ -167,7 +176,7 @@ def settings_from_command(settings: type[S], given: Mapping[str, Any], **overrid
     Raises:
         UserError: one line that names the option and what fits.
     """
-    words = {name: value for name, value in given.items() if name in settings.model_fields}
+    command_values = {name: value for name, value in given.items() if name in settings.model_fields}
     yaml_path: Path | None = given.get("config")
     yaml_values = _read_yaml(yaml_path) if yaml_path else {}
     variables = _read_variables(settings)
@@ -177,14 +186,14 @@ def settings_from_command(settings: type[S], given: Mapping[str, Any], **overrid
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], *args: Any, **kwargs: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            stronger = super().settings_customise_sources(settings_cls, *args, **kwargs)
-            strongest = [given["_source"](parsed_args=words)] if given else []
-            return (*strongest, *stronger, _YamlValues(settings_cls, yaml_values))
+            sources = super().settings_customise_sources(settings_cls, *args, **kwargs)
+            command_line = [given["_source"](parsed_args=command_values)] if given else []
+            return (*command_line, *sources, _YamlValues(settings_cls, yaml_values))
 
     try:
         values = _Command(**overrides).model_dump()
     except ValidationError as error:
-        place = _place_of(error, words, variables, yaml_path, yaml_values)
+        place = _place_of(error, command_values, variables, yaml_path, yaml_values)
         raise UserError(_explain(settings, error, place)) from None
     except SettingsError as error:
         raise UserError(_explain_settings_error(settings, error)) from None
@@ -222,10 +231,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_variables(settings: type[Settings]) -> Mapping[str, Collection[str]]:
-    """The variables of ``.env`` and of the environment, in small letters, by where they stand; the strongest first.
+    """The variables of ``.env`` and of the environment in lower case, by these two places, the stronger one first.
 
     Raises:
-        UserError: ``.env`` cannot be read, or a name is nearly one of ours: it would change nothing, silently.
+        UserError: ``.env`` is not UTF-8, or a variable's name is nearly one of ours: it would silently set nothing.
     """
     try:
         dotenv = _DotEnv(settings).env_vars
@@ -238,16 +247,21 @@ def _read_variables(settings: type[Settings]) -> Mapping[str, Collection[str]]:
 
 
 def _check_names(place: str, variables: Collection[str], settings: type[Settings]) -> None:
-    """Variables with our prefix that are no options at all belong to another command, or to somebody else."""
-    known = {*settings.model_fields, *_every_option()}
+    """Raise UserError for a variable with our prefix that is nearly an option of some command.
+
+    A name that is like none of them is accepted: another program may use the prefix.
+    """
+    option_names = {*settings.model_fields, *_every_option()}
     for variable in variables:
         name = variable.removeprefix("raylora_")
-        if name != variable and name not in known and (close := difflib.get_close_matches(name, known, 1, 0.8)):
+        if name == variable or name in option_names:
+            continue
+        if close := difflib.get_close_matches(name, option_names, 1, 0.8):
             raise UserError(f"{variable.upper()} in {place}: no option; did you mean RAYLORA_{close[0].upper()}?")
 
 
 def _every_option() -> set[str]:
-    """The options of all commands that are imported: the batch command's are among them always."""
+    """The options of all commands whose classes are imported."""
     classes = [Settings]
     for settings in classes:
         classes += settings.__subclasses__()
@@ -255,46 +269,49 @@ def _every_option() -> set[str]:
 
 
 def closest_option(settings: type[Settings], name: str) -> str:
+    """A hint for somebody who gave an unknown option: the one with the closest name, if any is close."""
     close = difflib.get_close_matches(name, settings.model_fields, n=1)
     return f"did you mean {close[0]}?" if close else "see --help for what there is"
 
 
 def _place_of(
     error: ValidationError,
-    words: Mapping[str, Any],
+    command_values: Mapping[str, Any],
     variables: Mapping[str, Collection[str]],
     yaml_path: Path | None,
     yaml_values: Mapping[str, Any],
 ) -> str:
-    """Where the value that does not fit stands, in the order of what is stronger; nothing for the command line."""
+    """Where the bad value comes from: of the places that set it the strongest. Empty for the command line."""
     name = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
-    if name in words:
+    if name in command_values:
         return ""
-    given = [place for place, names in variables.items() if f"raylora_{name}" in names]
-    return given[0] if given else str(yaml_path) if name in yaml_values else ""
+    places = [place for place, names in variables.items() if f"raylora_{name}" in names]
+    return places[0] if places else str(yaml_path) if name in yaml_values else ""
 
 
 def _explain(settings: type[Settings], error: ValidationError, place: str) -> str:
+    """The first of pydantic's errors in one line: the option, what would fit, and what was given."""
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "extra_forbidden":
         return f"unknown option {name}{f' in {place}' if place else ''}: {closest_option(settings, name)}"
     if place:
-        shown = f"{place}: {f'RAYLORA_{name.upper()}' if place in {'.env', 'the environment'} else name}"
+        option = f"{place}: {f'RAYLORA_{name.upper()}' if place in {'.env', 'the environment'} else name}"
     else:
-        shown = _on_command_line(settings, name)
+        option = _on_command_line(settings, name)
     message = first["msg"].removeprefix("Value error, ")
-    given = without_secrets(str(first["input"]))[:80]
-    return " ".join(f"{shown}: {message[0].lower() + message[1:]}, got {given!r}".split())
+    value = without_secrets(str(first["input"]))[:80]
+    return " ".join(f"{option}: {message[0].lower() + message[1:]}, got {value!r}".split())
 
 
 def _on_command_line(settings: type[Settings], name: str) -> str:
+    """An option as it is written on the command line: ``--num-epochs``; ``TABLE`` if it is positional."""
     option = settings.model_fields.get(name)
     return name.upper() if option and POSITIONAL in option.metadata else "--" + name.replace("_", "-")
 
 
 def _explain_settings_error(settings: type[Settings], error: SettingsError) -> str:
-    """A value that should be JSON: the library names the field, and not what would fit."""
+    """An error about a value that should be JSON, in one line. pydantic's own does not say what would fit."""
     text = " ".join(str(error).split())
     if match := re.search(r'(?:encountered for |for field )"?(\w+)', text):
         return f"--{match[1].replace('_', '-')}: expected JSON: {settings.model_fields[match[1]].description}"

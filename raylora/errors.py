@@ -1,4 +1,4 @@
-"""Every exception of raylora. A user's mistake is one line that names the file, the place and the fix."""
+"""Every exception of raylora. The text of a user's mistake is one line that names the file, the place and the fix."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from enum import StrEnum
 
 
 class ErrorKind(StrEnum):
-    """What went wrong, for programs. An error row has it in ``error_kind``; the report has a fix for each."""
+    """What went wrong, for programs. An error row has it in ``error_kind``; the report says what to do about each."""
 
-    # Of a dataset's file
+    # A dataset's file
     DATA = "data"
     TRUNCATED_FILE = "truncated_file"
     NOT_UTF8 = "not_utf8"
     BAD_RECORDS = "bad_records"
     CHAT_TEMPLATE = "chat_template"
     NO_SUPERVISED_TOKEN = "no_supervised_token"
-    # Of what else is given
+    # Other input: options, questions, models, adapters
     USAGE = "usage"
     QUESTIONS = "questions"
     MODEL = "model"
     TARGET_MODULES = "target_modules"
     ADAPTER = "adapter"
     CHANGED_MEANWHILE = "changed_meanwhile"
-    # Of a training
+    # A training
     DIVERGED = "diverged"
     BASE_CHANGED = "base_changed"
-    # Of a machine
+    # A machine
     OUT_OF_MEMORY = "out_of_memory"
     NODE_OUT_OF_MEMORY = "node_out_of_memory"
     DOES_NOT_FIT = "does_not_fit"
@@ -38,13 +38,13 @@ class ErrorKind(StrEnum):
     TIMEOUT = "timeout"
     WORKER_DIED = "worker_died"
     NODE_LOST = "node_lost"
-    # Of a run: in no row
+    # A whole run: in no row
     STORAGE = "storage"
     CLUSTER = "cluster"
     STOPPED = "stopped"
 
     UNKNOWN = "unknown"
-    """An exception that is none of raylora's, or the row of a raylora that wrote no kinds."""
+    """An exception that is not raylora's own, or a row that an older version wrote, without a kind."""
 
     @classmethod
     def _missing_(cls, value: object) -> ErrorKind:
@@ -52,7 +52,7 @@ class ErrorKind(StrEnum):
 
 
 class RayloraError(Exception):
-    """What all exceptions of raylora are. The text is for people, ``kind`` for programs; both survive pickling."""
+    """The base class of raylora's exceptions. The text is for people, ``kind`` for programs; both survive pickling."""
 
     kind = ErrorKind.UNKNOWN
 
@@ -69,17 +69,17 @@ class UserError(RayloraError, ValueError):
 
 
 class MachineError(RayloraError):
-    """This machine cannot do what is asked, where another one may: nothing that the data is to blame for."""
+    """This machine cannot do the work, and another one may: the data is not the cause."""
 
 
 class TrainingDivergedError(UserError):
-    """The loss is no number any more."""
+    """A training's loss became infinite or NaN."""
 
     kind = ErrorKind.DIVERGED
 
 
 class BadRecordError(RayloraError, ValueError):
-    """Why a record cannot be used; ``place`` says where in it."""
+    """A record cannot be used. The text says why, ``place`` where in the record."""
 
     kind = ErrorKind.BAD_RECORDS
 
@@ -89,7 +89,7 @@ class BadRecordError(RayloraError, ValueError):
 
 
 class NotJsonError(RayloraError, ValueError):
-    """Where text is no JSON: ``pos`` in the window, ``line`` and ``column`` in the file."""
+    """Text is not JSON from here on: ``pos`` in the part that was parsed, ``line`` and ``column`` in the file."""
 
     kind = ErrorKind.DATA
 
@@ -99,44 +99,45 @@ class NotJsonError(RayloraError, ValueError):
 
 
 class RemoteError(RayloraError, OSError):
-    """An object store did not do what it was asked. ``strerror`` names the object and the cause, in one line."""
+    """An operation on an object store failed. ``strerror`` names the object and the cause, in one line."""
 
     kind = ErrorKind.STORAGE
 
     def __init__(self, place: str, cause: str) -> None:
         super().__init__(errno.EIO, f"{place}: {cause}")
-        self._of = (place, cause)
+        self._arguments = (place, cause)
 
+    # OSError would be unpickled with its own arguments, the number and the text.
     def __reduce__(self) -> tuple[type[RemoteError], tuple[str, str]]:
-        return type(self), self._of
+        return type(self), self._arguments
 
 
 class OutOfMemoryError(RayloraError, RuntimeError):
-    """An allocation failed in a worker, and nothing smaller could be tried: torch's error, or Python's."""
+    """An allocation of torch or Python failed in a worker, and no smaller batch was left to try."""
 
     kind = ErrorKind.OUT_OF_MEMORY
 
 
 class DoesNotFitError(RayloraError, RuntimeError):
-    """The model does not fit this GPU; another one may be larger, or free."""
+    """The model does not fit into the free memory of this GPU; another one may be larger, or less used."""
 
     kind = ErrorKind.DOES_NOT_FIT
 
 
 class BaseChangedError(RayloraError, RuntimeError):
-    """The base's weights were harmed: a process of its own is needed to go on."""
+    """A stage changed the base model: only a new process, which loads it again, can go on."""
 
     kind = ErrorKind.BASE_CHANGED
 
 
 class StoppedError(RayloraError, RuntimeError):
-    """The run ended before all rows were there; what is finished is kept."""
+    """The run ended before every experiment had a row; what is finished is kept."""
 
     kind = ErrorKind.STOPPED
 
 
 class ClusterLostError(RayloraError, RuntimeError):
-    """Ray itself went away, or parts of it that no retry brings back. What is stored is not lost."""
+    """Ray failed in a way that no retry repairs. What is stored is not lost."""
 
     kind = ErrorKind.CLUSTER
 
@@ -146,7 +147,7 @@ class WorkerFailedError(RayloraError):
 
 
 class MachineFailedError(WorkerFailedError):
-    """A worker could not do on its machine what could be done on the command's."""
+    """A worker raised MachineError: its machine cannot do the work, and another one may."""
 
 
 class NodeLostError(WorkerFailedError):
@@ -156,20 +157,21 @@ class NodeLostError(WorkerFailedError):
 
 
 class CannotGoOnError(RayloraError):
-    """Results cannot be kept, or no worker starts: trying again is of no use before somebody fixes that."""
+    """Results cannot be stored, or no worker starts: the run ends, as each further try would fail as well."""
 
 
 class SinkError(RayloraError):
-    """Carries the error that ends the run as its first argument: to the text of one Ray Data adds words of its own."""
+    """Carries the error that ends the run as its first argument, as Ray Data adds words of its own to a text."""
 
 
 def kind_of(error: BaseException) -> ErrorKind:
+    """An exception's kind; UNKNOWN if it is not raylora's."""
     return error.kind if isinstance(error, RayloraError) else ErrorKind.UNKNOWN
 
 
 @contextlib.contextmanager
 def errors_are(kind: ErrorKind) -> Iterator[None]:
-    """A user's mistake that is found meanwhile, and has no closer kind, is of this one. A decorator as well."""
+    """Give each UserError that is raised inside, and has no kind of its own, this one. A decorator as well."""
     try:
         yield
     except UserError as error:
@@ -178,20 +180,21 @@ def errors_are(kind: ErrorKind) -> Iterator[None]:
         raise
 
 
-# Their texts
+# The texts of errors
 
 
 def without_secrets(text: str) -> str:
-    """A URI that may be shown: user, password and query are left out."""
+    """Text that may be shown: without the users, passwords and queries of its URIs."""
     return re.sub(r"://\S*@", "://...@", re.sub(r"(://[^?\s]*)\?\S*", r"\1?...", text))
 
 
 def one_line(error: BaseException) -> str:
+    """An error's text on one line, its first 300 characters, without secrets; its type's name if it has no text."""
     return without_secrets(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def reason(error: OSError) -> str:
-    """Why something cannot be read: the system's words, or those of a library of fsspec."""
+    """Why a file cannot be read: the system's text, or the error's own where a library of fsspec gives no such text."""
     if error.strerror:
         return str(error.strerror)
     missing = isinstance(error, FileNotFoundError | NotADirectoryError)

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 SCHEMA_VERSION = 3
-"""Raised when a stored product of an older raylora must not be reused: it is part of every experiment's identity."""
+"""Part of every experiment's identity. Raise it when products that older versions stored must not be reused."""
 
 
 class ProgressStage(StrEnum):
-    """What a process is at while an experiment runs, in the words that people read."""
+    """What a process is doing for an experiment, as the live table and the metrics call it."""
 
     LOAD = "load"
     FEATURES = "features"
@@ -30,7 +30,7 @@ class ProgressStage(StrEnum):
 
     @property
     def can_share(self) -> bool:
-        """Whether other workers can ask some of its questions."""
+        """Whether idle workers can help: ask some of its MMLU questions."""
         return self in {ProgressStage.BASE_MMLU, ProgressStage.MMLU}
 
 
@@ -78,7 +78,7 @@ class Example:
 
 
 def digests_of(examples: Sequence[Example]) -> np.ndarray:
-    """The examples' digests as bytes, shape (N, 32). Sequences on disk have them in memory, and are not read."""
+    """The examples' digests as bytes, (N, 32), uint8. Sequences on disk keep them in memory: no example is read."""
     stored: np.ndarray | None = getattr(examples, "digests", None)
     if stored is not None:
         return stored
@@ -87,7 +87,7 @@ def digests_of(examples: Sequence[Example]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that was left out: ``place`` says where it stands (``record 7``, ``line 12``), ``reason`` why."""
+    """A record that was left out: ``place`` is where in the file (``record 7``, ``line 12``), ``reason`` why."""
 
     place: str
     reason: str
@@ -105,16 +105,16 @@ class Dataset:
     total_chars: int
     """Characters over all string fields of all records."""
     bad_records: tuple[BadRecord, ...] = ()
-    """The first ones; ``num_bad_records`` counts all."""
+    """The first of them; ``num_bad_records`` counts all."""
     num_bad_records: int = 0
     num_lost_records: int = 0
-    """Records that ``--salvage`` lost after the place where the file breaks off; -1 where nobody can know how many."""
+    """Records that ``--salvage`` lost, after the place where the file breaks off; -1 if their number is unknown."""
     data_hash: str = ""
-    """SHA-256 of the file's bytes in hex; empty if the examples are of no file."""
+    """SHA-256 of the file's bytes in hex; empty if the examples are not from a file."""
 
     @cached_property
     def seed(self) -> int:
-        """A seed of 60 bits from the content, whatever the order of the records."""
+        """A seed of 60 bits from the examples' content; their order does not change it."""
         digests = sorted(row.tobytes().hex() for row in digests_of(self.examples))
         return int(digest(digests, 15), 16)
 
@@ -179,10 +179,10 @@ class Experiment:
     """As ``Dataset.data_hash``."""
     num_examples: int = 0
     num_tokens: int = 0
-    """Of all examples, estimated from the first ones."""
+    """Tokens of all examples, estimated from the first ones."""
     estimated_peak_memory_bytes: int | None = None
     estimated_seconds: float | None = None
-    """Of all its stages on one worker. Both estimates are None where they cannot be made."""
+    """Seconds of all its stages on one worker. Both estimates are None where they cannot be made."""
     error: str = ""
     """Why it cannot run, if that is known before anything starts. It still gets a row."""
     error_kind: str = ""

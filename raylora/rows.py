@@ -1,4 +1,4 @@
-"""The row of an experiment: its columns, how it is made, and tables of rows read back."""
+"""The row of an experiment: its columns, how a row is made, and how a table of rows is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raylora.storage.places import location, reading
 
 @dataclass(frozen=True)
 class FeatureColumn:
-    """One column. ``minimum`` and ``maximum`` are the ends of what can come out."""
+    """One column of features. ``minimum`` and ``maximum`` bound the values that it can have."""
 
     name: str
     group: str
@@ -29,6 +29,7 @@ class FeatureColumn:
 
 
 def column_group(group: str, *columns: tuple[str, str, float, float, str]) -> tuple[FeatureColumn, ...]:
+    """Columns of one group, each given as name, unit, minimum, maximum and definition."""
     return tuple(FeatureColumn(name, group, *rest) for name, *rest in columns)  # type: ignore[arg-type]
 
 
@@ -121,7 +122,7 @@ class TrainingMetrics:
     packed: bool
     """Whether minibatches held no padding."""
     num_adapters: int
-    """Adapters that were trained over the same passes. Seconds are this one's share of them, by tokens."""
+    """Adapters that were trained in the same forward and backward passes. Seconds are this one's share, by tokens."""
 
 
 RESULT_COLUMNS = (
@@ -148,7 +149,7 @@ ROW_COLUMNS = [
 
 
 def make_row(config: Config, experiment: Experiment, status: str, **values: Any) -> ResultRow:
-    """A row with every column: what identifies the experiment, and ``values``."""
+    """A row with every column, None where neither the experiment, the configuration nor ``values`` has a value."""
     settings = {k: ",".join(v) if isinstance(v, list) else v for k, v in experiment.settings.items()}
     identity = {
         "dataset": experiment.dataset,
@@ -166,7 +167,7 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
 
 
 def error_row(config: Config, experiment: Experiment, error: str, kind: ErrorKind, **values: Any) -> ResultRow:
-    """The row of an experiment that could not be finished: its cause on one line, and what kind of cause that is."""
+    """The row of an experiment that failed: the cause on one line of at most 1000 characters, and its kind."""
     text = " ".join(error.split())[:1000]
     return make_row(config, experiment, "error", error=text, error_kind=kind.value, **values)
 
@@ -180,21 +181,26 @@ COUNTS = frozenset(
         "dataset_num_items", "max_samples", "token_budget",
     } - {"num_epochs"}
 )  # fmt: skip
+"""Columns of integers."""
 CATEGORIES = frozenset(
     {
         "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "target_modules", "lr_scheduler",
         "train_on",
     }
 )  # fmt: skip
+"""Columns of texts with few different values."""
 TEXTS = frozenset({"dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "dataset_name"})
+"""Columns of names and notes."""
 
 
 def load_results(place: str | Path) -> pd.DataFrame:
-    """The table of a run, tidy: give its folder, such as ``results/chunk_001``, or a table's file.
+    """The table of a run with fixed types of columns, the same for CSV and Parquet and whichever rows failed.
 
-    Counts are ``Int64`` and flags ``boolean`` (both know null), other numbers ``float64``, what repeats from row to row
-    (status, model, ...) is ``category``, names and notes ``string``: the same for
-    CSV and Parquet, whatever rows failed.
+    Counts are ``Int64`` and flags ``boolean``, both with null; other numbers ``float64``; texts that repeat from row to
+    row (status, model, ...) ``category``; names and notes ``string``.
+
+    Args:
+        place: the run's folder, such as ``results/chunk_001``, or a table's file.
 
     Raises:
         UserError: there is no table, or none that can be read.
@@ -207,21 +213,26 @@ def load_results(place: str | Path) -> pd.DataFrame:
 
 
 def read_csv(stream: IO[bytes] | Path) -> pd.DataFrame:
-    """Names stay what they are: a dataset called 007 keeps its zeros, and one called null its name."""
+    """A CSV table with its names as they are: a dataset called 007 keeps its zeros, and one called null is no null.
+
+    Raises:
+        ValueError: a row has more cells than the header, or pandas cannot parse the text.
+        UnicodeDecodeError: it is not UTF-8.
+    """
     data = stream.read_bytes() if isinstance(stream, Path) else stream.read()
     options: dict[str, Any] = {"encoding": "utf-8-sig", "low_memory": False}
     table = pd.read_csv(io.BytesIO(data), **options)
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("rows have more cells than the header; names that hold commas must be quoted")
-    own = [name for name in table.columns if name in TEXTS]
-    names = pd.read_csv(io.BytesIO(data), **options, usecols=own, dtype="string", keep_default_na=False)
-    for name in own:
-        table[name] = names[name].where(names[name] != "")
+    text_columns = [name for name in table.columns if name in TEXTS]
+    texts = pd.read_csv(io.BytesIO(data), **options, usecols=text_columns, dtype="string", keep_default_na=False)
+    for name in text_columns:
+        table[name] = texts[name].where(texts[name] != "")
     return table
 
 
-def _first_strange(file: Path) -> int:
-    """Where a file's first byte stands that is no UTF-8: pandas counts from the last piece that it took."""
+def _first_bad_byte(file: Path) -> int:
+    """The offset of the first byte that is not UTF-8. pandas' own counts from the piece that it was decoding."""
     try:
         file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -235,11 +246,11 @@ def tidy_column(name: str, column: pd.Series) -> pd.Series:
         return column.astype("string").astype("category")
     if name in TEXTS:
         return column.astype("string").fillna("")
-    there = column.dropna()
-    if len(there) and there.astype(str).isin(["True", "False"]).all():
+    values = column.dropna()
+    if len(values) and values.astype(str).isin(["True", "False"]).all():
         return column.map(lambda v: str(v) == "True", na_action="ignore").astype("boolean")
     numbers = pd.to_numeric(column, errors="coerce")
-    if numbers.notna().sum() < len(there):  # words: a column of another raylora's
+    if numbers.notna().sum() < len(values):  # some are words: a column that another version of raylora wrote
         return column.astype("string")
     numbers = numbers.astype("float64")
     return numbers.astype("Int64") if name in COUNTS and numbers.dropna().mod(1).eq(0).all() else numbers
@@ -253,12 +264,12 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     file = path
     if path.is_dir():
-        found = [path / name for name in ("results.parquet", "results.csv") if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in ("results.parquet", "results.csv") if (path / name).is_file()]
+        if not files:
             raise UserError(f"{path}: no results.csv or results.parquet here; give a table or the folder of a run")
-        file = found[0]
+        file = files[0]
     try:
-        # Parquet is known by its first bytes: the ending of a user's file says little.
+        # Parquet is recognized by its first bytes, as the ending of a user's file may be anything.
         with reading(file), file.open("rb") as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
@@ -266,7 +277,7 @@ def read_table(path: Path) -> pd.DataFrame:
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 at byte {_first_strange(file)}; save it as UTF-8 CSV or Parquet") from None
+        raise UserError(f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; save it as UTF-8 CSV or Parquet") from None
     except (ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{file}: no table can be read from it: {one_line(error)}") from None
     if table.empty:

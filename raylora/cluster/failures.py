@@ -1,4 +1,4 @@
-"""What an error says of the place where results are kept."""
+"""Errors that mean that no result can be stored: a full or read-only disk, an object store that does not work."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from raylora.errors import CannotGoOnError, ErrorKind, MachineError, RemoteError
 from raylora.storage.store import Store
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-"""What the system says where no result can be kept."""
+"""The system's error numbers for that: the disk is full, the quota is used up, the disk is read-only."""
 
 
 def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError | None:
-    """What an error, or what it came from, says of the store; None where it says nothing of it."""
-    while error is not None and not isinstance(error, MachineError):  # whose own disks may be full
+    """The error that ends the run, if ``error`` or a cause of it means that the store cannot be written; else None."""
+    while error is not None and not isinstance(error, MachineError):  # of a worker's own disk, such as its cache
         if isinstance(error, RemoteError):
             return CannotGoOnError(error.strerror, kind=ErrorKind.STORAGE)
         if (number := _error_number(error)) in NO_ROOM:
@@ -25,6 +25,6 @@ def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError 
 
 
 def _error_number(error: BaseException) -> int:
-    """The system's number of an error; safetensors, written in Rust, has it in its text alone."""
+    """An error's ``errno``, or 0. Errors of safetensors, which is written in Rust, have it only in their text."""
     in_text = re.search(r"\(os error (\d+)\)", str(error))
     return getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)

@@ -2,11 +2,12 @@
 
 A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
 holds the worker pool: each worker is an actor in its own process with one GPU and the base model. When a worker dies,
-hangs or raises, the supervisor tries again with another one. It always returns a row, so the pipeline never fails.
+hangs or raises, the supervisor tries again with another one. It then returns an error row, so that no experiment makes
+the pipeline fail.
 
     experiments -> Ray Dataset -> supervisor (worker_pool.py, retries.py) -> sink -> tables
                                    |- worker on GPU 0     |                   |
-                                   '- worker on GPU 1     '-> board: who does what, notes, rows <- the command reads
+                                   '- worker on GPU 1     '-> status board: progress, notes, rows <- the command reads
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ from raylora.storage.run_tables import RunTables
 from raylora.storage.store import Store
 
 MAX_THREADS = 1024
-"""Experiments that may be at work at once, each in a thread of the supervisor that does nothing but wait."""
+"""Experiments in progress at once, at most. Each has a thread of the supervisor, which does nothing but wait."""
 MAX_SINK_RETRIES = 10
-"""Processes that a row's way into the tables may cost; Ray itself would try forever."""
+"""How often the write task of a row is run again when its process died. By default Ray Data would do so forever."""
 
 
 class RayWorker(Worker):
@@ -68,11 +69,15 @@ class RayWorker(Worker):
         super().__init__(*args, name=name, meter=WorkerMeter(name, ray.util.metrics), show=_set_title, **kwargs)
 
     def __repr__(self) -> str:
-        """Ray's dashboard shows it beside the name."""
+        """The worker's place, which Ray's dashboard shows beside its name."""
         return str(self._place())
 
     def where(self) -> WorkerPlace:
-        """Raises MachineError where its GPU cannot be used."""
+        """The worker's GPU and node.
+
+        Raises:
+            MachineError: torch cannot use the GPU.
+        """
         place = self._place()
         if place.gpu:
             check_gpu()
@@ -85,16 +90,23 @@ class RayWorker(Worker):
 
 
 def _set_title(text: str) -> None:
-    """What `ps`, and the dashboard, call this process until the actor's method returns: Ray then names it itself.
+    """Set this process's title, which `ps` and the dashboard show. Ray sets its own when the actor's method returns.
 
-    Ray's own metrics of a process have its title for a label, so each new one costs Prometheus some series.
+    Ray's metrics of a process have its title as a label, so each new title adds series to Prometheus.
     """
-    with contextlib.suppress(AttributeError):  # Ray has no public name for it
-        ray._raylet.setproctitle(f"ray::{text}")  # by the first letters `ray stop` finds its processes
+    with contextlib.suppress(AttributeError):  # a private function, which another Ray may not have
+        ray._raylet.setproctitle(f"ray::{text}")  # `ray stop` finds Ray's processes by this prefix
 
 
 class Supervisor:
-    """Holds the worker pool of a run. Called by many threads at once, each with an experiment."""
+    """Holds the worker pool of a run. Called by many threads at once, each with an experiment.
+
+    Args:
+        make_runner: as for ``Worker``.
+        board: a handle of the run's ``StatusBoard``.
+        resources: Ray's options of a worker; with ``num_gpus`` where workers have GPUs.
+        folder: the command's working folder.
+    """
 
     def __init__(
         self,
@@ -117,6 +129,7 @@ class Supervisor:
         self._meter = RunMeter(ray.util.metrics, num_experiments, lambda: self._executor.num_at_work)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """``row``: the values of the experiment's row as JSON, ``null`` without one; ``stop``: why the run must end."""
         try:
             values = self._executor.run(Experiment(**json.loads(item["experiment"])), item["rank"])
         except CannotGoOnError as error:
@@ -138,16 +151,17 @@ class Supervisor:
     def _survey(self) -> Capacity:
         nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        wanted = self._config.num_workers
+        num_workers = self._config.num_workers
         if "num_gpus" in self._resources:
-            return Capacity(min(wanted or num_gpus, num_gpus), nodes)
-        return Capacity(wanted or 1, nodes)
+            return Capacity(min(num_workers or num_gpus, num_gpus), nodes)
+        return Capacity(num_workers or 1, nodes)
 
     def _start(self) -> PoolWorker:
         number = next(self._numbers)
         name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
-        # max_restarts=1: when memory runs out Ray first kills what it may restart. That must be the worker, which
-        # takes the memory, and not the supervisor, with which all workers end. A dead worker is discarded all the same.
+        # max_restarts=1: when a node's memory runs out, Ray first kills the actors that it may restart. That must be
+        # the worker, which uses the memory, and not the supervisor, whose death ends all workers. The pool never uses
+        # a restarted worker: it discards each one that died.
         actor: Any = ray.remote(RayWorker).options(
             name=name, namespace=self._namespace, max_restarts=1, **self._resources
         )
@@ -171,19 +185,29 @@ class Supervisor:
     # What the executor of retries calls
 
     def _run(self, worker: PoolWorker, experiment: Experiment) -> dict[str, Any]:
-        values: dict[str, Any] = self._ask(worker, worker.handle.run.remote(experiment), self._config.timeout)
+        values: dict[str, Any] = self._result_of(worker, worker.handle.run.remote(experiment), self._config.timeout)
         return values
 
     def _train(self, worker: PoolWorker, experiments: Sequence[Experiment]) -> int:
         timeout = self._config.timeout and self._config.timeout * len(experiments)
-        return int(self._ask(worker, worker.handle.train.remote(list(experiments)), timeout))
+        return int(self._result_of(worker, worker.handle.train.remote(list(experiments)), timeout))
 
     def _help(self, worker: PoolWorker, experiment: Experiment) -> int:
-        return int(self._ask(worker, worker.handle.help.remote(experiment), self._config.timeout))
+        return int(self._result_of(worker, worker.handle.help.remote(experiment), self._config.timeout))
 
-    def _ask(self, worker: PoolWorker, answer: Any, timeout: float | None) -> Any:
+    def _result_of(self, worker: PoolWorker, reference: Any, timeout: float | None) -> Any:
+        """The result of a worker's method.
+
+        Args:
+            reference: Ray's reference to it.
+            timeout: in seconds; None: wait for as long as it takes.
+
+        Raises:
+            CannotGoOnError: the store cannot be written.
+            WorkerFailedError: any other failure; its class and ``kind`` say which.
+        """
         try:
-            return ray.get(answer, timeout=timeout)
+            return ray.get(reference, timeout=timeout)
         except GetTimeoutError as error:
             raise WorkerFailedError(f"gave up after --timeout {timeout:g} s", kind=ErrorKind.TIMEOUT) from error
         except RayTaskError as error:
@@ -205,7 +229,10 @@ class Supervisor:
             raise WorkerFailedError(f"{type(error).__name__}: {one_line(error)}") from error
 
     def _is_lost(self, worker: PoolWorker) -> bool:
-        """Whether the worker's node is gone. Ray itself knows that some seconds later than its workers' deaths."""
+        """Whether the worker's node is gone: Ray says so, or the node does not accept a connection.
+
+        Ray marks a node as dead some seconds after it reports the death of the node's workers.
+        """
         node: dict[str, Any] | None = next((n for n in ray.nodes() if n["NodeID"] == worker.place.node), None)
         if node is None or not node["Alive"]:
             return True
@@ -216,6 +243,7 @@ class Supervisor:
         return False
 
     def _being_evaluated(self) -> set[str]:
+        """Ids of the experiments whose MMLU questions can be shared. Stops the pool if the command wants it stopped."""
         status: Status = ray.get(self._board.read.remote(), timeout=60)
         if status.stopping:
             self._pool.begin_no_more()
@@ -224,27 +252,29 @@ class Supervisor:
 
 @contextlib.contextmanager
 def cluster(config: Config) -> Iterator[str]:
-    """A running Ray: the one at ``config.address``, the one this process is in already, or a new one on this machine.
+    """A running Ray: the one this process is connected to, else that at ``config.address``, else a new one here.
 
     Yields:
         One line that says how to open its dashboard.
 
     Raises:
-        UserError: there is no cluster at the address, or it does not let us in.
+        UserError: there is no cluster at the address, or it does not accept our token.
     """
+    # 0: Ray leaves CUDA_VISIBLE_DEVICES as it is in actors without a GPU. Unset, it hides the GPUs from them, and warns
+    # that this will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         yield "Ray was running already"
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core writes warnings of its own to the terminal
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's core, in C++, writes to the terminal itself
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address:
         context = _join(config.address, quiet)
     else:
-        # A Ray of its own, whatever else runs on this machine.
-        own = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
-        context = ray.init(num_gpus=_visible_gpus(), **own, **quiet)
+        # "local" starts a new Ray, even where another one runs on this machine.
+        local = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
+        context = ray.init(num_gpus=_visible_gpus(), **local, **quiet)
     try:
         url = getattr(context, "dashboard_url", None)
         yield f"Ray dashboard: http://{url} (token: ray get-auth-token)" if url else "Ray dashboard: not running"
@@ -256,7 +286,8 @@ def _join(address: str, options: dict[str, Any]) -> Any:
     try:
         return ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        # By its text: Ray has a type for a token that is not set, and none for one that the cluster refuses or misses.
+        # By the message: Ray has an error type for a token that is not set here, but none for a wrong one, nor for a
+        # cluster that wants one.
         if "token" in f"{error} {error.__cause__}".lower():
             raise UserError(
                 f"--address {address}: the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what "
@@ -273,13 +304,17 @@ def _visible_gpus() -> int:
 
 @dataclass
 class RunHandle:
-    """What the command can do with a run that goes on: look at it, and have it begin nothing new."""
+    """The command's handle of its run: reads the run's status, and tells it to begin nothing new."""
 
     board: Any
     num_rows_read: int = 0
 
     def read(self) -> Status:
-        """What the board shows, with the rows that came since the last time."""
+        """The run's status, with the rows that came since the last call.
+
+        Raises:
+            RayError: the board is gone, or does not answer within 10 s.
+        """
         status: Status = ray.get(self.board.read.remote(self.num_rows_read), timeout=10)
         self.num_rows_read += len(status.rows)
         return status
@@ -289,17 +324,17 @@ class RunHandle:
 
 
 _rows_of_runs: dict[str, dict[str, ResultRow]] = {}
-"""What this process, a sink's, knows of its run: the rows by experiment id."""
+"""In the process of a sink: the rows so far by experiment id, of its run alone."""
 
 
 class TableSink(Datasink[list[dict[str, Any]]]):
     """Where the Ray Dataset ends: a write task for each row, one after another, in a process on the command's node.
 
-    Each task gets a copy of this object; what the process knows from one to the next is in ``_rows_of_runs``. A process
-    that was killed is started again by Ray with the row it had: what the one before it knew, the board knows.
+    Each task gets a new copy of this object, so the rows so far are in a global variable, ``_rows_of_runs``. When the
+    process is killed, Ray starts another one with the same row, and that reads the rows so far from the board.
 
     Attributes:
-        rows: those of this run, in the command's process, when all are written.
+        rows: the rows of this run; set in the command's process after the last one is written.
     """
 
     def __init__(self, run: str, board: Any, tables: RunTables | None) -> None:
@@ -307,7 +342,7 @@ class TableSink(Datasink[list[dict[str, Any]]]):
         self.rows: list[ResultRow] = []
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[dict[str, Any]]:
-        """The values of the rows that are written.
+        """Write the rows of a task's blocks to the tables, and return their values.
 
         Raises:
             SinkError: the supervisor says that the run cannot go on, or a table cannot be written.
@@ -324,12 +359,12 @@ class TableSink(Datasink[list[dict[str, Any]]]):
         return new
 
     def _add(self, new: list[dict[str, Any]]) -> None:
-        # A board that died costs what is shown meanwhile, and no row.
+        # If the board died, the live table and the tables miss rows until the end; no row is lost, as each is stored.
         with contextlib.suppress(RayError):
             if self._run not in _rows_of_runs:
                 _rows_of_runs.clear()
-                former = ray.get(self._board.read.remote(0), timeout=60).rows
-                _rows_of_runs[self._run] = {values["experiment_id"]: ResultRow(values) for values in former}
+                earlier = ray.get(self._board.read.remote(0), timeout=60).rows
+                _rows_of_runs[self._run] = {values["experiment_id"]: ResultRow(values) for values in earlier}
             ray.get([self._board.add_row.remote(values) for values in new], timeout=60)
         if self._tables and (rows := _rows_of_runs.get(self._run)) is not None:
             for values in new:
@@ -337,7 +372,7 @@ class TableSink(Datasink[list[dict[str, Any]]]):
             self._tables.write_if_due(rows.values())
 
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
-        # A supervisor that was killed is run again by Ray; its row may come twice.
+        # Ray gives the experiments of a killed supervisor to a new one, so a row may come twice: the first one counts.
         values = [v for written in write_result.write_returns for v in written]
         self.rows = [*{v["experiment_id"]: ResultRow(v) for v in reversed(values)}.values()]
 
@@ -351,12 +386,13 @@ def run_experiments(
     tables: RunTables | None = None,
     former: Sequence[ResultRow] = (),
 ) -> list[ResultRow]:
-    """Run them in the running Ray, to the last one. Returns a row for each that was begun.
+    """Run the experiments on the running Ray, and wait for the last. Returns a row for each that was begun.
 
     Args:
-        on_start: told of the run before its first row. Rows can be read from it as they come.
-        make_runner: makes what a worker runs experiments with; an ``ExperimentRunner`` if None.
-        tables: written as rows come, beside those of ``former``.
+        on_start: called with the run's handle before the first row; rows can be read from it as they come.
+        make_runner: as for ``Worker``.
+        tables: written as rows come, with the rows of ``former`` in them too.
+        former: rows that were done before this run.
 
     Raises:
         CannotGoOnError: results cannot be kept.
@@ -402,8 +438,8 @@ def _map_experiments(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said in one line, and by us
-    # The supervisor's threads come in any order: the rank keeps the largest first.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the command prints what ended the run, in one line
+    # The supervisor's threads start in any order. By its rank, the largest experiment gets a worker first.
     items = [{"experiment": json.dumps(asdict(e)), "rank": rank} for rank, e in enumerate(experiments)]
     num_threads = min(len(items), MAX_THREADS)
     return ray.data.from_items(items, override_num_blocks=len(items)).map(
@@ -421,21 +457,22 @@ def _map_experiments(
 
 
 def _new_namespace() -> str:
-    """Where names are free: other runs of the cluster have the same, and a dead actor keeps its own for a while."""
+    """A namespace of this run's own: actors of other runs have the same names, and dead ones keep theirs a while."""
     return f"raylora-{uuid.uuid4().hex}"
 
 
 def _this_node() -> dict[str, str]:
-    """What holds a run together lives where the command lives: no other node can take it away."""
+    """The label of the command's node. Supervisor, board and sink run there, so that no other node's loss ends them."""
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def _resources_of_a_worker() -> dict[str, Any]:
-    """A GPU where the cluster has any; else nothing that Ray counts, spread over the nodes."""
+    """Ray's options of a worker: one GPU if the cluster has any; else no resource, with workers spread over nodes."""
     if ray.cluster_resources().get("GPU", 0):
         return {"num_gpus": 1, "num_cpus": 0}
     return {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's text, up to 300 characters: texts of Ray's errors hold whole tracebacks."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""Who does what in a run: what workers and the sink write, and the command and the supervisor read. No Ray here."""
+"""The status of a run: workers and the sink write it, the command and the supervisor read it. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WorkerProgress:
-    """What a worker is doing: ``done`` of ``total`` in ``stage`` of ``dataset``, since ``started`` (Unix seconds).
-
-    ``can_share``: other workers can do a part of what is not done yet.
-    """
+    """What a worker is doing: it has done ``done`` of ``total`` items of a stage of an experiment."""
 
     worker: int
     experiment_id: str
@@ -21,25 +18,28 @@ class WorkerProgress:
     done: int
     total: int
     started: float
+    """When the stage began, in Unix seconds."""
     can_share: bool
+    """Whether other workers can do some of the remaining items."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the board shows: every worker's progress, and notes and rows in the order in which they came."""
+    """A copy of the board: the progress of every busy worker, and notes and rows in the order in which they came."""
 
     progress: list[WorkerProgress] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stopping: bool = False
+    """Whether the command wants nothing new begun."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Values of rows, without those that the reader has read before."""
+    """The values of the rows that the reader has not read yet."""
 
 
 class StatusBoard:
-    """Where workers write what they are doing, the sink the rows, and the command what it wants; all read it.
+    """Holds the status of a run. Workers write their progress, the sink its rows, the command its wish to stop.
 
     Args:
-        rows: values of the rows that were there before the run.
+        rows: the values of the rows that were done before the run.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
@@ -61,11 +61,11 @@ class StatusBoard:
         self._stopping = True
 
     def add_row(self, values: dict[str, Any]) -> None:
-        """An experiment's row. Its first one counts: Ray runs a killed supervisor, or a killed sink, again."""
+        """Add an experiment's row, if it is its first: one may come twice when Ray restarts a supervisor or a sink."""
         self._rows.setdefault(values["experiment_id"], values)
 
     def read(self, num_rows_read: int | None = None) -> Status:
-        """What it shows now, with the rows after so many; without rows if None."""
+        """The status, with the rows after the first ``num_rows_read``; without rows if that is None."""
         rows = [] if num_rows_read is None else [*self._rows.values()][num_rows_read:]
         progress = [self._progress[key] for key in sorted(self._progress)]
         return Status(progress, [*self._notes], self._stopping, rows)

@@ -1,4 +1,4 @@
-"""What a worker's process does: experiments, one after another, and saying what it is at. Knows nothing of Ray."""
+"""The process of a worker: runs experiments, one after another, and reports its progress. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultR
 from raylora.storage.store import Store
 
 PROGRESS_SECONDS = 0.5
-"""At most one progress message a worker in this time, and one report of numbers; a new stage does not wait."""
+"""A worker reports its progress and its metrics at most once in this time; a new stage at once."""
 TITLE_SECONDS = 10.0
-"""The same for the title of a worker's process."""
+"""A worker's process changes its title at most once in this time, as each adds series to Prometheus; for a new stage
+at once."""
 
 
 def check_gpu() -> None:
-    """Whether this process can use the GPU that was given to it. Where there is no driver, GPUs are only counted.
+    """Check that torch can use this process's GPU. Where there is no driver, GPUs are logical, and nothing is checked.
 
     Raises:
-        MachineError: it would run on the CPU, a hundred times slower, and say nothing.
+        MachineError: it cannot. The model would run on the CPU, a hundred times slower, without a warning.
     """
     import torch
 
@@ -41,12 +42,15 @@ class Worker:
     """One GPU and one base model, in a process of its own. Runs one experiment after another.
 
     Args:
-        make_runner: makes what experiments are run with; an ``ExperimentRunner`` if None.
+        make_runner: called with the configuration and the store; returns what runs the experiments. None: an
+            ``ExperimentRunner``.
         board: a handle of the run's ``StatusBoard``.
-        folder: where the command was given, to which relative paths belong; where it is not there, they lead nowhere.
-        name: what people see of it in titles and metrics.
-        meter: counts what it does.
-        show: takes the title of what it does now.
+        number: of this worker in its run, from 0.
+        num_threads: CPU threads for torch.
+        folder: the command's working folder, where relative paths start. A node that lacks it finds nothing by them.
+        name: of this worker in process titles and metrics.
+        meter: counts its work.
+        show: called with a new title for its process.
     """
 
     def __init__(
@@ -63,7 +67,8 @@ class Worker:
         meter: WorkerMeter,
         show: Callable[[str], None],
     ) -> None:
-        # Not at the top: what the supervisor and the board need of this module is there in a second, without torch.
+        # Imported here: the supervisor and the board import this module too, and start in 1.2 s without torch. With
+        # it they would take 4 to 5 s, and half a gigabyte each.
         import torch
 
         from raylora.experiment.runner import ExperimentRunner
@@ -85,24 +90,28 @@ class Worker:
             return row.values
 
     def train(self, experiments: Sequence[Experiment]) -> int:
-        """Train adapters together, and say how many; each experiment's own run finds its adapter done."""
+        """Train the experiments' adapters together and store them; each experiment's own run then takes its adapter.
+
+        Returns:
+            The number of adapters that were trained.
+        """
         with self._reporter(experiments[0]) as progress:
             self._check_fit()
             return int(self._runner.train_together(experiments, progress))
 
     def help(self, experiment: Experiment) -> int:
-        """Questions of the experiment's evaluation that were asked for the worker that runs it."""
+        """Ask some MMLU questions for the worker that runs the experiment; returns how many."""
         with self._reporter(experiment) as progress:
             self._check_fit()
-            asked: int = self._runner.help(experiment, f"helper-{self._number}", progress)
-            return asked
+            num_asked: int = self._runner.help(experiment, f"helper-{self._number}", progress)
+            return num_asked
 
     @functools.cache  # noqa: B019 - a worker lives as long as its process
     def _check_fit(self) -> None:
-        """Whether the GPU holds the model, before it is loaded.
+        """Check that the model fits the GPU, before it is loaded. Once a process.
 
         Raises:
-            DoesNotFitError: it does not; another GPU may.
+            DoesNotFitError: it does not; it may fit another GPU.
         """
         import torch
 
@@ -113,18 +122,19 @@ class Worker:
 
     @contextlib.contextmanager
     def _reporter(self, experiment: Experiment) -> Iterator[ProgressCallback]:
+        """A callback that reports progress on the experiment to the board, the metrics and the process title."""
         stage_now: ProgressStage | None = None
-        started, written, titled = 0.0, 0.0, 0.0
+        started, last_write, last_title = 0.0, 0.0, 0.0
         meter = self._meter
 
         def progress(stage: ProgressStage, done: int, total: int) -> None:
-            nonlocal stage_now, started, written, titled
+            nonlocal stage_now, started, last_write, last_title
             meter.worked(stage)
             now = time.time()
             if stage != stage_now:
-                stage_now, started, written, titled = stage, now, 0.0, 0.0
-            if now - written >= PROGRESS_SECONDS:
-                written = now
+                stage_now, started, last_write, last_title = stage, now, 0.0, 0.0
+            if now - last_write >= PROGRESS_SECONDS:
+                last_write = now
                 self._board.write.remote(
                     WorkerProgress(
                         self._number,
@@ -138,19 +148,20 @@ class Worker:
                     )
                 )
                 meter.show()
-            if now - titled >= TITLE_SECONDS:
-                titled = now
+            if now - last_title >= TITLE_SECONDS:
+                last_title = now
                 self._show(title(self._name, experiment.dataset, stage, done, total))
 
         meter.begin()
         try:
             yield progress
-        except (RuntimeError, MemoryError) as error:  # known here, where torch is, and not where the row is made
+        # Translated here, as the supervisor, which makes the row, has no torch to recognize the error by.
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(one_line(error)) from error
             raise
         finally:
             if stage_now:
-                meter.worked(stage_now)  # from its last report on: an adapter is stored, scores are compared
+                meter.worked(stage_now)  # the time since its last report: the adapter was stored, scores were compared
             meter.show()
             self._board.clear.remote(self._number)

@@ -18,7 +18,7 @@ from raylora.errors import UserError
 def run(config: Config) -> int:
     console = make_console()
     config = ask_for_chunk(config, console)
-    # Only here: torch and transformers take seconds to import, for which the question need not wait.
+    # Imported here: torch and transformers take seconds to import, and the question for the chunk does not need them.
     from raylora.planning.plan import DEMO_CHUNK, find_files, make_plan
     from raylora.planning.show_plan import print_plan
     from raylora.report.terminal import print_results
@@ -34,13 +34,17 @@ def run(config: Config) -> int:
     rows = run_plan(plan, console)
     print_results(rows, plan.store, console)
     if config.model == DEMO:
-        yours = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk
-        console.print(f"Next: python -m raylora.batch --chunk {yours} --model YOUR_MODEL (see --help)")
+        next_chunk = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk
+        console.print(f"Next: python -m raylora.batch --chunk {next_chunk} --model YOUR_MODEL (see --help)")
     return 0 if all(row.ok for row in rows) else 1
 
 
 def ask_for_chunk(config: Config, console: Console) -> Config:
-    """Where no chunk is named at a terminal: list those there are, and ask."""
+    """If no chunk is named and the command runs at a terminal, list the chunks and ask for one.
+
+    Raises:
+        UserError: none was chosen.
+    """
     if config.chunk is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return config
     chunks = datasets.list_chunks(config.data_root)

@@ -3,7 +3,7 @@
     python -m raylora.features --data_folder D --model_path M --output_csv F --sample_size 100 --probe_steps 20
     python -m raylora.features --describe
 
-It is the batch command with one stage: the same workers, store and rows, and the same command goes on where it was.
+It is the batch command with one stage: the same workers, store and rows. Run again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
     """A name for the run, and its dataset files.
 
     Raises:
-        UserError: nothing is named, or what is named is not there.
+        UserError: no folder, file or chunk is named, or it does not exist.
     """
     if config.single_dataset is not None:
         return "single", [config.single_dataset]
@@ -54,20 +54,20 @@ def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
 
 
 def print_summary(rows: Sequence[ResultRow], console: Console) -> None:
-    """Seconds of each dataset, what could not be measured, and the sum."""
-    seconds = [row.values.get("features_seconds") or 0.0 for row in rows]
-    for row, taken in zip(rows, seconds, strict=True):
+    """Print each dataset's time and what could not be measured, then how many were measured and their time."""
+    all_seconds = [row.values.get("features_seconds") or 0.0 for row in rows]
+    for row, seconds in zip(rows, all_seconds, strict=True):
         v = row.values
-        text = f"{v['dataset']}: {clock(taken)}" if row.ok else f"FAILED {v['dataset']}: {v['error']}"
+        text = f"{v['dataset']}: {clock(seconds)}" if row.ok else f"FAILED {v['dataset']}: {v['error']}"
         notes = f" ({v['feature_notes']})" if row.ok and v.get("feature_notes") else ""
         console.print(text + notes, soft_wrap=True)
-    good = sum(row.ok for row in rows)
-    each = f", {clock(sum(seconds) / good)} each" if good else ""
-    console.print(f"{good} of {len(rows)} datasets measured in {clock(sum(seconds))}{each}.")
+    num_good, total = sum(row.ok for row in rows), sum(all_seconds)
+    each = f", {clock(total / num_good)} each" if num_good else ""
+    console.print(f"{num_good} of {len(rows)} datasets measured in {clock(total)}{each}.")
 
 
-def _check_place(path: Path | None) -> None:
-    """Whether a table can be written there, before there is one.
+def _check_writable(path: Path | None) -> None:
+    """Check that ``--output-csv`` can be written, before anything is measured.
 
     Raises:
         UserError: it cannot.
@@ -91,7 +91,7 @@ def run(config: FeaturesConfig) -> int:
     if config.dry_run:
         print_plan(plan, console)
         return 0
-    _check_place(config.output_csv)
+    _check_writable(config.output_csv)
 
     table = CsvTable("--output-csv", config.output_csv.absolute(), CSV_COLUMNS) if config.output_csv else None
     rows = run_plan(plan, console, table)

@@ -33,12 +33,12 @@ from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
 SIGNIFICANT = 0.05
-"""An adjusted p-value below this is shown as a change."""
+"""A subject with a Holm-adjusted p-value below this is shown as changed."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's score, and where it is kept. ``name`` is ``base`` or the adapter's."""
+    """One model's score, and the file that holds it. ``name`` is ``base`` or the adapter's."""
 
     name: str
     score: Score
@@ -46,64 +46,64 @@ class Evaluated:
 
 
 def evaluate_all(config: MmluConfig, console: Console) -> list[Evaluated]:
-    """The base and every adapter, in the order given.
+    """Evaluate the base and every adapter, and write the tables. The base comes first, then adapters as given.
 
     Raises:
-        UserError: the questions, the model or an adapter cannot be used; known before any model is loaded, as far as
-            that is possible.
+        UserError: the questions, the model or an adapter cannot be used. Most such errors are raised before any model
+            is loaded.
     """
     quiet_libraries()
     for folder in config.adapter:
         check_adapter(folder)
-    asked = load_question_set(config)
-    for note in asked.notes:
+    question_set = load_question_set(config)
+    for note in question_set.notes:
         console.print(f"Note: {note}", soft_wrap=True)
     source = resolve_model(config.model)
-    of_model, of_questions = model_key(config, source), questions_key(config, asked)
+    model_values, question_values = model_key(config, source), questions_key(config, question_set)
     check_prompt_style(config, source)
-    store = store_at(config.output / "mmlu" / safe_name(str(config.model), of_model))
+    store = store_at(config.output / "mmlu" / safe_name(str(config.model), model_values))
     with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        found = _evaluate_all(config, store, of_model, of_questions, bar)
-        write_tables(store, found)
-    return found
+        evaluated = _evaluate_all(config, store, model_values, question_values, bar)
+        write_tables(store, evaluated)
+    return evaluated
 
 
 def _evaluate_all(
-    config: MmluConfig, store: Store, of_model: dict[str, Any], of_questions: dict[str, Any], bar: Bar
+    config: MmluConfig, store: Store, model_values: dict[str, Any], question_values: dict[str, Any], bar: Bar
 ) -> list[Evaluated]:
     def progress(name: str) -> Any:
         task = bar.add_task(name, total=None)
         return lambda _, done, total: bar.update(task, completed=done, total=total)
 
-    examiner = Evaluator(config, store)
-    base_key = score_key(of_model, of_questions)
-    base = examiner.base_score(base_key, wait=True, progress=progress("base"))
+    evaluator = Evaluator(config, store)
+    base_key = score_key(model_values, question_values)
+    base = evaluator.base_score(base_key, wait=True, progress=progress("base"))
     assert base is not None
-    found = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
+    evaluated = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
     for folder in config.adapter:
-        key = score_key(of_model, of_questions, adapter_hash(folder))
+        key = score_key(model_values, question_values, adapter_hash(folder))
         name = _adapter_name(folder)
         path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
         store.fetch(path)
         if not path.is_file():
-            examiner.loaded.attach_saved(folder)
+            evaluator.loaded.attach_saved(folder)
             try:
-                examiner.score(base_key, key, path, progress(name))
+                evaluator.score(base_key, key, path, progress(name))
             finally:
-                examiner.loaded.detach()
+                evaluator.loaded.detach()
             store.share(path)
-        found.append(Evaluated(name, load_score(path), store.shown(path)))
-    return found
+        evaluated.append(Evaluated(name, load_score(path), store.shown(path)))
+    return evaluated
 
 
 def _adapter_name(folder: Path) -> str:
-    """What people call it: its folder, or that of the experiment whose ``adapter`` it is."""
+    """The name of an adapter's folder; of the folder around it, an experiment's, if its own name is ``adapter``."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "adapter" else folder.name
 
 
 def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
-    """Accuracies, standard errors and the change from the base, flat."""
+    """A model's row of ``summary.csv``: accuracies and standard errors from 0 to 1, and the change from the base."""
     summary = summarize(evaluated.score)
     groups: dict[str, Any] = {}
     for name, group in summary["groups"].items():
@@ -121,6 +121,7 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
 
 
 def write_tables(store: Store, found: list[Evaluated]) -> None:
+    """Write ``summary.csv`` and ``subjects.csv`` of all evaluated models, the base first."""
     base = found[0].score
     summary = pd.DataFrame([summary_row(e, base) for e in found])
     subjects = []
@@ -135,6 +136,7 @@ def write_tables(store: Store, found: list[Evaluated]) -> None:
 
 
 def print_tables(found: list[Evaluated], console: Console) -> None:
+    """Print a row for each evaluated model, the base first; then notes, and the subjects that adapters changed."""
     base = found[0].score
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     names = ("model", "accuracy", "stderr", "macro", *SHORT_GROUPS.values(), "change", "95% interval", "p")
@@ -150,8 +152,8 @@ def print_tables(found: list[Evaluated], console: Console) -> None:
     console.print(table)
     for e in found:
         info, summary = e.score.info, summarize(e.score)
-        odd = {"unparsed": summary["num_unparsed"], "with a cut prompt": summary["num_truncated"]}
-        for what, count in odd.items():
+        counts = {"unparsed": summary["num_unparsed"], "with a cut prompt": summary["num_truncated"]}
+        for what, count in counts.items():
             if count:
                 console.print(f"{e.name}: {count} of {summary['total_questions']} {what}")
         if info.get("no_prefix_because") and info["scoring"] == "logits":
@@ -161,13 +163,16 @@ def print_tables(found: list[Evaluated], console: Console) -> None:
 
 
 def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:
-    """The subjects that an adapter moved, by what their p-values say together; ``subjects.csv`` has them all."""
+    """Print the subjects whose accuracy an adapter changed, from the largest loss to the largest gain.
+
+    A subject counts as changed if its p-value, Holm-adjusted over all subjects, is below ``SIGNIFICANT``.
+    """
     table = compare_subjects(evaluated.score, base)
-    moved = table[table["holm_p_value"] < SIGNIFICANT].sort_values("difference")
-    for row in moved.itertuples():
+    changed = table[table["holm_p_value"] < SIGNIFICANT].sort_values("difference")
+    for row in changed.itertuples():
         text = f"{evaluated.name}: {row.subject} {row.difference:+.3f} (Holm-adjusted p {row.holm_p_value:.2g})"
         console.print(text, soft_wrap=True)
-    if moved.empty:
+    if changed.empty:
         text = f"{evaluated.name}: none of {len(table)} subjects changed (Holm-adjusted p < {SIGNIFICANT})"
         console.print(text, soft_wrap=True)
 
@@ -176,7 +181,7 @@ def run(config: MmluConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     console = make_console()
-    found = evaluate_all(config, console)
-    print_tables(found, console)
-    console.print(f"Files: {found[0].path.parents[2]}", soft_wrap=True)
+    evaluated = evaluate_all(config, console)
+    print_tables(evaluated, console)
+    console.print(f"Files: {evaluated[0].path.parents[2]}", soft_wrap=True)
     return 0

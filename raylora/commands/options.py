@@ -1,4 +1,4 @@
-"""What each command takes, beside what all runs take: no torch, no Ray and no pandas, as --help must not wait for them.
+"""The options of each command. Imports no torch, Ray or pandas: ``--help`` must not wait for them.
 
 ``raylora.commands.run_command`` says which command takes which of these classes.
 """
@@ -17,6 +17,7 @@ from raylora.storage.places import Location
 
 
 def _check_local(path: Any) -> Any:
+    """Refuse a URI, such as ``s3://...``, for an option whose file is read without a download."""
     if "://" in str(path):
         raise ValueError("only what lies on this machine is read here: copy it first")
     return path

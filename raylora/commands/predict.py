@@ -23,18 +23,19 @@ from raylora.storage.places import writing
 
 def fit(config: FitConfig) -> int:
     console, path = make_console(), config.table
-    known = known_from_table(read_table(path), config.target, config.group, config.leave_out, str(path))
-    for note in known.notes:
+    training = known_from_table(read_table(path), config.target, config.group, config.leave_out, str(path))
+    for note in training.notes:
         console.print(f"Note: {note}", soft_wrap=True)
-    if len(known.target) < 1 / (1 - config.coverage) - 1:
-        raise UserError(f"{path}: {len(known.target)} good rows are too few for --coverage {config.coverage:g}")
-    _note_few_groups(known, config.coverage, console)
+    # With n rows the intervals' quantile is the (n + 1) * coverage-th smallest error, which must be one of the n.
+    if len(training.target) < 1 / (1 - config.coverage) - 1:
+        raise UserError(f"{path}: {len(training.target)} good rows are too few for --coverage {config.coverage:g}")
+    _note_few_groups(training, config.coverage, console)
     with writing("--output", config.output):
         config.output.mkdir(parents=True, exist_ok=True)
     predictor, held_out = fit_predictor(
-        known, config.target, config.coverage, config.folds, config.seed, config.threads
+        training, config.target, config.coverage, config.folds, config.seed, config.threads
     )
-    from raylora.predict.figures import write_calibration  # a second that a mistake need not wait for
+    from raylora.predict.figures import write_calibration  # imports matplotlib: the errors above need no second
 
     with writing("--output", config.output):
         predictor.save(config.output)
@@ -47,9 +48,9 @@ def fit(config: FitConfig) -> int:
     return 0
 
 
-def _note_few_groups(known: TrainingTable, coverage: float, console: Console) -> None:
-    """Rows of one group err together: the correction for finite samples would have to count groups."""
-    if known.groups is not None and (num := len(np.unique(known.groups))) < 1 / (1 - coverage) - 1:
+def _note_few_groups(training: TrainingTable, coverage: float, console: Console) -> None:
+    """Warn if there are fewer groups than the coverage needs rows: errors within a group are alike, as of one row."""
+    if training.groups is not None and (num := len(np.unique(training.groups))) < 1 / (1 - coverage) - 1:
         console.print(
             f"Note: {num} groups are few for --coverage {coverage:g}: intervals may hold less than that of new ones",
             soft_wrap=True,
@@ -60,37 +61,37 @@ def predict(config: PredictConfig) -> int:
     console, predictor, table = make_console(), load_predictor(config.predictor), read_table(config.table)
     for note in predictor.notes:
         console.print(f"Note: {note}", soft_wrap=True)
-    found = predictor.predict(table, config.coverage, str(config.table))
+    predictions = predictor.predict(table, config.coverage, str(config.table))
     target = predictor.card["target"]
     measured = numbers_of(table, [target], str(config.table))[target] if target in table else None
     named = [name for name in NAME_COLUMNS if name in table]
-    full = pd.concat([table[named], found], axis=1) if named else found
+    full = pd.concat([table[named], predictions], axis=1) if named else predictions
     if config.output is not None:
         with writing("--output", config.output):
             write_atomically(config.output, lambda partial: full.to_csv(partial, index=False))
-    print_predictions(names_of(table), found, target, console)
+    print_predictions(names_of(table), predictions, target, console)
     if measured is not None:
-        _print_check(target, measured, found, console)
+        _print_check(target, measured, predictions, console)
     if config.output is not None:
         console.print(f"Files: {config.output}", soft_wrap=True)
     return 0
 
 
-def _print_check(target: str, measured: pd.Series, found: pd.DataFrame, console: Console) -> None:
-    """Where the table knows the outcome: how far off the predictions are."""
-    if (there := measured.notna() & found["prediction"].notna()).any():
-        truth, shown = measured[there], found[there]
-        inside = truth.between(shown["low"], shown["high"]).mean()
-        rmse = scores(truth.to_numpy(), shown["prediction"].to_numpy())["rmse"]
+def _print_check(target: str, measured: pd.Series, predictions: pd.DataFrame, console: Console) -> None:
+    """Print how far off the predictions are, over the rows whose outcome was measured."""
+    if (has_both := measured.notna() & predictions["prediction"].notna()).any():
+        truth, predicted = measured[has_both], predictions[has_both]
+        inside = truth.between(predicted["low"], predicted["high"]).mean()
+        rmse = scores(truth.to_numpy(), predicted["prediction"].to_numpy())["rmse"]
         console.print(
-            f"Of {there.sum()} rows with a measured {target}: RMSE {rmse:.4f}, {inside:.1%} inside their intervals "
+            f"Of {has_both.sum()} rows with a measured {target}: RMSE {rmse:.4f}, {inside:.1%} inside their intervals "
             "(too good where the predictor was fitted on them).",
             soft_wrap=True,
         )
 
 
 def print_predictions(names: list[str], found: pd.DataFrame, target: str, console: Console) -> None:
-    """Rows from the best prediction to the worst."""
+    """Print the rows from the highest prediction to the lowest; those without one last."""
     table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("dataset", "prediction", "interval", "unlike any seen in"):
         table.add_column(name, justify="left" if name in {"dataset", "unlike any seen in"} else "right")
@@ -112,7 +113,11 @@ def explain(config: ExplainConfig) -> int:
 
 
 def print_card(card: dict[str, Any], console: Console, num_features: int | None = 10) -> None:
-    """What was fitted on what, beside its baselines; groups with costs and gains; features by importance."""
+    """Print a predictor's card: its errors beside those of baselines, coverage, feature groups, importances.
+
+    Args:
+        num_features: features in the table of importances, at most; None: all.
+    """
     grouped = f", grouped by {card['group_column']} ({card['num_groups']})" if card["group_column"] else ""
     console.print(
         f"{card['target']} from {len(card['columns'])} features, {card['num_rows']} rows; "

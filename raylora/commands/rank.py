@@ -39,9 +39,9 @@ RULE = (
 
 
 def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
-    """A row for each experiment: what it is, its features where they can be measured, and ``error`` where not.
+    """A row for each experiment: names, settings, and and its features, or the ``error`` that prevented them.
 
-    No table of the run is touched: only features that are not there yet are measured and put into the store.
+    Only features that are not in the store yet are measured, and put there. The run's tables stay as they are.
 
     Raises:
         StoppedError, KeyboardInterrupt: as ``run_plan``.
@@ -54,13 +54,14 @@ def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
 
 
 def _features_row(plan: Plan, experiment: Experiment, row: ResultRow | None) -> dict[str, Any]:
-    measured = plan.store.read_stage(experiment, "features") if not experiment.error else None
-    failed = experiment.error or ("" if measured else (row.values.get("error") if row else "") or "not measured")
-    known = {"dataset": experiment.dataset, "experiment_id": experiment.experiment_id, "error": failed}
-    return {**known, **experiment.settings, **(measured or {})}
+    features = plan.store.read_stage(experiment, "features") if not experiment.error else None
+    error = experiment.error or ("" if features else (row.values.get("error") if row else "") or "not measured")
+    names = {"dataset": experiment.dataset, "experiment_id": experiment.experiment_id, "error": error}
+    return {**names, **experiment.settings, **(features or {})}
 
 
 def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
+    """Print what ``raylora.predict.ranking.rank`` returned: good rows in their order, then failures and a warning."""
     table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("train", "dataset", "prediction", "interval", "best of all", "best so far"):
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
@@ -71,10 +72,10 @@ def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
     console.print(table)
     for _, row in ranking[ranking["error"] != ""].iterrows():
         console.print(f"FAILED {row.dataset}: {row.error}", soft_wrap=True)
-    strange = ranking[ranking["outside"].fillna("") != ""]
-    if len(strange):
+    num_outside = int((ranking["outside"].fillna("") != "").sum())
+    if num_outside:
         console.print(
-            f"Note: {len(strange)} datasets have features beyond all that the predictor was fitted on "
+            f"Note: {num_outside} datasets have features beyond all that the predictor was fitted on "
             "(column outside): their intervals may be too narrow.",
             soft_wrap=True,
         )
@@ -95,7 +96,7 @@ def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
 
 
 def next_command(config: RankConfig, order: Path) -> str:
-    """The batch command with the same options, wherever they came from, in this order and within the budget."""
+    """The batch command that trains in this order, within the budget, with all options of this run spelled out."""
     options = {name: getattr(config, name) for name in Config.model_fields} | {"order": order, "fresh": False}
     if config.budget:
         options["max_experiments"] = config.budget

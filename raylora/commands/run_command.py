@@ -1,4 +1,4 @@
-"""Every command: its options are read before anything heavy is imported; then it runs, and ends with an exit code.
+"""All commands: read a command's options before anything heavy is imported, run it, and exit with a code.
 
     python -m raylora.batch --help
     raylora --help                    # the same commands, in one program
@@ -23,11 +23,14 @@ from raylora.errors import MachineError, RemoteError, StoppedError, UserError
 
 @dataclass(frozen=True)
 class Command:
-    """What it takes, and the function of ``raylora.commands`` that does it, imported when it is called."""
+    """A command of the program."""
 
     settings: type[Settings]
+    """The class of its options."""
     work: str
+    """Its function, ``module:name`` in ``raylora.commands``; imported only when the command runs."""
     about: str = ""
+    """What ``--help`` says of it; empty: the docstring of ``settings``."""
 
     @property
     def summary(self) -> str:
@@ -84,12 +87,12 @@ def program(argv: list[str] | None = None) -> NoReturn:
 
 
 def run_command(name: str, argv: list[str] | None = None) -> NoReturn:
-    """``python -m raylora.batch`` and its sisters."""
+    """``python -m raylora.batch`` and the other commands that have a module."""
     _end(COMMANDS[name], f"python -m raylora.{name}", sys.argv[1:] if argv is None else argv)
 
 
 def call_command(name: str, argv: list[str]) -> int:
-    """A command of the program in this process; its exit code.
+    """Run a command of the program in this process, and return its exit code.
 
     Raises:
         UserError: wrong use, in one line.
@@ -100,7 +103,7 @@ def call_command(name: str, argv: list[str]) -> int:
 
 
 def make_parser(command: Command | Group, prog: str) -> OptionParser:
-    """The options of a command, or of all of a group."""
+    """A parser of a command's options, or of a group's commands and their options."""
     parser = OptionParser(prog=prog, description=command.summary)
     if command is PROGRAM:
         parser.add_argument("--version", action="version", version=f"raylora {__version__}")
@@ -120,9 +123,9 @@ def _add_command(parser: OptionParser, command: Command | Group) -> None:
 
 
 def _read(command: Command | Group, prog: str, argv: Sequence[str]) -> tuple[Command, Settings]:
-    given = make_parser(command, prog).parse(argv)
-    chosen: Command = given["_command"]
-    return chosen, settings_from_command(chosen.settings, given)
+    parsed = make_parser(command, prog).parse(argv)
+    chosen: Command = parsed["_command"]
+    return chosen, settings_from_command(chosen.settings, parsed)
 
 
 def _work(command: Command, config: Settings) -> int:
@@ -134,31 +137,32 @@ def _work(command: Command, config: Settings) -> int:
 
 
 def _end(command: Command | Group, prog: str, argv: Sequence[str]) -> NoReturn:
-    """Read, run, and exit: what goes wrong is one line on stderr."""
+    """Read the options, run the command and exit; an error is one line on stderr."""
     config = None
     try:
         chosen, config = _read(command, prog, argv)
         code = _work(chosen, config)
     except (UserError, MachineError) as error:
-        code = _say(f"raylora: {error}", 2)
+        code = _print_error(f"raylora: {error}", 2)
     except RemoteError as error:
-        code = _say(f"raylora: {error.strerror}", 2)
+        code = _print_error(f"raylora: {error.strerror}", 2)
     except StoppedError as error:
-        code = _say(f"{error} {_how_to_go_on(config)}", 1)
+        code = _print_error(f"{error} {_how_to_go_on(config)}", 1)
     except KeyboardInterrupt:
-        code = _say(f"Stopped. {_how_to_go_on(config)}", 130)
-    except BrokenPipeError:
+        code = _print_error(f"Stopped. {_how_to_go_on(config)}", 130)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has ended
         code = 1
     sys.exit(code)
 
 
-def _say(line: str, code: int) -> int:
+def _print_error(line: str, code: int) -> int:
+    """Print a line to stderr, and return ``code``."""
     print(line.rstrip(), file=sys.stderr)
     return code
 
 
 def _how_to_go_on(config: Settings | None) -> str:
-    """After a run that ended early; nothing where nothing is kept."""
+    """How to continue a run that ended early; empty for commands that keep nothing, and where no option was read."""
     if not isinstance(config, CommonOptions):
         return ""
     without = " without --fresh" if config.fresh else ""

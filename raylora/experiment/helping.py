@@ -1,4 +1,4 @@
-"""Questions asked for the process that evaluates an experiment."""
+"""Help with an evaluation that another process runs: ask some of its MMLU questions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from raylora.records import Experiment, ProgressCallback, digest, ignore_progres
 def help_experiment(
     bench: Workbench, experiment: Experiment, name: str, progress: ProgressCallback = ignore_progress
 ) -> int:
-    """Ask questions for the process that evaluates this experiment, or the base for it, from the last one backwards.
+    """Ask MMLU questions for the process that evaluates this experiment, or the base for it.
+
+    That process asks from the first question on, helpers from the last one backwards.
 
     Args:
         name: this process's name; no two helpers of an evaluation have the same.
 
     Returns:
-        The number of questions asked: 0 where there is nothing to help with.
+        The number of questions asked; 0 if neither evaluation is going on.
+
+    Raises:
+        MachineError: the questions or the model cannot be read here, or are not those of the run.
     """
     base_path = bench.store.base_file(experiment.base_key, "scores.parquet")
     if bench.is_being_scored(experiment.base_key, base_path):
@@ -33,4 +38,5 @@ def help_experiment(
 
 
 def score_key_of(bench: Workbench, experiment: Experiment) -> str:
+    """The identity of the score of the experiment's stored adapter: what its stage depends on, and its weights."""
     return digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])

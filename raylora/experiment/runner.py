@@ -1,4 +1,4 @@
-"""What a worker does with its base model: experiments, adapters trained together, help with others' questions."""
+"""What a worker does with its base model: run experiments, train adapters together, help with others' evaluations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raylora.storage.store import Store
 
 
 class ExperimentRunner:
-    """Runs experiments one after another on one workbench."""
+    """Runs experiments one after another on one workbench; each method calls the function of the same purpose."""
 
     def __init__(self, config: Config, store: Store) -> None:
         self.bench = Workbench(config, store)

@@ -1,6 +1,6 @@
 """The whole story of one dataset: features, training, MMLU, one row. Knows nothing of Ray.
 
-Each stage's product is taken from the store where it is there already, and put there when it is made.
+A stage whose product is in the store is not run again; a new product is stored when its stage is finished.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ log = logging.getLogger("raylora.experiment")
 
 
 def run_experiment(bench: Workbench, experiment: Experiment, progress: ProgressCallback = ignore_progress) -> ResultRow:
-    """Run what of an experiment is not done yet, and store its row.
+    """Run the stages of an experiment that are not done yet, and store its row.
 
-    A mistake in the data gives an error row. Anything else that goes wrong is raised: the caller may try again, on
-    another machine where this one is at fault.
+    A mistake in the data, or a training that diverges, gives an error row. Any other error is raised, and no row is
+    stored: the caller may try again.
+
+    Raises:
+        MachineError: this machine cannot read the model or the data; another one may.
+        BaseChangedError: a stage changed the base; only a new process can go on.
     """
     started = time.perf_counter()
     with at_hand(bench.store, experiment), log_file(bench.store.folder(experiment) / LOG):
@@ -72,7 +76,7 @@ def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[
     started = time.perf_counter()
     bench.check_model(experiment)
     values = make()
-    bench.check_base()
+    bench.check_base()  # before the product counts as done: what a changed base made is not reused
     values[f"{stage}_seconds"] = time.perf_counter() - started
     bench.store.write_stage(experiment, stage, values)
     log.info("%s: %.1f s", stage, values[f"{stage}_seconds"])
@@ -99,6 +103,7 @@ def _train_adapter(
 
 
 def _evaluate_mmlu(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:
+    # While another worker scores the base, this one does not wait, and evaluates its adapter first.
     base = bench.base_score(experiment.base_key, wait=False, progress=progress)
     bench.store.forget_stage(experiment, "mmlu")
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
@@ -108,20 +113,20 @@ def _evaluate_mmlu(bench: Workbench, experiment: Experiment, progress: ProgressC
         )
     finally:
         bench.loaded.detach()
-    if base is None:  # another worker was at it when this one began
+    if base is None:
         base = bench.base_score(experiment.base_key, wait=True, progress=progress)
     assert base is not None
     return score_values(score, base)
 
 
 def score_values(score: Score, base: Score) -> dict[str, Any]:
-    """What a row says of MMLU: the adapter's score, the base's, and the change."""
-    ours, theirs, change = summarize(score), summarize(base), compare(score, base)
-    groups = {f"accuracy_{name}": group["accuracy"] for name, group in ours["groups"].items()}
-    both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")
+    """The row's columns of MMLU: the adapter's score, the base's (``base_...``), and the change with its interval."""
+    summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
+    groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
+    columns_of_both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")
     return {
-        **{name: ours[name] for name in (*both, "total_questions", "num_truncated")},
-        **{f"base_{name}": theirs[name] for name in both},
+        **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},
+        **{f"base_{name}": base_summary[name] for name in columns_of_both},
         **groups,
         "accuracy_change": change["difference"],
         "accuracy_change_low": change["ci_low"],
@@ -134,10 +139,10 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
 
 def _dataset_values(dataset: Dataset) -> dict[str, Any]:
     shown = [f"{bad.place}: {bad.reason}" for bad in dataset.bad_records[:5]]
-    more = dataset.num_bad_records - len(shown)
+    num_others = dataset.num_bad_records - len(shown)
     return {
         "num_examples": len(dataset.examples),
         "num_bad_records": dataset.num_bad_records,
         "num_lost_records": dataset.num_lost_records,
-        "bad_records": "; ".join([*shown, f"and {more} more"] if more > 0 else shown),
+        "bad_records": "; ".join([*shown, f"and {num_others} more"] if num_others > 0 else shown),
     }

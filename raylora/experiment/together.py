@@ -1,4 +1,4 @@
-"""Adapters of several experiments trained over the same passes through the base."""
+"""Train the adapters of several experiments in the same forward and backward passes of the base."""
 
 from __future__ import annotations
 
@@ -21,25 +21,30 @@ log = logging.getLogger("raylora.experiment")
 def train_together(
     bench: Workbench, experiments: Sequence[Experiment], progress: ProgressCallback = ignore_progress
 ) -> int:
-    """Train the adapters of several experiments over the same passes through the base, as many as pay.
+    """Train the adapters of several experiments in the same passes of the base, as many as make it faster.
 
-    Each is stored as its own train stage stores it, and is what it would have become alone. One that cannot be trained
-    is left out: its own run will say why.
+    Each adapter is stored as its experiment's train stage would store it, and is what it would have become alone, but
+    for float noise. One that cannot be trained is left out: its experiment's own run will say why.
 
     Returns:
         The number of adapters that were trained.
+
+    Raises:
+        BaseChangedError: the training changed the base; none of its adapters is stored.
     """
-    asked = bench.config.adapters_a_pass
-    with contextlib.suppress(UserError, MachineError):  # a model that cannot be loaded: each row will say so
-        if asked or torch.cuda.is_available():
-            return _train_those_that_pay(bench, experiments, asked, progress)
+    num_wanted = bench.config.adapters_a_pass
+    # Where the model cannot be loaded, each experiment's own run will say so.
+    with contextlib.suppress(UserError, MachineError):
+        if num_wanted or torch.cuda.is_available():  # on a CPU several are no faster than one
+            return _train_those_that_pay(bench, experiments, num_wanted, progress)
     return 0
 
 
 def _train_those_that_pay(
-    bench: Workbench, experiments: Sequence[Experiment], asked: int | None, progress: ProgressCallback
+    bench: Workbench, experiments: Sequence[Experiment], num_wanted: int | None, progress: ProgressCallback
 ) -> int:
-    loaded, most = bench.loaded, asked or len(experiments)
+    """Train the first ``num_wanted`` that can be trained; None: as many as are faster together than alone."""
+    loaded, most = bench.loaded, num_wanted or len(experiments)
     with contextlib.ExitStack() as stack:
         jobs: list[tuple[Experiment, Job]] = []
         for i, experiment in enumerate(experiments):
@@ -50,10 +55,11 @@ def _train_those_that_pay(
                 job = attach_job(bench, experiment, load_planned_dataset(bench, experiment), f"together_{i}")
                 if any(count_labels(job)):
                     jobs.append((experiment, job))
-                    most = asked or min(most, adapters_a_pass(loaded, job))  # its adapter may be the largest
+                    # The smallest limit counts: this adapter may be larger than those before it.
+                    most = num_wanted or min(most, adapters_a_pass(loaded, job))
             if len(jobs) >= most:
                 break
-        if len(jobs) < 2:
+        if len(jobs) < 2:  # one alone is trained in its experiment's own run
             return 0
         for experiment, _ in jobs:
             stack.enter_context(log_file(bench.store.folder(experiment) / LOG))

@@ -42,7 +42,7 @@ class Workbench(Evaluator):
         """The base model, loaded when it is first needed.
 
         Raises:
-            MachineError: it cannot be found or read here: on a cluster nobody could say so before.
+            MachineError: it cannot be found or read on this machine; the command checked only its own.
         """
         try:
             loaded = super().loaded
@@ -52,10 +52,10 @@ class Workbench(Evaluator):
         return loaded
 
     def check_model(self, experiment: Experiment) -> None:
-        """Whether the model that was loaded is the one that the run was planned for.
+        """Check that the model that was loaded is the one that the run was planned with.
 
         Raises:
-            MachineError: it is not: its folder was changed meanwhile, or this machine has another one in its place.
+            MachineError: it is not: its folder was changed since, or this machine has another model at that path.
         """
         source = self.loaded.source
         if not self._model_hash:
@@ -64,22 +64,22 @@ class Workbench(Evaluator):
             raise _changed_meanwhile(source)
 
     def check_base(self) -> None:
-        """Whether the base still is what it was when it was loaded: nothing that a stage does may change it.
+        """Check that the base's logits on a fixed input are those from when it was loaded: no stage may change them.
 
         Raises:
-            BaseChangedError: it is not. What was made with it is not to be kept.
+            BaseChangedError: they are not. What was made with the base must not be kept.
         """
-        now = self.loaded.logits_hash()
-        # A device that does not repeat itself changes at every look; a base that was changed stays so.
-        if now != self._base_hash and now == self.loaded.logits_hash():
+        new_hash = self.loaded.logits_hash()
+        # Twice: a changed base gives the same new hash again, a device with nondeterministic kernels another one.
+        if new_hash != self._base_hash and new_hash == self.loaded.logits_hash():
             raise BaseChangedError("the base model is not what it was when it was loaded")
 
 
 def load_planned_dataset(bench: Workbench, experiment: Experiment) -> Dataset:
-    """The experiment's dataset, as it was when the run was planned.
+    """The experiment's dataset, checked to be the one that the run was planned with.
 
     Raises:
-        MachineError: this machine cannot read what could be read then, or reads something else.
+        MachineError: the file cannot be read on this machine, or its content is another one.
     """
     path = location(experiment.path)
     try:
@@ -97,10 +97,14 @@ def _changed_meanwhile(place: str | Path) -> MachineError:
 
 
 def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name: str = "default") -> Job:
-    """A fresh adapter of the base, and what it is to be trained on."""
+    """Attach a fresh adapter to the base. Returns it with the encoded examples and settings of its training.
+
+    Raises:
+        UserError: the model has none of the target modules, or its chat template refuses the dataset.
+    """
     method = method_of(experiment)
     seed = (dataset.seed ^ bench.config.seed) % 2**62
-    # An order by content: the same whatever the file's, so that the seed alone decides what is learnt when.
+    # All examples, ordered by content and seed: the file's order must not change what is learnt when.
     ordered = datasets.sample_examples(dataset.examples, 0, seed)
     encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
     return Job(bench.loaded.attach(method, seed, name), encoded, method, seed, name)
@@ -109,6 +113,8 @@ def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name:
 def keep_adapter(
     bench: Workbench, experiment: Experiment, result: TrainingResult, name: str = "default"
 ) -> dict[str, Any]:
+    """Store a trained adapter and its loss curve. Returns the values of the train stage."""
+    # First the marker of an earlier training, so that a kill in the next lines leaves none beside new files.
     bench.store.forget_stage(experiment, "train")
     curve = pd.DataFrame(result.loss_curve())
     write_atomically(bench.store.folder(experiment) / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
@@ -118,7 +124,7 @@ def keep_adapter(
 
 @contextlib.contextmanager
 def at_hand(store: Store, experiment: Experiment) -> Iterator[None]:
-    """While an experiment runs, what is finished of it lies on this machine."""
+    """Inside, the experiment's finished stages are on this machine; afterwards other machines can get what is new."""
     store.take_out(experiment)
     try:
         yield
@@ -128,7 +134,7 @@ def at_hand(store: Store, experiment: Experiment) -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """While an experiment runs, raylora's own log goes to its file too."""
+    """Inside, raylora's log goes to a file, at level INFO, and an exception with its traceback too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -147,6 +153,6 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 def use_threads(config: Config) -> None:
-    """In a process of one's own: a worker's threads are its share of the cores."""
+    """Apply ``--threads`` in a command that runs in its own process. A Ray worker gets a share of the cores instead."""
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -1,4 +1,4 @@
-"""What the page shows, as plain values: which changes are real, subjects, features, time, failures."""
+"""The report's results as plain values: which changes are significant, by subject, features, time, failures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve
 from raylora.rows import FEATURE_COLUMNS
 
 ALPHA = 0.05
+"""The level of every test: an adjusted p-value below it counts."""
 MIN_DATASETS = 4
-"""Fewer say nothing about a rank correlation: even a perfect one of three has p = 1/3."""
+"""A rank correlation needs so many: a perfect one of three datasets still has p = 1/3."""
 MAX_EXACT = 7
-"""Up to so many datasets a p-value counts all orders (5040); with more, Student's t is close."""
+"""Up to so many datasets a p-value counts all their orders (7! = 5040); with more, Student's t is close enough."""
 STAGES = {
     "static features": "static_seconds",
     "probe": "probe_seconds",
     "training": "train_seconds",
     "MMLU": "mmlu_seconds",
 }
+"""By stage, the column of its seconds."""
 AGAIN = "; then the same command with --retry-failed"
 ANEW = "; the same command then runs it anew"
 FIXES = {
@@ -57,61 +59,77 @@ FIXES = {
 
 
 def ranking(run: FinishedRun) -> dict[str, Any]:
-    """Holm-adjusted McNemar p-values by row (None where MMLU was not asked), and counts of what they find."""
+    """Which experiments changed the accuracy: McNemar p-values, Holm-adjusted over all of them.
+
+    Returns:
+        ``rows``: numbers of the rows with MMLU; ``holm``: adjusted p-values, (rows of the table,), NaN in other rows;
+        ``num_gains``, ``num_losses``: rows with an adjusted p-value below ``alpha``; ``num_raw``: rows with a raw one.
+    """
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
-    known = np.flatnonzero(raw.notna() & change.notna())
+    evaluated = np.flatnonzero(raw.notna() & change.notna())
     adjusted = np.full(len(run.table), np.nan)
-    adjusted[known] = holm(raw.to_numpy()[known])
-    real = adjusted < ALPHA
+    adjusted[evaluated] = holm(raw.to_numpy()[evaluated])
+    significant = adjusted < ALPHA
     return {
-        "rows": known.tolist(),
+        "rows": evaluated.tolist(),
         "holm": adjusted.tolist(),
-        "num_gains": int((real & (change > 0)).sum()),
-        "num_losses": int((real & (change < 0)).sum()),
+        "num_gains": int((significant & (change > 0)).sum()),
+        "num_losses": int((significant & (change < 0)).sum()),
         "num_raw": int((raw < ALPHA).sum()),
         "alpha": ALPHA,
     }
 
 
 def subjects(run: FinishedRun) -> dict[str, Any] | None:
-    """Questions gained and lost by experiment and subject, with p-values adjusted over an experiment's subjects.
+    """Questions gained and lost by experiment and subject, with p-values Holm-adjusted over an experiment's subjects.
 
     Returns:
-        ``names``, ``groups``, ``sizes``, ``base`` (accuracies), each (S,); ``rows``: by row number, ``gained``,
-        ``lost``, ``holm``, each (S,); ``num_left_out``: rows with MMLU whose answers are missing. None without any.
+        ``names``, ``groups``, ``sizes`` (questions), ``base`` (its accuracies, 0 to 1), each (S,) by subject;
+        ``rows``: by row number, ``gained``, ``lost``, ``holm``, each (S,); ``num_left_out``: rows with MMLU whose
+        answers are missing, or are to other questions. None if no row has answers.
     """
-    bases, asked = read_base(run), np.flatnonzero(run.numbers("accuracy_change").notna() & run.ok)
+    bases, evaluated = read_base(run), np.flatnonzero(run.numbers("accuracy_change").notna() & run.ok)
     reference: Answers | None = None
     rows: dict[int, dict[str, list[float]]] = {}
-    for row in asked.tolist():
-        found = answers_of(run, row, bases)
-        if found is None:
+    for row in evaluated.tolist():
+        pair = answers_of(run, row, bases)
+        if pair is None:
             continue
-        ours, base = found
+        answers, base = pair
         if reference is None:
             reference = base
             names, codes = np.unique(base.subjects.to_numpy().astype(str), return_inverse=True)
         if base.same_questions(reference):
-            rows[row] = correct_by_subject(ours.correct, base.correct, codes, len(names))
+            rows[row] = correct_by_subject(answers.correct, base.correct, codes, len(names))
     if reference is None:
         return None
     sizes = np.bincount(codes, minlength=len(names))
-    right = np.bincount(codes, weights=reference.correct, minlength=len(names))
+    num_correct = np.bincount(codes, weights=reference.correct, minlength=len(names))
     return {
         "names": names.tolist(),
         "groups": [SUBJECT_GROUPS.get(name, "other") for name in names],
         "sizes": sizes.tolist(),
-        "base": (right / sizes).tolist(),
+        "base": (num_correct / sizes).tolist(),
         "rows": rows,
-        "num_left_out": len(asked) - len(rows),
+        "num_left_out": len(evaluated) - len(rows),
     }
 
 
 def correct_by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, num: int) -> dict[str, list[float]]:
+    """Questions that an adapter gained and lost against the base, by subject, and whether that is significant.
+
+    Args:
+        ours, base: whether the adapter's, and the base's, answers are correct; booleans, (N,).
+        codes: each question's subject, 0 to ``num`` - 1, (N,).
+
+    Returns:
+        ``gained``, ``lost`` and ``holm`` (adjusted p-values of McNemar's test), each (num,).
+    """
     gained = np.bincount(codes[ours & ~base], minlength=num)
     lost = np.bincount(codes[base & ~ours], minlength=num)
-    # The exact McNemar test (as in mmlu.statistics) of all subjects at once: the binomial at 1/2 is symmetric.
+    # McNemar's exact test, as in mmlu.statistics, of all subjects at once. Twice one tail, as the binomial distribution
+    # with p = 1/2 is symmetric.
     p_values = np.minimum(1.0, 2 * binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))
     return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": holm(p_values).tolist()}
 
@@ -119,7 +137,7 @@ def correct_by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, nu
 def features(run: FinishedRun) -> dict[str, Any]:
     """Spearman's rank correlation of every feature with the change in accuracy, over datasets.
 
-    Experiments of one dataset (a grid) count once, by their means: they share their data and are not independent.
+    Experiments of one dataset (a grid) count once, by their means: they share the data, so they are not independent.
 
     Returns:
         ``columns``: of each feature ``name, group, unit, definition, rho, p_value, q_value`` (Benjamini and Hochberg
@@ -131,11 +149,11 @@ def features(run: FinishedRun) -> dict[str, Any]:
     hashes = pd.Series(run.texts("data_hash"))
     keys = (pd.Series(run.texts("dataset")) + "\0" + hashes)[run.ok]
     means = table.groupby(keys).mean()
-    found: list[dict[str, Any]] = []
+    columns: list[dict[str, Any]] = []
     for column in (c for c in FEATURE_COLUMNS if c.name in names):
         pairs = means[[column.name, "accuracy_change"]].dropna()
         rho, p_value = spearman(pairs[column.name].to_numpy(), pairs["accuracy_change"].to_numpy())
-        found.append(
+        columns.append(
             {
                 "name": column.name,
                 "group": column.group,
@@ -148,24 +166,27 @@ def features(run: FinishedRun) -> dict[str, Any]:
                 "num_measured": int(means[column.name].notna().sum()),
             }
         )
-    tested = [f for f in found if f["p_value"] is not None]
+    tested = [c for c in columns if c["p_value"] is not None]
     if tested:
-        adjusted = false_discovery_control([f["p_value"] for f in tested])
-        for f, q_value in zip(tested, adjusted, strict=True):
-            f["q_value"] = float(q_value)
+        adjusted = false_discovery_control([c["p_value"] for c in tested])
+        for c, q_value in zip(tested, adjusted, strict=True):
+            c["q_value"] = float(q_value)
     return {
-        "columns": found,
+        "columns": columns,
         "num_datasets": len(means),
         "grouped": len(means) < len(table),
         "num_tested": len(tested),
         "num_expected": ALPHA * len(tested),
-        "num_raw": sum(f["p_value"] < ALPHA for f in tested),
-        "num_adjusted": sum(f["q_value"] < ALPHA for f in tested),
+        "num_raw": sum(c["p_value"] < ALPHA for c in tested),
+        "num_adjusted": sum(c["q_value"] < ALPHA for c in tested),
     }
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
-    """Rank correlation and its two-sided p-value: exact for few datasets. None where there is nothing to correlate."""
+    """Spearman's rank correlation of two (N,) arrays, and its two-sided p-value, exact up to ``MAX_EXACT`` datasets.
+
+    None and None for fewer than ``MIN_DATASETS``, or where one array is constant.
+    """
     if len(x) < MIN_DATASETS or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None, None
     result = spearmanr(x, y)
@@ -176,19 +197,21 @@ def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
     orders = others[np.array(list(permutations(range(len(y)))))]
     products = (orders - orders.mean(axis=1, keepdims=True)) @ (ranks - ranks.mean())
     observed = (others - others.mean()) @ (ranks - ranks.mean())
+    # 1e-9: of two equal products of ranks, floats may make the one a little smaller.
     return rho, float((np.abs(products) >= abs(observed) - 1e-9).mean())
 
 
 def curves(run: FinishedRun) -> dict[int, dict[str, list[float]]]:
     """Loss curves by row number: ``steps`` and ``losses``."""
-    found = {row: loss_curve(run, row) for row in range(len(run.table))}
-    return {row: {"steps": c[0], "losses": c[1]} for row, c in found.items() if c}
+    by_row = {row: loss_curve(run, row) for row in range(len(run.table))}
+    return {row: {"steps": c[0], "losses": c[1]} for row, c in by_row.items() if c}
 
 
 def costs(run: FinishedRun) -> dict[str, Any]:
-    """Seconds of a worker by row and stage. What is in no stage (loading, waiting, writing) is ``other``.
+    """A worker's seconds by row and stage; ``other`` are those of no stage: loading, waiting, writing.
 
-    A row that was taken up from earlier stages has a total that leaves them out: then nothing is other.
+    The total of a row whose stages an earlier run did leaves these out, and may be less than their sum: its ``other``
+    is then 0.
     """
     seconds = pd.DataFrame({stage: run.numbers(column) for stage, column in STAGES.items()})
     other = (run.numbers("total_seconds") - seconds.sum(axis=1)).clip(lower=0)
@@ -196,7 +219,7 @@ def costs(run: FinishedRun) -> dict[str, Any]:
     machine = run.manifest.get("machine")
     gpus = machine.get("gpus") if isinstance(machine, dict) else None
     if used := sorted(set(run.texts("device")) - {"", "cpu"}):
-        gpus = used  # a cluster's: the machine of the command may have none
+        gpus = used  # those of the rows: on a cluster, the command's own machine may have no GPU
     return {
         "stages": list(seconds.columns),
         "seconds": [seconds[stage].tolist() for stage in seconds.columns],
@@ -206,7 +229,7 @@ def costs(run: FinishedRun) -> dict[str, Any]:
 
 
 def failures(run: FinishedRun) -> list[dict[str, Any]]:
-    """Of each row that is not good: ``row``, ``cause``, ``fix``."""
+    """For each failed row: its number ``row``, the ``cause``, and what to do, the ``fix``."""
     texts, kinds = run.texts("error"), run.texts("error_kind")
     return [
         {"row": row, "cause": texts[row] or "no cause was written down", "fix": fix_of(kinds[row])}
@@ -215,14 +238,14 @@ def failures(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def fix_of(kind: str) -> str:
-    """What to do about a row's ``error_kind``, which rows of older runs do not have."""
+    """What to do about an ``error_kind``. Rows of older runs have none, and get the advice for an unknown cause."""
     return FIXES.get(ErrorKind(kind), FIXES[ErrorKind.UNKNOWN])
 
 
 def oddities(run: FinishedRun) -> list[dict[str, Any]]:
-    """What is no failure and yet worth a look: ``row`` and ``what``, one for each of a row's oddities."""
-    found = []
-    unparsed, asked = run.numbers("num_unparsed"), run.numbers("total_questions")
+    """What is no failure and yet worth a look: the row's number ``row`` and ``what``; a row may have several."""
+    entries = []
+    unparsed, num_questions = run.numbers("num_unparsed"), run.numbers("total_questions")
     counts = {
         "num_bad_records": "{:.0f} records left out",
         "num_lost_records": "{:.0f} records lost behind the place where the file breaks off",
@@ -235,14 +258,14 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
             value = columns[name][row]
-            if value == -1:  # of num_lost_records
-                found.append({"row": row, "what": "records lost behind the place where the file breaks off"})
+            if value == -1:  # num_lost_records, where nobody can know how many
+                entries.append({"row": row, "what": "records lost behind the place where the file breaks off"})
             elif value > 0:
                 why = f": {reasons[row]}" if name == "num_bad_records" and reasons[row] else ""
-                found.append({"row": row, "what": text.format(value) + why})
+                entries.append({"row": row, "what": text.format(value) + why})
         if unparsed[row] > 0:
-            share = unparsed[row] / asked[row] if asked[row] > 0 else 1
-            found.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
+            share = unparsed[row] / num_questions[row] if num_questions[row] > 0 else 1
+            entries.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
         if notes[row]:
-            found.append({"row": row, "what": f"not measured: {notes[row]}"})
-    return found
+            entries.append({"row": row, "what": f"not measured: {notes[row]}"})
+    return entries

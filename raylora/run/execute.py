@@ -1,4 +1,4 @@
-"""A run of a plan: what is left of it, its tables as rows come in, Ctrl-C, and what is said while it goes on."""
+"""Run a plan: its experiments that are not done, with the tables and the live table as rows come in, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from raylora import errors
 from raylora.cluster import ray_run
-from raylora.errors import ErrorKind, StoppedError
+from raylora.cluster.failures import store_failure
+from raylora.errors import CannotGoOnError, ClusterLostError, ErrorKind, StoppedError
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
@@ -24,17 +24,17 @@ from raylora.storage.tables import CsvTable
 
 
 def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list[ResultRow]:
-    """Run what is not done yet; the rows of all experiments, in the tables' order.
+    """Run the experiments that are not done yet. Returns the rows of all experiments, in the tables' order.
 
-    The tables, and ``more``, are written by the run's Ray Dataset as rows come in, and once more at the end, however it
-    comes, from all that is stored.
+    The run's Ray Dataset writes the tables, and ``more``, as rows come in. However the run ends, they are written once
+    more from all stored rows.
 
     Raises:
         StoppedError: the run ended early; one line says why.
-        KeyboardInterrupt: Ctrl-C, with experiments left.
+        KeyboardInterrupt: Ctrl-C, and some experiments are not done.
     """
     store, config = plan.store, plan.config
-    with store.held(config.fresh), _one_line_where_no_room(plan):
+    with store.held(config.fresh), _stopped_if_store_fails(plan):
         rows = plan.done()
         tables = RunTables(store, ROW_COLUMNS, more)
         for experiment in plan.experiments:
@@ -48,7 +48,7 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
             with tables.permitted():
                 run_pending(plan, pending, rows, console, tables)
         finally:
-            if len(rows) < len(plan.experiments):  # rows that were made while the command heard of none any more
+            if len(rows) < len(plan.experiments):  # some were stored after the command read the last ones
                 rows |= plan.stored_rows()
             ordered = tables.write(rows.values())
             try_write_report(store, console)
@@ -57,10 +57,8 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
 
 
 @contextlib.contextmanager
-def _one_line_where_no_room(plan: Plan) -> Iterator[None]:
-    from raylora.cluster.failures import store_failure
-    from raylora.errors import CannotGoOnError
-
+def _stopped_if_store_fails(plan: Plan) -> Iterator[None]:
+    """Raise StoppedError, with its one line, for an error that means that results cannot be stored."""
     try:
         yield
     except CannotGoOnError as error:
@@ -78,42 +76,50 @@ def run_pending(
     console: Console,
     tables: RunTables | None,
 ) -> None:
-    """Run them, and put their rows to ``rows``, by experiment id.
+    """Run the ``pending`` experiments, and add their rows to ``rows``.
 
     Args:
+        rows: rows by experiment id, of the experiments that are done.
         tables: written with all of ``rows`` as they come.
+
+    Raises:
+        StoppedError, KeyboardInterrupt: as ``run_plan``.
+        CannotGoOnError, OSError, UserError: results, or a table, cannot be written.
     """
     if not pending:
         return
     plan.check_fit()
     with (
-        exit_on_sigterm(),  # and again within Interrupts, as Ray puts a handler of its own in its place
+        exit_on_sigterm(),  # set again by Interrupts, as Ray replaces the handler when it starts
         ray_run.cluster(plan.config) as dashboard,
-        LiveTable(len(plan.experiments), len(rows), console) as watch,
+        LiveTable(len(plan.experiments), len(rows), console) as live_table,
         Interrupts(console) as interrupts,
         tracking(plan, console) as trackers,
     ):
         console.print(dashboard, soft_wrap=True)
 
         def on_start(run: ray_run.RunHandle) -> None:
-            watch.connect(run.read, row_came)
+            live_table.connect(run.read, row_came)
             interrupts.begin_no_more = run.begin_no_more
 
         def row_came(row: ResultRow) -> None:
             rows[row.values["experiment_id"]] = row
-            watch.finished(row)
+            live_table.finished(row)
             trackers.log_row(row)
 
-        former = [*rows.values()]
+        rows_before = [*rows.values()]
         try:
-            made = ray_run.run_experiments(plan.config, plan.store, pending, on_start, tables=tables, former=former)
-        except errors.ClusterLostError as error:
+            new_rows = ray_run.run_experiments(
+                plan.config, plan.store, pending, on_start, tables=tables, former=rows_before
+            )
+        except ClusterLostError as error:
             raise StoppedError(f"Ray broke down: {error}") from error
         finally:
-            watch.look_once_more()
-        unheard = {row.values["experiment_id"]: row for row in made if row.values["experiment_id"] not in rows}
-        rows.update(unheard)  # all of them, even if the terminal is gone and the first line ends this
-        for row in unheard.values():
+            live_table.look_once_more()
+        unread = {row.values["experiment_id"]: row for row in new_rows if row.values["experiment_id"] not in rows}
+        # All of them before the first is printed: where the terminal is gone, printing raises.
+        rows.update(unread)
+        for row in unread.values():
             row_came(row)
         if interrupts.came and any(e.experiment_id not in rows for e in pending):
             raise KeyboardInterrupt

@@ -21,14 +21,14 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises ``SystemExit(143)``, so that what is running is stopped in order; then as it was before."""
+    """Inside, SIGTERM raises ``SystemExit(143)`` (128 + 15), so that ``finally`` blocks stop what is running."""
     with _handling(signal.SIGTERM, lambda *_: sys.exit(143)):
         yield
 
 
 @contextlib.contextmanager
 def _handling(number: signal.Signals, handler: Handler) -> Iterator[None]:
-    """A signal's handler for a time; nothing outside the main thread, as no other may handle signals."""
+    """Inside, a signal has this handler. Does nothing outside the main thread, as only that may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,12 +36,17 @@ def _handling(number: signal.Signals, handler: Handler) -> Iterator[None]:
     try:
         yield
     finally:
-        # None: it was put there by other means than Python's, and cannot be put there again by these
+        # None: the handler before was set by C code, and Python cannot set it again.
         signal.signal(number, signal.SIG_DFL if former is None else former)
 
 
 class Interrupts:
-    """Ctrl-C, once: nothing new is begun, and what is nearly done may finish. Twice, or some time later: stop now."""
+    """After Ctrl-C nothing new is begun, and experiments may finish; all stops ``GRACE_SECONDS`` later, or at a second.
+
+    Attributes:
+        begin_no_more: called at the first Ctrl-C, in a thread of its own.
+        came: whether Ctrl-C was pressed.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -52,7 +57,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._handlers.enter_context(_handling(signal.SIGINT, self._handle))
-        self._handlers.enter_context(exit_on_sigterm())  # as it starts Ray puts a handler in its place, which aborts
+        self._handlers.enter_context(exit_on_sigterm())  # when Ray started, it set a handler that aborts
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +68,7 @@ class Interrupts:
         if self.came:
             raise KeyboardInterrupt
         self.came = True
-        # Not from in here: the signal may have come in the middle of a call to Ray.
+        # In a thread: the signal may have interrupted a call to Ray in this one.
         threading.Thread(target=self._finish, daemon=True).start()
 
     def _finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Watching a run: a live table at a terminal, plain lines elsewhere."""
+"""What is shown of a run while it goes on: a live table at a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from raylora.console import clock, make_console
 from raylora.records import ResultRow
 
 REFRESH_SECONDS = 0.5
+"""Between two looks at the run's status."""
 
 
 class LiveTable:
-    """Shows what every worker does and what is finished, from its ``with`` to the end of it."""
+    """Shows, inside its ``with``, what every worker does and which experiments are finished.
+
+    Args:
+        num_total: experiments of the run.
+        num_done: those of them that were done before it.
+    """
 
     def __init__(self, num_total: int, num_done: int, console: Console | None = None) -> None:
         self.console = console or make_console()
@@ -28,7 +34,7 @@ class LiveTable:
         self.started = time.monotonic()
         self._read: Callable[[], Status] | None = None
         self._row_came: Callable[[ResultRow], None] = self.finished
-        self._looking = threading.Lock()
+        self._look_lock = threading.Lock()
         self._num_notes = 0
         self._live: Live | None = None
         self._stop = threading.Event()
@@ -36,7 +42,10 @@ class LiveTable:
         self._shown: dict[int, tuple[str, str]] = {}
 
     def connect(self, read: Callable[[], Status], row_came: Callable[[ResultRow], None]) -> None:
-        """``read`` returns what the run's board shows from now on; ``row_came`` is told of its rows, one by one."""
+        """From now on show the status that ``read`` returns, and call ``row_came`` with each of its rows.
+
+        Both are called in a thread of this object's own, and by ``look_once_more`` in the caller's.
+        """
         self._row_came, self._read = row_came, read
 
     def __enter__(self) -> LiveTable:
@@ -55,13 +64,13 @@ class LiveTable:
             self._live.stop()
 
     def finished(self, row: ResultRow) -> None:
-        """One line for each row that is done."""
+        """Count a row, and print its line."""
         self.num_done += 1
         self.num_failed += not row.ok
         self.console.print(f"[{self.num_done}/{self.num_total}] {describe(row)}", soft_wrap=True)
 
     def look_once_more(self) -> None:
-        """What came since the last look. Nothing is looked at after it."""
+        """Show what came since the last look. It is the last one."""
         self._stop.set()
         self._look()
 
@@ -70,10 +79,10 @@ class LiveTable:
             self._look()
 
     def _look(self) -> None:
-        with self._looking:
+        with self._look_lock:
             try:
                 status = self._read() if self._read else Status()
-            except Exception:  # noqa: BLE001 - the cluster may be going away; what is shown is not worth failing for
+            except Exception:  # noqa: BLE001 - the cluster may be shutting down, and a missed look must not end the run
                 return
             for note in status.notes[self._num_notes :]:
                 self.console.print(f"Note: {note}", soft_wrap=True)
@@ -93,24 +102,23 @@ class LiveTable:
 
     def _table(self, progress: list[WorkerProgress]) -> Table:
         elapsed = time.monotonic() - self.started
-        fresh = self.num_done - self.num_before
-        left = f", about {clock(elapsed / fresh * (self.num_total - self.num_done))} left" if fresh else ""
+        num_new = self.num_done - self.num_before
+        estimate = f", about {clock(elapsed / num_new * (self.num_total - self.num_done))} left" if num_new else ""
         table = Table(
-            caption=f"{self.num_done} of {self.num_total} done, {self.num_failed} failed, {clock(elapsed)}{left}"
+            caption=f"{self.num_done} of {self.num_total} done, {self.num_failed} failed, {clock(elapsed)}{estimate}"
         )
         for name in ("worker", "dataset", "stage", "progress", "speed", "left"):
             table.add_column(name, justify="left" if name in {"dataset", "stage"} else "right")
         for p in progress:
             seconds = max(time.time() - p.started, 1e-3)
             rate = p.done / seconds
-            left = clock((p.total - p.done) / rate) if rate else ""
-            cells = (str(p.worker), p.dataset, p.stage, f"{p.done}/{p.total}", f"{rate:.1f}/s" if rate else "", left)
-            table.add_row(*cells)
+            speed, remaining = (f"{rate:.1f}/s", clock((p.total - p.done) / rate)) if rate else ("", "")
+            table.add_row(str(p.worker), p.dataset, p.stage, f"{p.done}/{p.total}", speed, remaining)
         return table
 
 
 def describe(row: ResultRow) -> str:
-    """What came of an experiment, in one line."""
+    """An experiment's result in one line: accuracy and its change, losses, time; or the cause of its failure."""
     v = row.values
     if not row.ok:
         return f"{v['dataset']}: FAILED: {v['error']}"

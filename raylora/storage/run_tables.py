@@ -1,9 +1,9 @@
-"""The tables of a run while it goes on: two processes write them, and none over what the other one wrote later.
+"""The tables of a run while it goes on. Two processes write them, and neither may overwrite newer tables.
 
-The sink of the run's Ray Dataset writes them with every row, in a process of Ray's on the command's node. The command
-itself writes them at the end, from all that is stored, whatever ended the run. A process of Ray's may live on for
-seconds after its run, even after the command was killed: what allows it to write is a file, a permit, which the command
-takes away before it writes, and the next run before it begins.
+The sink of the run's Ray Dataset, a process of Ray's on the command's node, writes them as rows come. The command
+writes them at the end, from all stored rows, whatever ended the run. The sink's process may outlive the run by seconds,
+even when the command was killed. So it writes only while a file, the run's permit, exists. The command deletes the
+permit before it writes, and the next run deletes any permit that is left before it begins.
 """
 
 from __future__ import annotations
@@ -21,27 +21,34 @@ from raylora.storage.store import Store
 from raylora.storage.tables import CsvTable
 
 PERMIT = "tables-{}.permit"
+"""The name of a permit's file, with an id for each run."""
 _not_before: dict[Path, float] = {}
-"""When this process may write a run's tables again, by its permit."""
+"""By permit: the ``time.monotonic()`` from which this process, the sink's, may write the run's tables again."""
 
 
 class RunTables:
-    """``results.csv``, ``results.parquet`` and what else a command's rows go to. Travels to the sink's process.
+    """``results.csv``, ``results.parquet`` and any other table of a command's rows. Pickled for the sink's process.
 
     Args:
+        columns: of the store's tables, in their order.
         more: a table beside those of the store.
     """
 
     pause = 10.0
-    """After the sink wrote, it writes no more for so many times as long. Rows that come meanwhile wait for the next."""
+    """The sink waits so many times as long as its last write took, so that writing takes less than a tenth of the run's
+    time. Rows that come meanwhile are in the next write."""
 
     def __init__(self, store: Store, columns: list[str], more: CsvTable | None = None) -> None:
         self._store, self._columns, self._more = store, columns, more
-        # On the node of both processes, whatever the place of the results: they lock it.
+        # A local file, even where results go to an object store: both processes are on one node, and lock it.
         self._permit = store.root / PERMIT.format(uuid.uuid4().hex)
 
     def write(self, rows: Iterable[ResultRow]) -> list[ResultRow]:
-        """The rows in their order: by dataset, then by hyperparameters."""
+        """Write the tables. Returns the rows in the tables' order: by dataset, then by experiment id.
+
+        Raises:
+            OSError, UserError: a table cannot be written.
+        """
         ordered = sorted(rows, key=lambda row: (row.values["dataset"], row.values["experiment_id"]))
         self._store.write_tables(ordered, self._columns)
         if self._more:
@@ -49,7 +56,7 @@ class RunTables:
         return ordered
 
     def write_if_due(self, rows: Iterable[ResultRow]) -> None:
-        """From the sink's process: unless it has just written them, or the command has taken over."""
+        """Called in the sink's process: write, unless it is too soon after the last write or the permit is gone."""
         if time.monotonic() < _not_before.get(self._permit, 0.0):
             return
         started = time.monotonic()
@@ -61,25 +68,25 @@ class RunTables:
 
     @contextlib.contextmanager
     def permitted(self) -> Iterator[None]:
-        """From its beginning to its end the sink's process may write, and that of no earlier run."""
-        for former in self._permit.parent.glob(PERMIT.format("*")):
-            _take_away(former)
+        """Inside, the sink's process of this run may write, and that of no earlier run."""
+        for old_permit in self._permit.parent.glob(PERMIT.format("*")):
+            _revoke(old_permit)
         self._permit.touch()
         try:
             yield
         finally:
-            _take_away(self._permit)
+            _revoke(self._permit)
 
 
-def _take_away(permit: Path) -> None:
-    """Wait for a table that is being written; there is none after it."""
+def _revoke(permit: Path) -> None:
+    """Delete a permit, after waiting for a write that is going on. No write begins after it."""
     with _locked(permit):
         permit.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _locked(permit: Path) -> Iterator[bool]:
-    """Hold a permit; False where it was taken away. The system lets go of it when its holder dies."""
+    """Hold the lock of a permit; False if the permit was deleted. The system frees the lock when its holder dies."""
     try:
         file = os.open(permit, os.O_RDWR)
     except FileNotFoundError:
@@ -87,6 +94,6 @@ def _locked(permit: Path) -> Iterator[bool]:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield permit.exists()
+        yield permit.exists()  # it may have been deleted while this waited for the lock
     finally:
         os.close(file)

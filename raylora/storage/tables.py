@@ -1,4 +1,4 @@
-"""Rows as a table of which columns keep their order and type."""
+"""Rows as a table, whose columns keep their order and types whatever the rows hold."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from raylora.storage.places import writing
 
 
 def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
-    """Rows as a table: ``columns`` first, empty ones too, then any others by name."""
+    """Rows as a table: ``columns`` first, also those without a value, then any others by name.
+
+    Columns of integers become ``Int64``, of other numbers ``float64``; all others stay objects.
+    """
     values = [row.values for row in rows]
     extra = sorted({key for row in values for key in row} - set(columns))
-    # As objects first, or else pandas makes floats of integers beside a null.
+    # As objects first, as pandas would turn integers beside a null into floats.
     table = pd.DataFrame(values, columns=[*columns, *extra], dtype=object)
     for name in table.columns:
         types = {type(v) for v in table[name] if v is not None and v == v}  # NaN is not equal to itself
@@ -30,14 +33,15 @@ def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Some columns of rows in a CSV file of its own, which an option named."""
+    """Some columns of the rows, in a CSV file of its own that the user named."""
 
     option: str
+    """The option that named it, for error messages."""
     path: Path
     columns: list[str]
 
     def write(self, rows: Iterable[ResultRow]) -> None:
-        """The file, whole and in place of the old one.
+        """Write the file, atomically, in place of the old one.
 
         Raises:
             UserError: it cannot be written.
