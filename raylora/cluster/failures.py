@@ -15,7 +15,8 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError | None:
     """The error that ends the run, if ``error`` or a cause of it means that the store cannot be written; else None."""
-    while error is not None and not isinstance(error, MachineError):  # of a worker's own disk, such as its cache
+    # A MachineError is not about the store: what is full is a worker's own disk, such as that of its cache.
+    while error is not None and not isinstance(error, MachineError):
         if isinstance(error, RemoteError):
             return CannotGoOnError(error.strerror, kind=ErrorKind.STORAGE)
         if (number := _error_number(error)) in NO_ROOM:

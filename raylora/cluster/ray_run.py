@@ -2,8 +2,8 @@
 
 A Ray Dataset maps each experiment through one supervisor, a light actor of many threads on the command's own node. It
 holds the worker pool: each worker is an actor in its own process with one GPU and the base model. When a worker dies,
-hangs or raises, the supervisor tries again with another one. It then returns an error row, so that no experiment makes
-the pipeline fail.
+hangs or raises, the supervisor tries again with another one. If that fails too, it returns an error row, so that no
+experiment makes the pipeline fail.
 
     experiments -> Ray Dataset -> supervisor (worker_pool.py, retries.py) -> sink -> tables
                                    |- worker on GPU 0     |                   |
