@@ -13,7 +13,7 @@ from rich.table import Table
 from raylora.commands.options import ExplainConfig, FitConfig, PredictConfig
 from raylora.console import make_console
 from raylora.errors import UserError
-from raylora.predict.predictor import load_predictor
+from raylora.predict.predictor import is_too_few, load_predictor
 from raylora.predict.tables import NAME_COLUMNS, TrainingTable, known_from_table, names_of, numbers_of
 from raylora.predict.validation import fit_predictor, scores
 from raylora.rows import read_table
@@ -26,8 +26,7 @@ def fit(config: FitConfig) -> int:
     training = known_from_table(read_table(path), config.target, config.group, config.leave_out, str(path))
     for note in training.notes:
         console.print(f"Note: {note}", soft_wrap=True)
-    # With n rows the intervals' quantile is the (n + 1) * coverage-th smallest error, which must be one of the n.
-    if len(training.target) < 1 / (1 - config.coverage) - 1:
+    if is_too_few(len(training.target), config.coverage):
         raise UserError(f"{path}: {len(training.target)} good rows are too few for --coverage {config.coverage:g}")
     _note_few_groups(training, config.coverage, console)
     with writing("--output", config.output):
@@ -50,7 +49,7 @@ def fit(config: FitConfig) -> int:
 
 def _note_few_groups(training: TrainingTable, coverage: float, console: Console) -> None:
     """Warn if there are fewer groups than the coverage needs rows: errors within a group are alike, as of one row."""
-    if training.groups is not None and (num := len(np.unique(training.groups))) < 1 / (1 - coverage) - 1:
+    if training.groups is not None and is_too_few(num := len(np.unique(training.groups)), coverage):
         console.print(
             f"Note: {num} groups are few for --coverage {coverage:g}: intervals may hold less than that of new ones",
             soft_wrap=True,

@@ -91,7 +91,7 @@ def _supervised(labels: torch.Tensor, device: torch.device | str) -> tuple[torch
 def pack_rows(
     rows: Sequence[Sequence[int]], device: torch.device | str, labels: Sequence[Sequence[int]] | None = None
 ) -> Minibatch:
-    """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/forward.py``)."""
+    """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/packing.py``)."""
     lengths = tuple(len(row) for row in rows)
 
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:

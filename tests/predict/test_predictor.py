@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.errors import UserError
-from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, load_predictor, trees_of
+from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, is_too_few, load_predictor, trees_of
 from raylora.predict.ranking import rank
 from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor
@@ -154,3 +154,10 @@ def test_a_predictor_whose_parts_do_not_fit_is_refused(tmp_path):
         assert set(skops.io.get_untrusted_types(file=tmp_path / "x.skops")) <= set(TRUSTED_TYPES)
         with pytest.raises(UserError, match=r"x.skops: no predictor that scikit-learn"):
             load_predictor(tmp_path / "x.skops")
+
+
+@pytest.mark.parametrize(("coverage", "needed"), [(0.9, 9), (0.8, 4), (0.5, 1), (0.95, 19), (0.99, 99)])
+def test_the_fewest_rows_that_give_an_interval(coverage, needed):
+    """1 / (1 - 0.9) - 1 is 9.000000000000002 in floats: nine rows were too few."""
+    assert is_too_few(needed - 1, coverage)
+    assert not is_too_few(needed, coverage)
