@@ -5,14 +5,15 @@ holds the worker pool: each worker is an actor in its own process with one GPU a
 hangs or raises, the supervisor tries again with another one. If that fails too, it returns an error row, so that no
 experiment makes the pipeline fail.
 
-    experiments -> Ray Dataset -> supervisor (worker_pool.py, retries.py) -> sink -> tables
-                                   |- worker on GPU 0     |                   |
-                                   '- worker on GPU 1     '-> status board: progress, notes, rows <- the command reads
+    experiments -> Ray Dataset -> supervisor (supervisor.py) -> sink -> tables
+                                   |- worker on GPU 0  |         |
+                                   '- worker on GPU 1  '-> status board: progress, notes, rows <- the command reads
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -32,11 +33,11 @@ from ray.data.datasource import Datasink, WriteResult
 from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from raylora.cluster.failures import store_failure
-from raylora.cluster.metrics import RunMeter, WorkerMeter
-from raylora.cluster.retries import RetryingExecutor, WorkerCalls
+from raylora.cluster.metrics import WorkerMeter
 from raylora.cluster.status import Status, StatusBoard
+from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker import Worker, check_gpu
-from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
+from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace
 from raylora.config import Config
 from raylora.errors import (
     CannotGoOnError,
@@ -98,8 +99,8 @@ def _set_title(text: str) -> None:
         ray._raylet.setproctitle(f"ray::{text}")  # `ray stop` finds Ray's processes by this prefix
 
 
-class Supervisor:
-    """Holds the worker pool of a run. Called by many threads at once, each with an experiment.
+class RayCluster:
+    """The running Ray as a ``WorkerCluster``. Made by the command, used in the supervisor's process.
 
     Args:
         make_runner: as for ``Worker``.
@@ -115,40 +116,19 @@ class Supervisor:
         store: Store,
         board: Any,
         resources: dict[str, Any],
-        num_experiments: int,
         folder: str,
     ) -> None:
         self._make_runner, self._config, self._store, self._board = make_runner, config, store, board
         self._resources, self._folder = resources, folder
-        self._numbers, self._namespace = itertools.count(), _new_namespace()
-        num_workers = max(1, self._survey().num_workers)
-        self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // num_workers)
-        self._pool = WorkerPool(self._start, self._stop, self._survey, self._note)
-        calls = WorkerCalls(self._run, self._train, self._help, self._being_evaluated)
-        self._executor = RetryingExecutor(config, store, self._pool, calls, "num_gpus" in resources, self._note_retry)
-        self._meter = RunMeter(ray.util.metrics, num_experiments, lambda: self._executor.num_at_work)
+        self._numbers = itertools.count()
+        self._num_threads = config.threads or max(1, (os.cpu_count() or 1) // max(1, self.survey().num_workers))
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """``row``: the values of the experiment's row as JSON, ``null`` without one; ``stop``: why the run must end."""
-        try:
-            values = self._executor.run(Experiment(**json.loads(item["experiment"])), item["rank"])
-        except CannotGoOnError as error:
-            self._pool.begin_no_more()
-            return {"row": "null", "stop": str(error)}
-        if values:
-            self._meter.finished(values["status"])
-        return {"row": json.dumps(values), "stop": ""}
+    @functools.cached_property
+    def _namespace(self) -> str:
+        """Of the supervisor's process: one that takes a killed one's place must not meet its workers' names."""
+        return _new_namespace()
 
-    def _note(self, text: str) -> None:
-        self._board.note.remote(text)
-
-    def _note_retry(self, text: str) -> None:
-        self._note(text)
-        self._meter.retried()
-
-    # What the worker pool calls
-
-    def _survey(self) -> Capacity:
+    def survey(self) -> Capacity:
         nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         num_workers = self._config.num_workers
@@ -156,7 +136,7 @@ class Supervisor:
             return Capacity(min(num_workers or num_gpus, num_gpus), nodes)
         return Capacity(num_workers or 1, nodes)
 
-    def _start(self) -> PoolWorker:
+    def start(self) -> PoolWorker:
         number = next(self._numbers)
         name = f"raylora-{'gpu' if 'num_gpus' in self._resources else 'cpu'}-{number}"
         # max_restarts=1: when a node's memory runs out, Ray first kills the actors that it may restart. That must be
@@ -177,37 +157,14 @@ class Supervisor:
         )
         return PoolWorker(worker, ray.get(worker.where.remote()), number)
 
-    def _stop(self, worker: PoolWorker) -> None:
+    def stop(self, worker: PoolWorker) -> None:
         with contextlib.suppress(RayError, ValueError):
             ray.kill(worker.handle, no_restart=True)
             self._board.clear.remote(worker.number)
 
-    # What the executor of retries calls
-
-    def _run(self, worker: PoolWorker, experiment: Experiment) -> dict[str, Any]:
-        values: dict[str, Any] = self._result_of(worker, worker.handle.run.remote(experiment), self._config.timeout)
-        return values
-
-    def _train(self, worker: PoolWorker, experiments: Sequence[Experiment]) -> int:
-        timeout = self._config.timeout and self._config.timeout * len(experiments)
-        return int(self._result_of(worker, worker.handle.train.remote(list(experiments)), timeout))
-
-    def _help(self, worker: PoolWorker, experiment: Experiment) -> int:
-        return int(self._result_of(worker, worker.handle.help.remote(experiment), self._config.timeout))
-
-    def _result_of(self, worker: PoolWorker, reference: Any, timeout: float | None) -> Any:
-        """The result of a worker's method.
-
-        Args:
-            reference: Ray's reference to it.
-            timeout: in seconds; None: wait for as long as it takes.
-
-        Raises:
-            CannotGoOnError: the store cannot be written.
-            WorkerFailedError: any other failure; its class and ``kind`` say which.
-        """
+    def call(self, worker: PoolWorker, method: str, *args: Any, timeout: float | None) -> Any:
         try:
-            return ray.get(reference, timeout=timeout)
+            return ray.get(getattr(worker.handle, method).remote(*args), timeout=timeout)
         except GetTimeoutError as error:
             raise WorkerFailedError(f"gave up after --timeout {timeout:g} s", kind=ErrorKind.TIMEOUT) from error
         except RayTaskError as error:
@@ -242,12 +199,12 @@ class Supervisor:
             return True
         return False
 
-    def _being_evaluated(self) -> set[str]:
-        """Ids of the experiments whose MMLU questions can be shared. Stops the pool if the command wants it stopped."""
+    def read_status(self) -> Status:
         status: Status = ray.get(self._board.read.remote(), timeout=60)
-        if status.stopping:
-            self._pool.begin_no_more()
-        return {p.experiment_id for p in status.progress if p.can_share}
+        return status
+
+    def note(self, text: str) -> None:
+        self._board.note.remote(text)
 
 
 @contextlib.contextmanager
@@ -442,9 +399,11 @@ def _map_experiments(
     # The supervisor's threads start in any order. By its rank, the largest experiment gets a worker first.
     items = [{"experiment": json.dumps(asdict(e)), "rank": rank} for rank, e in enumerate(experiments)]
     num_threads = min(len(items), MAX_THREADS)
+    resources = _resources_of_a_worker()
+    workers = RayCluster(make_runner, config, store, board, resources, str(Path.cwd()))
     return ray.data.from_items(items, override_num_blocks=len(items)).map(
         Supervisor,
-        fn_constructor_args=(make_runner, config, store, board, _resources_of_a_worker(), len(items), str(Path.cwd())),
+        fn_constructor_args=(workers, config, store, len(items), "num_gpus" in resources, ray.util.metrics),
         compute=ActorPoolStrategy(
             size=1,
             max_tasks_in_flight_per_actor=num_threads,
