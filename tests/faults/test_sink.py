@@ -53,7 +53,8 @@ def test_a_sink_killed_at_every_point_changes_no_row_and_tears_no_table(shared_s
     assert not reader.errors
     for name, num_rows in reader.num_rows.items():
         assert num_rows == sorted(num_rows), f"a row was taken out of {name}"
-        assert len(set(num_rows)) > 3, f"{name} did not grow row by row"
+        # No more than that: a new process takes seconds, in which the rows of such small experiments queue up.
+        assert len(set(num_rows)) > 2, f"{name} had no row before the end"
     rows = shared_site.rows()
     assert_equal_rows(rows, undisturbed)
     assert {row["num_attempts"] for row in rows.values()} == {1}
