@@ -129,7 +129,7 @@ def test_rows_reach_the_tables_one_by_one_from_one_process_beside_the_command(ra
     made = [(run.store.folder(e) / "result.json").stat().st_mtime for e in run.experiments]
     late = [e["time"] - m for e, m in zip(entries, sorted(made), strict=True)]
     print(f"rows in the tables {', '.join(f'{seconds:.2f}' for seconds in late)} s after they were made")
-    assert max(late[2:]) < 2.0, "but for the first ones, for which the process starts"
+    assert entries[2]["time"] < max(made), "the tables had to wait for the end"
     shown = ray.get(run.handles[0].board.read.remote(1)).rows
     assert sorted(values["dataset"] for values in shown) == run.names
 
@@ -141,7 +141,10 @@ def test_a_sink_that_is_killed_costs_no_row(ray_with_gpus, tmp_path):
     assert run.finish() == run.names
     entries = run.diary.entries()
     assert len({e["process"] for e in entries}) == 2
-    assert [len(e["rows"]) for e in entries] == [*range(1, NUM_ROWS + 1)], "the new process knows what the old one knew"
+    # A process that is killed between its table and the end of its task is followed by one that writes the same again.
+    sizes = [len(e["rows"]) for e in entries]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {*range(1, NUM_ROWS + 1)}, "the new process does not know what the old one knew"
 
 
 def test_a_board_that_dies_costs_no_row_either(ray_with_gpus, tmp_path):
