@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 
@@ -83,3 +86,10 @@ def test_cells_beyond_the_header_shift_nothing(tmp_path):
         read_table(path)
     path.write_text("dataset,overall_accuracy\nnull,0.5\n007,0.6\n")
     assert read_table(path)["dataset"].tolist() == ["null", "007"]
+
+
+@pytest.mark.parametrize("module", ["raylora.report.page", "raylora.predict.predictor", "raylora.rows"])
+def test_who_reads_tables_waits_for_no_torch(module):
+    code = f"import sys, {module}, raylora\nraylora.load_results\nprint({{'torch', 'transformers', 'ray'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

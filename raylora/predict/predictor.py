@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import sklearn
-import skops.io
 
 from raylora.errors import UserError
 from raylora.predict.tables import numbers_of
@@ -175,6 +174,8 @@ class Predictor:
 
     def save(self, folder: Path) -> Path:
         """Write ``predictor.skops`` into ``folder``; returns its path."""
+        import skops.io  # which imports torch and takes 3 s: not at the top, where fitting and tables would wait for it
+
         content = {"format": FORMAT, **vars(self)}
         path = folder / FILE_NAME
 
@@ -222,6 +223,8 @@ def load_predictor(path: Path) -> Predictor:
     Raises:
         UserError: it is not there, is no predictor, or holds types that are not on our list.
     """
+    import skops.io
+
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such predictor; make one: python -m raylora.predict fit TABLE")
