@@ -90,6 +90,7 @@ def test_cells_beyond_the_header_shift_nothing(tmp_path):
 
 @pytest.mark.parametrize("module", ["raylora.report.page", "raylora.predict.predictor", "raylora.rows"])
 def test_who_reads_tables_waits_for_no_torch(module):
-    code = f"import sys, {module}, raylora\nraylora.load_results\nprint({{'torch', 'transformers', 'ray'}} & {{*sys.modules}})"
+    heavy = {"torch", "transformers", "ray"}
+    code = f"import sys, {module}, raylora\nraylora.load_results\nprint({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
