@@ -160,7 +160,7 @@ def wait_for_workers(parent: int, num: int, timeout: float = 90) -> list[psutil.
 def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "slow", num=400)
     write_dataset(tmp_path / "data" / "chunk_1", "quick", num=2)
-    rows = run(options, timeout=25.0, num_epochs=400, batch_size=1, stages=("train",))
+    rows = run(options, timeout=25.0, num_epochs=100, batch_size=1, stages=("train",))
     assert rows["slow"]["status"] == "error"
     assert "--timeout 25" in rows["slow"]["error"]
     assert rows["slow"]["error_kind"] == "timeout"
