@@ -129,9 +129,8 @@ RESULT_COLUMNS = (
     "dataset", "experiment_id", "status", "error", "error_kind", "overall_accuracy", "base_overall_accuracy",
     "accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", "total_questions",
     "correct_questions", "base_correct_questions", "overall_stderr", "base_overall_stderr", "macro_accuracy",
-    "base_macro_accuracy",
-    "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences", "accuracy_other", "num_unparsed",
-    "base_num_unparsed", "num_truncated",
+    "base_macro_accuracy", "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences", "accuracy_other",
+    "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "device", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size",

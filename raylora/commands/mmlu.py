@@ -120,12 +120,12 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     }
 
 
-def write_tables(store: Store, found: list[Evaluated]) -> None:
+def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
     """Write ``summary.csv`` and ``subjects.csv`` of all evaluated models, the base first."""
-    base = found[0].score
-    summary = pd.DataFrame([summary_row(e, base) for e in found])
+    base = evaluated[0].score
+    summary = pd.DataFrame([summary_row(e, base) for e in evaluated])
     subjects = []
-    for e in found:
+    for e in evaluated:
         accuracy = pd.DataFrame.from_dict(summarize(e.score)["subjects"], orient="index")
         change = compare_subjects(e.score, base).set_index("subject").drop(columns="num_questions")
         subjects.append(accuracy.join(change).rename_axis("subject").reset_index().assign(model=e.name))
@@ -135,22 +135,24 @@ def write_tables(store: Store, found: list[Evaluated]) -> None:
     store.write_file("subjects.csv", lambda p: table.to_csv(p, index=False))
 
 
-def print_tables(found: list[Evaluated], console: Console) -> None:
+def print_tables(evaluated: list[Evaluated], console: Console) -> None:
     """Print a row for each evaluated model, the base first; then notes, and the subjects that adapters changed."""
-    base = found[0].score
+    base = evaluated[0].score
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     names = ("model", "accuracy", "stderr", "macro", *SHORT_GROUPS.values(), "change", "95% interval", "p")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, overflow="ellipsis")
-    for e in found:
+    for e in evaluated:
         v = summary_row(e, base)
         cells = [v["overall_accuracy"], v["overall_stderr"], v["macro_accuracy"]]
         cells += [v[f"accuracy_{group}"] for group in SHORT_GROUPS]
         change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"]
         change.append(f"{v['mcnemar_p_value']:.2g}")
-        table.add_row(e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not found[0] else []))
+        table.add_row(
+            e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not evaluated[0] else [])
+        )
     console.print(table)
-    for e in found:
+    for e in evaluated:
         info, summary = e.score.info, summarize(e.score)
         counts = {"unparsed": summary["num_unparsed"], "with a cut prompt": summary["num_truncated"]}
         for what, count in counts.items():
@@ -158,7 +160,7 @@ def print_tables(found: list[Evaluated], console: Console) -> None:
                 console.print(f"{e.name}: {count} of {summary['total_questions']} {what}")
         if info.get("no_prefix_because") and info["scoring"] == "logits":
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
-    for e in found[1:]:
+    for e in evaluated[1:]:
         print_changed_subjects(e, base, console)
 
 

@@ -89,14 +89,14 @@ def _print_check(target: str, measured: pd.Series, predictions: pd.DataFrame, co
         )
 
 
-def print_predictions(names: list[str], found: pd.DataFrame, target: str, console: Console) -> None:
+def print_predictions(names: list[str], predictions: pd.DataFrame, target: str, console: Console) -> None:
     """Print the rows from the highest prediction to the lowest; those without one last."""
     table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("dataset", "prediction", "interval", "unlike any seen in"):
         table.add_column(name, justify="left" if name in {"dataset", "unlike any seen in"} else "right")
-    order = found["prediction"].fillna(-np.inf).to_numpy().argsort(kind="stable")[::-1]
+    order = predictions["prediction"].fillna(-np.inf).to_numpy().argsort(kind="stable")[::-1]
     for i in order:
-        row = found.iloc[i]
+        row = predictions.iloc[i]
         outside = row["outside"].split(", ") if row["outside"] else []
         shown = ", ".join(outside[:2]) + (f" and {len(outside) - 2} more" if len(outside) > 2 else "")
         numbers = ("", "")

@@ -39,7 +39,7 @@ RULE = (
 
 
 def measure_features(plan: Plan, console: Console) -> pd.DataFrame:
-    """A row for each experiment: names, settings, and and its features, or the ``error`` that prevented them.
+    """A row for each experiment: names, settings, and its features, or the ``error`` that prevented them.
 
     Only features that are not in the store yet are measured, and put there. The run's tables stay as they are.
 
@@ -103,17 +103,17 @@ def next_command(config: RankConfig, order: Path) -> str:
     return shlex.join(["python", "-m", "raylora.batch", *CliApp.serialize(Config.model_construct(**options))])
 
 
-def run(given: RankConfig) -> int:
-    console, config = make_console(), given
+def run(config: RankConfig) -> int:
+    console = make_console()
     predictor = load_predictor(config.predictor)
     steps = config.probe_steps if predictor.card["needs_probe"] else 0
     if predictor.card["needs_probe"] and steps == 0:
         raise UserError("--probe-steps 0: the predictor uses dynamic features; give steps, or fit --leave-out dynamic")
-    config = config.model_copy(update={"stages": ("features",), "probe_steps": steps, "trackers": ()})
-    for note in _notes(predictor, config):
+    measuring = config.model_copy(update={"stages": ("features",), "probe_steps": steps, "trackers": ()})
+    for note in _notes(predictor, measuring):
         console.print(f"Note: {note}", soft_wrap=True)
-    chunk, files = find_files(config)
-    plan = make_plan(config, files, chunk)
+    chunk, files = find_files(measuring)
+    plan = make_plan(measuring, files, chunk)
     table = measure_features(plan, console)
     ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
     path = plan.store.root / "ranking.csv"
@@ -121,5 +121,5 @@ def run(given: RankConfig) -> int:
     plan.store.publish("ranking.csv")
     print_ranking(ranking, predictor.card["target"], console)
     console.print(f"Files: {path}", soft_wrap=True)
-    console.print(f"Next: {next_command(given, path)}", soft_wrap=True)
+    console.print(f"Next: {next_command(config, path)}", soft_wrap=True)
     return 0 if (ranking["error"] == "").all() else 1

@@ -163,7 +163,8 @@ def measure_all(
         shares = activations.shares(output.places)
         sparsities = shares.split(output.num_states) if shares is not None else [None] * len(part)
         return [
-            _measure(items[i], train_on, *of_row) for i, *of_row in zip(part, losses, states, sparsities, strict=True)
+            _measure(items[i], train_on, labels[i], content[i], *of_row)
+            for i, *of_row in zip(part, losses, states, sparsities, strict=True)
         ]
 
     results: dict[int, Measured] = {}
@@ -205,12 +206,18 @@ def _labels(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
 
 
 def _measure(
-    item: Item, train_on: TrainOn, losses: torch.Tensor, states: torch.Tensor, sparsities: torch.Tensor | None
+    item: Item,
+    train_on: TrainOn,
+    labels: Sequence[int],
+    content: Sequence[bool],
+    losses: torch.Tensor,
+    states: torch.Tensor,
+    sparsities: torch.Tensor | None,
 ) -> Measured:
-    """An item's measures, from the losses (N,) of its ``_labels``, and the states (K, H) and activation sparsities (K,)
-    of its content."""
-    encoded, content = item.encoded, _content(item.encoded)
-    wanted = [label != IGNORE_INDEX for label in _labels(encoded, train_on)]
+    """An item's measures, from the losses (N,) of its labels, and the states (K, H) and activation sparsities (K,) of
+    its content."""
+    encoded = item.encoded
+    wanted = [label != IGNORE_INDEX for label in labels]
     supervised = [label != IGNORE_INDEX for label in labels_of(encoded, train_on)]
     answer_loss = float(losses[_among(wanted, encoded.is_answer_text)].double().mean())
     label_losses = losses[_among(wanted, supervised)].double()

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from raylora.data.encoding import common_prefix_length
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion
 
@@ -64,8 +65,7 @@ def common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
         return 0
     # In lexicographic order: what the first and the last have in common, all between them have too.
     first, last = min(e.context_ids for e in encoded), max(e.context_ids for e in encoded)
-    length = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(length, min(len(e) for e in encoded) - 1)
+    return min(common_prefix_length(first, last), min(len(e) for e in encoded) - 1)
 
 
 def batches_of(encoded: Sequence[EncodedQuestion], part: Part, budget: int) -> Iterator[Part]:
