@@ -108,6 +108,30 @@ def test_every_way_to_write_an_option_that_there_ever_was(monkeypatch, tmp_path)
 # How a command ends
 
 
+def test_wrong_use_exits_with_2_and_no_traceback(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "raylora.batch", "--chunk", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("raylora: --data-root")
+    assert result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_before_anything_runs_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raylora.config_sources.OptionParser.parse", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_command("batch", [])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
