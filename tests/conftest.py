@@ -74,12 +74,20 @@ def smollm2():
 
 
 @pytest.fixture(scope="module")
-def loaded(tokenizer):
+def loaded():
     """The tiny model as raylora holds it, without an adapter."""
-    from raylora.model.adapters import LoadedModel
-    from tests.helpers.tiny import make_model
+    from tests.helpers.tiny import make_loaded
 
-    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
+    return make_loaded()
+
+
+@pytest.fixture
+def encoded(tokenizer):
+    """Sixteen examples in token ids."""
+    from raylora.data.encoding import encode_example
+    from tests.helpers.training import make_examples
+
+    return [encode_example(tokenizer, e, 256) for e in make_examples(16)]
 
 
 @pytest.fixture

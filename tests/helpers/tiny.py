@@ -69,6 +69,11 @@ def make_model(seed: int = 0, hidden_size: int = 64, num_layers: int = 2) -> Lla
     return LlamaForCausalLM(config).eval()
 
 
+def make_loaded() -> LoadedModel:
+    """The tiny model as raylora holds it, without an adapter."""
+    return LoadedModel(make_model().requires_grad_(False), make_tokenizer(), "tiny", "none")
+
+
 def save_model(folder: Path, **kwargs: int) -> Path:
     """The tiny model and its tokenizer as a model folder."""
     make_model(**kwargs).save_pretrained(folder)

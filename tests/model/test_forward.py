@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raylora.data.encoding import IGNORE_INDEX, encode_example, labels_of
+from raylora.data.encoding import IGNORE_INDEX, labels_of
 from raylora.data.minibatch import pack_rows, pad_left
 from raylora.model import packing
 from raylora.model.adapters import LoadedModel
@@ -14,18 +14,13 @@ from raylora.model.forward import Output, forward_rows, head_is_plain, inference
 from raylora.model.memory import TokenBudget
 from raylora.model.packing import attention_in_blocks, can_pack, window_of
 from raylora.training.loop import train_adapter
-from tests.helpers.tiny import make_model
-from tests.helpers.training import METHOD, make_examples
+from tests.helpers.tiny import make_loaded, make_model
+from tests.helpers.training import METHOD
 
 
 @pytest.fixture
-def loaded(tokenizer):
-    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
-
-
-@pytest.fixture
-def encoded(tokenizer):
-    return [encode_example(tokenizer, e, 256) for e in make_examples(16)]
+def loaded():
+    return make_loaded()
 
 
 def test_losses_of_a_padded_batch_are_those_of_each_row_alone(loaded, encoded):

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylora.data.encoding import encode_example
-from raylora.model.adapters import LoadedModel
-from tests.helpers.tiny import make_model
-from tests.helpers.training import make_examples
+from tests.helpers.tiny import make_loaded
 
 
 @pytest.fixture
-def loaded(tokenizer):
-    return LoadedModel(make_model().requires_grad_(False), tokenizer, "tiny", "none")
-
-
-@pytest.fixture
-def encoded(tokenizer):
-    return [encode_example(tokenizer, e, 256) for e in make_examples(16)]
+def loaded():
+    return make_loaded()
