@@ -136,6 +136,8 @@ def test_rows_reach_the_tables_one_by_one_from_one_process_beside_the_command(ra
     assert sorted(values["dataset"] for values in shown) == run.names
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_sink_that_is_killed_costs_no_row(ray_with_gpus, tmp_path):
     run = Run(tmp_path).start(num_rows=2)
     first = run.diary.entries()[0]["process"]
@@ -149,6 +151,8 @@ def test_a_sink_that_is_killed_costs_no_row(ray_with_gpus, tmp_path):
     assert set(sizes) == {*range(1, NUM_ROWS + 1)}, "the new process does not know what the old one knew"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_board_that_dies_costs_no_row_either(ray_with_gpus, tmp_path):
     run = Run(tmp_path).start(num_rows=2)
     ray.kill(run.handles[0].board)
@@ -161,6 +165,8 @@ class BrokenTable(CsvTable):
         raise CannotGoOnError("no room")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_table_that_cannot_be_written_ends_the_run_with_its_own_error(ray_with_gpus, tmp_path, capfd):
     store = Store(tmp_path)
     tables = RunTables(store, ROW_COLUMNS, BrokenTable("", tmp_path / "t", []))

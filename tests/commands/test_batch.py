@@ -168,6 +168,8 @@ def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with
     assert rows["quick"]["status"] == "ok"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_whole_run_killed_midway_goes_on_where_it_was(options, tmp_path):
     for i in range(4):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
