@@ -1,0 +1,48 @@
+"""Do intervals hold what they promise, and how often is nothing called something? Simulated, as a table in Markdown.
+
+    python -m benchmarks.statistics                  all sections, some minutes on one core
+    python -m benchmarks.statistics accuracy seeds   these alone
+
+docs/mmlu.md and docs/prediction.md show its tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often something happened in a simulation, and how often it may."""
+
+    what: str
+    setting: str
+    """The sizes and truths of the simulation."""
+    rate: float
+    """Between 0 and 1."""
+    wanted: str
+    """Such as ``0.95 or more``."""
+
+
+SECTIONS: dict[str, Callable[[], list[Rate]]] = {}
+"""By name, a function that runs simulations. Each is seeded, and needs no model."""
+
+
+def markdown(rates: list[Rate]) -> str:
+    """A table with a row for each rate."""
+    lines = ["| what | setting | measured | wanted |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r.what} | {r.setting} | {r.rate:.3f} | {r.wanted} |" for r in rates]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.statistics")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    for name in parser.parse_args(argv).sections or SECTIONS:
+        print(f"### {name}\n\n{markdown(SECTIONS[name]())}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
