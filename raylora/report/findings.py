@@ -58,24 +58,21 @@ FIXES = {
 
 
 def ranking(run: FinishedRun) -> dict[str, Any]:
-    """Which experiments changed the accuracy: McNemar p-values, Holm-adjusted over all of them, and balanced accuracy.
+    """Which experiments changed the accuracy, by McNemar's test and balanced accuracy, adjusted over all of them.
 
     Returns:
-        ``rows``: numbers of the rows with MMLU; ``holm``: adjusted p-values, (rows of the table,), NaN in other rows;
-        ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``, ``num_letters``:
-        how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted p-value below
-        ``alpha``.
+        ``rows``: numbers of the rows with MMLU; ``holm``: McNemar's p-values, adjusted, (rows of the table,), NaN in
+        other rows; ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``,
+        ``num_letters``: how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted
+        p-value below ``alpha``.
     """
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
-    evaluated = np.flatnonzero(raw.notna() & change.notna())
-    adjusted = np.full(len(run.table), np.nan)
-    adjusted[evaluated] = holm(raw.to_numpy()[evaluated])
-    _, low, high = (run.numbers(name) for name in BALANCED_CHANGES)
-    found = verdicts(adjusted, change, low, high)
+    raw = raw.where(change.notna())
+    found = verdicts(raw, change, *(run.numbers(name) for name in BALANCED_CHANGES))
     return {
-        "rows": evaluated.tolist(),
-        "holm": adjusted.tolist(),
+        "rows": np.flatnonzero(raw.notna()).tolist(),
+        "holm": holm(raw).tolist(),
         "verdicts": found,
         "num_gains": found.count("gain"),
         "num_losses": found.count("loss"),
@@ -143,10 +140,9 @@ def correct_by_subject(
 
     by_letter = counts(ours & ~base), counts(base & ~ours), counts(np.ones(len(codes), dtype=bool))
     gained, lost = (of_letters.sum(axis=1) for of_letters in by_letter[:2])
-    adjusted = holm(mcnemar(gained, lost))
-    _, low, high = balanced_change(*by_letter)
-    found = verdicts(adjusted, gained - lost, low, high)
-    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": adjusted.tolist(), "verdicts": found}
+    p_values = mcnemar(gained, lost)
+    found = verdicts(p_values, gained - lost, *balanced_change(*by_letter))
+    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": holm(p_values).tolist(), "verdicts": found}
 
 
 def features(run: FinishedRun) -> dict[str, Any]:

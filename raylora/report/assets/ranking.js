@@ -48,9 +48,9 @@ function drawRanking() {
     note(
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals (Tango's score interval, corrected for continuity). ",
       el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} real`),
-      ` (filled): McNemar's exact test of accuracy, Holm-adjusted over all ${RANKED.length}, is below ${ALPHA}, and balanced accuracy (the mean over the four right letters) moved to the same side: its own 95% interval leaves out 0. `,
+      ` (filled): the p-values of McNemar's exact test of accuracy and of the change of balanced accuracy (the mean over the four right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
       letters ? `In ${letters} the test passes and balanced accuracy does not: a model that comes to prefer another letter gains where that letter happens to be right. ` : "",
-      `Where nothing changed, the chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
+      `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
     ),
   );
   const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "undecided", false]];
@@ -85,7 +85,7 @@ function drawRanking() {
     { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => LOW[i], text: (i) => (LOW[i] === null ? "–" : `${points(LOW[i])} to ${points(HIGH[i])}`), num: true, width: 120, from: 760 },
     { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => BALANCED[i], text: (i) => points(BALANCED[i]), num: true, width: 86, from: 900 },
     { key: "p", title: "p", hint: "McNemar's exact test of accuracy, unadjusted", value: (i) => p[i], text: (i) => pValue(p[i]), num: true, width: 70, from: 960, first: "ascending" },
-    { key: "holm", title: "Holm p", hint: `Adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
+    { key: "holm", title: "Holm p", hint: `McNemar's p of accuracy, adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
     { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 186 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
     { key: "accuracy", title: "Accuracy", value: (i) => accuracy[i], text: (i) => percent(accuracy[i]), num: true, width: 86, from: 1000 },
   ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${DATA.labels[i]} ${verdict(i)}`, height: 760 });
