@@ -49,7 +49,7 @@ function drawRanking() {
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals (Tango's score interval, corrected for continuity). ",
       el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} real`),
       ` (filled): the p-values of McNemar's exact test of accuracy and of the change of balanced accuracy (the mean over the four right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
-      letters ? `In ${letters} the test passes and balanced accuracy does not: a model that comes to prefer another letter gains where that letter happens to be right. ` : "",
+      letters ? `In ${letters}, only McNemar's passes, and balanced accuracy did not change: its favourite letter moved. A model that comes to prefer another letter gains where that letter happens to be right. ` : "",
       `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
     ),
   );
@@ -86,7 +86,7 @@ function drawRanking() {
     { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => BALANCED[i], text: (i) => points(BALANCED[i]), num: true, width: 86, from: 900 },
     { key: "p", title: "p", hint: "McNemar's exact test of accuracy, unadjusted", value: (i) => p[i], text: (i) => pValue(p[i]), num: true, width: 70, from: 960, first: "ascending" },
     { key: "holm", title: "Holm p", hint: `McNemar's p of accuracy, adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
-    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 186 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
+    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
     { key: "accuracy", title: "Accuracy", value: (i) => accuracy[i], text: (i) => percent(accuracy[i]), num: true, width: 86, from: 1000 },
   ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${DATA.labels[i]} ${verdict(i)}`, height: 760 });
 }
