@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from rich import box
@@ -129,11 +128,8 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
 def summary_of(evaluated: list[Evaluated]) -> pd.DataFrame:
     """``summary.csv``, the base first; ``holm_p_value`` is adjusted over the adapters, ``verdict`` made with it."""
     table = pd.DataFrame([summary_row(e, evaluated[0].score) for e in evaluated])
-    adapters = table.iloc[1:]
-    adjusted = holm(adapters["mcnemar_p_value"].to_numpy(dtype=float))
-    _, low, high = (adapters[name] for name in BALANCED_CHANGES)
-    found = verdicts(adjusted, adapters["change_difference"], low, high)
-    return table.assign(holm_p_value=[np.nan, *adjusted], verdict=["", *found]).astype(COUNTS_OF_CHANGES)
+    found = verdicts(*(table[name] for name in ("mcnemar_p_value", "change_difference", *BALANCED_CHANGES)))
+    return table.assign(holm_p_value=holm(table["mcnemar_p_value"]), verdict=["", *found[1:]]).astype(COUNTS_OF_CHANGES)
 
 
 def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
@@ -197,8 +193,7 @@ def print_letters(summary: pd.DataFrame, console: Console) -> None:
 def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:
     """Print the subjects whose accuracy an adapter changed, from the largest loss to the largest gain.
 
-    Those whose p-value, Holm-adjusted over all subjects, is below ``ALPHA``. Where balanced accuracy did not change to
-    the same side, it says that the favourite letter moved.
+    Those whose verdict (``paired.verdicts``) is not undecided.
     """
     table = compare_subjects(evaluated.score, base)
     changed = table[table["verdict"] != "undecided"].sort_values("difference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,10 +12,14 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from raylora import evaluate_mmlu
+from raylora.commands.mmlu import Evaluated, print_tables, summary_of
 from raylora.mmlu.scoring import load_score
+from raylora.records import Score
 from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
+from tests.helpers.runs import letter_scores
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
@@ -38,7 +43,11 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     assert summary["total_questions"].eq(13).all()
     subjects = pd.read_csv(folder / "subjects.csv")
     assert len(subjects) == 6
-    assert (subjects["holm_p_value"] >= subjects["mcnemar_p_value"]).all()
+    of_adapters = subjects[subjects["model"] != "base"]
+    assert (of_adapters["holm_p_value"] >= of_adapters["mcnemar_p_value"]).all()
+    assert subjects[subjects["model"] == "base"][["difference", "ci_low", "mcnemar_p_value"]].isna().all(axis=None)
+    assert summary["ci_low"].isna().tolist() == [True, False, False]
+    assert summary[[f"prediction_share_{letter}" for letter in "abcd"]].sum(axis=1).tolist() == pytest.approx([1, 1, 1])
     scores = pd.read_parquet(summary["scores"][1])
     wanted = {"subject", "question_id", "question", "answer", "prediction", *LOGPROBS, "correct"}
     assert wanted <= set(scores.columns)
@@ -51,6 +60,29 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     modified = [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))]
     assert run_command(*arguments).returncode == 0
     assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
+
+
+def test_a_favourite_letter_that_moved_is_named(tmp_path):
+    evaluated = []
+    for name, score in zip(("base", "only_letters", "knowledge"), letter_scores(), strict=True):
+        info = {**score.info, "scoring": "logits"}
+        evaluated.append(Evaluated(name, Score(score.questions, info), tmp_path / f"{name}.parquet"))
+    summary = summary_of(evaluated).set_index("model")
+    assert summary["verdict"].to_dict() == {"base": "", "only_letters": "letter", "knowledge": "gain"}
+    assert summary["num_gained"].tolist()[1:] == [360, 432]
+    assert summary["balanced_accuracy"].to_dict() == pytest.approx(
+        {"base": 0.25, "only_letters": 0.25, "knowledge": 0.925}
+    )
+    console = Console(width=120, file=io.StringIO(), record=True)
+    print_tables(evaluated, console)
+    lines = console.export_text().splitlines()
+    (letters,) = [line for line in lines if line.startswith("only_letters: balanced")]
+    assert "answers A 0%, B 0%, C 0%, D 100%" in letters
+    assert letters.endswith("its favourite letter moved")
+    assert [line for line in lines if "its favourite letter moved" in line] == [
+        letters,
+        *(line for line in lines if line.startswith(("only_letters: anatomy", "only_letters: virology"))),
+    ]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):
