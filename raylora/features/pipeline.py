@@ -48,8 +48,9 @@ def extract_features(
     static_done = time.perf_counter()
     dynamic = run_probe(
         loaded,
-        static.encoded,
+        static.held_out,
         static.held_out_losses,
+        static.training,
         method,
         options.probe_steps,
         (dataset.seed ^ seed) % 2**62,

@@ -19,7 +19,7 @@ from raylora.config import Method
 from raylora.data.encoding import EncodedExample
 from raylora.errors import UserError
 from raylora.features.observer import ProbeObserver, global_norm
-from raylora.features.static import FeatureResult, count_held_out, has_answer
+from raylora.features.static import FeatureResult
 from raylora.model.adapters import LoadedModel
 from raylora.model.onednn import onednn_linears
 from raylora.records import ProgressCallback, ProgressStage, ignore_progress
@@ -37,20 +37,21 @@ Losses = Sequence[ExampleLoss]
 
 def run_probe(
     loaded: LoadedModel,
-    encoded: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
     before: Losses,
+    training: Sequence[EncodedExample],
     method: Method,
     probe_steps: int,
     seed: int,
     token_budget: int,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureResult:
-    """Train a fresh adapter for ``probe_steps`` steps on a part of the sample, and measure it on the rest.
+    """Train a fresh adapter for ``probe_steps`` steps on one part of a sample, and measure it on the other.
 
     Args:
-        encoded: the sample, in an order that does not depend on the file's; its first ``count_held_out`` examples are
-            held out.
-        before: the base's losses on the held-out examples that have an answer.
+        held_out: the examples to measure, each with an answer; the parts are those of ``split_sample``.
+        before: the base's losses on them.
+        training: the examples to train on, in an order that does not depend on the file's.
         token_budget: most padded tokens in a minibatch that is measured; a training has a budget of its own.
 
     Returns:
@@ -59,10 +60,8 @@ def run_probe(
     Raises:
         torch.OutOfMemoryError: a single example does not fit (MemoryError or RuntimeError on a CPU).
     """
-    num_held_out = count_held_out(len(encoded))
-    held_out, training = [e for e in encoded[:num_held_out] if has_answer(e)], encoded[num_held_out:]
-    if not num_held_out:
-        return _unmeasured("the probe needs two examples, one of them held out")
+    if not training:
+        return _unmeasured("the probe needs two conversations, one of them held out")
     if not sum(e.num_supervised for e in before):
         return _unmeasured("the held-out examples have no supervised token")
     base_values = {"initial_loss": mean_loss(before)}  # of the base: it needs no probe, and stays if that fails
