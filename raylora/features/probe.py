@@ -32,6 +32,8 @@ GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json
 RHO = 0.05
 """Length of the step along the gradient for ``landscape_flatness``: the default of sharpness-aware minimization (Foret
 et al. 2021)."""
+COMPARABLE_FROM = {"gradient_consistency": 50, "loss_decay_rate": 50}
+"""TODO"""
 Losses = Sequence[ExampleLoss]
 
 
@@ -80,7 +82,10 @@ def run_probe(
     finally:
         loaded.detach("probe")
     finite = _finite_values(values)
-    return FeatureResult(finite, {k: _why_null(k) for k, v in finite.items() if v is None})
+    notes = {k: _why_null(k) for k, v in finite.items() if v is None}
+    if probe_steps * method.batch_size * method.gradient_accumulation > len(training):
+        notes = _drift_notes(len(held_out) + len(training)) | notes
+    return FeatureResult(finite, notes)
 
 
 def _probe(
@@ -139,6 +144,15 @@ def _why_null(name: str) -> str:
         "landscape_flatness": "the held-out loss has no gradient",
     }
     return reasons.get(name, "the model gave no finite number")
+
+
+def _drift_notes(num_examples: int) -> dict[str, str]:
+    """The notes of features that do not compare with those of larger samples."""
+    return {
+        name: f"of {num_examples} examples; below {enough} it depends on their number"
+        for name, enough in COMPARABLE_FROM.items()
+        if num_examples < enough
+    }
 
 
 def _loss_features(before: Losses, after: Losses) -> dict[str, float | None]:
