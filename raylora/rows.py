@@ -56,7 +56,7 @@ SEMANTIC_COLUMNS = column_group(
     ("semantic_diversity", "1 - cosine", 0, 2, "1 - mean pairwise cosine of the examples' embeddings"),
     ("io_similarity", "cosine", -1, 1, "mean cosine between question's and answer's mean token states"),
     ("semantic_consistency", "cosine", -1, 1, "mean pairwise cosine of an answer's sentences (two or more)"),
-    ("embedding_outlier_ratio", "share", 0, 1, "share of embeddings that an isolation forest calls outlying"),
+    ("embedding_outlier_ratio", "share", 0, 1, "share of 50 embeddings or more that isolation forests call outlying"),
 )  # fmt: skip
 PERPLEXITY_COLUMNS = column_group(
     "perplexity",
@@ -90,7 +90,7 @@ MEASUREMENT_COLUMNS = column_group(
     ("static_skipped_count", "examples", 0, INF, "examples of the sample that could not"),
     ("static_imputed_count", "features", 0, INF, "features filled in without a measurement: none ever is"),
     ("static_coverage", "share", 0, 1, "share of the static features that are not null"),
-    ("feature_notes", "text", -INF, INF, "why a feature is null, or does not compare with others'"),
+    ("feature_notes", "text", -INF, INF, "why a feature is null, or depends on the sample's size"),
 )  # fmt: skip
 
 STATIC_COLUMNS = (*TEXT_COLUMNS, *SEMANTIC_COLUMNS, *PERPLEXITY_COLUMNS, *ACTIVATION_COLUMNS)

@@ -304,6 +304,6 @@ class StoredEncoded(Sequence[EncodedExample]):
         number = range(len(self))[index]
         data, length = self._disk_list[number], self._lengths[number]
         bits = np.frombuffer(data, dtype=np.uint8, offset=4 * length)
-        marks = [(bits & bit).astype(bool).tolist() for bit in (1, 2, 4)]
+        question, answer, text = ((bits & bit).astype(bool).tolist() for bit in (1, 2, 4))
         ids = np.frombuffer(data, dtype="<i4", count=length).tolist()
-        return EncodedExample(ids, *marks, self._num_repeated[number])
+        return EncodedExample(ids, question, answer, text, self._num_repeated[number])

@@ -81,12 +81,13 @@ def split_sample(sample: Sequence[Example]) -> Split:
         of_conversation.setdefault(example.conversation or i, []).append(i)
     if len(of_conversation) < 2:
         return Split([], [])
-    held_out: set[int] = set()
+    held_out: list[int] = []
     for members in of_conversation.values():
         if len(held_out) + len(members) <= count_held_out(len(sample)):
-            held_out.update(members)
-    held_out = held_out or set(min(of_conversation.values(), key=len))
-    return Split(sorted(held_out), [i for i in range(len(sample)) if i not in held_out])
+            held_out += members
+    if not held_out:
+        held_out = min(of_conversation.values(), key=len)
+    return Split(sorted(held_out), sorted(set(range(len(sample))).difference(held_out)))
 
 
 def has_answer(encoded: EncodedExample) -> bool:

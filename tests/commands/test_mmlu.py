@@ -11,9 +11,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from raylora import evaluate_mmlu
+from raylora.commands import mmlu
 from raylora.mmlu.scoring import load_score
+from raylora.records import Score
 from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
 
 
@@ -51,6 +54,20 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     modified = [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))]
     assert run_command(*arguments).returncode == 0
     assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
+
+
+def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_folder, question_file, tmp_path):
+    """Written as a training at rate 0 leaves it: its B matrices are zero."""
+    untrained = shutil.copytree(adapter_folder, tmp_path / "untrained")
+    weights = load_file(untrained / "adapter_model.safetensors")
+    zeroed = {name: weight * ("lora_B" not in name) for name, weight in weights.items()}
+    save_file(zeroed, untrained / "adapter_model.safetensors", {"format": "pt"})
+    base, own, other = (
+        evaluate_mmlu(str(tiny_model_folder), folder, question_file, quantization="none")["questions"]
+        for folder in (None, untrained, adapter_folder)
+    )
+    assert mmlu.is_same(Score(own), Score(base))
+    assert not mmlu.is_same(Score(other), Score(base))
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):
