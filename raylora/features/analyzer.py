@@ -75,7 +75,9 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         with borrowed(self.model, self.tokenizer) as loaded:
             before = example_losses(loaded, held_out, method.train_on, token_budget)
             seed = read.seed % 2**62
-            result = run_probe(loaded, held_out, before, training, method, probe_steps, seed, token_budget)
+            result = run_probe(
+                loaded, held_out, before, training, method, probe_steps, seed, token_budget, sample_size=sample_size
+            )
         return {**result.values, "feature_notes": join_notes(result.notes)}
 
     def run_streaming_training(

@@ -37,7 +37,7 @@ MIN_OUTLIER_EXAMPLES = 50
 
 @dataclass(frozen=True)
 class FeatureResult:
-    """Features by name, None where one could not be measured, and the reason for each None."""
+    """Features by name, None where one could not be measured; the reason for each None, and other notes."""
 
     values: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
@@ -173,7 +173,7 @@ def _num_chars(value: Any) -> int:
 
 
 def join_notes(notes: Mapping[str, str]) -> str:
-    """The text of ``feature_notes``, from the reason of each feature that is None: "name: reason; name: reason"."""
+    """The text of ``feature_notes``, from the note on each feature that has one: "name: note; name: note"."""
     return "; ".join(f"{name}: {reason}" for name, reason in notes.items())
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raylora import DynamicProbeAnalyzer, HyperParams
 from raylora.config import FeatureOptions, Method, ModelOptions
@@ -23,6 +25,7 @@ from raylora.features.probe import landscape_flatness
 from raylora.features.static import as_dataset, split_sample
 from raylora.model.adapters import plain_weight
 from raylora.model.loading import load_model
+from raylora.rows import PROBE_NAMES
 from raylora.training.loop import train_adapter
 from raylora.training.losses import example_losses
 from tests.helpers.feature_rows import assert_same_row, features_of, make_records, token_losses
@@ -338,5 +341,13 @@ def test_features_that_move_with_the_number_of_examples_say_so(loaded):
     """Where the probe goes over a small sample several times."""
     several, once = (features_of(loaded, make_records(12), probe_steps=steps, batch_size=2) for steps in (8, 4))
     assert several["gradient_consistency"] is not None
-    assert "gradient_consistency: of 12 examples" in several["feature_notes"]
+    assert "gradient_consistency: below 100 examples it depends on their number (12 here)" in several["feature_notes"]
     assert "gradient_consistency" not in once["feature_notes"]
+
+
+@given(st.integers(2, 300), st.integers(0, 300))
+def test_no_note_where_every_sample_is_as_small(num_examples, sample_size):
+    notes = probe.drift_notes(num_examples, sample_size)
+    assert set(notes) <= set(PROBE_NAMES)
+    assert not any("; " in note for note in notes.values()), "that is what stands between notes"
+    assert bool(notes) == (num_examples < min(100, sample_size or 100))
