@@ -15,7 +15,7 @@ from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.features.pipeline import extract_features
-from raylora.mmlu.statistics import compare, summarize
+from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, compare, summarize
 from raylora.model.device import device_name
 from raylora.records import (
     Dataset,
@@ -170,7 +170,10 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
     """The row's columns of MMLU: the adapter's score, the base's (``base_...``), and the change with its interval."""
     summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
-    columns_of_both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")
+    columns_of_both = (
+        "overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed",
+        "balanced_accuracy", *PREDICTION_SHARES,
+    )  # fmt: skip
     return {
         **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},
         **{f"base_{name}": base_summary[name] for name in columns_of_both},
@@ -178,7 +181,7 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change": change["difference"],
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
-        "mcnemar_p_value": change["mcnemar_p_value"],
+        **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES)},
         "token_budget": score.info["token_budget"],
         "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
     }

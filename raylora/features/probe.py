@@ -40,8 +40,8 @@ COMPARABLE_FROM = {
 }
 """Features that move with the number of examples, and the number from which that is less than what draws of one
 distribution differ by (benchmarks/NOTES.md). A probe of 20 steps of 16 goes 4 times over what it trains on of 100
-examples, 64 times over that of 6. Micro-batches that share examples have gradients alike: of 6, 25 and 100 examples of one
-distribution ``gradient_consistency`` is 0.24, 0.15 and 0.07."""
+examples, 64 times over that of 6. Micro-batches that share examples have gradients alike: of 6, 25 and 100 examples
+``gradient_consistency`` is 0.24, 0.15 and 0.07."""
 Losses = Sequence[ExampleLoss]
 
 
