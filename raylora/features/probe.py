@@ -34,14 +34,15 @@ RHO = 0.05
 et al. 2021)."""
 COMPARABLE_FROM = {
     "gradient_consistency": 100,
-    "avg_param_change": 100,
     "relative_weight_update": 100,
-    "landscape_flatness": 50,
+    "landscape_flatness": 100,
+    "avg_param_change": 50,
+    "perplexity_change_rate": 50,
 }
-"""Features that move with the number of examples, and the number from which that is less than what draws of one
-distribution differ by (benchmarks/NOTES.md). A probe of 20 steps of 16 goes 4 times over what it trains on of 100
-examples, 64 times over that of 6. Micro-batches that share examples have gradients alike: of 6, 25 and 100 examples
-``gradient_consistency`` is 0.24, 0.15 and 0.07."""
+"""Features that move with the number of examples, and the measured number from which on they differ less from those of
+100 examples than draws of one distribution differ (benchmarks/NOTES.md). A probe of 20 steps of 16 goes 4 times over
+what it trains on of 100 examples, 64 times over that of 6. Micro-batches that share examples have gradients alike: of
+6, 25 and 100 examples ``gradient_consistency`` is 0.24, 0.16 and 0.07."""
 Losses = Sequence[ExampleLoss]
 
 
