@@ -32,17 +32,12 @@ GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json
 RHO = 0.05
 """Length of the step along the gradient for ``landscape_flatness``: the default of sharpness-aware minimization (Foret
 et al. 2021)."""
-COMPARABLE_FROM = {
-    "gradient_consistency": 100,
-    "relative_weight_update": 100,
-    "landscape_flatness": 100,
-    "avg_param_change": 50,
-    "perplexity_change_rate": 50,
-}
-"""Features that move with the number of examples, and the measured number from which on they differ less from those of
-100 examples than draws of one distribution differ (benchmarks/NOTES.md). A probe of 20 steps of 16 goes 4 times over
-what it trains on of 100 examples, 64 times over that of 6. Micro-batches that share examples have gradients alike: of
-6, 25 and 100 examples ``gradient_consistency`` is 0.24, 0.16 and 0.07."""
+DRIFTING = ("gradient_consistency", "avg_param_change", "relative_weight_update", "landscape_flatness")
+"""Features that move with the number of examples. A probe of 20 steps of 16 goes 4 times over what it trains on of 100
+examples, 64 times over that of 6, and micro-batches that share examples have gradients alike: of 6, 25 and 100 examples
+of one distribution ``gradient_consistency`` is 0.24, 0.16 and 0.07 (benchmarks/NOTES.md)."""
+COMPARABLE_FROM = 100
+"""Examples from which they are not noted: of 50, each still differs by more than draws of one distribution do."""
 Losses = Sequence[ExampleLoss]
 
 
@@ -165,11 +160,9 @@ def drift_notes(num_examples: int, sample_size: int) -> dict[str, str]:
         num_examples: of the sample.
         sample_size: what the other datasets' samples have, if these are large enough; 0: all their examples.
     """
-    return {
-        name: f"below {enough} examples it depends on their number ({num_examples} here)"
-        for name, enough in COMPARABLE_FROM.items()
-        if num_examples < min(enough, sample_size or enough)
-    }
+    if num_examples >= min(COMPARABLE_FROM, sample_size or COMPARABLE_FROM):
+        return {}
+    return dict.fromkeys(DRIFTING, f"below {COMPARABLE_FROM} examples it depends on their number ({num_examples} here)")
 
 
 def _loss_features(before: Losses, after: Losses) -> dict[str, float | None]:
