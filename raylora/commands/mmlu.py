@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich import box
@@ -174,7 +175,19 @@ def print_tables(evaluated: list[Evaluated], console: Console) -> None:
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
     print_letters(summary, console)
     for e in evaluated[1:]:
+        if is_same(e.score, base):
+            console.print(f"{e.name}: it is the base: every log-likelihood is the base's", soft_wrap=True)
+            continue
         print_changed_subjects(e, base, console)
+
+
+def is_same(score: Score, base: Score) -> bool:
+    """Whether two scores have the same log-likelihoods, to the last digit, as of an adapter that was never trained.
+
+    Written answers have none: of them nothing is said.
+    """
+    ours, theirs = (s.questions.filter(like="logprob_").to_numpy() for s in (score, base))
+    return np.array_equal(ours, theirs)
 
 
 def print_letters(summary: pd.DataFrame, console: Console) -> None:

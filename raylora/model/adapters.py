@@ -218,6 +218,11 @@ class LoadedModel:
             ratios.append(float(module.scaling[name] * update) / self._weight_norms[key])
         return sum(ratios) / len(ratios)
 
+    def changes_nothing(self, name: str = "default") -> bool:
+        """Whether the model with the adapter is the base: in every adapted module A or B is all zero."""
+        factors = (_factors(module, name) for _, module in self.lora_modules())
+        return not any(pair is not None and all(bool(factor.any()) for factor in pair) for pair in factors)
+
     def logits_hash(self) -> str:
         """SHA-256 of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
         vocabulary = int(self.model.config.get_text_config().vocab_size)

@@ -328,7 +328,7 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
         "mmlu_oom_backoffs": "MMLU halved its batch {:.0f} times: out of memory",
     }
     columns = {name: run.numbers(name) for name in counts}
-    reasons, notes = run.texts("bad_records"), run.texts("feature_notes")
+    reasons, notes = run.texts("bad_records"), {name: run.texts(name) for name in ("train_notes", "feature_notes")}
     moved = favourite_letters(run)
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
@@ -343,8 +343,10 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
             entries.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
         if row in moved:
             entries.append({"row": row, "what": moved[row]})
-        if notes[row]:
-            entries.append({"row": row, "what": f"not measured: {notes[row]}"})
+        if notes["train_notes"][row]:
+            entries.append({"row": row, "what": notes["train_notes"][row]})
+        if notes["feature_notes"][row]:
+            entries.append({"row": row, "what": f"features: {notes['feature_notes'][row]}"})
     return entries
 
 

@@ -35,6 +35,9 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(_ranking(good))
         for note in [*letter_notes([row.values for row in good]), *seed_notes(store.root)]:
             console.print(note, soft_wrap=True)
+    for row in good:
+        if row.values.get("train_notes"):
+            console.print(f"Note: {row.values['dataset']}: {row.values['train_notes']}", soft_wrap=True)
     for row in failed:
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)

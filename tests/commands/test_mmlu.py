@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from raylora import evaluate_mmlu
+from raylora.commands import mmlu
 from raylora.commands.mmlu import Evaluated, print_tables, summary_of
 from raylora.mmlu.scoring import load_score
 from raylora.records import Score
@@ -83,6 +85,20 @@ def test_a_favourite_letter_that_moved_is_named(tmp_path):
         letters,
         *(line for line in lines if line.startswith(("only_letters: anatomy", "only_letters: virology"))),
     ]
+
+
+def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_folder, question_file, tmp_path):
+    """Written as a training at rate 0 leaves it: its B matrices are zero."""
+    untrained = shutil.copytree(adapter_folder, tmp_path / "untrained")
+    weights = load_file(untrained / "adapter_model.safetensors")
+    zeroed = {name: weight * ("lora_B" not in name) for name, weight in weights.items()}
+    save_file(zeroed, untrained / "adapter_model.safetensors", {"format": "pt"})
+    base, own, other = (
+        evaluate_mmlu(str(tiny_model_folder), folder, question_file, quantization="none")["questions"]
+        for folder in (None, untrained, adapter_folder)
+    )
+    assert mmlu.is_same(Score(own), Score(base))
+    assert not mmlu.is_same(Score(other), Score(base))
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):

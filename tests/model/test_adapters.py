@@ -90,3 +90,21 @@ def test_unknown_target_modules_are_one_line(tiny_model_folder):
     with pytest.raises(UserError, match="--target-modules"):
         loaded.attach(METHOD.model_copy(update={"target_modules": ("c_attn",)}), 0)
     assert loaded.attach(METHOD, 0)
+
+
+@pytest.mark.parametrize("modules", [("q_proj", "down_proj"), ("embed_tokens",), ("embed_tokens", "up_proj")])
+def test_an_adapter_changes_nothing_until_both_its_factors_are_there(loaded, modules):
+    """Of a linear layer B begins as zero, of an embedding A."""
+    parameters = loaded.attach(METHOD.model_copy(update={"target_modules": modules}), 0)
+    try:
+        assert loaded.changes_nothing()
+        with torch.no_grad():
+            empty = next(p for p in parameters if not p.any())
+            empty.flatten()[-1] = 1e-30
+        assert not loaded.changes_nothing()
+        with torch.no_grad():
+            for p in parameters:
+                p.zero_()
+        assert loaded.changes_nothing()
+    finally:
+        loaded.detach()
