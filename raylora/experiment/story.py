@@ -132,6 +132,7 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
         "mcnemar_p_value": change["mcnemar_p_value"],
+        "thinking": score.info.get("thinking", ""),
         "token_budget": score.info["token_budget"],
         "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
     }
