@@ -143,7 +143,7 @@ _IS_RIGHT = re.compile(
 )
 _GUESSED = re.compile(r"\b(?:would|could|seems?|looks?|appears?|sounds?)\b", re.I)
 _IS_WRONG = re.compile(
-    rf"\)?{_IS}(?:(?:not|isn['’]t|aren['’]t|wasn['’]t|can(?:no|['’])t|doesn['’]t|don['’]t|won['’]t|wrong|incorrect\w*|"
+    rf"(?!\)?\s*,\s*not\b)\)?{_IS}(?:(?:not|isn['’]t|aren['’]t|wasn['’]t|can(?:no|['’])t|doesn['’]t|don['’]t|won['’]t|wrong|incorrect\w*|"
     r"false|untrue|invalid|out|eliminated|excluded|ruled out|irrelevant|unlikely|impossible|nicht|n['’]est pas|no es|"
     r"non è|não é|falsch\w*|fau[xs]\w*|fals[ao]|errad[ao]|errat[ao]|sbagliat[ao]|inkorrekt\w*|не|неверн\w*|"
     r"неправильн\w*)\b|错|錯|不|ではない|じゃない|は違|間違|틀|아니|✗|✘|❌)"
@@ -167,6 +167,11 @@ _AT_LAST = re.compile(
     r"donc|daher|also)\b|因此|所以|综上|故|最终",
     re.I,
 )
+
+
+_LOOKED_AT = 200
+"""Characters before and behind a letter that are looked at: in long sentences without an end the words are searched in
+square time."""
 
 
 class _Choice(NamedTuple):
@@ -240,11 +245,13 @@ def _choices(text: str) -> Iterator[_Choice]:
     rejected: set[str] = set()
     found: list[_Choice] = []
     place = since = 0
+    first = len(text) - len(text.lstrip(" (\n"))
     for sentence in _SENTENCES.split(text):
         place = text.index(sentence, place)
         for match in _LETTERS.finditer(sentence):
             letters = re.findall(_LETTER, match[0])
-            before, behind = sentence[: match.start()], sentence[match.end() :]
+            before = sentence[max(match.start() - _LOOKED_AT, 0) : match.start()]
+            behind = sentence[match.end() : match.end() + _LOOKED_AT]
             if not _is_mention(letters, before, match[0], behind):
                 continue
             if _is_rejected(before, behind):
@@ -252,7 +259,7 @@ def _choices(text: str) -> Iterator[_Choice]:
                 continue
             if len({letter.upper() for letter in letters}) > 1:
                 continue  # "A or B": two are named, and none is chosen
-            strength = _strength(before, match[0], behind, is_first=not text[: place + match.start()].strip(" (\n"))
+            strength = _strength(before, match[0], behind, is_first=place + match.start() <= first)
             if not strength and rejected and before.rstrip().endswith(",") and not behind.strip(" ).!"):
                 strength = 1  # "Since A is wrong, B"
             if strength and not (sentence.rstrip().endswith("?") and len(sentence.strip()) > 4):
