@@ -82,7 +82,7 @@ def test_thoughts_have_room_in_the_window():
     tokenizer = thinking_tokenizer("begun")
     question = Question("anatomy", "long " * 1500, ("1", "2", "3", "4"), 0, "x")
     (encoded,) = encode_questions(tokenizer, [question], {}, "chat", 2048, "on")
-    assert len(encoded) == 2048 - THINKING_TOKENS
+    assert 2048 - THINKING_TOKENS - 8 < len(encoded) <= 2048 - THINKING_TOKENS
     assert encoded.num_truncated > 0
 
 
