@@ -19,7 +19,7 @@ from raylora.mmlu.question_set import load_question_set
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from raylora.model.adapters import LoadedModel, check_adapter
-from raylora.model.loading import as_loaded, context_window, load_model
+from raylora.model.loading import as_loaded, context_window, load_model, note_llm_int8
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example
 from raylora.rows import load_results
@@ -208,6 +208,9 @@ def evaluate_mmlu_with_model(
 ) -> dict[str, Any]:
     """Score a loaded model on MMLU as it is now, its active adapter included; arguments as in ``evaluate_mmlu``.
 
+    A model that the caller has loaded in 8 bits computes with LLM.int8 here too, and a line in the log says so: the
+    options ``quantization`` and ``int8_activations`` are for models that raylora loads.
+
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
         ``macro_accuracy``, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
@@ -216,6 +219,7 @@ def evaluate_mmlu_with_model(
     Raises:
         UserError: the questions cannot be used, or the prompt style is ``chat`` and the tokenizer has no template.
     """
+    note_llm_int8(model)
     return _evaluate_with(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
 
 
