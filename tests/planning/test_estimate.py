@@ -23,6 +23,7 @@ from raylora.training.gradients import GradientAccumulator, Job
 from tests.helpers.chunks import OPTIONS, write_dataset
 from tests.helpers.tiny import make_tokenizer
 
+QUANTIZATIONS = ["none", "8bit", "4bit"]
 CPU = hardware.Hardware("cpu", 4, 24 * 10**9, 1e11)
 SHAPES = {
     "SmolLM2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
@@ -54,7 +55,7 @@ def llama_3_8b(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_weights_take_what_they_take(folder, quantization):
     shape = estimate.shape_of(str(folder), load_config(model="x").target_modules)
     loaded = load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
@@ -96,6 +97,10 @@ def test_an_8b_model_is_known_by_its_configuration(tmp_path):
     assert estimate.weight_bytes(shape, "none", gpu(80)) == 2 * 8_030_261_248
     assert estimate.weight_bytes(shape, "8bit", gpu(80)) == pytest.approx(9.08e9, rel=0.01)
     assert estimate.weight_bytes(shape, "4bit", gpu(80)) == pytest.approx(5.70e9, rel=0.01)
+    extra = {
+        q: estimate.base_bytes(shape, q, gpu(80)) - estimate.weight_bytes(shape, q, gpu(80)) for q in QUANTIZATIONS
+    }
+    assert extra == {"none": 0, "8bit": 2 * 4096 * 14336, "4bit": 2 * 4096 * 14336}, "one matrix as floats"
     assert 16 * config.lora_r * shape.adapter_rows == 16 * 41_943_040, "PEFT counts as many for r 16"
 
 
@@ -105,7 +110,7 @@ def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
     shape = estimate.shape_of(source, config.target_modules)
     assert estimate.misfit(shape, gpu(24), config) == ""
     line = estimate.misfit(shape, gpu(10), config)
-    assert "it needs 9.8 GB" in line
+    assert "it needs 9.9 GB" in line
     assert "--quantization 4bit would fit" in line
     assert "\n" not in line
     assert "--max-memory can put a part of it on the CPU" in estimate.misfit(shape, gpu(6), config)
