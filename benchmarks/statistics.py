@@ -10,24 +10,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from benchmarks.simulations.accuracy import accuracy
+from benchmarks.simulations.rate import Rate
+from benchmarks.simulations.seeds import real_seeds, seeds
 
-@dataclass(frozen=True)
-class Rate:
-    """How often something happened in a simulation, and how often it may."""
-
-    what: str
-    setting: str
-    """The sizes and truths of the simulation."""
-    rate: float
-    """Between 0 and 1."""
-    wanted: str
-    """Such as ``0.95 or more``."""
-
-
-SECTIONS: dict[str, Callable[[], list[Rate]]] = {}
-"""By name, a function that runs simulations. Each is seeded, and needs no model."""
+SECTIONS: dict[str, Callable[[], list[Rate]]] = {"accuracy": accuracy, "seeds": seeds, "real_seeds": real_seeds}
+"""By name, a function that makes its figures. Each is seeded."""
 
 
 def markdown(rates: list[Rate]) -> str:

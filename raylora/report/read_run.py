@@ -125,10 +125,11 @@ def loss_curve(run: FinishedRun, row: int) -> tuple[list[float], list[float]] | 
 
 @dataclass(frozen=True)
 class Answers:
-    """Which questions a model got right, sorted by question id; all three (N,)."""
+    """Which questions a model got right, sorted by question id; all four (N,)."""
 
     question_ids: pa.ChunkedArray
     subjects: pa.ChunkedArray
+    right_letters: pa.ChunkedArray
     correct: np.ndarray
     """Booleans."""
 
@@ -140,10 +141,10 @@ class Answers:
 def read_answers(path: Path) -> Answers | None:
     """The answers in a ``scores.parquet``; None where there is no file, or none that can be read."""
     try:
-        table = pq.read_table(path, columns=["question_id", "subject", "correct"]).sort_by("question_id")
+        table = pq.read_table(path, columns=["question_id", "subject", "answer", "correct"]).sort_by("question_id")
     except UNREADABLE:
         return None
-    return Answers(table["question_id"], table["subject"], table["correct"].to_numpy().astype(bool))
+    return Answers(table["question_id"], table["subject"], table["answer"], table["correct"].to_numpy().astype(bool))
 
 
 def read_base(run: FinishedRun) -> dict[str, Answers]:

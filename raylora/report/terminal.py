@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from raylora.console import make_console
+from raylora.mmlu.questions import LETTERS
+from raylora.mmlu.statistics import PREDICTION_SHARES
 from raylora.records import ResultRow
+from raylora.report.findings import favourite_letters
+from raylora.report.read_run import FinishedRun
 from raylora.storage.store import Store
 
 
@@ -26,6 +32,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     failed = [r for r in rows if not r.ok]
     if good:
         console.print(_ranking(good))
+        for note in letter_notes([row.values for row in good]):
+            console.print(note, soft_wrap=True)
     for row in failed:
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)
@@ -35,6 +43,16 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     if (store.root / "run.json").is_file():
         console.print("  run.json                       settings, versions, hashes")
     console.print("  experiments/                   adapter, scores, loss curve and log of each")
+
+
+def letter_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines about models that prefer a letter: the base, and adapters that changed no more than that."""
+    shares = [rows[0].get(f"base_{name}") or 0.0 for name in PREDICTION_SHARES]
+    most = max(shares)
+    letter = LETTERS[shares.index(most)]
+    notes = [f"The base answers {letter} to {most:.0%} of the questions."] if most > 0.5 else []
+    run = FinishedRun(Path(), pd.DataFrame(list(rows)), {})
+    return [*notes, *(f"{run.labels[row]}: {text}" for row, text in favourite_letters(run).items())]
 
 
 def _ranking(rows: Sequence[ResultRow]) -> Table:

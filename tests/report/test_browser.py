@@ -78,6 +78,18 @@ def test_the_ranking_sorts_and_searches(open_page, forty):
     assert "Nothing fits" in page.locator("#ranking tbody").inner_text()
 
 
+def test_a_favourite_letter_that_moved_is_not_called_real(open_page, letters_run):
+    page = open_page(letters_run)
+    assert names_of(page, "ranking") == ["knowledge", "only_letters"]
+    rows = page.locator("#ranking tbody tr.row")
+    assert "its favourite letter moved" in rows.nth(1).inner_text()
+    assert "gain" in rows.nth(0).inner_text().split()
+    assert "1 of 2 changes is real" in page.locator("#ranking .note").first.inner_text()
+    assert "In 1 the test passes" in page.locator("#ranking .note").first.inner_text()
+    assert "answers A to 100%" in page.locator("#tiles").inner_text()
+    assert "A 100% to 0%" in page.locator("#failures table[aria-label=oddities]").inner_text()
+
+
 def test_a_click_marks_an_experiment_in_every_figure(open_page, forty):
     page = open_page(forty)
     page.locator("#ranking tbody tr.row").nth(7).click()

@@ -142,7 +142,7 @@ function drawFeatures() {
   }
   const tested = found.num_tested > 0;
   host.append(tested
-    ? note("Spearman's rank correlation with the change in accuracy, over ", `${count(found.num_datasets, "dataset")}${found.grouped ? " (experiments of one dataset count once, by their means)" : ""}. `,
+    ? note("Spearman's rank correlation with the change in accuracy (not in balanced accuracy), over ", `${count(found.num_datasets, "dataset")}${found.grouped ? " (experiments of one dataset count once, by their means)" : ""}. `,
       el("b", {}, `${found.num_raw} of ${found.num_tested} features have p < ${ALPHA}; about ${found.num_expected.toFixed(1)} would by chance. `),
       `After Benjamini and Hochberg's adjustment at 5%, ${found.num_adjusted} remain${found.num_adjusted === 1 ? "s" : ""} (filled bars). A correlation is no cause.`)
     : note(RANKED.length ? "There are fewer than four datasets with both a feature and a change: a rank correlation would say nothing. " : "Without the mmlu stage there is no change to hold the features against. ", "Shown are the values themselves."));
