@@ -21,7 +21,7 @@ from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_base
 from raylora.model.adapters import LoadedModel
-from raylora.model.loading import as_loaded, context_window, load_model
+from raylora.model.loading import as_loaded, context_window, load_model, note_llm_int8
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example
 from raylora.rows import load_results
@@ -214,6 +214,9 @@ def evaluate_mmlu_with_model(
 ) -> dict[str, Any]:
     """Score a loaded model on MMLU as it is now, its active adapter included; arguments as in ``evaluate_mmlu``.
 
+    A model that the caller has loaded in 8 bits computes with LLM.int8 here too, and a line in the log says so: the
+    options ``quantization`` and ``int8_activations`` are for models that raylora loads.
+
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
         ``macro_accuracy``, ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the
@@ -224,6 +227,7 @@ def evaluate_mmlu_with_model(
         UserError: the questions cannot be used, the prompt style is ``chat`` and the tokenizer has no template, or the
             model is PEFT's with an adapter that does its work outside of the model's layers.
     """
+    note_llm_int8(model)
     return _evaluate_with(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
 
 

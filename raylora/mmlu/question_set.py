@@ -99,8 +99,8 @@ def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
 def questions_key(config: EvaluationConfig, question_set: QuestionSet, thinking: Thinking = "") -> dict[str, Any]:
     """Everything about the questions, and how they are asked, that changes a score."""
     options = config.settings_of(MmluOptions)
-    # How questions are batched is no part of it, though it moves log-likelihoods of 8-bit models (benchmarks/NOTES.md):
-    # hence the token budget stands in every row.
+    # How questions are batched is no part of it. It moves log-likelihoods by float noise, and by more with LLM.int8
+    # (benchmarks/NOTES.md): hence the token budget stands in every row.
     options.pop("token_budget")
     options.pop("question_seed")  # which questions it draws is in the set's hash
     return {**options, "mmlu": question_set.hash, **({"thinking": thinking} if thinking else {})}

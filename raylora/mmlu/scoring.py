@@ -28,6 +28,7 @@ from raylora.mmlu.questions import LETTERS
 from raylora.model.forward import inference
 from raylora.model.memory import CPU_TOKEN_BUDGET, TokenBudget, free_gpu_bytes, tokens_that_fit
 from raylora.model.onednn import onednn_linears
+from raylora.model.packing import is_exact
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.work_counts import work_counts
 
@@ -198,22 +199,17 @@ def _prefix_agrees(
     part = next(p for p in parts if p.prefix_length)
     question = [encoded[part.indices[-1]]]
     (shared,), (alone,) = choice_logprobs(model, question, pad, prefix.of(part)), choice_logprobs(model, question, pad)
-    # The numbers of quantized and half-precision models change a little with a batch's shape; a wrong mask changes
-    # them by several nats.
-    return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if _is_exact(model) else 0.5))
-
-
-def _is_exact(model: Any) -> bool:
-    """Whether the shape of a batch changes the model's numbers by float32's rounding alone."""
-    return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    # The numbers of LLM.int8 and of half precision change a little with a batch's shape; a wrong mask changes them by
+    # several nats.
+    return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if is_exact(model) else 0.5))
 
 
 def find_token_budget(model: Any, encoded: Sequence[EncodedQuestion], pad: int) -> int:
     """How many padded tokens a batch may have: 512 on a CPU, on a GPU as many as its free memory holds.
 
     On a GPU the longest prompt is run once, to measure the memory of a token. The result is rounded down to a power of
-    two, so that machines of the same kind cut the same batches although their free memory differs a little: in 8 bits
-    the log-likelihoods depend on the batch (benchmarks/NOTES.md).
+    two, so that machines of the same kind cut the same batches although their free memory differs a little: in half
+    precision, and with LLM.int8, the log-likelihoods depend a little on the batch (benchmarks/NOTES.md).
     """
     if model.device.type != "cuda" or not encoded:
         return CPU_TOKEN_BUDGET
