@@ -23,7 +23,7 @@ from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example
 from raylora.features.pipeline import extract_features
 from raylora.features.probe import general_examples
-from raylora.features.static import count_held_out
+from raylora.features.static import split_sample
 from raylora.features.text import text_features
 from raylora.model.adapters import LoadedModel
 from raylora.records import Example, Message
@@ -105,7 +105,7 @@ def compare(options: argparse.Namespace) -> None:
     answers = sum(sum(e.is_answer_text) + 1 for e in encoded)
     ours = sum(map(len, encoded)) + answers + 2 * options.steps * per_step * mean_length
     # Sharpness, forgetting and losses of what is held out, which the research code's probe does not measure.
-    held_out = sum(map(len, encoded[: count_held_out(len(encoded))]))
+    held_out = sum(len(encoded[i]) for i in split_sample(sample).held_out)
     more = 3 * held_out + 2 * sum(map(len, general_examples(loaded.tokenizer)))
     theirs = 3 * len(encoded) * STATIC_WIDTH + 2 * options.steps * per_step * PROBE_WIDTH
     best = {way: min(m.seconds for m in runs) for way, runs in taken.items()}

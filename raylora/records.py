@@ -70,11 +70,17 @@ class Example:
     """The question without its context; the last user message if there is no context."""
     context: str = ""
     """The passage that the answer should rest on, which is in ``messages`` too; empty if there is none."""
+    conversation: str = ""
+    """Identity by content of the conversation whose turns gave several Examples; empty where this is its only one."""
+    num_repeated: int = 0
+    """How many of ``messages``, from the front, an earlier Example of the conversation ends with or holds as well."""
 
     @cached_property
     def digest(self) -> str:
         """Identity by content, so that order and place in the file do not matter."""
-        return digest([[(m.role, m.content) for m in self.messages], self.answer])
+        # With the conversation, as two that begin alike, and differ later, have equal first examples.
+        conversation = [self.conversation] if self.conversation else []
+        return digest([[(m.role, m.content) for m in self.messages], self.answer, *conversation])
 
 
 def digests_of(examples: Sequence[Example]) -> np.ndarray:

@@ -56,7 +56,7 @@ SEMANTIC_COLUMNS = column_group(
     ("semantic_diversity", "1 - cosine", 0, 2, "1 - mean pairwise cosine of the examples' embeddings"),
     ("io_similarity", "cosine", -1, 1, "mean cosine between question's and answer's mean token states"),
     ("semantic_consistency", "cosine", -1, 1, "mean pairwise cosine of an answer's sentences (two or more)"),
-    ("embedding_outlier_ratio", "share", 0, 1, "share of embeddings that an isolation forest calls outlying"),
+    ("embedding_outlier_ratio", "share", 0, 1, "share of 50 embeddings or more that isolation forests call outlying"),
 )  # fmt: skip
 PERPLEXITY_COLUMNS = column_group(
     "perplexity",
@@ -90,7 +90,7 @@ MEASUREMENT_COLUMNS = column_group(
     ("static_skipped_count", "examples", 0, INF, "examples of the sample that could not"),
     ("static_imputed_count", "features", 0, INF, "features filled in without a measurement: none ever is"),
     ("static_coverage", "share", 0, 1, "share of the static features that are not null"),
-    ("feature_notes", "text", -INF, INF, "why a feature is null"),
+    ("feature_notes", "text", -INF, INF, "why a feature is null, or depends on the sample's size"),
 )  # fmt: skip
 
 STATIC_COLUMNS = (*TEXT_COLUMNS, *SEMANTIC_COLUMNS, *PERPLEXITY_COLUMNS, *ACTIVATION_COLUMNS)
@@ -123,6 +123,8 @@ class TrainingMetrics:
     """Whether minibatches held no padding."""
     num_adapters: int
     """Adapters that were trained in the same forward and backward passes. Seconds are this one's share, by tokens."""
+    train_notes: str = ""
+    """What is odd about the adapter; empty where nothing is."""
 
 
 RESULT_COLUMNS = (
@@ -137,10 +139,12 @@ RESULT_COLUMNS = (
     "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
-    "model", "quantization", "device", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size",
-    "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records",
-    "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds", "features_seconds",
-    "mmlu_seconds", "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
+    "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "thinking", "num_fewshot",
+    "max_samples",
+    "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records",
+    "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds",
+    "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes",
+    "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -192,7 +196,11 @@ CATEGORIES = frozenset(
     }
 )  # fmt: skip
 """Columns of texts with few different values."""
-TEXTS = frozenset({"dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "dataset_name"})
+TEXTS = frozenset(
+    {
+        "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "dataset_name",
+    }
+)  # fmt: skip
 """Columns of names and notes."""
 
 

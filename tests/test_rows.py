@@ -41,6 +41,7 @@ def test_types_are_the_same_for_csv_and_parquet_and_know_null(tmp_path):
     assert table["status"].dtype == "category"
     assert table["dataset"].tolist()[0] == "broken"
     assert table["error"].tolist() == ["line 1", "", ""]
+    assert table["train_notes"].tolist() == ["", "", ""]
     assert table["error_kind"].dtype == "category"
     assert table["error_kind"].isna().tolist() == [False, True, True]
     assert table.groupby("status", observed=True)["overall_accuracy"].mean()["ok"] == 0.5

@@ -40,16 +40,21 @@ class EncodedExample:
     """The answer, and what the template puts behind it: the end-of-turn token."""
     is_answer_text: list[bool] = field(repr=False)
     """The answer without the end-of-turn token."""
+    num_repeated: int = 0
+    """Tokens at the front that an earlier example of the conversation supervises where ``train_on`` is ``all``."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any) -> str:
     """The conversation as text, by the tokenizer's chat template.
 
     Tokenizers of base models have none: they get ``User: ...`` and ``Assistant: ...``, one turn a line. A template that
     refuses a system turn gets it at the beginning of the next turn.
+
+    Args:
+        variables: what else the template is told, such as ``enable_thinking``.
 
     Raises:
         UserError: the template refuses the conversation.
@@ -59,11 +64,12 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prom
         text = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
         return text + ("Assistant: " if add_generation_prompt else "")
     try:
-        return str(tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=add_generation_prompt))
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **variables}
+        return str(tokenizer.apply_chat_template(dicts, **options))
     except Exception as error:  # a template may raise anything; most often it refuses a system turn
         if dicts and dicts[0]["role"] == "system" and len(dicts) > 1:
             merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
-            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt)
+            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, **variables)
         raise UserError(
             f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; fix "
             "or remove it",
@@ -137,6 +143,8 @@ class _Rendered:
     text: str
     question: tuple[int, int]
     answer: tuple[int, int]
+    repeated_end: int
+    """Where the turns end that an earlier example of the conversation has too; 0 where there are none."""
 
 
 def _render(tokenizer: Any, example: Example) -> _Rendered:
@@ -150,7 +158,8 @@ def _render(tokenizer: Any, example: Example) -> _Rendered:
     last_user = example.messages[-1].content.strip()
     question_start = whole.rfind(last_user, 0, answer_start) if last_user else -1
     question = (question_start, question_start + len(last_user)) if question_start >= 0 else (0, 0)
-    return _Rendered(whole, question, (answer_start, answer_end))
+    repeated_end = _find_repeated_end(tokenizer, example, whole, whole[answer_end:]) if example.num_repeated else 0
+    return _Rendered(whole, question, (answer_start, answer_end), min(repeated_end, answer_start))
 
 
 def _find_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> tuple[int, int]:
@@ -175,6 +184,27 @@ def _find_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> t
     return common_prefix_length(whole, prompt), len(whole)
 
 
+def _find_repeated_end(tokenizer: Any, example: Example, whole: str, end_of_turn: str) -> int:
+    """Where the last turn that an earlier example supervises ends in the rendered conversation ``whole``.
+
+    Most templates render these turns as they do when nothing follows: then ``whole`` begins with them. Templates that
+    drop thinking from earlier turns do not: there the conversation is rendered once more with ``ANOTHER_ANSWER`` in
+    place of that turn, which ends where the same text follows in both.
+    """
+    earlier, last = example.messages[: example.num_repeated], example.messages[example.num_repeated - 1]
+    rendered = render_chat(tokenizer, earlier, add_generation_prompt=False)
+    # As in the earlier example: without the line break behind the end-of-turn token, with all white space before it.
+    end = max(len(rendered.rstrip()), rendered.rfind(last.content) + len(last.content))
+    if end <= len(rendered) and whole.startswith(rendered[:end]):
+        return end
+    # It must not end as the turn does: the same text would begin too early.
+    other = ANOTHER_ANSWER.removesuffix("." if last.content.rstrip().endswith(".") else "")
+    messages = [*earlier[:-1], Message(last.role, other), *example.messages[example.num_repeated :]]
+    changed = render_chat(tokenizer, [*messages, Message("assistant", example.answer)], False).rstrip()
+    end = len(whole) - common_prefix_length(whole[::-1], changed[::-1])
+    return end + len(end_of_turn) if whole.startswith(end_of_turn, end) else end
+
+
 def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many characters, or tokens, at the beginning are the same in both."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -192,7 +222,12 @@ def _mark_tokens(
     is_text = ((start < answer_end) & (end > np.maximum(start, answer_start))).tolist()
     is_question = ((start < question_end) & (end > np.maximum(start, question_start))).tolist()
     keep = _kept_window(is_answer, max_length)
-    return EncodedExample(input_ids[keep], is_question[keep], is_answer[keep], is_text[keep]), keep
+    num_repeated = 0
+    if rendered.repeated_end:
+        is_new = (end > start) & (start >= rendered.repeated_end)
+        num_repeated = max(int(is_new.argmax()) - keep.start, 0)
+    marks = is_question[keep], is_answer[keep], is_text[keep]
+    return EncodedExample(input_ids[keep], *marks, num_repeated), keep
 
 
 def _kept_window(is_answer: list[bool], max_length: int) -> slice:
@@ -205,8 +240,13 @@ def _kept_window(is_answer: list[bool], max_length: int) -> slice:
 
 
 def labels_of(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
-    """Labels, as many as tokens: the token's id where it is supervised, else -100. Nothing predicts the first token."""
-    supervised = [train_on == "all" or of_answer for of_answer in encoded.is_answer]
+    """Labels, as many as tokens: the token's id where it is supervised, else -100. Nothing predicts the first token.
+
+    ``all`` is all that no earlier example of the conversation supervises: over its examples each token counts once.
+    """
+    supervised = encoded.is_answer
+    if train_on == "all":
+        supervised = [i >= encoded.num_repeated for i in range(len(encoded))]
     labels = [t if wanted else IGNORE_INDEX for t, wanted in zip(encoded.input_ids, supervised, strict=True)]
     return [IGNORE_INDEX, *labels[1:]]
 
@@ -234,12 +274,14 @@ class StoredEncoded(Sequence[EncodedExample]):
         self._disk_list = DiskList()
         self._lengths = array("i")
         self._num_answer = array("i")
+        self._num_repeated = array("i")
         for e in examples:
             marks = np.array([e.is_question, e.is_answer, e.is_answer_text], dtype=np.uint8)  # (3, T)
             bits = marks[0] | marks[1] << 1 | marks[2] << 2
             self._disk_list.append(np.array(e.input_ids, dtype="<i4").tobytes() + bits.astype(np.uint8).tobytes())
             self._lengths.append(len(e))
             self._num_answer.append(int(marks[1, 1:].sum()))
+            self._num_repeated.append(e.num_repeated)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -249,7 +291,8 @@ class StoredEncoded(Sequence[EncodedExample]):
     def supervised_counts(self, train_on: TrainOn) -> list[int]:
         """See the function of the same name."""
         if train_on == "all":
-            return [max(length - 1, 0) for length in self._lengths]
+            pairs = zip(self._lengths, self._num_repeated, strict=True)
+            return [max(length - max(repeated, 1), 0) for length, repeated in pairs]
         return self._num_answer.tolist()
 
     def __len__(self) -> int:
@@ -265,5 +308,6 @@ class StoredEncoded(Sequence[EncodedExample]):
         number = range(len(self))[index]
         data, length = self._disk_list[number], self._lengths[number]
         bits = np.frombuffer(data, dtype=np.uint8, offset=4 * length)
-        marks = [(bits & bit).astype(bool).tolist() for bit in (1, 2, 4)]
-        return EncodedExample(np.frombuffer(data, dtype="<i4", count=length).tolist(), *marks)
+        question, answer, text = ((bits & bit).astype(bool).tolist() for bit in (1, 2, 4))
+        ids = np.frombuffer(data, dtype="<i4", count=length).tolist()
+        return EncodedExample(ids, question, answer, text, self._num_repeated[number])

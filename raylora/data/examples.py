@@ -57,7 +57,8 @@ class StoredExamples(_Examples):
         messages = [[m.role, m.content] for m in example.messages]
         # Most often the question is the last message: None, so that it is not stored twice.
         question = None if example.question == example.messages[-1].content else example.question
-        text = json.dumps([messages, example.answer, question, example.context], ensure_ascii=False)
+        rest = [example.context, example.conversation, example.num_repeated]
+        text = json.dumps([messages, example.answer, question, *rest], ensure_ascii=False)
         self._disk_list.append(text.encode("utf-8", "surrogatepass"))
 
     @property
@@ -69,9 +70,9 @@ class StoredExamples(_Examples):
         return len(self._disk_list)
 
     def _read(self, number: int) -> Example:
-        turns, answer, question, context = json.loads(self._disk_list[number].decode("utf-8", "surrogatepass"))
+        turns, answer, question, *rest = json.loads(self._disk_list[number].decode("utf-8", "surrogatepass"))
         messages = tuple(Message(role, content) for role, content in turns)
-        return Example(messages, answer, messages[-1].content if question is None else question, context)
+        return Example(messages, answer, messages[-1].content if question is None else question, *rest)
 
 
 class Chosen(_Examples):

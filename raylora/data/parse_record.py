@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from raylora.data.json_stream import kind, short
 from raylora.errors import BadRecordError
-from raylora.records import Example, Message
+from raylora.records import Example, Message, digest
 
 ROLES = {
     "system": "system",
@@ -67,18 +68,23 @@ def _parse_conversation(turns: Any) -> list[Example]:
         raise BadRecordError("its conversation is no list of turns" if turns else "its conversation is empty")
     messages: list[Message] = []
     examples: list[Example] = []
+    num_repeated = 0
     for number, turn in enumerate(turns, 1):
         message = _parse_turn(turn, number)
         if message.role == "assistant":
             if not messages or messages[-1].role != "user":
                 raise BadRecordError(f"turn {number} answers, but no user turn stands before it")
-            examples.append(_conversation_example(messages, message.content))
+            examples.append(_conversation_example(messages, message.content, num_repeated))
+            num_repeated = len(messages) + 1  # this answer is a message of the examples that follow
         elif message.role == "system" and messages:
             raise BadRecordError(f"turn {number} is a system turn; only the first may be")
         messages.append(message)
     if not examples:
         raise BadRecordError("nobody answers: there is no assistant turn")
-    return examples
+    if len(examples) == 1:
+        return examples
+    conversation = digest([(m.role, m.content) for m in messages], 32)
+    return [replace(example, conversation=conversation) for example in examples]
 
 
 def _parse_turn(turn: Any, number: int) -> Message:
@@ -101,13 +107,14 @@ def _join_parts(parts: list[Any], number: int) -> str:
     return "".join(str(t) for t in texts)
 
 
-def _conversation_example(messages: Sequence[Message], answer: str) -> Example:
-    question = messages[-1].content.strip()
+def _conversation_example(messages: Sequence[Message], answer: str, num_repeated: int) -> Example:
+    question, context = messages[-1].content.strip(), ""
     for pattern in (CONTEXT_QUESTION, QUESTION_INPUT):
         match = pattern.fullmatch(question)
         if match and match["question"].strip() and match["context"].strip():
-            return Example(tuple(messages), answer, match["question"].strip(), match["context"].strip())
-    return Example(tuple(messages), answer, question)
+            question, context = match["question"].strip(), match["context"].strip()
+            break
+    return Example(tuple(messages), answer, question, context, num_repeated=num_repeated)
 
 
 def _parse_qa_pairs(record: dict[str, Any]) -> tuple[list[Example], list[BadRecordError]]:

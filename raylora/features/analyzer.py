@@ -16,7 +16,7 @@ from raylora.data.encoding import IGNORE_INDEX, encode_example
 from raylora.errors import UserError
 from raylora.features.observer import ProbeObserver
 from raylora.features.probe import run_probe
-from raylora.features.static import OfLoadedModel, as_dataset, count_held_out, has_answer, join_notes
+from raylora.features.static import OfLoadedModel, as_dataset, has_answer, join_notes, split_sample
 from raylora.model.loading import borrowed
 from raylora.records import Dataset, Example
 from raylora.training.gradients import StepGradient, separate_gradients
@@ -69,10 +69,15 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         method = hyperparams.method(batch_size)
         sample = sample_examples(read.examples, sample_size, read.seed)
         encoded = [encode_example(self.tokenizer, example, method.max_length) for example in sample]
-        held_out = [e for e in encoded[: count_held_out(len(encoded))] if has_answer(e)]
+        split = split_sample(sample)
+        held_out = [encoded[i] for i in split.held_out if has_answer(encoded[i])]
+        training = [encoded[i] for i in split.training]
         with borrowed(self.model, self.tokenizer) as loaded:
             before = example_losses(loaded, held_out, method.train_on, token_budget)
-            result = run_probe(loaded, encoded, before, method, probe_steps, read.seed % 2**62, token_budget)
+            seed = read.seed % 2**62
+            result = run_probe(
+                loaded, held_out, before, training, method, probe_steps, seed, token_budget, sample_size=sample_size
+            )
         return {**result.values, "feature_notes": join_notes(result.notes)}
 
     def run_streaming_training(

@@ -34,7 +34,8 @@ def extract_features(
         seed: mixed with the dataset's own; draws the sample and seeds the probe.
 
     Returns:
-        Features by column name, None where one could not be measured; ``feature_notes``, the reasons for each None;
+        Features by column name, None where one could not be measured; ``feature_notes``, the reasons for each None, and
+        what does not compare with larger samples;
         ``text_seconds``, ``static_seconds`` (those of text included) and ``probe_seconds``.
 
     Raises:
@@ -48,13 +49,15 @@ def extract_features(
     static_done = time.perf_counter()
     dynamic = run_probe(
         loaded,
-        static.encoded,
+        static.held_out,
         static.held_out_losses,
+        static.training,
         method,
         options.probe_steps,
         (dataset.seed ^ seed) % 2**62,
         token_budget,
         progress,
+        options.sample_size,
     )
     values: dict[str, Any] = {**dict.fromkeys(FEATURE_NAMES), **static.values, **dynamic.values}
     values["feature_notes"] = join_notes({**static.notes, **dynamic.notes})

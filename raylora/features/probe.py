@@ -19,7 +19,7 @@ from raylora.config import Method
 from raylora.data.encoding import EncodedExample
 from raylora.errors import UserError
 from raylora.features.observer import ProbeObserver, global_norm
-from raylora.features.static import FeatureResult, count_held_out, has_answer
+from raylora.features.static import FeatureResult
 from raylora.model.adapters import LoadedModel
 from raylora.model.onednn import onednn_linears
 from raylora.records import ProgressCallback, ProgressStage, ignore_progress
@@ -32,37 +32,45 @@ GENERAL_KNOWLEDGE = Path(__file__).parents[1] / "demo" / "general_knowledge.json
 RHO = 0.05
 """Length of the step along the gradient for ``landscape_flatness``: the default of sharpness-aware minimization (Foret
 et al. 2021)."""
+DRIFTING = ("gradient_consistency", "avg_param_change", "relative_weight_update", "landscape_flatness")
+"""Features that move with the number of examples. A probe of 20 steps of 16 goes 4 times over what it trains on of 100
+examples, 64 times over that of 6, and micro-batches that share examples have gradients alike: of 6, 25 and 100 examples
+of one distribution ``gradient_consistency`` is 0.24, 0.16 and 0.07 (benchmarks/NOTES.md)."""
+COMPARABLE_FROM = 100
+"""Examples from which they are not noted: of 50, each still differs by more than draws of one distribution do."""
 Losses = Sequence[ExampleLoss]
 
 
 def run_probe(
     loaded: LoadedModel,
-    encoded: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
     before: Losses,
+    training: Sequence[EncodedExample],
     method: Method,
     probe_steps: int,
     seed: int,
     token_budget: int,
     progress: ProgressCallback = ignore_progress,
+    sample_size: int = 0,
 ) -> FeatureResult:
-    """Train a fresh adapter for ``probe_steps`` steps on a part of the sample, and measure it on the rest.
+    """Train a fresh adapter for ``probe_steps`` steps on one part of a sample, and measure it on the other.
 
     Args:
-        encoded: the sample, in an order that does not depend on the file's; its first ``count_held_out`` examples are
-            held out.
-        before: the base's losses on the held-out examples that have an answer.
+        held_out: the examples to measure, each with an answer; the parts are those of ``split_sample``.
+        before: the base's losses on them.
+        training: the examples to train on, in an order that does not depend on the file's.
         token_budget: most padded tokens in a minibatch that is measured; a training has a budget of its own.
+        sample_size: as in ``drift_notes``.
 
     Returns:
-        The features of ``PROBE_NAMES``; those that could not be measured are None, with a note that says why.
+        The features of ``PROBE_NAMES``; those that could not be measured are None, with a note that says why. Others
+        have a note where they do not compare with those of larger samples.
 
     Raises:
         torch.OutOfMemoryError: a single example does not fit (MemoryError or RuntimeError on a CPU).
     """
-    num_held_out = count_held_out(len(encoded))
-    held_out, training = [e for e in encoded[:num_held_out] if has_answer(e)], encoded[num_held_out:]
-    if not num_held_out:
-        return _unmeasured("the probe needs two examples, one of them held out")
+    if not training:
+        return _unmeasured("the probe needs two conversations, one of them held out")
     if not sum(e.num_supervised for e in before):
         return _unmeasured("the held-out examples have no supervised token")
     base_values = {"initial_loss": mean_loss(before)}  # of the base: it needs no probe, and stays if that fails
@@ -81,7 +89,10 @@ def run_probe(
     finally:
         loaded.detach("probe")
     finite = _finite_values(values)
-    return FeatureResult(finite, {k: _why_null(k) for k, v in finite.items() if v is None})
+    notes = {k: _why_null(k) for k, v in finite.items() if v is None}
+    if probe_steps * method.batch_size * method.gradient_accumulation > len(training):
+        notes = drift_notes(len(held_out) + len(training), sample_size) | notes
+    return FeatureResult(finite, notes)
 
 
 def _probe(
@@ -140,6 +151,18 @@ def _why_null(name: str) -> str:
         "landscape_flatness": "the held-out loss has no gradient",
     }
     return reasons.get(name, "the model gave no finite number")
+
+
+def drift_notes(num_examples: int, sample_size: int) -> dict[str, str]:
+    """The notes of features whose sample is smaller than that of other datasets, and that move with its size.
+
+    Args:
+        num_examples: of the sample.
+        sample_size: what the other datasets' samples have, if these are large enough; 0: all their examples.
+    """
+    if num_examples >= min(COMPARABLE_FROM, sample_size or COMPARABLE_FROM):
+        return {}
+    return dict.fromkeys(DRIFTING, f"below {COMPARABLE_FROM} examples it depends on their number ({num_examples} here)")
 
 
 def _loss_features(before: Losses, after: Losses) -> dict[str, float | None]:

@@ -14,6 +14,7 @@ from raylora.mmlu.paired import ALPHA, LETTER_MOVED, balanced_change, holm, mcne
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
 from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES
 from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
+from raylora.report.repeats import SeedLine, a_a_pairs, seed_lines
 from raylora.rows import FEATURE_COLUMNS
 
 MIN_DATASETS = 4
@@ -64,8 +65,11 @@ def ranking(run: FinishedRun) -> dict[str, Any]:
         ``rows``: numbers of the rows with MMLU; ``holm``: McNemar's p-values, adjusted, (rows of the table,), NaN in
         other rows; ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``,
         ``num_letters``: how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted
-        p-value below ``alpha``.
+        p-value below ``alpha``; ``seeds``: None, or what ``_ranking_over_seeds`` adds where datasets were trained with
+        several.
     """
+    if lines := seed_lines(run):
+        return _ranking_over_seeds(run, lines)
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
     raw = raw.where(change.notna())
@@ -79,6 +83,65 @@ def ranking(run: FinishedRun) -> dict[str, Any]:
         "num_letters": found.count("letter"),
         "num_raw": int((raw < ALPHA).sum()),
         "alpha": ALPHA,
+        "seeds": None,
+    }
+
+
+def _ranking_over_seeds(run: FinishedRun, lines: list[SeedLine]) -> dict[str, Any]:
+    """The ranking of a run with several seeds: a line for each dataset and set of hyperparameters.
+
+    Returns:
+        As ``ranking``. ``rows`` are the first rows of the lines, and a line's rows share its verdict and p-value.
+        ``seeds`` has ``lines``, by first row: ``rows``, ``label``, ``change`` (their mean), ``low``, ``high``,
+        ``p_value``, ``balanced``, ``seed_std`` (``mmlu.seeds``; a line of one seed has its row's own interval and
+        McNemar's p-value; None where answers are missing); and what ``repeats.a_a_pairs`` returns.
+    """
+    found = [_line_values(run, line) for line in lines]
+    names = ("p_value", "change", "balanced", "balanced_low", "balanced_high", "balanced_p_value")
+    p_values, *changes, balanced_p_values = (np.array([v[name] for v in found], dtype=float) for name in names)
+    adjusted, both = holm(p_values), holm(np.fmax(p_values, balanced_p_values))
+    called = verdicts(p_values, *changes)
+    # ``verdicts`` takes balanced accuracy's p-value from its interval by the normal curve; Student's t is known here.
+    called = ["undecided" if v in {"gain", "loss"} and not p < ALPHA else v for v, p in zip(called, both, strict=True)]
+    by_row, of_row = np.full(len(run.table), np.nan), ["undecided"] * len(run.table)
+    for line, p_value, verdict in zip(lines, adjusted, called, strict=True):
+        by_row[line.rows] = p_value
+        for row in line.rows:
+            of_row[row] = verdict
+    return {
+        "rows": [line.rows[0] for line in lines],
+        "holm": by_row.tolist(),
+        "verdicts": of_row,
+        "num_gains": called.count("gain"),
+        "num_losses": called.count("loss"),
+        "num_letters": called.count("letter"),
+        "num_raw": int((p_values < ALPHA).sum()),
+        "alpha": ALPHA,
+        "seeds": {"lines": {line.rows[0]: v for line, v in zip(lines, found, strict=True)}, **a_a_pairs(lines)},
+    }
+
+
+def _line_values(run: FinishedRun, line: SeedLine) -> dict[str, Any]:
+    names = ("accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", *BALANCED_CHANGES)
+    means = {name: float(run.numbers(name)[line.rows].mean()) for name in names}
+    values: dict[str, Any] = {"rows": line.rows, "label": line.label, "change": means["accuracy_change"]}
+    no_seeds = ("balanced_p_value", "seed_std")
+    if len(line.rows) == 1:
+        own = dict(zip(("low", "high", "p_value", "balanced", "balanced_low", "balanced_high"), names[1:], strict=True))
+        return values | {name: means[column] for name, column in own.items()} | dict.fromkeys(no_seeds)
+    change, balanced = line.change(), line.change(balanced=True)
+    if change is None or balanced is None:
+        unknown = ("low", "high", "p_value", "balanced_low", "balanced_high", *no_seeds)
+        return values | dict.fromkeys(unknown) | {"balanced": means[BALANCED_CHANGES[0]]}
+    return values | {
+        "low": change.low,
+        "high": change.high,
+        "p_value": change.p_value,
+        "seed_std": change.seed_std,
+        "balanced": balanced.mean,
+        "balanced_low": balanced.low,
+        "balanced_high": balanced.high,
+        "balanced_p_value": balanced.p_value,
     }
 
 
@@ -265,7 +328,7 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
         "mmlu_oom_backoffs": "MMLU halved its batch {:.0f} times: out of memory",
     }
     columns = {name: run.numbers(name) for name in counts}
-    reasons, notes = run.texts("bad_records"), run.texts("feature_notes")
+    reasons, notes = run.texts("bad_records"), {name: run.texts(name) for name in ("train_notes", "feature_notes")}
     moved = favourite_letters(run)
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
@@ -280,17 +343,22 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
             entries.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
         if row in moved:
             entries.append({"row": row, "what": moved[row]})
-        if notes[row]:
-            entries.append({"row": row, "what": f"not measured: {notes[row]}"})
+        if notes["train_notes"][row]:
+            entries.append({"row": row, "what": notes["train_notes"][row]})
+        if notes["feature_notes"][row]:
+            entries.append({"row": row, "what": f"features: {notes['feature_notes'][row]}"})
     return entries
 
 
 def favourite_letters(run: FinishedRun) -> dict[int, str]:
-    """By row whose verdict is ``letter``: how often base and adapter answered each letter, and balanced accuracy."""
+    """By row whose verdict is ``letter``: how often base and adapter answered each letter, and balanced accuracy.
+
+    Of several seeds the first row stands for all.
+    """
     shares = {name: (run.numbers(f"base_{name}"), run.numbers(name)) for name in PREDICTION_SHARES}
     changes = [run.numbers(name) for name in BALANCED_CHANGES]
-    texts = {}
-    for row in (i for i, verdict in enumerate(ranking(run)["verdicts"]) if verdict == "letter"):
+    texts, ranked = {}, ranking(run)
+    for row in (i for i in sorted(ranked["rows"]) if ranked["verdicts"][i] == "letter"):
         letters = ", ".join(
             f"{letter} {before[row]:.0%} to {after[row]:.0%}"
             for letter, (before, after) in zip(LETTERS, shares.values(), strict=True)

@@ -56,18 +56,22 @@ class FinishedRun:
     @cached_property
     def labels(self) -> list[str]:
         """What each experiment is called: its dataset, and where a grid has several of a dataset, what differs."""
+        return self.labels_of(list(range(len(self.table))))
+
+    def labels_of(self, rows: list[int], ignored: str = "") -> list[str]:
+        """What these rows are called where there are no others, and the hyperparameter ``ignored`` does not count."""
         datasets, ids = self.texts("dataset"), self.texts("experiment_id")
-        labels = [name or key or f"row {i + 1}" for i, (name, key) in enumerate(zip(datasets, ids, strict=True))]
-        rows_of = pd.Series(labels).groupby(labels).groups
-        for name, rows in rows_of.items():
-            if len(rows) > 1:
-                for row, difference in zip(rows, self._differences(list(rows)), strict=True):
-                    labels[row] = f"{name} · {difference}"
+        labels = [datasets[row] or ids[row] or f"row {row + 1}" for row in rows]
+        for name, places in pd.Series(labels).groupby(labels).groups.items():
+            if len(places) > 1:
+                differences = self._differences([rows[place] for place in places], ignored)
+                for place, difference in zip(places, differences, strict=True):
+                    labels[place] = f"{name} · {difference}"
         return labels
 
-    def _differences(self, rows: list[int]) -> list[str]:
+    def _differences(self, rows: list[int], ignored: str) -> list[str]:
         """For rows of the same dataset, the hyperparameters in which they differ, as text."""
-        columns = {name: [self.texts(name)[row] for row in rows] for name in Method.model_fields}
+        columns = {name: [self.texts(name)[row] for row in rows] for name in Method.model_fields if name != ignored}
         varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
         texts = [", ".join(f"{name} {values[k]}" for name, values in varied.items()) for k in range(len(rows))]
         if len(set(texts)) < len(texts):  # the same name twice: a .json beside a .jsonl, or another run's rows

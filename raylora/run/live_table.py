@@ -131,4 +131,5 @@ def describe(row: ResultRow) -> str:
         parts.append(f"loss {v['train_initial_loss']:.2f} to {v['train_final_loss']:.2f}")
     if v.get("total_seconds") is not None:
         parts.append(clock(v["total_seconds"]))
-    return f"{v['dataset']}: {', '.join(parts) or 'done'}"
+    note = f" ({v['train_notes']})" if v.get("train_notes") else ""
+    return f"{v['dataset']}: {', '.join(parts) or 'done'}{note}"

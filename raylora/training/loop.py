@@ -39,6 +39,10 @@ ONEDNN_FROM_TOKENS = 4000
 a second (benchmarks/NOTES.md)."""
 
 
+UNTRAINED = "the adapter is what it was before training{}: the model is the base"
+"""The note of an adapter whose weights leave the base as it is; with the cause, where that is the learning rate."""
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     metrics: TrainingMetrics
@@ -50,10 +54,14 @@ class TrainingResult:
 
 
 def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
-    """The share of the peak learning rate at ``step`` (from 0), as in transformers' schedules."""
+    """The share of the peak learning rate at ``step`` (from 0): as in transformers' schedules, warm-up apart.
+
+    Of w = ceil(``num_steps`` * ``warmup_ratio``) steps of warm-up, step k has (k + 1) / (w + 1) of the peak. In
+    transformers it has k / w, so that its first step is lost, and with it a training of a single step.
+    """
     num_warmup = math.ceil(num_steps * method.warmup_ratio)
     if step < num_warmup:
-        return step / max(1, num_warmup)
+        return (step + 1) / (num_warmup + 1)
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     if method.lr_scheduler == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
@@ -289,4 +297,12 @@ def _summarize(
         num_oom_backoffs=accumulator.budget.num_backoffs,
         packed=accumulator.packed,
         num_adapters=len(accumulator.jobs),
+        train_notes=_note(trainee, accumulator.loaded),
     )
+
+
+def _note(trainee: _Trainee, loaded: LoadedModel) -> str:
+    """What is odd about the trained adapter: a change of exactly 0 is no result where it could be no other."""
+    if not loaded.changes_nothing(trainee.job.name):
+        return ""
+    return UNTRAINED.format("" if any(step.learning_rate for step in trainee.steps) else " (learning rate 0)")

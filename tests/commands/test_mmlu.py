@@ -13,13 +13,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from raylora import evaluate_mmlu
+from raylora.commands import mmlu
 from raylora.commands.mmlu import Evaluated, print_tables, summary_of
 from raylora.mmlu.scoring import load_score
 from raylora.records import Score
+from tests.helpers.adapters import make_qwen2, save_kind
 from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
 from tests.helpers.runs import letter_scores
+from tests.helpers.thinking import thinking_tokenizer
+from tests.helpers.tiny import make_tokenizer, save_model
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
@@ -83,6 +88,72 @@ def test_a_favourite_letter_that_moved_is_named(tmp_path):
         letters,
         *(line for line in lines if line.startswith(("only_letters: anatomy", "only_letters: virology"))),
     ]
+
+
+def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_folder, question_file, tmp_path):
+    """Written as a training at rate 0 leaves it: its B matrices are zero."""
+    untrained = shutil.copytree(adapter_folder, tmp_path / "untrained")
+    weights = load_file(untrained / "adapter_model.safetensors")
+    zeroed = {name: weight * ("lora_B" not in name) for name, weight in weights.items()}
+    save_file(zeroed, untrained / "adapter_model.safetensors", {"format": "pt"})
+    base, own, other = (
+        evaluate_mmlu(str(tiny_model_folder), folder, question_file, quantization="none")["questions"]
+        for folder in (None, untrained, adapter_folder)
+    )
+    assert mmlu.is_same(Score(own), Score(base))
+    assert not mmlu.is_same(Score(other), Score(base))
+
+
+def test_adapters_of_all_kinds_in_one_run_cost_each_other_nothing(question_file, tmp_path):
+    """Each adapter's score is its own, whatever came before it; one that cannot be asked costs a line."""
+    model = tmp_path / "qwen2"
+    make_qwen2().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    kinds = ["modules to save", "plain", "IA3", "bias of all"]
+    adapters = [save_kind(name, tmp_path / name.replace(" ", "_")) for name in kinds]
+    config = json.loads((adapters[1] / "adapter_config.json").read_text())
+    (adapters[1] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/another"}))
+    prompt, broken = save_kind("prompt tuning", tmp_path / "prompt"), shutil.copytree(adapters[1], tmp_path / "broken")
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["no_such_module"]}))
+    arguments = ["--model", str(model), "--quantization", "none", "--questions", str(question_file)]
+    given = [adapters[0], prompt, adapters[1], tmp_path / "nowhere", adapters[2], broken, adapters[3]]
+    result = run_command(*arguments, "--output", str(tmp_path / "out"), "--adapter", *map(str, given))
+    assert result.returncode == 1, result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("raylora: ")]
+    assert len(errors) == 3
+    for folder, error, reason in zip(
+        (prompt, tmp_path / "nowhere", broken),
+        errors,
+        ("is prompt tuning", "no adapter_config", "no adapter of"),
+        strict=True,
+    ):
+        assert f"raylora: {folder}: {reason}" in error
+    assert "Note: plain: was trained on org/another" in result.stdout
+    (folder,) = (tmp_path / "out" / "mmlu").iterdir()
+    summary = pd.read_csv(folder / "summary.csv")
+    assert list(summary["model"]) == ["base", "modules_to_save", "plain", "IA3", "bias_of_all"]
+    for adapter, path in zip((None, *adapters), summary["scores"], strict=True):
+        alone = evaluate_mmlu(str(model), adapter, question_file, quantization="none")
+        np.testing.assert_allclose(load_score(path).questions[LOGPROBS], alone["questions"][LOGPROBS], atol=1e-6)
+
+
+def test_prompt_tuning_alone_is_one_line(tiny_model_folder, tmp_path):
+    folder = save_kind("prompt tuning", tmp_path / "prompt")
+    result = run_command("--model", str(tiny_model_folder), "--questions", "demo", "--adapter", str(folder))
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"raylora: {folder}: is prompt tuning: only adapters that change the model's layers")
+
+
+def test_the_row_says_what_became_of_thinking(question_file, tmp_path):
+    save_model(tmp_path / "model")
+    thinking_tokenizer("begun").save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--quantization", "none", "--questions", str(question_file)]
+    result = run_command(*arguments, "--prompt-style", "chat", "--output", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "(thinking: closed)" in result.stdout
+    (summary,) = (tmp_path / "out" / "mmlu").glob("*/summary.csv")
+    assert list(pd.read_csv(summary)["thinking"]) == ["closed"]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):

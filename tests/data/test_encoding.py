@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from raylora.data import encoding
 from raylora.data.datasets import read_dataset
 from raylora.data.encoding import IGNORE_INDEX, StoredEncoded, encode_each, encode_example, labels_of, supervised_counts
+from raylora.data.parse_record import parse_record
 from raylora.records import Example, Message
-from tests.helpers.formats import FORMATS, PAIRS
+from tests.helpers.formats import FORMATS, PAIRS, TEXT, conversation
 from tests.helpers.tiny import CHAT_TEMPLATE
 from tests.helpers.training import make_examples
 
@@ -19,6 +22,7 @@ from tests.helpers.training import make_examples
 def test_packed_tokens_are_the_same(tokenizer, on_disk, monkeypatch, train_on):
     monkeypatch.setattr(encoding, "ENCODED_TOGETHER", 7)
     told = [Example((Message("user", q),), a, q) for q, a in PAIRS]
+    told += parse_record(conversation(["What is it?", "That.", "And why?", "So."]))[0]
     plain = [encode_example(tokenizer, e, 20) for e in told]
     packed = StoredEncoded(encode_each(tokenizer, told, 20))
     assert list(packed) == plain
@@ -148,3 +152,59 @@ def test_what_a_template_makes_of_thinking_is_supervised_with_the_answer(tokeniz
         monkeypatch.setattr(tokenizer, "chat_template", template)
         labels = labels_of(encode_example(tokenizer, example, 4096), "answer")
         assert tokenizer.decode([t for t in labels if t != IGNORE_INDEX]) == f"{expected}<|im_end|>"
+
+
+# Several turns
+
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}"
+    "{{ m['content'].split('</think>')[-1] | trim }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Drops the thinking of all turns but the last, as those of reasoning models do."""
+
+
+def supervised_texts(tokenizer, examples, max_length=4096):
+    each = encode_each(tokenizer, examples, max_length)
+    return [tokenizer.decode([t for t in labels_of(e, "all") if t != IGNORE_INDEX]) for e in each]
+
+
+@pytest.mark.parametrize("template", [name for name, text in TEMPLATES.items() if text and name != "reasoning"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(TEXT, min_size=2, max_size=8).map(lambda c: c[: len(c) // 2 * 2]))
+def test_all_supervises_each_token_of_a_conversation_once(tokenizer, monkeypatch, template, contents):
+    """What its examples supervise, one after another, is the whole conversation, but for its first token."""
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[template])
+    examples, _ = parse_record(conversation(contents))
+    whole = encode_example(tokenizer, examples[-1], 100_000)
+    assert "".join(supervised_texts(tokenizer, examples, 100_000)) == tokenizer.decode(whole.input_ids[1:])
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "forgetful"])
+@pytest.mark.parametrize("end", ["", ".", " \n", ". Another answer stands here."])
+def test_all_supervises_each_turn_once_whatever_the_template_does_to_earlier_ones(
+    tokenizer, monkeypatch, template, end
+):
+    monkeypatch.setattr(tokenizer, "chat_template", {**TEMPLATES, "forgetful": FORGETFUL}[template])
+    contents = [f"<think>\nT{i}\n</think>\n\nW{i}{end}" if i % 2 else f"W{i}{end}" for i in range(10)]
+    examples, _ = parse_record(conversation(contents))
+    texts = supervised_texts(tokenizer, examples)
+    for i in range(10):
+        assert [k for k, text in enumerate(texts) if f"W{i}" in text] == [i // 2], (i, texts)
+    assert sum(text.count("<|im_end|>") for text in texts) >= 5
+    if template == "forgetful":  # 2 marks an example; the first example has those of both its turns
+        assert [text.count("<|im_end|>") for text in texts] == [2] * 5, texts
+        assert [text.count("<think>") for text in texts] == [1] * 5, "thinking that only its own example shows"
+    # Each example has the same marks whichever others are there.
+    assert supervised_texts(tokenizer, examples[3:]) == texts[3:]
+
+
+def test_all_supervises_what_is_left_of_a_turn_whose_front_is_cut(tokenizer):
+    examples, _ = parse_record(conversation(["word " * 40, "yes " * 40, "and " * 40, "no " * 40]))
+    whole, cut = (encode_example(tokenizer, examples[1], length) for length in (4096, 64))
+    assert whole.num_repeated > 0
+    assert len(cut) == 64
+    assert cut.num_repeated == 0
+    some = encode_example(tokenizer, examples[1], len(whole) - whole.num_repeated + 10)
+    assert some.num_repeated == 10
+    assert labels_of(some, "all")[10:] == some.input_ids[10:]

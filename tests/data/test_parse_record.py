@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raylora.data.datasets import read_dataset
-from tests.helpers.formats import FORMATS, TEXT, write_data
+from tests.helpers.formats import FORMATS, TEXT, conversation, write_data
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -95,3 +95,18 @@ def test_long_questions_take_no_longer_than_they_are(tmp_path, text):
     started = time.perf_counter()
     read_dataset(write_data(tmp_path, [FORMATS["messages"](text, "A")]))
     assert time.perf_counter() - started < 5  # quadratic: minutes
+
+
+def test_examples_of_a_conversation_know_it_and_what_earlier_ones_hold(tmp_path):
+    contents = ["Q1", "A1", "Q2", "A2", "Q3", "A3", "bye"]
+    other = [*contents[:4], "Q4", "A4"]
+    records = [conversation(contents), conversation(other), conversation(contents), conversation(["Q1", "A1"])]
+    records += [FORMATS["question/answer"]("Q1", "A1")]
+    examples = read_dataset(write_data(tmp_path, records)).examples
+    assert [e.num_repeated for e in examples] == [0, 2, 4, 0, 2, 4, 0, 2, 4, 0, 0]
+    identities = [e.conversation for e in examples]
+    assert len(set(identities[:3])) == len(set(identities[3:6])) == 1
+    assert identities[:3] == identities[6:9] != identities[3:6]
+    assert identities[9:] == ["", ""], "a record of one answer is a conversation of its own"
+    assert examples[9].digest == examples[10].digest != examples[0].digest
+    assert examples[0].digest == examples[6].digest != examples[3].digest, "two that begin alike are not the same"

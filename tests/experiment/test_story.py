@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from raylora.config import load_config
 from raylora.errors import ErrorKind, MachineError
@@ -14,7 +15,9 @@ from raylora.experiment.story import run_experiment
 from raylora.experiment.together import train_together
 from raylora.experiment.workbench import Workbench
 from raylora.planning.plan import make_plan
-from raylora.rows import FEATURE_NAMES
+from raylora.report.terminal import print_results
+from raylora.rows import FEATURE_NAMES, ROW_COLUMNS, load_results
+from raylora.run.live_table import describe
 from tests.helpers.chunks import OPTIONS, planned, write_dataset
 from tests.helpers.tiny import make_model
 
@@ -169,3 +172,26 @@ def test_a_dataset_that_is_gone_or_changed_since_the_plan_gives_no_row(tmp_path,
         with pytest.raises(MachineError, match=why):
             run_experiment(bench, experiment)
         assert plan.store.read_row(experiment) is None
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.0])
+def test_an_adapter_that_is_what_it_was_is_no_good_row_without_a_word(options, tmp_path, capsys, rate):
+    """Sixteen examples at one epoch are one step: it trains, and at rate 0 the row, the lines and the report say so."""
+    write_dataset(tmp_path / "data" / "chunk_1", "data", num=16)
+    default = {"batch_size": 4, "gradient_accumulation": 4, "num_epochs": 1, "learning_rate": rate}
+    plan = planned(options, stages=("train", "mmlu"), **default)
+    (experiment,) = plan.experiments
+    row = ExperimentRunner(plan.config, plan.store).run(experiment)
+    note = row.values["train_notes"]
+    weights = load_file(plan.store.adapter_folder(experiment) / "adapter_model.safetensors")
+    trained = any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name)
+    assert row.values["num_train_steps"] == 1
+    assert trained == (rate > 0) == (not note)
+    plan.store.write_tables([row], ROW_COLUMNS)
+    print_results([row], plan.store)
+    assert ("the model is the base" in capsys.readouterr().out) == (rate == 0)
+    assert ("the model is the base" in describe(row)) == (rate == 0)
+    table = load_results(plan.store.root)
+    assert table["train_notes"].tolist() == [note]
+    if rate == 0:
+        assert row.values["accuracy_change"] == 0

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from raylora import DynamicProbeAnalyzer
+from raylora import DynamicProbeAnalyzer, HyperParams
 from raylora.config import FeatureOptions, Method, ModelOptions
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import encode_example
@@ -20,12 +22,14 @@ from raylora.features import probe
 from raylora.features.observer import ProbeObserver
 from raylora.features.pipeline import extract_features
 from raylora.features.probe import landscape_flatness
-from raylora.features.static import as_dataset, count_held_out
+from raylora.features.static import as_dataset, split_sample
 from raylora.model.adapters import plain_weight
 from raylora.model.loading import load_model
+from raylora.rows import PROBE_NAMES
 from raylora.training.loop import train_adapter
 from raylora.training.losses import example_losses
-from tests.helpers.feature_rows import features_of, make_records, token_losses
+from tests.helpers.feature_rows import assert_same_row, features_of, make_records, token_losses
+from tests.helpers.formats import conversation
 from tests.helpers.tiny import make_model
 
 
@@ -181,7 +185,7 @@ def test_what_a_probe_changes_is_what_its_steps_change(loaded, tokenizer):
     row = extract_features(loaded, dataset, method, options, 512, seed=0)
     sample = sample_examples(dataset.examples, 0, dataset.seed)
     encoded = [encode_example(tokenizer, e, 256) for e in sample]
-    held_out, training = encoded[: count_held_out(len(encoded))], encoded[count_held_out(len(encoded)) :]
+    held_out, training = ([encoded[i] for i in part] for part in split_sample(sample))
 
     def losses():
         supervised, perplexities = [], []
@@ -281,3 +285,69 @@ def test_equal_examples_have_consistent_gradients(loaded):
     # Not 1: between two steps the adapter itself moves.
     assert same["gradient_consistency"] > 0.95
     assert mixed["gradient_consistency"] < same["gradient_consistency"]
+
+
+def make_conversations(num, num_turns=3):
+    """Each of a system turn and ``num_turns`` questions and answers."""
+    parts = make_records(num * num_turns)
+    return [conversation([r[k] for r in parts[i::num] for k in ("question", "answer")]) for i in range(num)]
+
+
+@pytest.mark.parametrize("train_on", ["answer", "all"])
+def test_no_answer_that_is_held_out_stands_in_what_the_probe_trains_on(loaded, tokenizer, train_on):
+    records = make_conversations(10)
+    dataset = as_dataset(records)
+    sample = sample_examples(dataset.examples, 0, dataset.seed)
+    held_out, training = split_sample(sample)
+    assert (len(held_out), len(training)) == (6, 24)
+    prompts = [m.content for i in training for m in sample[i].messages]
+    assert not {sample[i].answer for i in held_out} & set(prompts)
+
+    encoded = [encode_example(tokenizer, e, 256) for e in sample]
+    losses = [example_losses(loaded, [encoded[i]], train_on, 512)[0] for i in held_out]
+    expected = sum(loss.total for loss in losses) / sum(loss.num_supervised for loss in losses)
+    row = features_of(loaded, records, train_on=train_on)
+    assert row["initial_loss"] == pytest.approx(expected, rel=1e-4)
+    assert row["avg_param_change"] > 0
+    assert_same_row(row, features_of(loaded, records[::-1], train_on=train_on))
+
+
+def test_conversations_that_begin_alike_are_the_same_in_any_order(loaded):
+    beginning = make_conversations(1)[0]["messages"][:4]
+    records = [{"messages": beginning + r["messages"][:2]} for r in make_conversations(6)]
+    assert_same_row(features_of(loaded, records), features_of(loaded, records[::-1]))
+
+
+def test_a_single_conversation_has_no_probe_and_says_why(loaded):
+    row = features_of(loaded, make_conversations(1, num_turns=12))
+    assert row["initial_loss"] is row["gradient_consistency"] is None
+    assert "initial_loss: the probe needs two conversations" in row["feature_notes"]
+    assert row["base_model_perplexity"] > 1
+    assert features_of(loaded, make_conversations(2, num_turns=6))["initial_loss"] > 0
+
+
+def test_the_class_that_users_know_splits_in_the_same_way(loaded, tokenizer):
+    records = make_conversations(6)
+    row = features_of(loaded, records, learning_rate=2e-4, gradient_accumulation=4, max_length=1024)
+    model = make_model()
+    theirs = DynamicProbeAnalyzer(model, tokenizer).extract_all_dynamic_features(
+        records, HyperParams(), probe_steps=2, sample_size=0, batch_size=2
+    )
+    assert theirs["initial_loss"] == pytest.approx(row["initial_loss"], rel=1e-4)
+    assert theirs["loss_decay_rate"] == pytest.approx(row["loss_decay_rate"], rel=1e-2, abs=1e-6)
+
+
+def test_features_that_move_with_the_number_of_examples_say_so(loaded):
+    """Where the probe goes over a small sample several times."""
+    several, once = (features_of(loaded, make_records(12), probe_steps=steps, batch_size=2) for steps in (8, 4))
+    assert several["gradient_consistency"] is not None
+    assert "gradient_consistency: below 100 examples it depends on their number (12 here)" in several["feature_notes"]
+    assert "gradient_consistency" not in once["feature_notes"]
+
+
+@given(st.integers(2, 300), st.integers(0, 300))
+def test_no_note_where_every_sample_is_as_small(num_examples, sample_size):
+    notes = probe.drift_notes(num_examples, sample_size)
+    assert set(notes) <= set(PROBE_NAMES)
+    assert not any("; " in note for note in notes.values()), "that is what stands between notes"
+    assert bool(notes) == (num_examples < min(100, sample_size or 100))

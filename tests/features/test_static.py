@@ -8,14 +8,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.ensemble import IsolationForest
 
 from raylora import StaticFeatureExtractor
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import encode_example
+from raylora.data.parse_record import parse_record
 from raylora.errors import UserError
+from raylora.features import static
 from raylora.features.static import as_dataset, extract_static
 from tests.helpers.feature_rows import WORDS, assert_same_row, make_records, token_losses
+from tests.helpers.formats import conversation
 
 
 def test_characters_are_those_of_the_records(tmp_path, loaded):
@@ -137,7 +142,7 @@ def test_models_that_join_rows_before_their_mlp_are_counted_all_the_same(tokeniz
     assert_same_row(together, alone)
 
 
-def test_consistency_and_outliers_are_those_of_plain_loops(loaded, tokenizer):
+def test_consistency_is_that_of_a_plain_loop(loaded, tokenizer):
     answers = ["The cat sat. It was blue.", "A river is long. A mountain is high. Cats sleep.", "No sentence more"]
     records = [{"question": f"What of {w}?", "answer": a} for w, a in zip(WORDS, answers * 3, strict=False)]
     dataset = as_dataset(records)
@@ -163,8 +168,66 @@ def test_consistency_and_outliers_are_those_of_plain_loops(loaded, tokenizer):
             consistent.append(np.mean(pairs))
     assert len(consistent) == 6
     assert row["semantic_consistency"] == pytest.approx(np.mean(consistent), abs=1e-4)
-    forest = IsolationForest(contamination="auto", random_state=0).fit(np.stack(embeddings))
-    assert row["embedding_outlier_ratio"] == np.mean(forest.predict(np.stack(embeddings)) == -1)
+    assert row["embedding_outlier_ratio"] is None, "of so few a forest finds outliers whatever they are"
+
+
+def test_outliers_are_those_of_several_forests_and_the_odd_ones_are_among_them():
+    rng = np.random.default_rng(0)
+    clean = rng.normal(1, 0.1, (60, 16))
+    ratios = [
+        np.mean(IsolationForest(contamination="auto", random_state=seed).fit(clean).predict(clean) == -1)
+        for seed in range(static.NUM_FORESTS)
+    ]
+    assert static.outlier_ratio(clean) == pytest.approx(np.mean(ratios))
+    assert len(set(ratios)) > 1, "one forest would have done"
+    odd = np.concatenate([clean[:54], rng.normal(-1, 0.1, (6, 16))])
+    assert static.outlier_ratio(odd) > 0.09 > static.outlier_ratio(clean)
+
+
+def test_outliers_are_measured_from_fifty_examples_on(loaded, monkeypatch):
+    monkeypatch.setattr(static, "NUM_FORESTS", 1)
+    for num in (49, 50):
+        dataset = as_dataset(make_records(num))
+        result = extract_static(loaded.model, loaded.tokenizer, dataset, dataset.examples)
+        assert (result.values["embedding_outlier_ratio"] is None) == (num < 50)
+        assert result.notes.get("embedding_outlier_ratio") == ("needs 50 examples" if num < 50 else None)
+
+
+# What the probe holds out
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.randoms(use_true_random=False))
+def test_no_conversation_is_on_both_sides(sizes, rng):
+    examples = [e for i, size in enumerate(sizes) for e in turns(f"{i}.", size)]
+    rng.shuffle(examples)
+    sample = examples[: rng.randint(1, len(examples))]
+    split = static.split_sample(sample)
+    keys = [e.conversation or e.digest for e in sample]
+    held_out, training = ({keys[i] for i in part} for part in split)
+    assert not held_out & training
+    if len(set(keys)) < 2:
+        assert split == ([], [])
+        return
+    assert sorted([*split.held_out, *split.training]) == list(range(len(sample)))
+    assert held_out
+    assert training
+    wanted, smallest = static.count_held_out(len(sample)), min(map(keys.count, keys))
+    assert len(split.held_out) <= max(wanted, smallest)
+    # Fuller only with a conversation that is broken up.
+    if smallest <= wanted:
+        assert all(keys.count(key) > wanted - len(split.held_out) for key in training)
+
+
+def test_of_single_turns_the_first_are_held_out():
+    sample = as_dataset(make_records(20)).examples
+    assert static.split_sample(sample) == ([0, 1, 2, 3], list(range(4, 20)))
+    assert static.split_sample(sample[:1]) == ([], [])
+
+
+def turns(name, num):
+    contents = [f"{who}{name}{k}" for k in range(num) for who in ("question ", "answer ")]
+    return parse_record(conversation(contents))[0]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -23,6 +24,14 @@ FORMATS = {
     "prompt/response": lambda q, a: {"prompt": q, "response": a},
     "final": lambda q, a: {"context_text": "", "qa_pairs": [{"question": q, "output": a}]},
 }
+
+
+def conversation(contents: list[str]) -> dict[str, object]:
+    """A record of several turns, the user's first."""
+    roles = itertools.cycle(("user", "assistant"))
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+
 PAIRS = [(f"What is {i} and {i % 7}?", f"It is {i + i % 7}, of course.") for i in range(40)]
 
 

@@ -169,6 +169,18 @@ def test_an_odd_run_has_its_page(open_page, odd_run, width, scheme):
         assert page.locator("#failures table[aria-label=failures] tr.row").count() == 3
 
 
+def test_several_seeds_are_a_line_with_a_dot_each(open_page, tmp_path):
+    write_run(tmp_path / "seeds", ["a", "b"], sizes={"anatomy": 40, "virology": 30}, grid={"seed": [0, 1, 2]})
+    write_report(tmp_path / "seeds")
+    page = open_page(tmp_path / "seeds")
+    assert sorted(names_of(page, "ranking")) == ["a", "b"]
+    assert page.locator("#ranking tbody tr.row").first.locator(".plot .seed").count() == 3
+    assert "two trainings on the same data with other seeds" in page.locator("#ranking").inner_text()
+    assert "one seed" not in page.locator("#ranking").inner_text().replace("as for one seed", "")
+    assert page.locator("#subjects canvas").count() == 1
+    assert page.locator("#table .name[title='a · seed 2']").count() == 1
+
+
 def test_the_page_of_forty_does_not_scroll_sideways(open_page, forty):
     page = open_page(forty, 390, 844)
     assert page.evaluate("document.documentElement.scrollWidth") == 390

@@ -189,6 +189,20 @@ def test_the_fixes_of_the_page_are_those_of_the_documentation():
         assert [word for word in words if word not in findings.FIXES[ErrorKind(kind)]] == [], kind
 
 
+def test_notes_on_training_and_features_are_worth_a_look(forty, tmp_path):
+    run = load_run(shutil.copytree(forty, tmp_path / "run"))
+    row = int(np.flatnonzero(run.ok)[0])
+    notes = {
+        "train_notes": "the adapter is the base",
+        "feature_notes": "gradient_consistency: below 100 examples it depends",
+    }
+    for name, text in notes.items():
+        run.table[name] = ["" if i != row else text for i in range(len(run.table))]
+    found = [entry["what"] for entry in findings.oddities(run) if entry["row"] == row]
+    assert notes["train_notes"] in found
+    assert f"features: {notes['feature_notes']}" in found
+
+
 def test_every_kind_that_a_row_can_have_has_a_fix():
     assert set(ErrorKind) - set(findings.FIXES) == {ErrorKind.STORAGE, ErrorKind.CLUSTER, ErrorKind.STOPPED}
 

@@ -7,7 +7,10 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from raylora.config import Method
 from raylora.data.encoding import StoredEncoded, encode_each, encode_example
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.mmlu.prompts import encode_questions
@@ -23,8 +26,6 @@ from tests.helpers.training import METHOD, make_examples
 
 
 def test_training_from_disk_is_training_from_memory(loaded, on_disk):
-    from raylora.config import Method
-
     told = [Example((Message("user", q),), a, q) for q, a in PAIRS[:12]]
     method = Method(num_epochs=1, learning_rate=1e-3)
     curves = []
@@ -141,7 +142,8 @@ def test_no_supervised_token_is_one_line(loaded, tokenizer):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules_are_those_of_transformers(schedule):
+def test_schedules_are_those_of_transformers_but_for_the_warm_up(schedule):
+    """Which has no step at rate 0 here: step k of 3 has (k + 1) / 4 of the peak, where transformers has k / 3."""
     from transformers import get_scheduler
 
     method = METHOD.model_copy(update={"lr_scheduler": schedule, "warmup_ratio": 0.1})
@@ -149,9 +151,36 @@ def test_schedules_are_those_of_transformers(schedule):
     name = "constant_with_warmup" if schedule == "constant" else schedule
     reference = get_scheduler(name, optimizer, math.ceil(25 * 0.1), 25)
     for step in range(25):
-        assert learning_rate_factor(step, 25, method) == pytest.approx(reference.get_last_lr()[0])
+        expected = (0.25, 0.5, 0.75)[step] if step < 3 else reference.get_last_lr()[0]
+        assert learning_rate_factor(step, 25, method) == pytest.approx(expected)
         optimizer.step()
         reference.step()
+
+
+@given(
+    num_steps=st.integers(1, 2000),
+    ratio=st.floats(0, 1),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    data=st.data(),
+)
+def test_every_step_has_a_rate_above_zero(num_steps, ratio, schedule, data):
+    method = METHOD.model_copy(update={"lr_scheduler": schedule, "warmup_ratio": ratio})
+    step = data.draw(st.integers(0, num_steps - 1))
+    assert 0 < learning_rate_factor(step, num_steps, method) <= 1
+
+
+@pytest.mark.parametrize("modules", [("q_proj", "down_proj"), ("embed_tokens",)])
+def test_a_training_of_one_step_trains_and_one_at_rate_zero_says_that_it_did_not(loaded, encoded, modules):
+    """Sixteen examples at one epoch are one step of the default method."""
+    base = [losses.total for losses in example_losses(loaded, encoded, "answer", 4096)]
+    for rate in (2e-4, 0.0):
+        method = Method(num_epochs=1, target_modules=modules, max_length=256, learning_rate=rate)
+        result, _ = train(loaded, encoded, method)
+        after = [losses.total for losses in example_losses(loaded, encoded, "answer", 4096)]
+        loaded.detach()
+        assert result.metrics.num_train_steps == 1
+        assert (after != base) == (result.metrics.train_notes == "") == (rate > 0)
+        assert ("learning rate 0" in result.metrics.train_notes) == (rate == 0)
 
 
 def reference_steps(num_examples: int, per_step: int, num_steps: int) -> list[list[int]]:
@@ -211,14 +240,22 @@ def test_steps_and_losses_are_those_of_the_transformers_trainer(loaded, tokenize
                 for k, v in zip(("input_ids", "labels", "attention_mask"), (ids, labels, mask), strict=True)
             }
 
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            """Transformers' cosine behind a warm-up of two steps, which are at one and two thirds of the peak."""
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda k: (k + 1) / 3 if k < 2 else 0.5 * (1 + math.cos(math.pi * (k - 2) / (num_steps - 2))),
+            )
+            return self.lr_scheduler
+
         def log(self, logs, *args, **kwargs):
             losses.extend([logs["loss"]] if "loss" in logs else [])
 
     arguments = TrainingArguments(
         tmp_path, max_steps=num_steps, logging_steps=1, learning_rate=method.learning_rate, seed=0, optim="adamw_torch",
-        max_grad_norm=method.max_grad_norm, gradient_accumulation_steps=accumulation, lr_scheduler_type="cosine",
-        warmup_steps=2, weight_decay=method.weight_decay, report_to=[], save_strategy="no", disable_tqdm=True,
-        use_cpu=True, average_tokens_across_devices=False,
+        max_grad_norm=method.max_grad_norm, gradient_accumulation_steps=accumulation,
+        weight_decay=method.weight_decay, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        average_tokens_across_devices=False,
     )  # fmt: skip
     Reference(other.peft_model, arguments).train()
     assert [s.loss for s in result.steps] == pytest.approx(losses, abs=1e-5)

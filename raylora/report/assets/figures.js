@@ -48,7 +48,7 @@ function drawLosses() {
     host.append(note("No loss curve was found: without the train stage there is none."));
     return;
   }
-  const ranked = RANKED.filter((i) => DATA.curves[i]);
+  const ranked = ASKED.filter((i) => DATA.curves[i]);
   const marked = ranked.length >= 5 ? 2 : ranked.length >= 2 ? 1 : 0;
   const [up, down] = [new Set(ranked.slice(0, marked)), new Set(ranked.slice(ranked.length - marked))];
   host.append(note("Mean cross entropy of the supervised tokens at each optimizer step, in nats a token; a long curve is drawn by the means of 80 stretches. ",

@@ -23,7 +23,7 @@ function drawSubjects() {
   }
   const groups = Object.keys(GROUP_NAMES);
   const order = found.names.map((_, s) => s).sort((a, b) => groups.indexOf(found.groups[a]) - groups.indexOf(found.groups[b]) || found.names[a].localeCompare(found.names[b]));
-  const rows = RANKED.filter((i) => found.rows[i]);
+  const rows = ASKED.filter((i) => found.rows[i]);
   const change = (i, s) => (found.rows[i].gained[s] - found.rows[i].lost[s]) / found.sizes[s];
   const real = (i, s) => ["gain", "loss"].includes(found.rows[i].verdicts[s]);
   const mean = found.names.map((_, s) => rows.reduce((sum, i) => sum + change(i, s), 0) / rows.length);
