@@ -23,6 +23,8 @@ HYPERPARAMETERS = tuple(
 """The numeric ones. The others (``lr_scheduler``, ``train_on`` and such) are words, which no model here can use."""
 NAME_COLUMNS = ("dataset", "dataset_name", "experiment_id")
 MIN_ROWS = 10
+MIN_SPREAD = 1e-9
+"""Outcomes that differ by less differ by rounding only: a question of MMLU's 14,042 is 7e-5."""
 MAX_NUMBER = 1e30
 """A larger value is an error: forests compute in float32 (3.4e38 at most), and sums of squares break down too."""
 
@@ -77,8 +79,8 @@ def known_from_table(
         place: the table's name in error messages.
 
     Raises:
-        UserError: a column is missing or holds no numbers, an outcome is no share, or fewer than ``MIN_ROWS`` rows,
-            three groups or one feature are left.
+        UserError: a column is missing or holds no numbers, an outcome is no share, all outcomes are equal,
+            or fewer than ``MIN_ROWS`` rows, three groups or one feature are left.
     """
     notes: list[str] = []
     if target not in table:
@@ -96,6 +98,7 @@ def known_from_table(
     group_column, groups = _validation_groups(good, group, place, notes)
     outcome = numbers_of(good, [target], place)[target]
     _check_shares(outcome, target, place)
+    _check_spread(outcome, target, place)
     seconds = {
         kind: float(pd.to_numeric(good[f"{kind}_seconds"], errors="coerce").mean())
         for kind in ("text", "static", "probe")
@@ -116,6 +119,15 @@ def _check_shares(outcome: pd.Series, target: str, place: str) -> None:
         raise UserError(
             f"{place}: column {target}, row {_row_number(outcome, at)}: {outcome.iloc[at]:g} is not between {minimum} "
             "and 1; give shares (0.45), not percent"
+        )
+
+
+def _check_spread(outcome: pd.Series, target: str, place: str) -> None:
+    """Raise UserError where all outcomes are equal: intervals would have no width, and a ranking no meaning."""
+    if outcome.max() - outcome.min() <= MIN_SPREAD:
+        raise UserError(
+            f"{place}: column {target} is {outcome.iloc[0]:.6g} in all {len(outcome)} good rows: there is nothing to "
+            "predict; it needs runs that differ"
         )
 
 

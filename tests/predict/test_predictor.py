@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.errors import UserError
-from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, is_too_few, load_predictor, trees_of
+from raylora.predict.conformal import conformal_rank, cv_plus, is_too_few
+from raylora.predict.predictor import TRUSTED_TYPES, load_predictor, trees_of
 from raylora.predict.ranking import rank
 from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor
