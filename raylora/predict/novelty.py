@@ -78,7 +78,8 @@ class Novelty:
     def fits(self, num_columns: int) -> bool:
         """Whether its arrays are those of so many features; a file may hold anything."""
         vectors = (self.center, self.scale, self.mean, self.spread)
-        return all(v.shape == (num_columns,) for v in vectors) and self.precision.shape == (num_columns, num_columns)
+        is_square = self.precision.shape == (num_columns, num_columns)
+        return is_square and all(v.shape == (num_columns,) for v in vectors) and isinstance(self.threshold, float)
 
     def _standardize(self, features: pd.DataFrame) -> np.ndarray:
         z = (np.arcsinh((features.to_numpy() - self.center) / self.scale) - self.mean) / self.spread

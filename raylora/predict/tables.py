@@ -23,6 +23,8 @@ HYPERPARAMETERS = tuple(
 """The numeric ones. The others (``lr_scheduler``, ``train_on`` and such) are words, which no model here can use."""
 NAME_COLUMNS = ("dataset", "dataset_name", "experiment_id")
 MIN_ROWS = 10
+ENOUGH_ROWS = 35
+"""From about here on a signal as large as the noise is found in half of the tables (docs/prediction.md)."""
 MIN_SPREAD = 1e-9
 """Outcomes that differ by less differ by rounding only: a question of MMLU's 14,042 is 7e-5."""
 MAX_NUMBER = 1e30
@@ -104,6 +106,12 @@ def known_from_table(
         for kind in ("text", "static", "probe")
         if f"{kind}_seconds" in good and good[f"{kind}_seconds"].notna().any()
     }
+    num_units, units = (len(good), "rows") if groups is None else (len(np.unique(groups)), "groups")
+    if num_units < ENOUGH_ROWS:
+        notes.append(
+            f"{num_units} {units} are few: a signal as large as the noise is found in half of the tables of "
+            f"{ENOUGH_ROWS} {units}, and in fewer of smaller ones"
+        )
     models = sorted({str(v) for v in good["model"].dropna()}) if "model" in good else []
     if len(models) > 1:
         notes.append(f"rows of {len(models)} base models are mixed ({', '.join(models)}): outcomes may not compare")
