@@ -27,6 +27,10 @@ from raylora.storage.places import cache_folder
 
 SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", "../shared/data"))
 SHAPES = {
+    "smallest": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 49152, "max_position_embeddings": 2048,
+    },
     "tiny": {
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 49152, "max_position_embeddings": 2048,

@@ -96,7 +96,7 @@ class FineTuner:
         loaded, method = self._loaded, Method(**lora_config_info)
         if not isinstance(dataset, Dataset):
             dataset = Dataset("", tuple(dataset), len(dataset), 0)
-        seed = (dataset.seed ^ self.config.seed) % 2**62
+        seed = (dataset.seed ^ method.seed) % 2**62
         ordered = datasets.sample_examples(dataset.examples, 0, seed)
         loaded.detach()
         parameters = loaded.attach(method, seed)
@@ -132,7 +132,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     config = _config(max_samples=max_samples, **options)
     plan = make_plan(config, [path], "single")
     if len(plan.experiments) != 1:
-        raise UserError(f"grid: {len(plan.experiments)} experiments, and one is run here; use process_folder")
+        raise UserError(f"grid, repeats: {len(plan.experiments)} experiments, and one is run here; use process_folder")
     use_threads(config)
     with plan.store.held(config.fresh):
         bench = Workbench(config, plan.store)
@@ -210,7 +210,8 @@ def evaluate_mmlu_with_model(
 
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
-        ``macro_accuracy``, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
+        ``macro_accuracy``, ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the
+        answers), ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
         ``questions``, a DataFrame with a row for each question.
 
     Raises:

@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from raylora.config_sources import SETTINGS, Settings, load_settings, split_commas
@@ -24,12 +24,14 @@ Stage = Literal["features", "train", "mmlu"]
 TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of attention and MLP, as Llama and models like it name them."""
+LARGEST_SEED = 2**53
+"""Up to here every integer is a float64 too, as which tables may be read."""
 DEMO = "demo"
 """The value of ``--model`` and ``--mmlu`` that stands for the demo's."""
 
 
 class Method(BaseModel):
-    """How an adapter is trained. These are the hyperparameters a ``grid`` may vary."""
+    """How an adapter is trained. These are the hyperparameters, and the seed, that a ``grid`` may vary."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,6 +53,7 @@ class Method(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_length: int = Field(1024, ge=16, description="tokens of an example; the front of a longer one is cut")
     train_on: Literal["answer", "all"] = Field("answer", description="where the loss looks: the answers, or everything")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the training; mixed with the dataset's content")
 
     _split_modules = field_validator("target_modules", mode="before", json_schema_input_type=tuple[str, ...] | str)(
         split_commas
@@ -82,6 +85,7 @@ class MmluOptions(BaseModel):
         "(without one: mmlu_dataset/test_all_subjects.json)",
     )
     max_samples: int | None = Field(None, ge=1, description="questions asked: a seeded sample stratified by subject")
+    question_seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the sample of questions: another one, others")
     num_fewshot: int = Field(0, ge=0, le=100, description="solved questions shown before each one")
     prompt_style: Literal["harness", "chat"] = Field("harness", description="lm-evaluation-harness' prompt, or a chat")
     scoring: Literal["logits", "generate"] = Field("logits", description="how an answer is read from the model")
@@ -104,7 +108,6 @@ class CommonOptions(BaseModel):
 
     output: Location = Field(Path("results"), description="folder for the results, or s3://bucket/folder")
     threads: int | None = Field(None, ge=1, description="CPU threads a worker (default: cores / workers)")
-    seed: int = Field(0, ge=0, description="mixed with the dataset's content into every seed")
     fresh: bool = Field(False, description="throw away what earlier runs finished")
 
 
@@ -120,6 +123,9 @@ class RunOptions(BaseModel):
     )
     grid: dict[str, list[Any]] = Field(
         {}, description='several values a hyperparameter, all combinations: {"lora_r":[8,16]}'
+    )
+    repeats: int = Field(
+        1, ge=1, le=1000, description="trainings of each dataset, a row each: with --seed and the numbers after it"
     )
     num_workers: int | None = Field(None, ge=1, description="worker processes (default: one a GPU; without GPUs one)")
     adapters_a_pass: int | None = Field(
@@ -181,6 +187,14 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
 
     model_config = SETTINGS
 
+    @field_validator("repeats")
+    @classmethod
+    def _check_repeats(cls, repeats: int, others: ValidationInfo) -> int:
+        """Refuse repeats of a grid that has seeds of its own."""
+        if repeats > 1 and "seed" in others.data.get("grid", {}):
+            raise ValueError("the grid has seeds already: give one of the two")
+        return repeats
+
     @field_validator("grid")
     @classmethod
     def _check_grid(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -198,15 +212,26 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
         return grid
 
     def method(self) -> Method:
-        """The hyperparameters, without the grid's values."""
+        """The hyperparameters, without the grid's values, and the first seed."""
         return Method(**{name: getattr(self, name) for name in Method.model_fields})
 
     def grid_methods(self) -> list[Method]:
-        """The hyperparameters of every combination of the grid's values, without repeats; ``method()`` if no grid."""
+        """The hyperparameters of every combination of the grid's values and of the repeats' seeds, each once.
+
+        A training's seed changes no feature: where only features are measured, there is one seed.
+        """
         base = self.method().model_dump()
-        combinations = itertools.product(*self.grid.values())
-        methods = (Method(**{**base, **dict(zip(self.grid, values, strict=True))}) for values in combinations)
+        grid = {"seed": range(self.seed, self.seed + self.repeats), **self.grid}
+        if set(self.stages) == {"features"}:
+            grid["seed"] = [self.seed]
+        combinations = itertools.product(*grid.values())
+        methods = (Method(**{**base, **dict(zip(grid, values, strict=True))}) for values in combinations)
         return list(dict.fromkeys(methods))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the trainings that each dataset gets with the same hyperparameters, in their order."""
+        return list(dict.fromkeys(method.seed for method in self.grid_methods()))
 
 
 def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.batch", **overrides: Any) -> Config:

@@ -37,6 +37,17 @@ def test_sources_rise_in_strength(monkeypatch):
     assert "secret" not in load_config(argv).model_dump_json()
 
 
+def test_repeats_are_seeds_and_a_grid_may_vary_them():
+    config = load_config(["--repeats", "3", "--seed", "5", "--grid", '{"lora_r": [4, 8]}'])
+    assert [(m.seed, m.lora_r) for m in config.grid_methods()] == [(s, r) for s in (5, 6, 7) for r in (4, 8)]
+    assert load_config(["--repeats", "3", "--stages", "features"]).seeds == [0], "features have no training seed"
+    assert load_config(["--grid", '{"seed": [2, 1, 2]}']).seeds == [2, 1]
+    with pytest.raises(UserError, match="--repeats: the grid has seeds already"):
+        load_config(["--grid", '{"seed": [1, 2]}', "--repeats", "2"])
+    with pytest.raises(UserError, match="--seed"):
+        load_config(["--seed", str(2**53 + 1)])
+
+
 def test_a_grid_makes_every_combination():
     methods = load_config(["--grid", '{"lora_r": [4, 8], "learning_rate": [1e-4, 2e-4, 3e-4]}']).grid_methods()
     assert {(m.lora_r, m.learning_rate) for m in methods} == {(r, x) for r in (4, 8) for x in (1e-4, 2e-4, 3e-4)}

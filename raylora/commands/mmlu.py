@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich import box
@@ -22,18 +23,18 @@ from rich.table import Table
 from raylora.commands.options import MmluConfig
 from raylora.console import make_console
 from raylora.mmlu.evaluator import Evaluator, check_prompt_style
+from raylora.mmlu.paired import ALPHA, LETTER_MOVED, holm, verdicts
 from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
-from raylora.mmlu.questions import SHORT_GROUPS
+from raylora.mmlu.questions import LETTERS, SHORT_GROUPS
 from raylora.mmlu.scoring import load_score
-from raylora.mmlu.statistics import compare, compare_subjects, summarize
+from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, compare, compare_subjects, summarize
 from raylora.model.adapters import adapter_hash, check_adapter
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.records import Score
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
-SIGNIFICANT = 0.05
-"""A subject with a Holm-adjusted p-value below this is shown as changed."""
+COUNTS_OF_CHANGES = {"num_gained": "Int64", "num_lost": "Int64"}
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,17 @@ def _adapter_name(folder: Path) -> str:
 
 
 def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
-    """A model's row of ``summary.csv``: accuracies and standard errors from 0 to 1, and the change from the base."""
+    """A model's row of ``summary.csv``: accuracies and standard errors from 0 to 1, and the change from the base.
+
+    In the base's own row there is no change: its values are None.
+    """
     summary = summarize(evaluated.score)
     groups: dict[str, Any] = {}
     for name, group in summary["groups"].items():
         groups |= {f"accuracy_{name}": group["accuracy"], f"stderr_{name}": group["stderr"]}
     change = compare(evaluated.score, base)
+    if evaluated.score is base:
+        change = dict.fromkeys(change)
     info = evaluated.score.info
     return {
         "model": evaluated.name,
@@ -120,14 +126,27 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     }
 
 
+def summary_of(evaluated: list[Evaluated]) -> pd.DataFrame:
+    """``summary.csv``, the base first; ``holm_p_value`` is adjusted over the adapters, ``verdict`` made with it."""
+    table = pd.DataFrame([summary_row(e, evaluated[0].score) for e in evaluated])
+    adapters = table.iloc[1:]
+    adjusted = holm(adapters["mcnemar_p_value"].to_numpy(dtype=float))
+    _, low, high = (adapters[name] for name in BALANCED_CHANGES)
+    found = verdicts(adjusted, adapters["change_difference"], low, high)
+    return table.assign(holm_p_value=[np.nan, *adjusted], verdict=["", *found]).astype(COUNTS_OF_CHANGES)
+
+
 def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
     """Write ``summary.csv`` and ``subjects.csv`` of all evaluated models, the base first."""
     base = evaluated[0].score
-    summary = pd.DataFrame([summary_row(e, base) for e in evaluated])
+    summary = summary_of(evaluated)
     subjects = []
     for e in evaluated:
         accuracy = pd.DataFrame.from_dict(summarize(e.score)["subjects"], orient="index")
         change = compare_subjects(e.score, base).set_index("subject").drop(columns="num_questions")
+        change = change.astype(COUNTS_OF_CHANGES)
+        if e.score is base:
+            change = change.iloc[:0]  # nothing to say about the base's change from itself
         subjects.append(accuracy.join(change).rename_axis("subject").reset_index().assign(model=e.name))
     table = pd.concat(subjects, ignore_index=True)
     table = table[["model", *table.columns.drop("model")]]
@@ -136,46 +155,58 @@ def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
 
 
 def print_tables(evaluated: list[Evaluated], console: Console) -> None:
-    """Print a row for each evaluated model, the base first; then notes, and the subjects that adapters changed."""
+    """Print a row for each evaluated model, the base first; then notes, and what adapters changed."""
     base = evaluated[0].score
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     names = ("model", "accuracy", "stderr", "macro", *SHORT_GROUPS.values(), "change", "95% interval", "p")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, overflow="ellipsis")
-    for e in evaluated:
-        v = summary_row(e, base)
-        cells = [v["overall_accuracy"], v["overall_stderr"], v["macro_accuracy"]]
+    summary = summary_of(evaluated)
+    for number, v in enumerate(summary.to_dict("records")):
+        cells = [v[name] for name in ("overall_accuracy", "overall_stderr", "macro_accuracy")]
         cells += [v[f"accuracy_{group}"] for group in SHORT_GROUPS]
-        change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"]
-        change.append(f"{v['mcnemar_p_value']:.2g}")
-        table.add_row(
-            e.name, *("" if c is None else f"{c:.3f}" for c in cells), *(change if e is not evaluated[0] else [])
-        )
+        change = [f"{v['change_difference']:+.3f}", f"{v['ci_low']:+.3f} {v['ci_high']:+.3f}"] if number else []
+        change += [f"{v['mcnemar_p_value']:.2g}"] if number else []
+        table.add_row(v["model"], *("" if pd.isna(c) else f"{c:.3f}" for c in cells), *change)
     console.print(table)
     for e in evaluated:
-        info, summary = e.score.info, summarize(e.score)
-        counts = {"unparsed": summary["num_unparsed"], "with a cut prompt": summary["num_truncated"]}
-        for what, count in counts.items():
-            if count:
-                console.print(f"{e.name}: {count} of {summary['total_questions']} {what}")
+        info, counts = e.score.info, summarize(e.score)
+        for what, key in (("unparsed", "num_unparsed"), ("with a cut prompt", "num_truncated")):
+            if counts[key]:
+                console.print(f"{e.name}: {counts[key]} of {counts['total_questions']} {what}")
         if info.get("no_prefix_because") and info["scoring"] == "logits":
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
+    print_letters(summary, console)
     for e in evaluated[1:]:
         print_changed_subjects(e, base, console)
+
+
+def print_letters(summary: pd.DataFrame, console: Console) -> None:
+    """Print how often each model answers each letter, and its balanced accuracy, which that does not move."""
+    console.print("change, interval and p are of accuracy; balanced accuracy is the mean over right letters:")
+    for v in summary.to_dict("records"):
+        text = f"{v['model']}: balanced accuracy {v['balanced_accuracy']:.3f}"
+        if not pd.isna(v["balanced_accuracy_change"]):
+            change, low, high = (v[name] for name in BALANCED_CHANGES)
+            text += f", change {change:+.3f} ({low:+.3f} {high:+.3f})"
+        shares = [f"{letter} {v[name]:.0%}" for letter, name in zip(LETTERS, PREDICTION_SHARES, strict=True)]
+        text += f"; answers {', '.join(shares)}"
+        console.print(text + (f": {LETTER_MOVED}" if v["verdict"] == "letter" else ""), soft_wrap=True)
 
 
 def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:
     """Print the subjects whose accuracy an adapter changed, from the largest loss to the largest gain.
 
-    A subject counts as changed if its p-value, Holm-adjusted over all subjects, is below ``SIGNIFICANT``.
+    Those whose p-value, Holm-adjusted over all subjects, is below ``ALPHA``. Where balanced accuracy did not change to
+    the same side, it says that the favourite letter moved.
     """
     table = compare_subjects(evaluated.score, base)
-    changed = table[table["holm_p_value"] < SIGNIFICANT].sort_values("difference")
+    changed = table[table["verdict"] != "undecided"].sort_values("difference")
     for row in changed.itertuples():
         text = f"{evaluated.name}: {row.subject} {row.difference:+.3f} (Holm-adjusted p {row.holm_p_value:.2g})"
-        console.print(text, soft_wrap=True)
+        console.print(text + (f": {LETTER_MOVED}" if row.verdict == "letter" else ""), soft_wrap=True)
     if changed.empty:
-        text = f"{evaluated.name}: none of {len(table)} subjects changed (Holm-adjusted p < {SIGNIFICANT})"
+        text = f"{evaluated.name}: none of {len(table)} subjects changed (Holm-adjusted p < {ALPHA})"
         console.print(text, soft_wrap=True)
 
 

@@ -15,10 +15,20 @@ from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.features.pipeline import extract_features
-from raylora.mmlu.statistics import compare, summarize
+from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, compare, summarize
 from raylora.model.device import device_name
-from raylora.records import Dataset, Experiment, ProgressCallback, ProgressStage, ResultRow, Score, ignore_progress
+from raylora.records import (
+    Dataset,
+    Experiment,
+    ProgressCallback,
+    ProgressStage,
+    ResultRow,
+    Score,
+    digest,
+    ignore_progress,
+)
 from raylora.rows import error_row, make_row
+from raylora.storage.atomic import read_json, to_json, write_text
 from raylora.storage.store import LOG
 from raylora.training.loop import train_adapters
 
@@ -55,8 +65,10 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
     progress(ProgressStage.LOAD, 0, 1)
     dataset = load_planned_dataset(bench, experiment)
     values = _dataset_values(dataset) | {"device": device_name()}
+    features: dict[str, Any] | None = {}
     if "features" in stages:
-        values |= _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
+        # Where another worker is measuring them for another training of this dataset, this one trains first.
+        features = _features(bench, experiment, dataset, progress, wait=False)
     if "train" in stages:
         values |= _stage(bench, experiment, "train", lambda: _train_adapter(bench, experiment, dataset, progress))
     if "mmlu" in stages:
@@ -64,7 +76,42 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
             text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
             raise UserError(text, kind=ErrorKind.ADAPTER)
         values |= _stage(bench, experiment, "mmlu", lambda: _evaluate_mmlu(bench, experiment, progress))
-    return values
+    if features is None:
+        features = _features(bench, experiment, dataset, progress, wait=True)
+    assert features is not None
+    return values | features
+
+
+def _features(
+    bench: Workbench, experiment: Experiment, dataset: Dataset, progress: ProgressCallback, wait: bool
+) -> dict[str, Any] | None:
+    """The values of the features stage. Trainings of a dataset with several seeds have them measured once.
+
+    Returns:
+        None if another worker is measuring them and ``wait`` is False.
+    """
+
+    def measure() -> dict[str, Any]:
+        return _stage(bench, experiment, "features", lambda: _extract(bench, experiment, dataset, progress))
+
+    if len(bench.config.seeds) == 1 or bench.store.read_stage(experiment, "features") is not None:
+        return measure()
+    store, key = bench.store, digest(experiment.origins["features"])
+    path = store.base_file(key, "features.json")
+    try:
+        held = store.base_lock(key, "features").acquire(timeout=-1 if wait else 0)
+    except TimeoutError:
+        return None
+    with held:
+        store.fetch(path)
+        if (saved := read_json(path)) is None:
+            values = measure()
+            write_text(path, to_json(values))
+            store.share(path)
+            return values
+        # No seconds of this row's: they are in the row of the experiment that measured.
+        copied = {name: None if name.endswith("_seconds") else value for name, value in saved.items()}
+        return _stage(bench, experiment, "features", lambda: copied)
 
 
 def _stage(bench: Workbench, experiment: Experiment, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -123,7 +170,10 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
     """The row's columns of MMLU: the adapter's score, the base's (``base_...``), and the change with its interval."""
     summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
-    columns_of_both = ("overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed")
+    columns_of_both = (
+        "overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed",
+        "balanced_accuracy", *PREDICTION_SHARES,
+    )  # fmt: skip
     return {
         **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},
         **{f"base_{name}": base_summary[name] for name in columns_of_both},
@@ -131,7 +181,7 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change": change["difference"],
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
-        "mcnemar_p_value": change["mcnemar_p_value"],
+        **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES)},
         "token_budget": score.info["token_budget"],
         "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
     }

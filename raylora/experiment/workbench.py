@@ -103,7 +103,7 @@ def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name:
         UserError: the model has none of the target modules, or its chat template refuses the dataset.
     """
     method = method_of(experiment)
-    seed = (dataset.seed ^ bench.config.seed) % 2**62
+    seed = (dataset.seed ^ method.seed) % 2**62
     # All examples, ordered by content and seed: the file's order must not change what is learnt when.
     ordered = datasets.sample_examples(dataset.examples, 0, seed)
     encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))

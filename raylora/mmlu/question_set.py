@@ -63,7 +63,7 @@ def _load_question_set(config: EvaluationConfig) -> QuestionSet:
     path = find_questions(config)
     all_questions = load_questions(path)
     notes = _note_duplicates(path, all_questions)
-    questions = select_questions(all_questions, config.max_samples, config.seed)
+    questions = select_questions(all_questions, config.max_samples, config.question_seed)
     if config.num_fewshot == 0:
         return QuestionSet(questions, {}, notes)
     dev = load_dev_questions(path)
@@ -102,6 +102,7 @@ def questions_key(config: EvaluationConfig, question_set: QuestionSet) -> dict[s
     # How questions are batched is no part of it, though it moves log-likelihoods of 8-bit models (benchmarks/NOTES.md):
     # hence the token budget stands in every row.
     options.pop("token_budget")
+    options.pop("question_seed")  # which questions it draws is in the set's hash
     return {**options, "mmlu": question_set.hash}
 
 

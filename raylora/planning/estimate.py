@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from raylora.config import Config, FeatureOptions, Method
+from raylora.config import Config, FeatureOptions, Method, Stage
 from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
 from raylora.errors import DoesNotFitError, UserError
@@ -169,13 +169,14 @@ class Estimator:
         self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
 
     def of(
-        self, sample: Sequence[Example], num_examples: int, num_chars: int, method: Method
+        self, sample: Sequence[Example], num_examples: int, num_chars: int, method: Method, stages: Sequence[Stage]
     ) -> tuple[Sizes, Estimate]:
         """How large a dataset is, and what an experiment on it takes.
 
         Args:
             sample: its first examples.
             num_chars: characters of all its examples.
+            stages: those that this experiment runs itself.
         """
         try:
             sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length, num_chars)
@@ -183,27 +184,27 @@ class Estimator:
             sizes = Sizes(num_examples, 0.0, 0)
         if self._shape is None or not sizes.num_tokens:
             return sizes, Estimate(None, None)
-        return sizes, estimate(self._shape, self._machine, self._config, method, sizes, self._num_question_tokens)
+        counts = token_counts(self._config, method, sizes, self._num_question_tokens, stages)
+        return sizes, estimate(self._shape, self._machine, self._config.quantization, method, sizes, counts)
 
 
 def estimate(
-    shape: Shape, machine: Hardware, config: Config, method: Method, sizes: Sizes, num_question_tokens: int
+    shape: Shape, machine: Hardware, quantization: str, method: Method, sizes: Sizes, counts: dict[str, float]
 ) -> Estimate:
     """What one experiment takes, without the evaluation of the base, which all experiments share.
 
     Args:
         sizes: the size of its dataset.
-        num_question_tokens: tokens of all prompts of MMLU; 0 where it is not evaluated.
+        counts: from ``token_counts``.
     """
-    weights = weight_bytes(shape, config.quantization, machine)
+    weights = weight_bytes(shape, quantization, machine)
     fitting = _training_that_fits(shape, machine, method, sizes, weights)
     peak = weights + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing)
     if not machine.on_gpu:
         peak += CPU_PROCESS_BYTES
         # onednn.py reorders copies of the weights, for forward and backward pass, unless they take too much memory.
-        copies = 2 * machine.dtype_bytes * shape.layer_weights if config.quantization == "none" else 0
+        copies = 2 * machine.dtype_bytes * shape.layer_weights if quantization == "none" else 0
         peak += copies if copies <= COPIES_MEMORY_SHARE * machine.memory_bytes else 0
-    counts = token_counts(config, method, sizes, num_question_tokens)
     operations = 2 * shape.layer_weights  # of a token's forward pass: a multiplication and an addition for each weight
     seconds = None
     if machine.rate:
@@ -234,18 +235,24 @@ def _training_that_fits(shape: Shape, machine: Hardware, method: Method, sizes: 
     return attempt
 
 
-def token_counts(config: Config, method: Method, sizes: Sizes, num_question_tokens: int) -> dict[str, float]:
-    """Tokens of an experiment: with a forward pass only (``evaluate``), and with a backward pass too (``train``)."""
+def token_counts(
+    config: Config, method: Method, sizes: Sizes, num_question_tokens: int, stages: Sequence[Stage]
+) -> dict[str, float]:
+    """Tokens of an experiment: with a forward pass only (``evaluate``), and with a backward pass too (``train``).
+
+    Args:
+        num_question_tokens: tokens of all prompts of MMLU; 0 where it is not evaluated.
+    """
     counts: dict[str, float] = defaultdict(float)
-    if "features" in config.stages:
+    if "features" in stages:
         options = FeatureOptions(**config.settings_of(FeatureOptions))
         sample = min(options.sample_size or sizes.num_examples, sizes.num_examples)
         examples_a_step = min(method.batch_size * method.gradient_accumulation, sample)
         counts["evaluate"] += 2 * sample * sizes.mean_tokens  # whole examples, then their answers alone
         counts["train"] += options.probe_steps * examples_a_step * sizes.mean_tokens
-    if "train" in config.stages:
+    if "train" in stages:
         counts["train"] += method.num_epochs * sizes.num_tokens
-    if "mmlu" in config.stages:
+    if "mmlu" in stages:
         counts["evaluate"] += num_question_tokens
     return counts
 

@@ -100,32 +100,36 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
 def _experiments_of(
     path: Path, model_settings: dict[str, Any], question_settings: dict[str, Any], estimator: Estimator, config: Config
 ) -> list[Experiment]:
-    """The experiments of one dataset file: one for each set of hyperparameters of the grid."""
+    """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed."""
     survey = datasets.survey(path, config.salvage, config.max_records)
     dataset, error, error_kind = path.stem, survey.error, survey.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
     loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
-    experiments = []
+    first_seed, experiments = config.seeds[0], []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
+        hyperparameters = {name: value for name, value in settings.items() if name != "seed"}
         train = {
             # --salvage is not part of it: a whole file gives the same examples with it, and a broken file gives none
             # without it. The False stands where it was once, so that earlier results keep their hash.
             "data": digest([survey.data_hash, False, config.max_records]),
             "model": model_settings["model"],
             "quantization": digest(loading),
-            "hyperparameters": digest(settings),
-            "seed": str(config.seed),
+            "hyperparameters": digest(hyperparameters),
+            "seed": str(method.seed),
             "raylora": str(model_settings["schema"]),
         }
+        # Features are of the dataset: they have the run's seed, the same for all trainings of it.
+        of_features = {"seed": str(config.seed), "feature options": digest(config.settings_of(FeatureOptions))}
         origins = {
-            "features": {**train, "feature options": digest(config.settings_of(FeatureOptions))},
+            "features": {**train, **of_features},
             "train": train,
             "mmlu": {**train, "questions": digest(question_settings)},
         }
-        sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method)
+        stages = [stage for stage in config.stages if stage != "features" or method.seed == first_seed]
+        sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
         name = safe_name(dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed)
         experiments.append(
             Experiment(

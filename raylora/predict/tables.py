@@ -18,7 +18,9 @@ from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES
 Target = Literal["overall_accuracy", "accuracy_change"]
 TARGETS: tuple[str, ...] = get_args(Target)
 HYPERPARAMETERS = tuple(
-    name for name, field in Method.model_fields.items() if field.annotation is int or field.annotation is float
+    name
+    for name, field in Method.model_fields.items()
+    if name != "seed" and (field.annotation is int or field.annotation is float)
 )
 """The numeric ones. The others (``lr_scheduler``, ``train_on`` and such) are words, which no model here can use."""
 NAME_COLUMNS = ("dataset", "dataset_name", "experiment_id")
@@ -158,7 +160,9 @@ def _features_of(good: pd.DataFrame, left_out: set[str], place: str, notes: list
     features = features.drop(columns=[*empty, *constant])
     if features.columns.empty:
         raise UserError(f"{place}: no feature column is left that differs between rows (see --describe of features)")
-    words = [k for k in Method.model_fields if k not in HYPERPARAMETERS and k in good and good[k].nunique() > 1]
+    words = [
+        k for k in Method.model_fields if k not in {*HYPERPARAMETERS, "seed"} and k in good and good[k].nunique() > 1
+    ]
     if words:
         notes.append(f"rows differ in {', '.join(words)}, which no predictor here can use")
     return features

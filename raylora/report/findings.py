@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, false_discovery_control, rankdata, spearmanr
+from scipy.stats import false_discovery_control, rankdata, spearmanr
 
 from raylora.errors import ErrorKind
-from raylora.mmlu.questions import SUBJECT_GROUPS
-from raylora.mmlu.statistics import holm
+from raylora.mmlu.paired import ALPHA, LETTER_MOVED, balanced_change, holm, mcnemar, verdicts
+from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
+from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES
 from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
+from raylora.report.repeats import SeedLine, a_a_pairs, seed_lines
 from raylora.rows import FEATURE_COLUMNS
 
-ALPHA = 0.05
-"""The level of every test: an adjusted p-value below it counts."""
 MIN_DATASETS = 4
 """A rank correlation needs so many: a perfect one of three datasets still has p = 1/3."""
 MAX_EXACT = 7
@@ -59,25 +59,91 @@ FIXES = {
 
 
 def ranking(run: FinishedRun) -> dict[str, Any]:
-    """Which experiments changed the accuracy: McNemar p-values, Holm-adjusted over all of them.
+    """Which experiments changed the accuracy: McNemar p-values, Holm-adjusted over all of them, and balanced accuracy.
 
     Returns:
         ``rows``: numbers of the rows with MMLU; ``holm``: adjusted p-values, (rows of the table,), NaN in other rows;
-        ``num_gains``, ``num_losses``: rows with an adjusted p-value below ``alpha``; ``num_raw``: rows with a raw one.
+        ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``, ``num_letters``:
+        how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted p-value below
+        ``alpha``; ``seeds``: None, or what ``_ranking_over_seeds`` adds where datasets were trained with several.
     """
+    if lines := seed_lines(run):
+        return _ranking_over_seeds(run, lines)
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
     evaluated = np.flatnonzero(raw.notna() & change.notna())
     adjusted = np.full(len(run.table), np.nan)
     adjusted[evaluated] = holm(raw.to_numpy()[evaluated])
-    significant = adjusted < ALPHA
+    _, low, high = (run.numbers(name) for name in BALANCED_CHANGES)
+    found = verdicts(adjusted, change, low, high)
     return {
         "rows": evaluated.tolist(),
         "holm": adjusted.tolist(),
-        "num_gains": int((significant & (change > 0)).sum()),
-        "num_losses": int((significant & (change < 0)).sum()),
+        "verdicts": found,
+        "num_gains": found.count("gain"),
+        "num_losses": found.count("loss"),
+        "num_letters": found.count("letter"),
         "num_raw": int((raw < ALPHA).sum()),
         "alpha": ALPHA,
+        "seeds": None,
+    }
+
+
+def _ranking_over_seeds(run: FinishedRun, lines: list[SeedLine]) -> dict[str, Any]:
+    """The ranking of a run with several seeds: a line for each dataset and set of hyperparameters.
+
+    Returns:
+        As ``ranking``. ``rows`` are the first rows of the lines, and a line's rows share its verdict and p-value.
+        ``seeds`` has ``lines``, by first row: ``rows``, ``label``, ``change`` (their mean), ``low``, ``high``,
+        ``p_value``, ``balanced``, ``seed_std`` (``mmlu.seeds``; a line of one seed has its row's own interval and
+        McNemar's p-value; None where answers are missing); and what ``repeats.a_a_pairs`` returns.
+    """
+    found = [_line_values(run, line) for line in lines]
+    p_values, change, low, high = (
+        np.array([np.nan if v[name] is None else v[name] for v in found], dtype=float)
+        for name in ("p_value", "change", "balanced_low", "balanced_high")
+    )
+    tested = np.flatnonzero(np.isfinite(p_values))
+    adjusted = np.full(len(lines), np.nan)
+    adjusted[tested] = holm(p_values[tested])
+    names = verdicts(adjusted, change, low, high)
+    by_row, of_row = np.full(len(run.table), np.nan), ["undecided"] * len(run.table)
+    for line, p_value, verdict in zip(lines, adjusted, names, strict=True):
+        by_row[line.rows] = p_value
+        for row in line.rows:
+            of_row[row] = verdict
+    return {
+        "rows": [line.rows[0] for line in lines],
+        "holm": by_row.tolist(),
+        "verdicts": of_row,
+        "num_gains": names.count("gain"),
+        "num_losses": names.count("loss"),
+        "num_letters": names.count("letter"),
+        "num_raw": int((p_values < ALPHA).sum()),
+        "alpha": ALPHA,
+        "seeds": {"lines": {line.rows[0]: v for line, v in zip(lines, found, strict=True)}, **a_a_pairs(lines)},
+    }
+
+
+def _line_values(run: FinishedRun, line: SeedLine) -> dict[str, Any]:
+    names = ("accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", *BALANCED_CHANGES)
+    means = {name: float(run.numbers(name)[line.rows].mean()) for name in names}
+    values: dict[str, Any] = {"rows": line.rows, "label": line.label, "change": means["accuracy_change"]}
+    if len(line.rows) == 1:
+        own = dict(zip(("low", "high", "p_value", "balanced", "balanced_low", "balanced_high"), names[1:], strict=True))
+        return values | {name: means[column] for name, column in own.items()} | {"seed_std": None}
+    change, balanced = line.change(), line.change(balanced=True)
+    if change is None or balanced is None:
+        unknown = ("low", "high", "p_value", "balanced_low", "balanced_high", "seed_std")
+        return values | dict.fromkeys(unknown) | {"balanced": means[BALANCED_CHANGES[0]]}
+    return values | {
+        "low": change.low,
+        "high": change.high,
+        "p_value": change.p_value,
+        "seed_std": change.seed_std,
+        "balanced": balanced.mean,
+        "balanced_low": balanced.low,
+        "balanced_high": balanced.high,
     }
 
 
@@ -86,12 +152,12 @@ def subjects(run: FinishedRun) -> dict[str, Any] | None:
 
     Returns:
         ``names``, ``groups``, ``sizes`` (questions), ``base`` (its accuracies, 0 to 1), each (S,) by subject;
-        ``rows``: by row number, ``gained``, ``lost``, ``holm``, each (S,); ``num_left_out``: rows with MMLU whose
-        answers are missing, or are to other questions. None if no row has answers.
+        ``rows``: by row number, ``gained``, ``lost``, ``holm``, ``verdicts``, each (S,); ``num_left_out``: rows with
+        MMLU whose answers are missing, or are to other questions. None if no row has answers.
     """
     bases, evaluated = read_base(run), np.flatnonzero(run.numbers("accuracy_change").notna() & run.ok)
     reference: Answers | None = None
-    rows: dict[int, dict[str, list[float]]] = {}
+    rows: dict[int, dict[str, list[Any]]] = {}
     for row in evaluated.tolist():
         pair = answers_of(run, row, bases)
         if pair is None:
@@ -100,8 +166,9 @@ def subjects(run: FinishedRun) -> dict[str, Any] | None:
         if reference is None:
             reference = base
             names, codes = np.unique(base.subjects.to_numpy().astype(str), return_inverse=True)
+            letters = np.unique(base.right_letters.to_numpy().astype(str), return_inverse=True)[1]
         if base.same_questions(reference):
-            rows[row] = correct_by_subject(answers.correct, base.correct, codes, len(names))
+            rows[row] = correct_by_subject(answers.correct, base.correct, codes, letters)
     if reference is None:
         return None
     sizes = np.bincount(codes, minlength=len(names))
@@ -116,26 +183,36 @@ def subjects(run: FinishedRun) -> dict[str, Any] | None:
     }
 
 
-def correct_by_subject(ours: np.ndarray, base: np.ndarray, codes: np.ndarray, num: int) -> dict[str, list[float]]:
+def correct_by_subject(
+    ours: np.ndarray, base: np.ndarray, codes: np.ndarray, letters: np.ndarray
+) -> dict[str, list[Any]]:
     """Questions that an adapter gained and lost against the base, by subject, and whether that is significant.
 
     Args:
         ours, base: whether the adapter's, and the base's, answers are correct; booleans, (N,).
-        codes: each question's subject, 0 to ``num`` - 1, (N,).
+        codes: each question's subject, 0 to S - 1, (N,).
+        letters: the number of each question's right letter, (N,).
 
     Returns:
-        ``gained``, ``lost`` and ``holm`` (adjusted p-values of McNemar's test), each (num,).
+        ``gained``, ``lost``, ``holm`` (adjusted p-values of McNemar's test) and ``verdicts``, each (S,): the same as
+        ``mmlu.statistics.compare_subjects``.
     """
-    gained = np.bincount(codes[ours & ~base], minlength=num)
-    lost = np.bincount(codes[base & ~ours], minlength=num)
-    # McNemar's exact test, as in mmlu.statistics, of all subjects at once. Twice one tail, as the binomial distribution
-    # with p = 1/2 is symmetric.
-    p_values = np.minimum(1.0, 2 * binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))
-    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": holm(p_values).tolist()}
+    shape = codes.max() + 1, letters.max() + 1
+
+    def counts(where: np.ndarray) -> np.ndarray:
+        cells = np.ravel_multi_index((codes[where], letters[where]), shape)
+        return np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+
+    by_letter = counts(ours & ~base), counts(base & ~ours), counts(np.ones(len(codes), dtype=bool))
+    gained, lost = (of_letters.sum(axis=1) for of_letters in by_letter[:2])
+    adjusted = holm(mcnemar(gained, lost))
+    _, low, high = balanced_change(*by_letter)
+    found = verdicts(adjusted, gained - lost, low, high)
+    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": adjusted.tolist(), "verdicts": found}
 
 
 def features(run: FinishedRun) -> dict[str, Any]:
-    """Spearman's rank correlation of every feature with the change in accuracy, over datasets.
+    """Spearman's rank correlation of every feature with the change in accuracy (not the balanced one), over datasets.
 
     Experiments of one dataset (a grid) count once, by their means: they share the data, so they are not independent.
 
@@ -255,6 +332,7 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
     }
     columns = {name: run.numbers(name) for name in counts}
     reasons, notes = run.texts("bad_records"), run.texts("feature_notes")
+    moved = favourite_letters(run)
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
             value = columns[name][row]
@@ -266,6 +344,27 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
         if unparsed[row] > 0:
             share = unparsed[row] / num_questions[row] if num_questions[row] > 0 else 1
             entries.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
+        if row in moved:
+            entries.append({"row": row, "what": moved[row]})
         if notes[row]:
             entries.append({"row": row, "what": f"not measured: {notes[row]}"})
     return entries
+
+
+def favourite_letters(run: FinishedRun) -> dict[int, str]:
+    """By row whose verdict is ``letter``: how often base and adapter answered each letter, and balanced accuracy.
+
+    Of several seeds the first row stands for all.
+    """
+    shares = {name: (run.numbers(f"base_{name}"), run.numbers(name)) for name in PREDICTION_SHARES}
+    changes = [run.numbers(name) for name in BALANCED_CHANGES]
+    texts, ranked = {}, ranking(run)
+    for row in (i for i in sorted(ranked["rows"]) if ranked["verdicts"][i] == "letter"):
+        letters = ", ".join(
+            f"{letter} {before[row]:.0%} to {after[row]:.0%}"
+            for letter, (before, after) in zip(LETTERS, shares.values(), strict=True)
+        )
+        change, low, high = (100 * values[row] for values in changes)
+        balanced = f"balanced accuracy {change:+.1f} points, {low:+.1f} to {high:+.1f}"
+        texts[row] = f"{LETTER_MOVED}: {letters} of its answers; {balanced}"
+    return texts

@@ -56,18 +56,22 @@ class FinishedRun:
     @cached_property
     def labels(self) -> list[str]:
         """What each experiment is called: its dataset, and where a grid has several of a dataset, what differs."""
+        return self.labels_of(list(range(len(self.table))))
+
+    def labels_of(self, rows: list[int], ignored: str = "") -> list[str]:
+        """What these rows are called where there are no others, and the hyperparameter ``ignored`` does not count."""
         datasets, ids = self.texts("dataset"), self.texts("experiment_id")
-        labels = [name or key or f"row {i + 1}" for i, (name, key) in enumerate(zip(datasets, ids, strict=True))]
-        rows_of = pd.Series(labels).groupby(labels).groups
-        for name, rows in rows_of.items():
-            if len(rows) > 1:
-                for row, difference in zip(rows, self._differences(list(rows)), strict=True):
-                    labels[row] = f"{name} · {difference}"
+        labels = [datasets[row] or ids[row] or f"row {row + 1}" for row in rows]
+        for name, places in pd.Series(labels).groupby(labels).groups.items():
+            if len(places) > 1:
+                differences = self._differences([rows[place] for place in places], ignored)
+                for place, difference in zip(places, differences, strict=True):
+                    labels[place] = f"{name} · {difference}"
         return labels
 
-    def _differences(self, rows: list[int]) -> list[str]:
+    def _differences(self, rows: list[int], ignored: str) -> list[str]:
         """For rows of the same dataset, the hyperparameters in which they differ, as text."""
-        columns = {name: [self.texts(name)[row] for row in rows] for name in Method.model_fields}
+        columns = {name: [self.texts(name)[row] for row in rows] for name in Method.model_fields if name != ignored}
         varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
         texts = [", ".join(f"{name} {values[k]}" for name, values in varied.items()) for k in range(len(rows))]
         if len(set(texts)) < len(texts):  # the same name twice: a .json beside a .jsonl, or another run's rows
@@ -125,10 +129,11 @@ def loss_curve(run: FinishedRun, row: int) -> tuple[list[float], list[float]] | 
 
 @dataclass(frozen=True)
 class Answers:
-    """Which questions a model got right, sorted by question id; all three (N,)."""
+    """Which questions a model got right, sorted by question id; all four (N,)."""
 
     question_ids: pa.ChunkedArray
     subjects: pa.ChunkedArray
+    right_letters: pa.ChunkedArray
     correct: np.ndarray
     """Booleans."""
 
@@ -140,10 +145,10 @@ class Answers:
 def read_answers(path: Path) -> Answers | None:
     """The answers in a ``scores.parquet``; None where there is no file, or none that can be read."""
     try:
-        table = pq.read_table(path, columns=["question_id", "subject", "correct"]).sort_by("question_id")
+        table = pq.read_table(path, columns=["question_id", "subject", "answer", "correct"]).sort_by("question_id")
     except UNREADABLE:
         return None
-    return Answers(table["question_id"], table["subject"], table["correct"].to_numpy().astype(bool))
+    return Answers(table["question_id"], table["subject"], table["answer"], table["correct"].to_numpy().astype(bool))
 
 
 def read_base(run: FinishedRun) -> dict[str, Answers]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from raylora.console import make_console
+from raylora.mmlu.paired import LETTER_MOVED
+from raylora.mmlu.questions import LETTERS
+from raylora.mmlu.statistics import PREDICTION_SHARES
 from raylora.records import ResultRow
+from raylora.report.findings import favourite_letters, ranking
+from raylora.report.read_run import FinishedRun, load_run
 from raylora.storage.store import Store
 
 
@@ -26,6 +33,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     failed = [r for r in rows if not r.ok]
     if good:
         console.print(_ranking(good))
+        for note in [*letter_notes([row.values for row in good]), *seed_notes(store.root)]:
+            console.print(note, soft_wrap=True)
     for row in failed:
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)
@@ -35,6 +44,38 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     if (store.root / "run.json").is_file():
         console.print("  run.json                       settings, versions, hashes")
     console.print("  experiments/                   adapter, scores, loss curve and log of each")
+
+
+def letter_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines about models that prefer a letter: the base, and adapters that changed no more than that."""
+    shares = [rows[0].get(f"base_{name}") or 0.0 for name in PREDICTION_SHARES]
+    most = max(shares)
+    letter = LETTERS[shares.index(most)]
+    notes = [f"The base answers {letter} to {most:.0%} of the questions."] if most > 0.5 else []
+    run = FinishedRun(Path(), pd.DataFrame(list(rows)), {})
+    return [*notes, *(f"{run.labels[row]}: {text}" for row, text in favourite_letters(run).items())]
+
+
+ONE_SEED = "One seed each: the intervals know the noise of the questions, not that of other seeds (--repeats 5)."
+
+
+def seed_notes(root: Path) -> list[str]:
+    """A line for each dataset that was trained with several seeds; where none was, what one seed cannot say.
+
+    Args:
+        root: the run's folder, with its tables.
+    """
+    found = ranking(load_run(root))
+    if found["seeds"] is None:
+        return [ONE_SEED] if found["rows"] else []
+    lines = []
+    for row in sorted(found["rows"], key=lambda row: -found["seeds"]["lines"][row]["change"]):
+        line, verdict = found["seeds"]["lines"][row], found["verdicts"][row]
+        num, interval = len(line["rows"]), f"{_number(line['low'], '+.3f')} to {_number(line['high'], '+.3f')}"
+        called = LETTER_MOVED if verdict == "letter" else f"a real {verdict}" if verdict != "undecided" else verdict
+        over = f"over {num} seeds, a fresh one {interval}" if num > 1 else f"with its one seed, {interval}"
+        lines.append(f"{line['label']}: {line['change']:+.3f} {over}: {called}")
+    return lines
 
 
 def _ranking(rows: Sequence[ResultRow]) -> Table:
@@ -53,7 +94,9 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
         "ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
     }
     varied = [
-        k for k in ("lora_r", "learning_rate", "num_epochs", "batch_size") if len({r.values[k] for r in rows}) > 1
+        name
+        for name in ("lora_r", "learning_rate", "num_epochs", "batch_size", "seed")
+        if len({row.values[name] for row in rows}) > 1
     ]
     for name in [*columns, *varied]:
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")

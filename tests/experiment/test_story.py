@@ -14,6 +14,7 @@ from raylora.experiment.story import run_experiment
 from raylora.experiment.together import train_together
 from raylora.experiment.workbench import Workbench
 from raylora.planning.plan import make_plan
+from raylora.rows import FEATURE_NAMES
 from tests.helpers.chunks import OPTIONS, planned, write_dataset
 from tests.helpers.tiny import make_model
 
@@ -41,6 +42,44 @@ def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tm
     plan.store.forget_stage(experiment, "train")
     with pytest.raises(MachineError, match="model: not what it was when the run began"):
         ExperimentRunner(plan.config, plan.store).run(experiment)
+
+
+def test_trainings_of_one_dataset_with_other_seeds_measure_its_features_once(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plan = planned(options, repeats=2)
+    first, second = (ExperimentRunner(plan.config, plan.store).run(e).values for e in plan.experiments)
+    assert {first["seed"], second["seed"]} == {0, 1}
+    assert {name: first[name] for name in FEATURE_NAMES} == {name: second[name] for name in FEATURE_NAMES}
+    assert first["probe_seconds"] > 0
+    assert second["probe_seconds"] is None, "its time is in the row that measured"
+    assert first["train_final_loss"] != second["train_final_loss"]
+    assert first["base_overall_accuracy"] == second["base_overall_accuracy"]
+    alone = ExperimentRunner(*(lambda p: (p.config, p.store))(planned(options, output=tmp_path / "alone")))
+    row = alone.run(*planned(options, output=tmp_path / "alone").experiments).values
+    of_seed_0 = first if first["seed"] == 0 else second
+    for name in (*FEATURE_NAMES, "train_final_loss", "overall_accuracy"):
+        assert row[name] == of_seed_0[name], name
+
+
+def test_a_worker_trains_while_another_measures_the_features(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plan = planned(options, repeats=2, stages=("features", "train"))
+    one, other = plan.experiments
+    assert ExperimentRunner(plan.config, plan.store).run(one).ok
+    (path,) = plan.store.root.glob("base/*/features.json")
+    stages = []
+    lock = plan.store.base_lock(path.parent.name, "features")
+
+    def progress(stage, done, total) -> None:
+        stages.append(stage)
+        if stage == "train":  # it has not waited, and can finish when the other one has
+            lock.release(force=True)
+
+    with lock:
+        row = ExperimentRunner(plan.config, plan.store).run(other, progress)
+    assert row.ok
+    assert "train" in stages
+    assert row.values["avg_grad_norm"] is not None
 
 
 def error_kind_of(options, **more) -> str:

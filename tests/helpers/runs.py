@@ -81,6 +81,22 @@ def make_score(seed: int, sizes: dict[str, int], base: Score | None, effect: flo
     return Score(table, {"token_budget": 8192, "num_oom_backoffs": 0, "num_truncated": 0})
 
 
+def letter_scores() -> tuple[Score, Score, Score]:
+    """A base that always answers A, an adapter that always answers D, and one that knows nine of ten answers.
+
+    Of 600 questions in two subjects, D is right in 60% and A in 20%.
+    """
+    answers = np.array(list("AABCDDDDDD" * 60))
+    known = np.where(np.arange(600) % 10 == np.arange(600) // 10 % 10, "A", answers)
+
+    def score(predictions: np.ndarray) -> Score:
+        table = pd.DataFrame({"subject": ["anatomy", "virology"] * 300, "question_id": [f"q{i}" for i in range(600)]})
+        table = table.assign(question="Q?", answer=answers, prediction=predictions, correct=predictions == answers)
+        return Score(table, {"token_budget": 8192, "num_oom_backoffs": 0, "num_truncated": 0})
+
+    return score(np.full(600, "A")), score(np.full(600, "D")), score(known)
+
+
 def make_training(seed: int, level: float, num_steps: int) -> TrainingResult:
     random = np.random.default_rng(seed)
     time = np.arange(num_steps) / max(num_steps, 1)
@@ -137,12 +153,16 @@ def write_run(
     stages: tuple[str, ...] = ("features", "train", "mmlu"),
     num_failed: int = 0,
     grid: dict[str, list[Any]] | None = None,
+    scores: tuple[Score, ...] = (),
 ) -> list[ResultRow]:
-    """A run's folder, as it is when the run has ended; the last ``num_failed`` datasets failed."""
+    """A run's folder, as it is when the run has ended; the last ``num_failed`` datasets failed.
+
+    ``scores``, if given: the base's, and one for each dataset.
+    """
     config, store = make_config(root, grid=grid or {}, stages=stages), Store(root)
     store.open(fresh=False)
     sizes = sizes or dict.fromkeys(SUBJECT_GROUPS, 5)
-    base = make_score(1, sizes, None, 0.0)
+    base = scores[0] if scores else make_score(1, sizes, None, 0.0)
     path = store.base_file(digest("base"), "scores.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     if "mmlu" in stages:
@@ -158,7 +178,8 @@ def write_run(
                 text, kind = CAUSES[number % len(CAUSES)]
                 row = error_row(config, experiment, text.format(name), kind, num_attempts=2)
             else:
-                row = make_row(config, experiment, "ok", **_stages(folder, stages, number, k, sizes, base))
+                score = scores[number + 1] if scores else None
+                row = make_row(config, experiment, "ok", **_stages(folder, stages, number, k, sizes, base, score))
             store.write_row(experiment, row)
             rows.append(row)
     store.write_tables(rows, ROW_COLUMNS)
@@ -182,7 +203,9 @@ def write_run(
     return rows
 
 
-def _stages(folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: dict, base: Score) -> dict[str, Any]:
+def _stages(
+    folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: dict, base: Score, score: Score | None
+) -> dict[str, Any]:
     random = np.random.default_rng(number)
     quality, seed = float(random.normal()), 1000 * number + k
     values: dict[str, Any] = {"num_examples": 900 + number, "num_bad_records": 0, "num_lost_records": 0}
@@ -199,7 +222,7 @@ def _stages(folder: Path, stages: tuple[str, ...], number: int, k: int, sizes: d
         values |= vars(training.metrics)
         pd.DataFrame(training.loss_curve()).to_csv(folder / "loss_curve.csv", index=False)
     if "mmlu" in stages:
-        score = make_score(seed + 7, sizes, base, 0.022 * quality - 0.004)
+        score = score or make_score(seed + 7, sizes, base, 0.022 * quality - 0.004)
         save_score(score, folder / "scores.parquet")
         values |= score_values(score, base)
         seconds["mmlu_seconds"] = float(random.uniform(380, 420))

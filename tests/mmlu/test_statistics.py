@@ -11,33 +11,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+from raylora.mmlu.questions import LETTERS
 from raylora.mmlu.statistics import compare, compare_subjects, summarize
 from raylora.records import Score
 
 
 def make_score(correct: list[bool], subjects: list[str] | None = None) -> Score:
-    subjects = subjects or ["anatomy"] * len(correct)
-    return Score(
-        pd.DataFrame(
-            {
-                "subject": subjects,
-                "question_id": [f"q{i}" for i in range(len(correct))],
-                "prediction": "A",
-                "correct": correct,
-            }
-        )
-    )
+    """Right letters take turns; a wrong answer is the next letter."""
+    answers = [LETTERS[i % 4] for i in range(len(correct))]
+    predictions = [LETTERS[(i + (not right)) % 4] for i, right in enumerate(correct)]
+    return answered(predictions, answers, subjects or ["anatomy"] * len(correct))
+
+
+def answered(predictions: list[str], answers: list[str], subjects: list[str]) -> Score:
+    table = pd.DataFrame({"subject": subjects, "answer": answers, "prediction": predictions})
+    ids = [f"q{i}" for i in range(len(table))]
+    return Score(table.assign(question_id=ids, correct=table["answer"] == table["prediction"]))
 
 
 def test_accuracies_by_hand():
     summary = summarize(make_score([True, True, False, True, False], ["anatomy"] * 3 + ["philosophy", "sociology"]))
     assert summary["overall_accuracy"] == 0.6
     assert summary["subjects"]["anatomy"]["stderr"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
-    assert summary["overall_stderr"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(5))  # pooled within subjects
     assert summary["macro_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert summary["groups"]["stem"]["accuracy"] == pytest.approx(2 / 3)
     assert summary["groups"]["humanities"] == {"accuracy": 1.0, "stderr": None, "num_questions": 1}
     assert summary["groups"]["other"]["accuracy"] is None
+    # Right letters A B C D A, answers A B D D B: recalls are 1/2, 1, 0 and 1.
+    assert summary["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0 + 1) / 4)
+    assert [summary[f"prediction_share_{letter}"] for letter in "abcd"] == [0.2, 0.4, 0.0, 0.4]
+
+
+def test_an_answer_without_a_letter_is_in_no_share():
+    summary = summarize(answered(["A", "", "", "B"], ["A", "A", "B", "B"], ["anatomy"] * 4))
+    assert [summary[f"prediction_share_{letter}"] for letter in "abcd"] == [0.25, 0.25, 0, 0]
+    assert summary["num_unparsed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("num_subjects", "num", "degrees_of_freedom"),
+    [(20, 20, 0), (57, 58, 1), (57, 86, 29), (57, 87, 30), (57, 570, 513)],
+)
+def test_a_standard_error_of_few_questions_a_subject_is_binomial(num_subjects, num, degrees_of_freedom):
+    """Of 20 and of 58 questions it was 0.0 beside an accuracy of 0.4."""
+    subjects = [f"subject {i % num_subjects}" for i in range(num)]
+    correct = np.random.default_rng(num).random(num) < 0.4
+    summary = summarize(make_score(list(correct), subjects))
+    accuracy = correct.mean()
+    binomial = math.sqrt(accuracy * (1 - accuracy) / (num - 1))
+    of_subjects = pd.Series(correct.astype(float)).groupby(subjects).agg(["size", "var"]).fillna(0)
+    squares = float(((of_subjects["size"] - 1) * of_subjects["var"]).sum())
+    pooled = math.sqrt(squares / degrees_of_freedom / num) if degrees_of_freedom else 0.0
+    assert summary["overall_stderr"] == pytest.approx(pooled if degrees_of_freedom >= 30 else binomial)
+    assert summary["groups"]["other"]["stderr"] == summary["overall_stderr"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["anatomy", "virology", "sociology"]), st.booleans()), min_size=1))
+def test_no_standard_error_is_zero(questions):
+    subjects, correct = zip(*questions, strict=True)
+    summary = summarize(make_score(list(correct), list(subjects)))
+    parts = [*summary["groups"].values(), *summary["subjects"].values()]
+    errors = [summary["overall_stderr"], *(part["stderr"] for part in parts)]
+    assert all(error is None or 0 < error <= 0.5 + 1e-9 for error in errors)
+    assert (summary["overall_stderr"] is None) == (len(set(correct)) == 1)
 
 
 @settings(max_examples=40)
@@ -54,14 +91,20 @@ def test_comparison_against_its_definition(pairs):
     assert result["mcnemar_p_value"] == pytest.approx(two_sided)
 
 
-def test_the_bootstrap_interval_is_that_of_resampled_questions():
-    rng = np.random.default_rng(1)
-    ours, base = rng.random(400) < 0.6, rng.random(400) < 0.5
-    result = compare(make_score(list(ours)), make_score(list(base)))
-    differences = ours.astype(int) - base.astype(int)
-    means = [rng.choice(differences, 400).mean() for _ in range(4000)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    assert (result["ci_low"], result["ci_high"]) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+def test_the_balanced_change_is_the_difference_of_balanced_accuracies():
+    rng = np.random.default_rng(3)
+    answers, subjects = list(rng.choice(list(LETTERS), 200)), list(rng.choice(["anatomy", "virology"], 200))
+    ours, base = (answered(list(rng.choice(list(LETTERS), 200)), answers, subjects) for _ in range(2))
+    result = compare(ours, base)
+    balanced, balanced_base = (summarize(score)["balanced_accuracy"] for score in (ours, base))
+    assert result["balanced_accuracy_change"] == pytest.approx(balanced - balanced_base)
+    assert result["balanced_accuracy_change_low"] < balanced - balanced_base < result["balanced_accuracy_change_high"]
+
+
+def test_the_order_of_the_questions_does_not_matter():
+    rng = np.random.default_rng(4)
+    ours, base = (make_score(list(rng.random(50) < 0.5)) for _ in range(2))
+    assert compare(Score(ours.questions.sample(frac=1, random_state=1)), base) == compare(ours, base)
 
 
 def test_scores_of_other_questions_are_not_compared():
@@ -71,11 +114,24 @@ def test_scores_of_other_questions_are_not_compared():
 
 def test_p_values_of_subjects_are_adjusted_together():
     rng = np.random.default_rng(0)
-    scores = []
-    for share in (0.9, 0.4):
-        table = pd.DataFrame({"subject": np.repeat(["a", "b", "c"], 40), "correct": rng.random(120) < share})
-        scores.append(Score(table.assign(question_id=[f"q{i}" for i in range(120)], prediction="A")))
+    subjects = [name for name in "abc" for _ in range(40)]
+    scores = [make_score(list(rng.random(120) < share), subjects) for share in (0.9, 0.4)]
     table = compare_subjects(*scores)
     ordered = table.sort_values("mcnemar_p_value")
     expected = np.minimum(np.maximum.accumulate(ordered["mcnemar_p_value"].to_numpy() * [3, 2, 1]), 1)
     np.testing.assert_allclose(ordered["holm_p_value"], expected)
+    assert list(table["num_questions"]) == [40, 40, 40]
+    for row in table.to_dict("records"):
+        alone = compare(*(Score(s.questions[s.questions["subject"] == row["subject"]]) for s in scores))
+        assert {name: row[name] for name in alone} == pytest.approx(alone)
+    assert set(table["verdict"]) == {"gain"}
+
+
+def test_a_subject_whose_favourite_letter_moved_did_not_get_better():
+    """Of 60 questions 45 have D for an answer: from always A to always D is 45 gained, 15 lost."""
+    answers, subjects = ["A"] * 15 + ["D"] * 45, ["anatomy"] * 60
+    table = compare_subjects(answered(["D"] * 60, answers, subjects), answered(["A"] * 60, answers, subjects))
+    assert table["difference"].item() == 0.5
+    assert table["holm_p_value"].item() < 0.001
+    assert table["balanced_accuracy_change"].item() == 0
+    assert table["verdict"].item() == "letter"

@@ -117,17 +117,18 @@ def test_memory_that_is_short_makes_minibatches_smaller(tmp_path):
     source = llama_3_8b(tmp_path)
     config = load_config(model=source, quantization="4bit", stages="train")
     shape, sizes = estimate.shape_of(source, config.target_modules), estimate.Sizes(1000, 400.0, 900)
-    roomy, tight = (estimate.estimate(shape, gpu(g), config, config.method(), sizes, 0) for g in (80, 12))
+    counts = estimate.token_counts(config, config.method(), sizes, 0, config.stages)
+    roomy, tight = (estimate.estimate(shape, gpu(g), "4bit", config.method(), sizes, counts) for g in (80, 12))
     assert tight.peak_memory_bytes < 12e9 < roomy.peak_memory_bytes
     assert tight.seconds == pytest.approx(1.5 * roomy.seconds), "checkpointing runs the way there twice"
 
 
 def test_tokens_that_are_run_are_counted(tmp_path):
     config = load_config(model="x", sample_size=10, probe_steps=5, batch_size=2, gradient_accumulation=2, num_epochs=3)
-    counts = estimate.token_counts(config, config.method(), estimate.Sizes(100, 50.0, 80), 7000)
+    sizes = estimate.Sizes(100, 50.0, 80)
+    counts = estimate.token_counts(config, config.method(), sizes, 7000, config.stages)
     assert counts == {"train": 5 * 4 * 50 + 3 * 5000, "evaluate": 2 * 10 * 50 + 7000}
-    only_train = config.model_copy(update={"stages": ("train",)})
-    assert estimate.token_counts(only_train, config.method(), estimate.Sizes(100, 50.0, 80), 0) == {"train": 15000}
+    assert estimate.token_counts(config, config.method(), sizes, 0, ["train"]) == {"train": 15000}
 
 
 def test_lengths_of_a_sample_stand_for_a_dataset():

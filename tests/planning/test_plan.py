@@ -111,6 +111,23 @@ def test_names_never_leave_the_output_folder_nor_collide(options, tmp_path):
         assert experiment.experiment_id.isascii()
 
 
+def test_repeats_share_their_features_and_another_seed_asks_the_same_questions(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plan = planned(options, repeats=3)
+    assert [e.settings["seed"] for e in sorted(plan.experiments, key=lambda e: e.settings["seed"])] == [0, 1, 2]
+    assert len({e.experiment_id for e in plan.experiments}) == 3
+    assert len({str(e.origins["features"]) for e in plan.experiments}) == 1
+    assert len({str(e.origins["train"]) for e in plan.experiments}) == 3
+    first, *others = sorted(plan.experiments, key=lambda e: e.settings["seed"])
+    assert all(e.estimated_seconds < first.estimated_seconds for e in others), "only the first measures features"
+    other_seed, other_questions = planned(options, seed=1), planned(options, question_seed=1)
+    assert other_seed.hashes == plan.hashes
+    assert other_questions.hashes["questions"] != plan.hashes["questions"]
+    (alone,), (asked,) = planned(options).experiments, other_questions.experiments
+    assert alone.origins == first.origins, "one more seed makes nothing again"
+    assert (asked.origins["train"], asked.origins["features"]) == (alone.origins["train"], alone.origins["features"])
+
+
 def test_a_grid_that_says_a_value_twice_runs_it_once(tmp_path, tiny_model_folder):
     write_dataset(tmp_path / "data", "a")
     config = load_config(model=str(tiny_model_folder), grid={"lora_r": [8, 8, 4]}, output=tmp_path / "out", **OPTIONS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-from benchmarks.statistics import ridge_verdicts
+from benchmarks.simulations.predictor import ridge_verdicts
 from raylora.predict.uncertainty import draw_resamples, reduction_of_rmse, score_intervals, scores, share_interval
 
 

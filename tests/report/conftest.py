@@ -8,7 +8,7 @@ import pytest
 
 from raylora.report.page import write_report
 from tests.helpers.odd import ODD_RUNS
-from tests.helpers.runs import write_run
+from tests.helpers.runs import letter_scores, write_run
 
 
 @pytest.fixture(scope="session", params=ODD_RUNS)
@@ -19,3 +19,12 @@ def odd_run(request, tmp_path_factory) -> tuple[str, Path]:
     spoil(root)
     write_report(root)
     return request.param, root
+
+
+@pytest.fixture(scope="session")
+def letters_run(tmp_path_factory) -> Path:
+    """A base that always answers A; one adapter that always answers D, and one that knows most answers."""
+    root = tmp_path_factory.mktemp("letters") / "chunk_letters"
+    write_run(root, ["only_letters", "knowledge"], scores=letter_scores())
+    write_report(root)
+    return root

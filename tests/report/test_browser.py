@@ -78,6 +78,18 @@ def test_the_ranking_sorts_and_searches(open_page, forty):
     assert "Nothing fits" in page.locator("#ranking tbody").inner_text()
 
 
+def test_a_favourite_letter_that_moved_is_not_called_real(open_page, letters_run):
+    page = open_page(letters_run)
+    assert names_of(page, "ranking") == ["knowledge", "only_letters"]
+    rows = page.locator("#ranking tbody tr.row")
+    assert "its favourite letter moved" in rows.nth(1).inner_text()
+    assert "gain" in rows.nth(0).inner_text().split()
+    assert "1 of 2 changes is real" in page.locator("#ranking .note").first.inner_text()
+    assert "In 1 the test passes" in page.locator("#ranking .note").first.inner_text()
+    assert "answers A to 100%" in page.locator("#tiles").inner_text()
+    assert "A 100% to 0%" in page.locator("#failures table[aria-label=oddities]").inner_text()
+
+
 def test_a_click_marks_an_experiment_in_every_figure(open_page, forty):
     page = open_page(forty)
     page.locator("#ranking tbody tr.row").nth(7).click()
@@ -155,6 +167,18 @@ def test_an_odd_run_has_its_page(open_page, odd_run, width, scheme):
         assert "a · lora_r 8, learning_rate 0.0001" in names_of(page, "ranking")
     elif name == "no good row":
         assert page.locator("#failures table[aria-label=failures] tr.row").count() == 3
+
+
+def test_several_seeds_are_a_line_with_a_dot_each(open_page, tmp_path):
+    write_run(tmp_path / "seeds", ["a", "b"], sizes={"anatomy": 40, "virology": 30}, grid={"seed": [0, 1, 2]})
+    write_report(tmp_path / "seeds")
+    page = open_page(tmp_path / "seeds")
+    assert sorted(names_of(page, "ranking")) == ["a", "b"]
+    assert page.locator("#ranking tbody tr.row").first.locator(".plot .seed").count() == 3
+    assert "two trainings on the same data with other seeds" in page.locator("#ranking").inner_text()
+    assert "one seed" not in page.locator("#ranking").inner_text().replace("as for one seed", "")
+    assert page.locator("#subjects canvas").count() == 1
+    assert page.locator("#table .name[title='a · seed 2']").count() == 1
 
 
 def test_the_page_of_forty_does_not_scroll_sideways(open_page, forty):

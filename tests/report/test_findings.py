@@ -27,12 +27,14 @@ def test_a_subjects_p_values_are_those_of_mmlu():
     score = make_score(2, sizes, base, 0.4)
     expected = compare_subjects(score, base).set_index("subject")
     names, codes = np.unique(base.questions["subject"], return_inverse=True)
+    letters = np.unique(base.questions["answer"], return_inverse=True)[1]
     ours, theirs = (s.questions["correct"].to_numpy() for s in (score, base))
-    found = findings.correct_by_subject(ours, theirs, codes, len(names))
+    found = findings.correct_by_subject(ours, theirs, codes, letters)
     for k, name in enumerate(names):
         assert found["gained"][k] == expected.loc[name, "num_gained"]
         assert found["lost"][k] == expected.loc[name, "num_lost"]
         assert found["holm"][k] == pytest.approx(expected.loc[name, "holm_p_value"], rel=1e-9)
+        assert found["verdicts"][k] == expected.loc[name, "verdict"]
     assert expected["num_gained"].sum() > expected["num_lost"].sum()
 
 
@@ -44,7 +46,36 @@ def test_changes_are_marked_over_all_datasets_together(forty):
     first = raw.index[0]
     assert found["holm"][first] == pytest.approx(min(1.0, 37 * raw.iloc[0]))
     marked = [i for i in found["rows"] if found["holm"][i] < 0.05]
-    assert found["num_gains"] + found["num_losses"] == len(marked) <= found["num_raw"]
+    num_decided = found["num_gains"] + found["num_losses"] + found["num_letters"]
+    assert num_decided == len(marked) <= found["num_raw"]
+    decided = {i: v for i, v in enumerate(found["verdicts"]) if v != "undecided"}
+    assert set(decided) == set(marked)
+    assert all(v != "gain" or run.table["balanced_accuracy_change_low"][i] > 0 for i, v in decided.items())
+
+
+def test_a_row_of_an_older_raylora_is_judged_by_its_p_value(forty):
+    run = load_run(forty)
+    found = findings.ranking(run)
+    for name in ("", "_low", "_high"):
+        del run.table[f"balanced_accuracy_change{name}"]
+    older = findings.ranking(run)
+    assert older["num_letters"] == 0
+    assert older["num_gains"] + older["num_losses"] == np.sum(np.array(found["holm"]) < 0.05)
+    assert findings.favourite_letters(run) == {}
+
+
+def test_a_favourite_letter_that_moved_is_said_with_its_shares(letters_run):
+    run = load_run(letters_run)
+    found = findings.ranking(run)
+    assert [found["verdicts"][i] for i in (0, 1)] == ["letter", "gain"]
+    texts = findings.favourite_letters(run)
+    assert list(texts) == [0]
+    wanted = "its favourite letter moved: A 100% to 0%, B 0% to 0%, C 0% to 0%, D 0% to 100% of its answers; "
+    assert re.fullmatch(re.escape(wanted) + r"balanced accuracy [+-]0\.0 points, -\d\.\d to \+\d\.\d", texts[0])
+    assert findings.oddities(run)[0] == {"row": 0, "what": texts[0]}
+    by_subject = findings.subjects(run)["rows"]
+    assert set(by_subject[0]["verdicts"]) == {"letter"}
+    assert set(by_subject[1]["verdicts"]) == {"gain"}
     assert all(np.isnan(found["holm"][i]) for i in np.flatnonzero(~run.ok))
 
 

@@ -28,9 +28,11 @@ def test_an_experiment_id_never_leads_out_of_the_folder(tmp_path):
 
 
 def test_answers_of_the_same_questions_only():
-    first = Answers(pa.chunked_array([["a/0", "a/1"]]), pa.chunked_array([["a", "a"]]), np.array([True, False]))
-    assert not first.same_questions(Answers(pa.chunked_array([["a/0"]]), pa.chunked_array([["a"]]), np.array([True])))
-    assert first.same_questions(Answers(pa.chunked_array([["a/0"], ["a/1"]]), first.subjects, ~first.correct))
+    subjects, letters = pa.chunked_array([["a", "a"]]), pa.chunked_array([["A", "B"]])
+    first = Answers(pa.chunked_array([["a/0", "a/1"]]), subjects, letters, np.array([True, False]))
+    fewer = Answers(pa.chunked_array([["a/0"]]), subjects[:1], letters[:1], np.array([True]))
+    assert not first.same_questions(fewer)
+    assert first.same_questions(Answers(pa.chunked_array([["a/0"], ["a/1"]]), subjects, letters, ~first.correct))
 
 
 def test_a_long_loss_curve_becomes_means(tmp_path):

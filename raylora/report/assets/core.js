@@ -33,8 +33,9 @@ const LOW = numbers("accuracy_change_low");
 const HIGH = numbers("accuracy_change_high");
 const HOLM = DATA.ranking.holm;
 const ALPHA = DATA.ranking.alpha;
-const isReal = (i) => HOLM[i] !== null && HOLM[i] < ALPHA;
-const tone = (i) => (!isReal(i) ? "none" : CHANGE[i] > 0 ? "gain" : "loss");
+const VERDICT = DATA.ranking.verdicts;
+const isReal = (i) => VERDICT[i] === "gain" || VERDICT[i] === "loss";
+const tone = (i) => (isReal(i) ? VERDICT[i] : "none");
 
 // Numbers as text
 

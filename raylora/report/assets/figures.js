@@ -48,7 +48,7 @@ function drawLosses() {
     host.append(note("No loss curve was found: without the train stage there is none."));
     return;
   }
-  const ranked = RANKED.filter((i) => DATA.curves[i]);
+  const ranked = ASKED.filter((i) => DATA.curves[i]);
   const marked = ranked.length >= 5 ? 2 : ranked.length >= 2 ? 1 : 0;
   const [up, down] = [new Set(ranked.slice(0, marked)), new Set(ranked.slice(ranked.length - marked))];
   host.append(note("Mean cross entropy of the supervised tokens at each optimizer step, in nats a token; a long curve is drawn by the means of 80 stretches. ",
@@ -142,7 +142,7 @@ function drawFeatures() {
   }
   const tested = found.num_tested > 0;
   host.append(tested
-    ? note("Spearman's rank correlation with the change in accuracy, over ", `${count(found.num_datasets, "dataset")}${found.grouped ? " (experiments of one dataset count once, by their means)" : ""}. `,
+    ? note("Spearman's rank correlation with the change in accuracy (not in balanced accuracy), over ", `${count(found.num_datasets, "dataset")}${found.grouped ? " (experiments of one dataset count once, by their means)" : ""}. `,
       el("b", {}, `${found.num_raw} of ${found.num_tested} features have p < ${ALPHA}; about ${found.num_expected.toFixed(1)} would by chance. `),
       `After Benjamini and Hochberg's adjustment at 5%, ${found.num_adjusted} remain${found.num_adjusted === 1 ? "s" : ""} (filled bars). A correlation is no cause.`)
     : note(RANKED.length ? "There are fewer than four datasets with both a feature and a change: a rank correlation would say nothing. " : "Without the mmlu stage there is no change to hold the features against. ", "Shown are the values themselves."));

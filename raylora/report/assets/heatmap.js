@@ -23,9 +23,9 @@ function drawSubjects() {
   }
   const groups = Object.keys(GROUP_NAMES);
   const order = found.names.map((_, s) => s).sort((a, b) => groups.indexOf(found.groups[a]) - groups.indexOf(found.groups[b]) || found.names[a].localeCompare(found.names[b]));
-  const rows = RANKED.filter((i) => found.rows[i]);
+  const rows = ASKED.filter((i) => found.rows[i]);
   const change = (i, s) => (found.rows[i].gained[s] - found.rows[i].lost[s]) / found.sizes[s];
-  const real = (i, s) => found.rows[i].holm[s] < ALPHA;
+  const real = (i, s) => ["gain", "loss"].includes(found.rows[i].verdicts[s]);
   const mean = found.names.map((_, s) => rows.reduce((sum, i) => sum + change(i, s), 0) / rows.length);
   const sizes = rows.flatMap((i) => order.map((s) => Math.abs(change(i, s)))).sort((a, b) => a - b);
   const limit = Math.max(0.01, sizes[Math.floor(0.98 * (sizes.length - 1))]);
@@ -34,7 +34,7 @@ function drawSubjects() {
   host.append(note(
     "Change from the base by subject, in percentage points. ",
     el("b", {}, `${count(numReal, "cell")} of ${(rows.length * order.length).toLocaleString("en")} ${numReal === 1 ? "is" : "are"} real`),
-    " (dotted): McNemar's exact test, Holm-adjusted over each experiment's subjects, below 0.05. ",
+    " (dotted): McNemar's exact test, Holm-adjusted over each experiment's subjects, below 0.05, and balanced accuracy moved to the same side. ",
     `A subject has ${fewest === most ? fewest : `${fewest} to ${most.toLocaleString("en")}`} questions: a single one moves a cell by ${fewest === most ? "" : "up to "}${(100 / fewest).toFixed(1)} points, so most of what is pale is chance.`,
     found.num_left_out ? ` ${count(found.num_left_out, "experiment")} left out: the answers are missing.` : ""));
   const sort = el("select", { "aria-label": "Order of the rows" }, el("option", { value: "change" }, "overall change"), el("option", { value: "name" }, "name"), ...order.map((s) => el("option", { value: s }, found.names[s].replaceAll("_", " "))));
@@ -157,7 +157,7 @@ function drawSubjects() {
     const subject = `${found.names[s].replaceAll("_", " ")} (${count(found.sizes[s], "question")}, base ${percent(found.base[s])})`;
     if (i === undefined) { showTip(event, subject); return; }
     if (i === null) { showTip(event, `mean of ${count(rows.length, "experiment")}`, subject, `${points(mean[s])} points`); return; }
-    showTip(event, DATA.labels[i], subject, `${points(change(i, s))} points: ${found.rows[i].gained[s]} gained, ${found.rows[i].lost[s]} lost`, `Holm p ${pValue(found.rows[i].holm[s])}${real(i, s) ? ": real" : ""}`);
+    showTip(event, DATA.labels[i], subject, `${points(change(i, s))} points: ${found.rows[i].gained[s]} gained, ${found.rows[i].lost[s]} lost`, `Holm p ${pValue(found.rows[i].holm[s])}${real(i, s) ? ": real" : found.rows[i].verdicts[s] === "letter" ? ": its favourite letter moved" : ""}`);
   });
   canvas.addEventListener("pointerleave", hideTip);
   canvas.addEventListener("click", (event) => { const { i } = hit(event); if (i !== undefined && i !== null) choose(i); });

@@ -1,7 +1,22 @@
 // The datasets from the best change to the worst: a forest plot that is a table.
 
-const RANKED = DATA.ranking.rows.slice().sort((a, b) => CHANGE[b] - CHANGE[a]);
-const verdict = (i) => (!isReal(i) ? "undecided" : CHANGE[i] > 0 ? "gain" : "loss");
+// Where datasets were trained with several seeds a line stands for all of them, under its first row's number.
+
+const BALANCED = numbers("balanced_accuracy_change");
+const P_VALUE = numbers("mcnemar_p_value");
+const SEEDS = DATA.ranking.seeds;
+const lineOf = (i) => (SEEDS ? SEEDS.lines[i] : { rows: [i], label: DATA.labels[i], change: CHANGE[i], low: LOW[i], high: HIGH[i], p_value: P_VALUE[i], balanced: BALANCED[i] });
+const RANKED = DATA.ranking.rows.slice().sort((a, b) => lineOf(b).change - lineOf(a).change);
+/** Every experiment with a change, from the best to the worst. */
+const ASKED = RANKED.flatMap((i) => lineOf(i).rows).sort((a, b) => CHANGE[b] - CHANGE[a]);
+const verdict = (i) => (VERDICT[i] === "letter" ? "its favourite letter moved" : VERDICT[i]);
+
+/** Such as "; answers A to 98%": a model that prefers one letter may know less, or more, than its accuracy says. */
+function favourite(prefix, i) {
+  const shares = ["a", "b", "c", "d"].map((letter) => [numbers(`${prefix}prediction_share_${letter}`)[i] ?? 0, letter.toUpperCase()]);
+  const [share, letter] = shares.sort((a, b) => b[0] - a[0])[0];
+  return share > 0.5 ? `; answers ${letter} to ${percent(share, 0)}` : "";
+}
 
 /** From a domain to percent of a cell's width. */
 function cellScale(low, high) {
@@ -19,14 +34,23 @@ function drawTiles() {
     const base = numbers("base_overall_accuracy")[best];
     const stderr = numbers("base_overall_stderr")[best];
     const asked = numbers("total_questions")[best];
-    add("Base model on MMLU", percent(base), `${stderr === null ? "" : `± ${(100 * stderr).toFixed(1)} (standard error), `}${asked === null ? "" : count(asked, "question")}`);
-    add("Best change", `${points(CHANGE[best])} points`, `${DATA.labels[best]}${isReal(best) ? "" : ": undecided"}`, tone(best) === "none" ? "" : tone(best));
-    add("Real changes", `${gains} up, ${losses} down`, `of ${RANKED.length}; McNemar's test, Holm-adjusted, 5%`);
+    add("Base model on MMLU", percent(base), `${stderr === null ? "" : `± ${(100 * stderr).toFixed(1)} (standard error), `}${asked === null ? "" : count(asked, "question")}${favourite("base_", best)}`);
+    add("Best change", `${points(lineOf(best).change)} points`, `${lineOf(best).label}${isReal(best) ? "" : `: ${verdict(best)}`}`, tone(best) === "none" ? "" : tone(best));
+    add("Real changes", `${gains} up, ${losses} down`, `of ${RANKED.length}; ${SEEDS ? "over seeds and questions" : "McNemar's test"}, Holm-adjusted, 5%, and balanced accuracy`);
   }
   const seconds = DATA.costs.totals.reduce((a, b) => a + (b || 0), 0);
   add(DATA.costs.gpus.length ? "GPU time" : "Worker time", duration(seconds), DATA.costs.gpus.length ? [...new Set(DATA.costs.gpus)].join(", ") : "one process a worker");
   const bad = NUM_ROWS - good;
   add("Failed", String(bad), bad ? "with cause and fix below" : `all ${count(good, "experiment")} are good`, bad ? "loss" : "");
+}
+
+/** How often two trainings on the same data would count as different. */
+function aboutPairs() {
+  const { num_pairs: pairs, num_pairs_real: differ, num_held_out: heldOut, num_held_out_real: real } = SEEDS;
+  const one = `A/A pairs, two trainings on the same data with other seeds: by McNemar's test alone, as for one seed, ${differ} of ${count(pairs, "pair")} (${percent(differ / pairs, 0)}) differ. `;
+  if (!pairs) return "No answers question by question (scores.parquet) are here: without them there is no interval over seeds.";
+  if (!heldOut) return `${one}With three seeds or more, the page also says how often the interval over seeds would call one real.`;
+  return `${one}By the interval over seeds, each training in turn taken for the base of the others, ${real} of ${heldOut} (${percent(real / heldOut, 0)}) count as changed; 5% are to be expected.`;
 }
 
 function drawRanking() {
@@ -35,48 +59,56 @@ function drawRanking() {
     host.append(note(NUM_ROWS ? "No good row has an MMLU accuracy: without the mmlu stage there is no change to rank." : "The table has no rows yet."));
     return;
   }
-  const { num_gains: gains, num_losses: losses, num_raw: raw } = DATA.ranking;
+  const { num_gains: gains, num_losses: losses, num_letters: letters, num_raw: raw } = DATA.ranking;
   host.append(
     note(
-      "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% paired bootstrap intervals. ",
+      "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals ",
+      SEEDS ? "that hold what a training with a fresh seed would change, on all questions like these: they count the noise of the seeds and that of the questions. Small dots are the seeds, large ones their mean. " : "(Tango's score interval, corrected for continuity). ",
       el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} real`),
-      ` (filled): McNemar's exact test, Holm-adjusted over all ${RANKED.length}, below ${ALPHA}. The chance of even one false mark is at most 5%. `,
-      `Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
+      ` (filled): ${SEEDS ? "the p-value of that interval" : "McNemar's exact test of accuracy"}, Holm-adjusted over all ${RANKED.length}, is below ${ALPHA}, and balanced accuracy (the mean over the four right letters) moved to the same side: its own 95% interval leaves out 0. `,
+      letters ? `In ${letters} the test passes and balanced accuracy does not: a model that comes to prefer another letter gains where that letter happens to be right. ` : "",
+      `Where nothing changed, the chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
     ),
+    note(SEEDS ? aboutPairs() : "Each was trained with one seed. The intervals and p-values know the noise of the questions, and not what another seed would have given: that another training on the same data would be as good, or better at all, they cannot say (--repeats 5 measures it)."),
   );
   const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "undecided", false]];
   host.append(el("div", { class: "keys" }, ...keys.map(([name, text, filled]) => el("span", { class: "key" }, el("i", { style: { borderColor: `var(--${name})`, background: filled ? `var(--${name})` : "none" } }), text))));
 
-  const known = (values) => RANKED.map((i) => values[i]).filter((v) => v !== null);
-  let [low, high] = extent([0, ...known(CHANGE), ...known(LOW), ...known(HIGH)]);
+  const known = (name) => RANKED.map((i) => lineOf(i)[name]).filter((v) => v !== null);
+  let [low, high] = extent([0, ...ASKED.map((i) => CHANGE[i]), ...known("low"), ...known("high")]);
   const margin = 0.06 * (high - low || 0.02);
   [low, high] = [low - margin, high + margin];
   const scale = cellScale(low, high);
   const marks = ticks(100 * low, 100 * high, 5);
   const plot = (i) => {
     const paint = `var(--${tone(i)})`;
-    const left = LOW[i] === null ? null : scale.at(LOW[i]);
-    const width = LOW[i] === null || HIGH[i] === null ? null : Math.max(0, scale.at(HIGH[i]) - left);
-    return el("div", { class: "plot", role: "img", "aria-label": `${points(CHANGE[i])} points, ${verdict(i)}` },
+    const { rows, change, low: least, high: most } = lineOf(i);
+    const left = least === null ? null : scale.at(least);
+    const width = least === null || most === null ? null : Math.max(0, scale.at(most) - left);
+    return el("div", { class: "plot", role: "img", "aria-label": `${points(change)} points, ${verdict(i)}` },
       ...marks.map((m) => el("i", { class: m === 0 ? "zero" : "grid", style: { left: scale.left(m / 100) } })),
       width === null ? null : el("i", { class: "whisker", style: { left: `${left}%`, width: `${width}%`, background: paint } }),
-      el("i", { class: "dot", style: { left: scale.left(CHANGE[i]), borderColor: paint, background: isReal(i) ? paint : "var(--panel)" } }));
+      ...(rows.length > 1 ? rows : []).map((row) => el("i", { class: "seed", style: { left: scale.left(CHANGE[row]), background: paint } })),
+      el("i", { class: "dot", style: { left: scale.left(change), borderColor: paint, background: isReal(i) ? paint : "var(--panel)" } }));
   };
   const axis = () => {
     const edge = (m) => (scale.at(m / 100) < 4 ? "start" : scale.at(m / 100) > 96 ? "end" : null);
     return el("div", { class: "axis", "aria-hidden": "true" }, ...marks.map((m) => el("span", { class: edge(m), style: { left: scale.left(m / 100) } }, m > 0 ? `+${m}` : signed(String(m)))));
   };
   const rank = new Map(RANKED.map((i, k) => [i, k + 1]));
-  const [p, accuracy] = [numbers("mcnemar_p_value"), numbers("overall_accuracy")];
+  const accuracies = numbers("overall_accuracy");
+  const accuracy = (i) => lineOf(i).rows.reduce((sum, row) => sum + accuracies[row], 0) / lineOf(i).rows.length;
   new Table(host, [
     { key: "rank", title: "#", hint: "Rank by change", value: (i) => rank.get(i), text: (i) => String(rank.get(i)), num: true, width: 44, from: 560, first: "ascending" },
-    { key: "name", title: "Dataset", value: (i) => DATA.labels[i], draw: (i) => nameCell(DATA.labels[i]), width: nameWidth(0.36) },
-    { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => CHANGE[i], draw: plot, head: axis, first: "descending" },
-    { key: "change", title: "Change", hint: "Percentage points", value: (i) => CHANGE[i], text: (i) => points(CHANGE[i]), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
-    { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => LOW[i], text: (i) => (LOW[i] === null ? "–" : `${points(LOW[i])} to ${points(HIGH[i])}`), num: true, width: 120, from: 760 },
-    { key: "p", title: "p", hint: "McNemar's exact test, unadjusted", value: (i) => p[i], text: (i) => pValue(p[i]), num: true, width: 70, from: 960, first: "ascending" },
+    { key: "name", title: "Dataset", value: (i) => lineOf(i).label, draw: (i) => nameCell(lineOf(i).label), width: nameWidth(0.36) },
+    ...(SEEDS ? [{ key: "seeds", title: "Seeds", hint: "Trainings with a seed of their own", value: (i) => lineOf(i).rows.length, text: (i) => String(lineOf(i).rows.length), num: true, width: 62, from: 700 }] : []),
+    { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => lineOf(i).change, draw: plot, head: axis, first: "descending" },
+    { key: "change", title: "Change", hint: "Percentage points", value: (i) => lineOf(i).change, text: (i) => points(lineOf(i).change), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
+    { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => lineOf(i).low, text: (i) => (lineOf(i).low === null ? "–" : `${points(lineOf(i).low)} to ${points(lineOf(i).high)}`), num: true, width: 120, from: 760 },
+    { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => lineOf(i).balanced, text: (i) => points(lineOf(i).balanced), num: true, width: 86, from: 900 },
+    { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : "McNemar's exact test of accuracy, unadjusted", value: (i) => lineOf(i).p_value, text: (i) => pValue(lineOf(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
     { key: "holm", title: "Holm p", hint: `Adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
-    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
-    { key: "accuracy", title: "Accuracy", value: (i) => accuracy[i], text: (i) => percent(accuracy[i]), num: true, width: 86, from: 1000 },
-  ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${DATA.labels[i]} ${verdict(i)}`, height: 760 });
+    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 186 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
+    { key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 },
+  ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${lineOf(i).label} ${verdict(i)}`, height: 760 });
 }

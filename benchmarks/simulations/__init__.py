@@ -1,0 +1,1 @@
+"""What ``benchmarks.statistics`` simulates: a module for each section of its table."""

@@ -1,0 +1,127 @@
+"""Two models' answers to the same questions: intervals and p-values of a change, and whether it is more than a letter.
+
+Everything is computed elementwise from counts: ``gained``, questions that only the new model has right; ``lost``, those
+that only the old one has right; ``num``, all questions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binom, norm
+
+ALPHA = 0.05
+"""The level of every test: an adjusted p-value below it counts. Intervals have 1 - ALPHA, 95%."""
+CRITICAL = float(norm.ppf(1 - ALPHA / 2))
+LETTER_MOVED = "its favourite letter moved"
+"""What a significant change of accuracy is called that goes away under balanced accuracy."""
+NUM_HALVINGS = 45
+"""Of the range of a limit, -1 to 1: it is then known to 6e-14."""
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.ArrayLike
+
+
+def change_interval(gained: Counts, lost: Counts, num: Counts, correction: float = 1.0) -> tuple[Floats, Floats]:
+    """The 95% score interval of a difference of paired proportions (Tango 1998, Statistics in Medicine 17, 891-908).
+
+    It holds every difference d that a two-sided test at 5% does not reject: ``|gained - lost - num d| - correction`` is
+    at most 1.96 standard deviations, the deviation being that of the most likely probabilities whose difference is d.
+
+    Args:
+        gained, lost, num: counts, of any shapes that fit each other; ``num`` is 1 or more.
+        correction: for continuity (Chang et al. 2024, Journal of Applied Statistics). With 1, as in McNemar's corrected
+            test, the interval leaves out 0 where the exact test's p-value is below 0.05; the only exceptions among up
+            to 3000 differing answers have p-values of 0.0487 to 0.05. With 0 it is Tango's own, which leaves out 0 at 4
+            gained and none lost, where the p-value is 0.125.
+
+    Returns:
+        Low and high limits, -1 to 1.
+    """
+    arrays = np.broadcast_arrays(*(np.asarray(counts, dtype=float) for counts in (gained, lost, num)))
+    gains, losses, sizes = arrays
+    return _low_limit(gains, losses, sizes, correction), -_low_limit(losses, gains, sizes, correction)
+
+
+def _low_limit(gained: Floats, lost: Floats, num: Floats, correction: float) -> Floats:
+    """By halving: unlike the quartic's roots, it cannot fail, and takes arrays."""
+    low, high = np.full(gained.shape, -1.0), (gained - lost) / num
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        # Tango's equation (6): the most likely share of lost questions where the difference is ``middle``.
+        linear = (2 * num - gained + lost) * middle - gained - lost
+        root = np.sqrt(np.maximum(linear**2 + 8 * num * lost * middle * (1 - middle), 0))
+        share_lost = (root - linear) / (4 * num)
+        variance = np.maximum(num * (2 * share_lost + middle * (1 - middle)), 0)
+        is_rejected = gained - lost - num * middle - correction > CRITICAL * np.sqrt(variance)
+        low, high = np.where(is_rejected, middle, low), np.where(is_rejected, high, middle)
+    return low
+
+
+def balanced_change(gained: Counts, lost: Counts, num: Counts) -> tuple[Floats, Floats, Floats]:
+    """The change of balanced accuracy, the mean of the changes by right letter, with its 95% interval.
+
+    A model that answers one letter more often gains where that letter is right, and loses where others are: accuracy
+    moves with how often the letter is right, balanced accuracy does not.
+
+    The letters' own intervals (Tango's, without correction) are combined by MOVER (Zou and Donner 2008, Statistics in
+    Medicine 27, 1693-1702): each limit lies as far from the change as the root of the sum of the letters' squared
+    distances, times 1 / K for K letters. With the correction in each letter, 57 questions gave an interval up to 50%
+    wider than that of accuracy itself; without, it still covers 95% (docs/mmlu.md has the figures).
+
+    Args:
+        gained, lost, num: counts, (..., letters). Letters that are never right have a ``num`` of 0 and do not count.
+
+    Returns:
+        The change, its low and its high limit, each (...).
+    """
+    gains, losses, sizes = (np.asarray(counts, dtype=float) for counts in (gained, lost, num))
+    weights = (sizes > 0) / (sizes > 0).sum(axis=-1, keepdims=True)
+    sizes = np.maximum(sizes, 1)
+    changes = (gains - losses) / sizes
+    lows, highs = change_interval(gains, losses, sizes, correction=0)
+    change = (weights * changes).sum(axis=-1)
+    below, above = (np.sqrt(((weights * gap) ** 2).sum(axis=-1)) for gap in (changes - lows, highs - changes))
+    return change, np.maximum(change - below, -1), np.minimum(change + above, 1)
+
+
+def mcnemar(gained: Counts, lost: Counts) -> Floats:
+    """Two-sided p-values of McNemar's exact test (1947): the binomial test on the questions that differ.
+
+    Twice one tail, as the binomial distribution with p = 1/2 is symmetric; 1 where no question differs.
+    """
+    gains, losses = np.asarray(gained), np.asarray(lost)
+    p_values: Floats = np.minimum(1.0, 2 * binom.cdf(np.minimum(gains, losses), gains + losses, 0.5))
+    return p_values
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values (m,) adjusted for m tests (Holm 1979), in the same order.
+
+    The k-th smallest is multiplied by m - k + 1; each is at least as large as the one before it, and at most 1.
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1.0)
+    return adjusted
+
+
+def verdicts(adjusted: Any, change: Any, balanced_low: Any, balanced_high: Any) -> list[str]:
+    """What each change of accuracy is: ``gain``, ``loss``, ``letter`` or ``undecided``.
+
+    Undecided: McNemar's adjusted p-value is not below 0.05. Otherwise a gain or a loss, if the interval of the change
+    of balanced accuracy lies on the same side of 0. If not, the model's favourite letter moved: ``letter``.
+
+    Args:
+        adjusted, change: p-values and changes of accuracy, (m,); NaN is undecided.
+        balanced_low, balanced_high: of the change of balanced accuracy, (m,). NaN, in rows of an older raylora: the
+            p-value decides alone.
+    """
+    p_values, changes, lows, highs = (
+        np.asarray(values, dtype=float) for values in (adjusted, change, balanced_low, balanced_high)
+    )
+    goes_away = np.where(changes > 0, lows <= 0, highs >= 0)
+    conditions = [~((p_values < ALPHA) & (changes != 0)), goes_away, changes > 0]
+    return [str(v) for v in np.select(conditions, ["undecided", "letter", "gain"], "loss")]

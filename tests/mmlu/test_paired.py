@@ -1,0 +1,185 @@
+"""Intervals and p-values of paired answers: against published figures, other ways to compute them, and simulation."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import binomtest, multinomial, norm
+
+from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, verdicts
+from raylora.mmlu.questions import LETTERS
+
+COUNTS = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 60)).filter(any)
+"""Gained, lost, and answered alike."""
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "num", "low", "high"),
+    [
+        (1, 7, 21, -0.517, -0.026),  # Fagerland, Lydersen and Laake 2014, Statistics in Medicine 33, table II
+        (7, 1, 21, 0.026, 0.517),
+    ],
+)
+def test_without_correction_it_is_tangos_interval(gained, lost, num, low, high):
+    found = [float(limit) for limit in change_interval(gained, lost, num, correction=0)]
+    assert found == pytest.approx([low, high], abs=5e-4)
+
+
+def corrected_score(difference: float, gained: int, lost: int, num: int) -> float:
+    """The statistic of the corrected test: the likeliest probabilities of that difference are found by search."""
+    same = num - gained - lost
+
+    def surprise(share_lost: float) -> float:
+        shares = np.array([share_lost + difference, share_lost, 1 - 2 * share_lost - difference]).clip(1e-300)
+        return -float(np.array([gained, lost, same]) @ np.log(shares))
+
+    bounds = (max(0.0, -difference), (1 - difference) / 2)
+    share_lost = minimize_scalar(surprise, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    distance = gained - lost - num * difference
+    variance = num * (2 * share_lost + difference - difference**2)
+    return float(np.sign(distance) * max(0.0, abs(distance) - 1) / np.sqrt(variance))
+
+
+@pytest.mark.parametrize(("gained", "lost", "num"), [(4, 1, 57), (9, 20, 114), (3, 3, 30), (300, 250, 14042)])
+def test_a_limit_is_where_the_corrected_test_just_rejects(gained, lost, num):
+    low, high = (float(limit) for limit in change_interval(gained, lost, num))
+    change, critical = (gained - lost) / num, norm.ppf(0.975)
+    for sign, limit, end in ((1, low, -0.999), (-1, high, 0.999)):
+        wanted = brentq(
+            lambda d, s=sign: s * corrected_score(d, gained, lost, num) - critical, end, change - sign / num
+        )
+        assert limit == pytest.approx(wanted, abs=1e-6)
+
+
+def test_where_no_answer_differs_there_is_an_interval_still():
+    """From no differing answer of n follows a limit by hand: |n d| - 1 = z root(n d (1 - d)), quadratic in d."""
+    for num in (57, 14042):
+        z2 = norm.ppf(0.975) ** 2
+        wanted = np.roots([num**2 + num * z2, -2 * num - num * z2, 1]).max()
+        low, high = change_interval(0, 0, num)
+        assert float(high) == pytest.approx(wanted, rel=1e-9)
+        assert float(low) == -float(high)
+
+
+@settings(max_examples=100, deadline=None)
+@given(COUNTS)
+def test_an_interval_holds_its_change_lies_in_range_and_has_a_mirror_image(counts):
+    gained, lost, same = counts
+    num = gained + lost + same
+    low, high = change_interval(gained, lost, num)
+    assert -1 <= low < high <= 1
+    assert low <= (gained - lost) / num <= high
+    assert [float(v) for v in change_interval(lost, gained, num)] == [-float(high), -float(low)]
+    inner_low, inner_high = change_interval(gained, lost, num, correction=0)
+    assert low <= inner_low <= inner_high <= high
+
+
+def test_it_leaves_out_zero_where_the_exact_test_says_so():
+    """All pairs of up to 400 differing answers."""
+    gained, lost = (a.ravel() for a in np.meshgrid(np.arange(401), np.arange(401)))
+    few = gained + lost <= 400
+    gained, lost = gained[few], lost[few]
+    low, high = change_interval(gained, lost, 1000)
+    p_values = mcnemar(gained, lost)
+    at_odds = ((low > 0) | (high < 0)) != (p_values < 0.05)
+    assert 0 < at_odds.sum() <= 44  # 22 pairs and their mirror images
+    assert p_values[at_odds].min() > 0.0487
+    assert p_values[at_odds].max() < 0.05
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemars_test_is_the_binomial_test(gained, lost):
+    wanted = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert float(mcnemar(gained, lost)) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("num", [57, 114])
+@pytest.mark.parametrize("differing", [0.005, 0.02, 0.1, 0.4])
+@pytest.mark.parametrize("up", [0.5, 0.8])
+def test_it_covers_the_true_change(num, differing, up):
+    """Not simulated: over all outcomes, with their probabilities. The bootstrap covered 0.24 to 0.88 of such cases."""
+    gained, lost = (a.ravel() for a in np.meshgrid(np.arange(num + 1), np.arange(num + 1)))
+    fits = gained + lost <= num
+    gained, lost = gained[fits], lost[fits]
+    shares = [differing * up, differing * (1 - up), 1 - differing]
+    probability = multinomial.pmf(np.stack([gained, lost, num - gained - lost], axis=1), num, shares)
+    low, high = change_interval(gained, lost, num)
+    covers = (low <= shares[0] - shares[1]) & (shares[0] - shares[1] <= high)
+    assert probability.sum() == pytest.approx(1)
+    assert probability[covers].sum() > 0.95
+
+
+@pytest.mark.parametrize("num", [57, 114, 570])
+@pytest.mark.parametrize(
+    ("gains", "losses"),  # by right letter: the share of its questions
+    [
+        ([0.05] * 4, [0.05] * 4),
+        ([0.3] * 4, [0.1] * 4),
+        ([0.0, 0.1, 0.1, 0.6], [0.6, 0.1, 0.1, 0.0]),  # from A to D
+    ],
+)
+def test_the_balanced_interval_covers_the_true_change(num, gains, losses):
+    rng = np.random.default_rng(num)
+    sizes = rng.multinomial(num, [0.23, 0.25, 0.25, 0.27], 4000)
+    shares = np.stack([gains, losses, 1 - np.add(gains, losses)], axis=-1)
+    outcomes = rng.multinomial(sizes, shares)
+    change, low, high = balanced_change(outcomes[..., 0], outcomes[..., 1], sizes)
+    true = np.mean(np.subtract(gains, losses))
+    assert change.mean() == pytest.approx(true, abs=0.01)
+    # 0.945: four standard errors of a simulated 0.95 are 0.014
+    assert ((low <= true) & (true <= high)).mean() > 0.945
+    row_low, row_high = change_interval(outcomes[..., 0].sum(axis=1), outcomes[..., 1].sum(axis=1), sizes.sum(axis=1))
+    assert (high - low).mean() < 1.1 * (row_high - row_low).mean()
+
+
+def test_a_letter_that_is_never_right_does_not_count():
+    three = balanced_change([3, 1, 0], [0, 0, 2], [10, 10, 10])
+    four = balanced_change([3, 1, 0, 0], [0, 0, 2, 0], [10, 10, 10, 0])
+    assert np.array(three) == pytest.approx(np.array(four))
+    assert float(three[0]) == pytest.approx((0.3 + 0.1 - 0.2) / 3)
+    low, high = change_interval([3, 1, 0], [0, 0, 2], 10, correction=0)
+    changes = np.array([0.3, 0.1, -0.2])
+    assert float(three[1]) == pytest.approx(three[0] - np.sqrt(((changes - low) ** 2).sum()) / 3)
+    assert float(three[2]) == pytest.approx(three[0] + np.sqrt(((high - changes) ** 2).sum()) / 3)
+
+
+def test_a_favourite_letter_that_moves_is_no_gain(shared_data):
+    """The real questions: from always A to always D, and half of the As turned to Ds."""
+    questions = json.loads((shared_data / "mmlu" / "test_all_subjects.json").read_text())
+    right = np.array([LETTERS[q["answer"]] for q in questions])
+    assert len(right) == 14042
+    sizes = np.array([(right == letter).sum() for letter in LETTERS])
+    half = np.random.default_rng(0).random(len(right)) < 0.5
+    for turned, p_value in ((right == right, 1e-10), (half, 1e-5)):
+        gained = np.array([0, 0, 0, (turned & (right == "D")).sum()])
+        lost = np.array([(turned & (right == "A")).sum(), 0, 0, 0])
+        assert mcnemar(gained.sum(), lost.sum()) < p_value
+        difference = (gained.sum() - lost.sum()) / sizes.sum()
+        _, low, high = balanced_change(gained, lost, sizes)
+        assert low < 0 < high
+        assert verdicts([float(mcnemar(gained.sum(), lost.sum()))], [difference], [low], [high]) == ["letter"]
+
+
+def test_verdicts():
+    nan = float("nan")
+    cases = [
+        (0.2, 0.1, 0.05, 0.15, "undecided"),
+        (0.01, 0.1, 0.05, 0.15, "gain"),
+        (0.01, -0.1, -0.15, -0.05, "loss"),
+        (0.01, 0.1, -0.05, 0.15, "letter"),
+        (0.01, 0.1, -0.15, -0.05, "letter"),  # balanced accuracy even fell
+        (0.01, 0.1, nan, nan, "gain"),  # a row of an older raylora
+        (nan, nan, nan, nan, "undecided"),  # a row without MMLU
+    ]
+    assert verdicts(*zip(*[case[:4] for case in cases], strict=True)) == [case[4] for case in cases]
+
+
+def test_holm_by_hand():
+    assert holm(np.array([0.04, 0.01, 0.03])) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm(np.array([0.9, 0.5])) == pytest.approx([1.0, 1.0])
