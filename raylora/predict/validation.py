@@ -80,7 +80,10 @@ def fit_predictor(
     }
     residuals, residuals_of_mean = measured - predicted, measured - baselines["mean"]
     verdict = reduction_of_rmse(residuals, residuals_of_mean, sample.counts, sample.num_units)
-    importance = _importance(table, folds, fold_models, parallel, seed) if explain else None
+    worth: dict[str, Any] = {}
+    if explain:
+        worth["importance"] = _importance(table, folds, fold_models, parallel, seed)
+        worth["feature_groups"] = _group_gains(table, kind, folds, parallel, seed, sample)
     if not verdict["better"]:
         residuals = residuals_of_mean
         final_model = DummyRegressor().fit(features, measured)
@@ -97,10 +100,8 @@ def fit_predictor(
         "coverage_by_level": coverages,
         "coverage_intervals": {level: share_interval(share, sample.num_units) for level, share in coverages.items()},
         "baselines": {name: sample.scores_of(predictions) for name, predictions in baselines.items()},
+        **worth,
     }
-    if explain:
-        card["importance"] = importance
-        card["feature_groups"] = _group_gains(table, kind, folds, parallel, seed, sample)
     held_out_rows = {"name": table.names, "measured": measured, "predicted": predicted, "fold": fold_of}
     novelty = fit_novelty(features, folds) if verdict["better"] else None
     return Predictor(card, final_model, fold_models, fold_of, residuals, novelty), pd.DataFrame(held_out_rows)
