@@ -113,7 +113,7 @@ def is_exact(model: Any) -> bool:
     True for float32, and for weights of 4 or 8 bits that are multiplied as float32. False for half precision, for
     LLM.int8, and for quantizations that are not raylora's own.
     """
-    if model.dtype not in {torch.float32, torch.float64}:
+    if next(p.dtype for p in model.parameters() if p.is_floating_point()) not in {torch.float32, torch.float64}:
         return False
     if getattr(model, "is_loaded_in_4bit", False):
         layers = filter(is_4bit_layer, model.modules())
