@@ -82,18 +82,20 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
         torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = compute_dtype(device)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
-    placement: dict[str, Any] = {"device_map": {"": device}}
+    given: dict[str, Any] = {"device_map": {"": device}}
     if options.max_memory:
         limits = {int(k) if k.isdigit() else k: v for k, v in options.max_memory.items()}
-        placement = {"device_map": "auto", "max_memory": limits}
+        given = {"device_map": "auto", "max_memory": limits}
+    if quantization := _quantization_config(options.quantization, dtype):
+        # Not None: that would replace what the configuration of stored int8 weights says, and their scales are lost.
+        given["quantization_config"] = quantization
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            quantization_config=_quantization_config(options.quantization, dtype),
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True,
-            **placement,
+            **given,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
