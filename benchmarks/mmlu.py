@@ -3,7 +3,6 @@
 python -m benchmarks.mmlu                                   # 0-shot, 228 questions
 python -m benchmarks.mmlu --num-fewshot 5                   # 120 questions of 6 subjects
 python -m benchmarks.mmlu --shape llama3-8b                 # random weights on a GPU
-python -m benchmarks.mmlu --flips --quantization 8bit       # answers that move with the size of the batch
 """
 
 from __future__ import annotations
@@ -143,34 +142,6 @@ def compare_ways(loaded: LoadedModel, questions: Sequence[Question], shots: dict
     common.report(title, rows, options.json, extra)
 
 
-def count_flips(loaded: LoadedModel, questions: Sequence[Question], shots: dict, options: argparse.Namespace) -> None:
-    """How many answers change with the token budget, and how near their best two choices were."""
-    encoded = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
-    found = {}
-    for budget in (128, 512, 2048):
-        score = evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget)
-        found[budget] = score.questions[LOGPROBS].to_numpy()
-        print(f"token budget {budget}: {score.info['mmlu_seconds']:.1f} s", flush=True)
-    base = found[512]
-    margins = np.diff(np.sort(base, axis=1)[:, -2:], axis=1)[:, 0]
-    rows = []
-    for budget, logprobs in found.items():
-        flipped = logprobs.argmax(1) != base.argmax(1)
-        rows.append(
-            {
-                "token budget": budget,
-                "flips against 512": int(flipped.sum()),
-                "largest margin of a flip": float(margins[flipped].max()) if flipped.any() else 0.0,
-                "median difference": float(np.median(np.abs(logprobs - base))),
-                "largest difference": float(np.abs(logprobs - base).max()),
-            }
-        )
-    common.report(
-        f"answers that move with the batch: {len(questions)} questions, {options.quantization}", rows, options.json,
-        {"median margin": float(np.median(margins))},
-    )  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -184,13 +155,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="lm_eval,generate", help="what raylora is held against")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=(), help="lm-eval's, the fastest is taken")
-    parser.add_argument("--flips", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     number = options.num_questions or (228 if options.num_fewshot == 0 else 120)
     questions, shots = choose(options.questions, number, options.num_fewshot)
     loaded = common.load(options.model, options.quantization, options.shape)
-    (count_flips if options.flips else compare_ways)(loaded, questions, shots, options)
+    compare_ways(loaded, questions, shots, options)
 
 
 if __name__ == "__main__":

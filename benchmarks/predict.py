@@ -17,7 +17,8 @@ import numpy as np
 from sklearn.model_selection import RepeatedKFold
 
 from raylora.predict.tables import known_from_table
-from raylora.predict.validation import fit_predictor, scores
+from raylora.predict.uncertainty import scores
+from raylora.predict.validation import fit_predictor
 from raylora.rows import read_table
 
 SHARED = Path(os.environ.get("RAYLORA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -12,10 +12,16 @@ import argparse
 from collections.abc import Callable
 
 from benchmarks.simulations.accuracy import accuracy
+from benchmarks.simulations.predictor import predictor
 from benchmarks.simulations.rate import Rate
 from benchmarks.simulations.seeds import real_seeds, seeds
 
-SECTIONS: dict[str, Callable[[], list[Rate]]] = {"accuracy": accuracy, "seeds": seeds, "real_seeds": real_seeds}
+SECTIONS: dict[str, Callable[[], list[Rate]]] = {
+    "accuracy": accuracy,
+    "seeds": seeds,
+    "real_seeds": real_seeds,
+    "predictor": predictor,
+}
 """By name, a function that makes its figures. Each is seeded."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.story import run_experiment as run_planned_experiment
 from raylora.experiment.workbench import Workbench, use_threads
-from raylora.mmlu.prompts import encode_questions
+from raylora.mmlu.prompts import encode_questions, thinking_of
 from raylora.mmlu.question_set import load_question_set
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
-from raylora.model.adapters import LoadedModel, check_adapter
-from raylora.model.loading import as_loaded, context_window, load_model
+from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_base
+from raylora.model.adapters import LoadedModel
+from raylora.model.loading import as_loaded, context_window, load_model, note_llm_int8
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example
 from raylora.rows import load_results
@@ -27,6 +29,8 @@ from raylora.run.execute import run_plan
 from raylora.storage.legacy import legacy_result
 from raylora.storage.places import location
 from raylora.training.loop import train_adapter
+
+log = logging.getLogger("raylora")
 
 
 class FineTuner:
@@ -194,6 +198,8 @@ def evaluate_mmlu(
     load_question_set(config)  # so that a bad file is an error before the model is loaded
     loaded = load_model(ModelOptions(**config.settings_of(ModelOptions)))
     if adapter_path is not None:
+        if note := note_on_base(Path(adapter_path), loaded.source):
+            log.warning("%s: %s", adapter_path, note)
         loaded.attach_saved(Path(adapter_path))
     return _evaluate_with(config, loaded.model, loaded.tokenizer)
 
@@ -208,15 +214,20 @@ def evaluate_mmlu_with_model(
 ) -> dict[str, Any]:
     """Score a loaded model on MMLU as it is now, its active adapter included; arguments as in ``evaluate_mmlu``.
 
+    A model that the caller has loaded in 8 bits computes with LLM.int8 here too, and a line in the log says so: the
+    options ``quantization`` and ``int8_activations`` are for models that raylora loads.
+
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
         ``macro_accuracy``, ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the
-        answers), ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, and
-        ``questions``, a DataFrame with a row for each question.
+        answers), ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
+        ``off``, ``closed`` or ``on``: docs/mmlu.md), and ``questions``, a DataFrame with a row for each question.
 
     Raises:
-        UserError: the questions cannot be used, or the prompt style is ``chat`` and the tokenizer has no template.
+        UserError: the questions cannot be used, the prompt style is ``chat`` and the tokenizer has no template, or the
+            model is PEFT's with an adapter that does its work outside of the model's layers.
     """
+    note_llm_int8(model)
     return _evaluate_with(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
 
 
@@ -228,12 +239,15 @@ def _evaluation_config(
 
 
 def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(f"{model.active_peft_config.peft_type.value}: {ONLY_IN_LAYERS}", kind=ErrorKind.ADAPTER)
     question_set = load_question_set(config)
+    thinking = thinking_of(tokenizer, config.prompt_style, config.scoring)
     encoded = encode_questions(
-        tokenizer, question_set.questions, question_set.shots, config.prompt_style, context_window(model)
+        tokenizer, question_set.questions, question_set.shots, config.prompt_style, context_window(model), thinking
     )
-    score = evaluate(model, tokenizer, encoded, config.scoring, config.token_budget)
-    return {**summarize(score), "questions": score.questions}
+    score = evaluate(model, tokenizer, encoded, config.scoring, config.token_budget, thinking=thinking)
+    return {**summarize(score), "thinking": thinking, "questions": score.questions}
 
 
 def _config(**options: Any) -> Config:

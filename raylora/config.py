@@ -68,12 +68,26 @@ class ModelOptions(BaseModel):
         description="base model: a folder, a hub name, a .gguf file, modelscope://org/model, or demo (also MODEL_NAME)",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("8bit", description="bitsandbytes: int8, nf4 or none")
+    int8_activations: bool = Field(
+        False,
+        description="with 8bit: LLM.int8's own arithmetic, where what shares a batch moves the numbers (else int8 "
+        "weights alone)",
+    )
     max_memory: dict[str, str] = Field(
         {},
         description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}',
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(False, description="read weights from pickle files too, where there is no safetensors")
+
+    @field_validator("int8_activations")
+    @classmethod
+    def _check_quantization(cls, int8_activations: bool, info: ValidationInfo) -> bool:
+        """Refuse LLM.int8's arithmetic for weights that are not int8."""
+        quantization = info.data.get("quantization", "8bit")
+        if int8_activations and quantization != "8bit":
+            raise ValueError(f"needs --quantization 8bit, which is {quantization}")
+        return int8_activations
 
 
 class MmluOptions(BaseModel):

@@ -139,10 +139,12 @@ RESULT_COLUMNS = (
     "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
-    "model", "quantization", "device", "prompt_style", "scoring", "num_fewshot", "max_samples", "sample_size",
-    "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records", "bad_records",
-    "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds", "features_seconds",
-    "mmlu_seconds", "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
+    "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "thinking", "num_fewshot",
+    "max_samples",
+    "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records",
+    "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds",
+    "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes",
+    "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,

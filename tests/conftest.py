@@ -33,6 +33,13 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
+@pytest.fixture(scope="session")
+def outlier_model_folder(tmp_path_factory) -> Path:
+    from tests.helpers.tiny import save_model_with_outliers
+
+    return save_model_with_outliers(tmp_path_factory.mktemp("tiny-llama-outliers"))
+
+
 @pytest.fixture(scope="module")
 def ray_with_gpus():
     """A Ray of this process with four logical GPUs."""

@@ -12,7 +12,7 @@ from raylora.mmlu.paired import ALPHA, balanced_change, change_interval, holm, m
 LETTER_SHARES = np.array([3222, 3462, 3582, 3776]) / 14042
 """How often A to D are right in MMLU's test questions."""
 NUM_DRAWS = 20_000
-"""Simulated runs a setting: a rate of 0.95 is then known to 0.003, two standard errors."""
+"""Simulated rows a setting: a rate of 0.95 is then known to 0.003, two standard errors."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Pairs:
         """Whether McNemar's test is significant, Holm-adjusted over runs of so many rows, and the verdict; (runs,)."""
         gained, lost = self.gained.sum(axis=1), self.lost.sum(axis=1)
         p_values = mcnemar(gained, lost)
-        adjusted = np.concatenate([holm(p_values[i : i + rows]) for i in range(0, len(p_values), rows)])
-        _, low, high = balanced_change(self.gained, self.lost, self.num)
-        return adjusted < ALPHA, np.array(verdicts(adjusted, gained - lost, low, high))
+        values = np.stack([p_values, gained - lost, *balanced_change(self.gained, self.lost, self.num)])
+        chunks = np.split(values, len(p_values) // rows, axis=1)
+        adjusted = np.concatenate([holm(chunk[0]) for chunk in chunks])
+        return adjusted < ALPHA, np.concatenate([verdicts(*chunk) for chunk in chunks])
 
 
 def draw_pairs(seed: int, num: int, gains: list[float], losses: list[float]) -> Pairs:
@@ -78,11 +79,14 @@ def accuracy() -> list[Rate]:
             Rate("significant by McNemar", setting, float(significant.mean()), "no limit: accuracy did change")
         )
         rates.append(Rate("called real", setting, float(is_real(found).mean()), "0.05 or less"))
-    _, found = draw_pairs(5, 14042, *moved).verdicts(rows=40)
-    any_real = is_real(found).reshape(-1, 40).any(axis=1).mean()
-    rates.append(
-        Rate("any of 40 rows called real", "the same in each, 14042 questions", float(any_real), "no limit set")
-    )
+    # Runs of 40 rows: of these 20,000 draws 500.
+    for what, num, probabilities in (
+        ("in none anything changed", 570, ([0.1] * 4, [0.1] * 4)),
+        ("in all, half of the answers A become D", 14042, moved),
+    ):
+        _, found = draw_pairs(5, num, *probabilities).verdicts(rows=40)
+        any_real = is_real(found).reshape(-1, 40).any(axis=1).mean()
+        rates.append(Rate("any of 40 rows called real", f"{num} questions; {what}", float(any_real), "0.05 or less"))
     for num, gain in ((57, 0.24), (570, 0.09), (14042, 0.054)):
         _, found = draw_pairs(6, num, [gain] * 4, [0.04] * 4).verdicts()
         setting = f"{num} questions; a true gain of {100 * (gain - 0.04):.1f} points, the same for each right letter"

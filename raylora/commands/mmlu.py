@@ -8,6 +8,7 @@ answer to every question as Parquet. What was evaluated before is not evaluated 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from rich.table import Table
 
 from raylora.commands.options import MmluConfig
 from raylora.console import make_console
-from raylora.mmlu.evaluator import Evaluator, check_prompt_style
+from raylora.errors import ErrorKind, UserError, one_line
+from raylora.mmlu.evaluator import Evaluator, check_prompt_style, note_on_thinking
 from raylora.mmlu.paired import ALPHA, LETTER_MOVED, holm, verdicts
 from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
 from raylora.mmlu.questions import LETTERS, SHORT_GROUPS
 from raylora.mmlu.scoring import load_score
 from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, compare, compare_subjects, summarize
-from raylora.model.adapters import adapter_hash, check_adapter
+from raylora.model.adapter_files import adapter_hash, check_adapter, note_on_base
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.records import Score
 from raylora.storage.remote_store import store_at
@@ -46,32 +48,55 @@ class Evaluated:
     path: Path
 
 
-def evaluate_all(config: MmluConfig, console: Console) -> list[Evaluated]:
+def evaluate_all(config: MmluConfig, console: Console) -> tuple[list[Evaluated], list[str]]:
     """Evaluate the base and every adapter, and write the tables. The base comes first, then adapters as given.
 
+    Returns:
+        The scores, and a line for each adapter that cannot be asked: it costs no other's score.
+
     Raises:
-        UserError: the questions, the model or an adapter cannot be used. Most such errors are raised before any model
-            is loaded.
+        UserError: the questions or the model cannot be used, or none of the adapters. Most such errors are raised
+            before any model is loaded.
     """
     quiet_libraries()
-    for folder in config.adapter:
-        check_adapter(folder)
+    failures = dict(filter(None, map(_check, config.adapter)))
+    if failures and len(failures) == len(set(config.adapter)):
+        raise UserError("; ".join(failures.values()), kind=ErrorKind.ADAPTER)
     question_set = load_question_set(config)
     for note in question_set.notes:
         console.print(f"Note: {note}", soft_wrap=True)
     source = resolve_model(config.model)
-    model_values, question_values = model_key(config, source), questions_key(config, question_set)
-    check_prompt_style(config, source)
+    thinking = check_prompt_style(config, source)
+    if note := note_on_thinking(thinking):
+        console.print(f"Note: {note}", soft_wrap=True)
+    model_values, question_values = model_key(config, source), questions_key(config, question_set, thinking)
     store = store_at(config.output / "mmlu" / safe_name(str(config.model), model_values))
     with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        evaluated = _evaluate_all(config, store, model_values, question_values, bar)
+        evaluated = _evaluate_all(config, source, store, model_values, question_values, failures, bar)
         write_tables(store, evaluated)
-    return evaluated
+    return evaluated, [failures[folder] for folder in dict.fromkeys(config.adapter) if folder in failures]
+
+
+def _check(folder: Path) -> tuple[Path, str] | None:
+    """The folder, and what is wrong with the adapter in it; None where that is nothing."""
+    try:
+        check_adapter(folder)
+    except UserError as error:
+        return folder, str(error)
+    return None
 
 
 def _evaluate_all(
-    config: MmluConfig, store: Store, model_values: dict[str, Any], question_values: dict[str, Any], bar: Bar
+    config: MmluConfig,
+    source: str,
+    store: Store,
+    model_values: dict[str, Any],
+    question_values: dict[str, Any],
+    failures: dict[Path, str],
+    bar: Bar,
 ) -> list[Evaluated]:
+    """Evaluate the base, and the adapters without a failure; those that fail now are added to ``failures``."""
+
     def progress(name: str) -> Any:
         task = bar.add_task(name, total=None)
         return lambda _, done, total: bar.update(task, completed=done, total=total)
@@ -82,16 +107,21 @@ def _evaluate_all(
     assert base is not None
     evaluated = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
     for folder in config.adapter:
+        if folder in failures:
+            continue
         key = score_key(model_values, question_values, adapter_hash(folder))
         name = _adapter_name(folder)
         path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
         store.fetch(path)
+        if note := note_on_base(folder, source):
+            bar.console.print(f"Note: {name}: {note}", soft_wrap=True)
         if not path.is_file():
-            evaluator.loaded.attach_saved(folder)
             try:
-                evaluator.score(base_key, key, path, progress(name))
-            finally:
-                evaluator.loaded.detach()
+                with evaluator.adapter(folder):
+                    evaluator.score(base_key, key, path, progress(name))
+            except (UserError, RuntimeError, MemoryError) as error:
+                failures[folder] = str(error) if isinstance(error, UserError) else f"{folder}: {one_line(error)}"
+                continue
             store.share(path)
         evaluated.append(Evaluated(name, load_score(path), store.shown(path)))
     return evaluated
@@ -121,6 +151,7 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
         **{key: value for key, value in summary.items() if key not in {"groups", "subjects"}},
         **groups,
         **{f"change_{key}" if key == "difference" else key: value for key, value in change.items()},
+        "thinking": info.get("thinking"),
         **{key: info.get(key) for key in ("token_budget", "num_shared_prefixes", "no_prefix_because", "mmlu_seconds")},
         "scores": str(evaluated.path),
     }
@@ -129,11 +160,8 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
 def summary_of(evaluated: list[Evaluated]) -> pd.DataFrame:
     """``summary.csv``, the base first; ``holm_p_value`` is adjusted over the adapters, ``verdict`` made with it."""
     table = pd.DataFrame([summary_row(e, evaluated[0].score) for e in evaluated])
-    adapters = table.iloc[1:]
-    adjusted = holm(adapters["mcnemar_p_value"].to_numpy(dtype=float))
-    _, low, high = (adapters[name] for name in BALANCED_CHANGES)
-    found = verdicts(adjusted, adapters["change_difference"], low, high)
-    return table.assign(holm_p_value=[np.nan, *adjusted], verdict=["", *found]).astype(COUNTS_OF_CHANGES)
+    found = verdicts(*(table[name] for name in ("mcnemar_p_value", "change_difference", *BALANCED_CHANGES)))
+    return table.assign(holm_p_value=holm(table["mcnemar_p_value"]), verdict=["", *found[1:]]).astype(COUNTS_OF_CHANGES)
 
 
 def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
@@ -209,8 +237,7 @@ def print_letters(summary: pd.DataFrame, console: Console) -> None:
 def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:
     """Print the subjects whose accuracy an adapter changed, from the largest loss to the largest gain.
 
-    Those whose p-value, Holm-adjusted over all subjects, is below ``ALPHA``. Where balanced accuracy did not change to
-    the same side, it says that the favourite letter moved.
+    Those whose verdict (``paired.verdicts``) is not undecided.
     """
     table = compare_subjects(evaluated.score, base)
     changed = table[table["verdict"] != "undecided"].sort_values("difference")
@@ -226,7 +253,9 @@ def run(config: MmluConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     console = make_console()
-    evaluated = evaluate_all(config, console)
+    evaluated, failures = evaluate_all(config, console)
     print_tables(evaluated, console)
     console.print(f"Files: {evaluated[0].path.parents[2]}", soft_wrap=True)
-    return 0
+    for failure in failures:
+        print(f"raylora: {failure}", file=sys.stderr)
+    return 1 if failures else 0

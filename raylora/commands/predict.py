@@ -13,12 +13,16 @@ from rich.table import Table
 from raylora.commands.options import ExplainConfig, FitConfig, PredictConfig
 from raylora.console import make_console
 from raylora.errors import UserError
-from raylora.predict.predictor import is_too_few, load_predictor
+from raylora.predict.conformal import is_too_few
+from raylora.predict.predictor import load_predictor
 from raylora.predict.tables import NAME_COLUMNS, TrainingTable, known_from_table, names_of, numbers_of
-from raylora.predict.validation import fit_predictor, scores
+from raylora.predict.uncertainty import LEVEL, scores
+from raylora.predict.validation import fit_predictor
 from raylora.rows import read_table
 from raylora.storage.atomic import to_json, write_atomically, write_text
 from raylora.storage.places import writing
+
+SCORE_NAMES = {"rmse": "RMSE", "mae": "mean error", "r2": "R2", "rank_correlation": "rank correlation"}
 
 
 def fit(config: FitConfig) -> int:
@@ -42,6 +46,7 @@ def fit(config: FitConfig) -> int:
         write_atomically(config.output / "held_out.csv", lambda p: held_out.to_csv(p, index=False))
         write_calibration(config.output / "calibration.png", predictor, held_out)
     print_card(predictor.card, console)
+    console.print(predictor.verdict, soft_wrap=True)
     console.print(f"Files: {config.output}", soft_wrap=True)
     console.print(f"Next: python -m raylora.predict predict {config.output} TABLE", soft_wrap=True)
     return 0
@@ -58,6 +63,7 @@ def _note_few_groups(training: TrainingTable, coverage: float, console: Console)
 
 def predict(config: PredictConfig) -> int:
     console, predictor, table = make_console(), load_predictor(config.predictor), read_table(config.table)
+    console.print(predictor.verdict, soft_wrap=True)
     for note in predictor.notes:
         console.print(f"Note: {note}", soft_wrap=True)
     predictions = predictor.predict(table, config.coverage, str(config.table))
@@ -94,7 +100,7 @@ def print_predictions(names: list[str], predictions: pd.DataFrame, target: str, 
     table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("dataset", "prediction", "interval", "unlike any seen in"):
         table.add_column(name, justify="left" if name in {"dataset", "unlike any seen in"} else "right")
-    order = predictions["prediction"].fillna(-np.inf).to_numpy().argsort(kind="stable")[::-1]
+    order = (-predictions["prediction"]).fillna(np.inf).to_numpy().argsort(kind="stable")
     for i in order:
         row = predictions.iloc[i]
         outside = row["outside"].split(", ") if row["outside"] else []
@@ -107,12 +113,16 @@ def print_predictions(names: list[str], predictions: pd.DataFrame, target: str, 
 
 
 def explain(config: ExplainConfig) -> int:
-    print_card(load_predictor(config.predictor).card, make_console(), num_features=None)
+    predictor, console = load_predictor(config.predictor), make_console()
+    console.print(predictor.verdict, soft_wrap=True)
+    print_card(predictor.card, console, num_features=None)
     return 0
 
 
 def print_card(card: dict[str, Any], console: Console, num_features: int | None = 10) -> None:
     """Print a predictor's card: its errors beside those of baselines, coverage, feature groups, importances.
+
+    Under each figure, or behind it, stand both ends of its interval.
 
     Args:
         num_features: features in the table of importances, at most; None: all.
@@ -123,13 +133,19 @@ def print_card(card: dict[str, Any], console: Console, num_features: int | None 
         f"{card['num_folds']} folds{grouped}; model: {card['kind']} (in folds: {', '.join(card['kinds_of_folds'])})",
         soft_wrap=True,
     )
-    models = {"predictor": card, **card["baselines"]}
-    table = _table("on held-out rows", "", "RMSE", "mean error", "R2", "rank correlation")
-    for name, s in models.items():
-        table.add_row(name, f"{s['rmse']:.5f}", f"{s['mae']:.5f}", f"{s['r2']:.3f}", f"{s['rank_correlation']:.3f}")
+    first = "predictor" if card["verdict"]["better"] else "regression, not used"
+    table = _table(f"on held-out rows (below: {LEVEL:.0%} intervals)", "", *SCORE_NAMES.values())
+    for name, figures in {first: card, **card["baselines"]}.items():
+        digits = {"rmse": 5, "mae": 5, "r2": 3, "rank_correlation": 3}
+        table.add_row(name, *(f"{figures[score]:.{digits[score]}f}" for score in SCORE_NAMES))
+        table.add_row("", *(_ends(figures["intervals"][score], digits[score] - 1) for score in SCORE_NAMES))
     console.print(table)
-    levels = ", ".join(f"{float(k):.0%}: {v:.1%}" for k, v in card["coverage_by_level"].items())
-    console.print(f"Held-out rows inside intervals of level {levels}", soft_wrap=True)
+    levels = (
+        f"{float(level):.0%}: {share:.1%} ({card['coverage_intervals'][level][0]:.0%} to "
+        f"{card['coverage_intervals'][level][1]:.0%})"
+        for level, share in card["coverage_by_level"].items()
+    )
+    console.print(f"Held-out rows inside intervals of level {', '.join(levels)}", soft_wrap=True)
     if "feature_groups" in card:
         console.print(_group_table(card["feature_groups"]))
         console.print(
@@ -141,10 +157,18 @@ def print_card(card: dict[str, Any], console: Console, num_features: int | None 
 def _group_table(groups: dict[str, dict[str, Any]]) -> Table:
     table = _table("feature groups", "", "columns", "s a dataset", "RMSE without", "gain", "RMSE alone")
     for name, g in groups.items():
-        cells = [g["rmse_without"], g["gain"], g["rmse_alone"]]
+        figures = ("rmse_without", "gain", "rmse_alone")
         seconds = "unknown" if g["seconds"] is None else f"{g['seconds']:.1f}"
-        table.add_row(name, str(g["num_columns"]), seconds, *("" if c is None else f"{c:.5f}" for c in cells))
+        table.add_row(
+            name, str(g["num_columns"]), seconds, *("" if g[key] is None else f"{g[key]:.5f}" for key in figures)
+        )
+        ends = g["intervals"]
+        table.add_row("", "", "", *(_ends(ends[key], 4) if key in ends else "" for key in figures))
     return table
+
+
+def _ends(interval: list[float], digits: int) -> str:
+    return f"{interval[0]:.{digits}f} {interval[1]:.{digits}f}"
 
 
 def _importance_table(importance: dict[str, list[float]], num_features: int | None) -> Table:

@@ -32,6 +32,10 @@ from raylora.records import Experiment, ResultRow
 from raylora.run.execute import run_pending
 from raylora.storage.atomic import write_atomically
 
+NO_RULE = (
+    "Order: cheapest first (tokens of all epochs), as nothing is known of which is better: the best of any N is "
+    "expected to be equally good. Each that is trained is a row more for the next fit."
+)
 RULE = (
     "Order: each next one raises most how good the best of those trained is expected to be (in draws from the "
     "predictor's held-out errors), so that a budget is not spent on several that are good or bad together."
@@ -57,11 +61,13 @@ def _features_row(plan: Plan, experiment: Experiment, row: ResultRow | None) -> 
     features = plan.store.read_stage(experiment, "features") if not experiment.error else None
     error = experiment.error or ("" if features else (row.values.get("error") if row else "") or "not measured")
     names = {"dataset": experiment.dataset, "experiment_id": experiment.experiment_id, "error": error}
-    return {**names, **experiment.settings, **(features or {})}
+    cost = experiment.num_tokens * float(experiment.settings["num_epochs"])
+    return {**names, "cost": cost, **experiment.settings, **(features or {})}
 
 
-def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
+def print_ranking(ranking: pd.DataFrame, predictor: Predictor, console: Console) -> None:
     """Print what ``raylora.predict.ranking.rank`` returned: good rows in their order, then failures and a warning."""
+    target = predictor.card["target"]
     table = Table(title=f"predicted {target}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("train", "dataset", "prediction", "interval", "best of all", "best so far"):
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
@@ -75,11 +81,11 @@ def print_ranking(ranking: pd.DataFrame, target: str, console: Console) -> None:
     num_outside = int((ranking["outside"].fillna("") != "").sum())
     if num_outside:
         console.print(
-            f"Note: {num_outside} datasets have features beyond all that the predictor was fitted on "
-            "(column outside): their intervals may be too narrow.",
+            f"Note: {num_outside} datasets have features unlike those that the predictor was fitted on "
+            "(column outside; of any 20 one has, by chance): their intervals may be too narrow.",
             soft_wrap=True,
         )
-    console.print(RULE, soft_wrap=True)
+    console.print(RULE if predictor.is_better_than_mean else NO_RULE, soft_wrap=True)
 
 
 def _notes(predictor: Predictor, config: RankConfig) -> Sequence[str]:
@@ -106,6 +112,8 @@ def next_command(config: RankConfig, order: Path) -> str:
 def run(config: RankConfig) -> int:
     console = make_console()
     predictor = load_predictor(config.predictor)
+    order = "" if predictor.is_better_than_mean else "; datasets are ordered by cost alone"
+    console.print(f"{predictor.verdict}{order}", soft_wrap=True)
     steps = config.probe_steps if predictor.card["needs_probe"] else 0
     if predictor.card["needs_probe"] and steps == 0:
         raise UserError("--probe-steps 0: the predictor uses dynamic features; give steps, or fit --leave-out dynamic")
@@ -119,7 +127,7 @@ def run(config: RankConfig) -> int:
     path = plan.store.root / "ranking.csv"
     write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
     plan.store.publish("ranking.csv")
-    print_ranking(ranking, predictor.card["target"], console)
+    print_ranking(ranking, predictor, console)
     console.print(f"Files: {path}", soft_wrap=True)
     console.print(f"Next: {next_command(config, path)}", soft_wrap=True)
     return 0 if (ranking["error"] == "").all() else 1

@@ -47,11 +47,14 @@ class EncodedExample:
         return len(self.input_ids)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any) -> str:
     """The conversation as text, by the tokenizer's chat template.
 
     Tokenizers of base models have none: they get ``User: ...`` and ``Assistant: ...``, one turn a line. A template that
     refuses a system turn gets it at the beginning of the next turn.
+
+    Args:
+        variables: what else the template is told, such as ``enable_thinking``.
 
     Raises:
         UserError: the template refuses the conversation.
@@ -61,11 +64,12 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prom
         text = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
         return text + ("Assistant: " if add_generation_prompt else "")
     try:
-        return str(tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=add_generation_prompt))
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **variables}
+        return str(tokenizer.apply_chat_template(dicts, **options))
     except Exception as error:  # a template may raise anything; most often it refuses a system turn
         if dicts and dicts[0]["role"] == "system" and len(dicts) > 1:
             merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
-            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt)
+            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, **variables)
         raise UserError(
             f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; fix "
             "or remove it",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raylora.experiment.workbench import Workbench
-from raylora.model.adapters import adapter_hash
+from raylora.model.adapter_files import adapter_hash
 from raylora.records import Experiment, ProgressCallback, digest, ignore_progress
 
 

@@ -182,6 +182,7 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
         **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES)},
+        "thinking": score.info.get("thinking", ""),
         "token_budget": score.info["token_budget"],
         "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
     }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from raylora.config import EvaluationConfig, ModelOptions
 from raylora.errors import ErrorKind, MachineError, UserError
+from raylora.mmlu.answers import max_new_tokens
 from raylora.mmlu.journal import Journal
-from raylora.mmlu.prompts import EncodedQuestion, encode_questions, load_encoded, save_encoded
+from raylora.mmlu.prompts import EncodedQuestion, Thinking, encode_questions, load_encoded, save_encoded, thinking_of
 from raylora.mmlu.question_set import (
     QuestionSet,
     find_questions,
@@ -32,14 +36,31 @@ T = TypeVar("T")
 log = logging.getLogger("raylora")
 
 
-def check_prompt_style(config: EvaluationConfig, source: str) -> None:
+def check_prompt_style(config: EvaluationConfig, source: str) -> Thinking:
     """Check that a tokenizer can render the prompts, before the model is loaded.
+
+    Returns:
+        How the model's thinking is dealt with.
 
     Raises:
         UserError: the style is ``chat``, and the tokenizer has no chat template.
     """
-    if config.prompt_style == "chat" and not load_tokenizer(source, config.trust_remote_code).chat_template:
+    if config.prompt_style != "chat":
+        return ""
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    if not tokenizer.chat_template:
         raise UserError(f"--prompt-style chat: {config.model} has no chat template; use --prompt-style harness")
+    return thinking_of(tokenizer, config.prompt_style, config.scoring)
+
+
+def note_on_thinking(thinking: Thinking) -> str:
+    """What is said about a model's thinking before it is asked; empty where there is nothing to say."""
+    return {
+        "": "",
+        "off": "the chat template does not begin a thinking part: the model answers at once (thinking: off)",
+        "closed": "the chat template begins a thinking part, which the prompts end at once (thinking: closed)",
+        "on": f"thoughts and answer have room for {max_new_tokens('on')} tokens (thinking: on)",
+    }[thinking]
 
 
 class Evaluator:
@@ -58,6 +79,36 @@ class Evaluator:
     @cached_property
     def loaded(self) -> LoadedModel:
         return self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        """How the model's thinking is dealt with."""
+        return thinking_of(self.loaded.tokenizer, self.config.prompt_style, self.config.scoring)
+
+    @contextlib.contextmanager
+    def adapter(self, folder: Path) -> Iterator[None]:
+        """Inside, the adapter in a PEFT folder is attached to the model. Should it change the base, that is let go of.
+
+        Raises:
+            UserError: it is no adapter of this model, or of a kind that cannot be asked.
+        """
+        before = self.loaded.logits_hash()
+        try:
+            self.loaded.attach_saved(folder)
+            yield
+        finally:
+            self.loaded.detach()
+            if self.loaded.logits_hash() != before:
+                log.warning("%s: has changed the base model, which is loaded again", folder)
+                self._load_again()
+
+    def _load_again(self) -> None:
+        """Let go of the model: it is loaded again at its next use."""
+        self._loaded = None
+        self.__dict__.pop("loaded", None)
+        gc.collect()  # the model and its LoadedModel refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def questions(self, base_key: str) -> list[EncodedQuestion]:
         """The run's questions as token ids: the first process to ask for them encodes them, the others read its file.
@@ -85,7 +136,8 @@ class Evaluator:
         """
         try:
             question_set = load_question_set(self.config)
-            key = score_key(model_key(self.config, self.loaded.source), questions_key(self.config, question_set))
+            of_questions = questions_key(self.config, question_set, self.thinking)
+            key = score_key(model_key(self.config, self.loaded.source), of_questions)
         except UserError as error:
             raise MachineError(str(error), kind=error.kind) from error
         if key != base_key:
@@ -103,6 +155,7 @@ class Evaluator:
             question_set.shots,
             self.config.prompt_style,
             context_window(self.loaded.model),
+            self.thinking,
         )
 
     def score(self, base_key: str, key: str, path: Path, progress: ProgressCallback) -> Score:
@@ -126,6 +179,7 @@ class Evaluator:
             self.config.token_budget,
             progress=progress,
             journal=journal,
+            thinking=self.thinking,
         )
         write_atomically(path, lambda partial: save_score(score, partial))
         journal.remove()
@@ -159,6 +213,7 @@ class Evaluator:
             self.config.scoring,
             self.config.token_budget,
             lambda _, done, total: progress(ProgressStage.HELPING_MMLU, done, total),
+            self.thinking,
         )
         return len(journal.answers) - num_before
 

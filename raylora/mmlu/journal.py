@@ -76,8 +76,8 @@ class Journal:
     def open(self, budget: int, reduced: int) -> None:
         """Fix how questions are cut into batches; the owner writes it down for its helpers and its successor.
 
-        All must cut alike: batch N is then the same for all, and so is an 8-bit model's log-likelihood, which depends
-        on the other questions in its batch (by 0.45 nats in the median, benchmarks/NOTES.md).
+        All must cut alike: batch N is then the same for all, and so is a log-likelihood of LLM.int8, which depends on
+        the other questions in its batch (by 0.45 nats in the median, benchmarks/NOTES.md).
 
         Args:
             budget: padded tokens in a batch.

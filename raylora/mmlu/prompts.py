@@ -17,12 +17,19 @@ import pyarrow.parquet as pq
 
 from raylora.data.encoding import common_prefix_length, render_chat
 from raylora.errors import UserError
+from raylora.mmlu.letters import closing_mark, marks_thought, open_thought
 from raylora.mmlu.questions import LETTERS
 from raylora.records import Message, Question
 
 PromptStyle = Literal["harness", "chat"]
 ENCODED_AT_ONCE = 256
 """Questions tokenized in one call."""
+Thinking = Literal["", "off", "closed", "on"]
+"""What becomes of a model's thinking before it answers. off: its chat template is told not to begin it, or begins none.
+closed: the template begins a thinking part, and the prompt ends it at once. on: it has room to think, and to answer
+behind that. Empty: the prompt is no chat, or the template knows of no thinking."""
+THINKING_TOKENS = 1024
+"""Room for thoughts and the answer behind them, in tokens."""
 CHAT_INSTRUCTION = "Answer with the letter of the right option only: A, B, C or D."
 
 
@@ -72,23 +79,27 @@ def encode_questions(
     shots: dict[str, list[Question]],
     prompt_style: PromptStyle,
     max_length: int,
+    thinking: Thinking = "",
 ) -> list[EncodedQuestion]:
     """Encode the prompt of each question, in the order of ``questions``.
 
     Args:
         shots: the few-shot examples of each subject; a subject without an entry is asked 0-shot.
         max_length: the model's context window in tokens; a longer prompt is cut at its front.
+        thinking: from ``thinking_of``.
 
     Raises:
         UserError: the style is ``chat``, and the tokenizer has no chat template.
     """
     if prompt_style == "chat" and not tokenizer.chat_template:
         raise UserError("--prompt-style chat: the tokenizer has no chat template; use --prompt-style harness")
+    if thinking == "on":
+        max_length = max(max_length - THINKING_TOKENS, max_length // 2)
     encoded: list[EncodedQuestion] = []
     for start in range(0, len(questions), ENCODED_AT_ONCE):
         batch = questions[start : start + ENCODED_AT_ONCE]
         if prompt_style == "chat":
-            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, [])) for q in batch]
+            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, []), thinking) for q in batch]
             with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
             pairs = _tokenize_pairs(tokenizer, contexts, LETTERS, add_special_tokens=with_bos)
         else:
@@ -112,13 +123,37 @@ def _block(question: Question) -> str:
     return f"{question.question.strip()}{options}\nAnswer:"
 
 
-def chat_prompt(tokenizer: Any, question: Question, shots: Sequence[Question]) -> str:
+def thinking_of(tokenizer: Any, prompt_style: PromptStyle, scoring: Literal["logits", "generate"]) -> Thinking:
+    """How a model's thinking is dealt with. A chat template that can be told so does not begin any.
+
+    Where it begins a thinking part all the same, no letter can come next: log-likelihoods are asked for behind the end
+    of an empty thinking part, and a written answer gets room for the thoughts before it.
+    """
+    if prompt_style != "chat" or not tokenizer.chat_template:
+        return ""
+    question = Question("", "?", ("1", "2", "3", "4"), 0, "")
+    prompt = chat_prompt(tokenizer, question, [])
+    if open_thought(prompt):
+        return "on" if scoring == "generate" else "closed"
+    template = str(tokenizer.chat_template)
+    behind_question = prompt.rpartition(CHAT_INSTRUCTION)[2]
+    if "enable_thinking" in template or marks_thought(behind_question):
+        return "off"
+    # The template only knows how thoughts look in earlier turns: the model may begin them itself.
+    return "on" if scoring == "generate" and marks_thought(template) else ""
+
+
+def chat_prompt(tokenizer: Any, question: Question, shots: Sequence[Question], thinking: Thinking = "") -> str:
     """The conversation up to the assistant's answer: a turn pair for each solved question, then the question's turn."""
     messages = []
     for shot in shots:
         messages += [Message("user", _chat_question(shot)), Message("assistant", LETTERS[shot.answer])]
     messages.append(Message("user", _chat_question(question)))
-    return render_chat(tokenizer, messages, add_generation_prompt=True)
+    variables = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+    prompt = render_chat(tokenizer, messages, add_generation_prompt=True, **variables)
+    if thinking == "closed" and (opening := open_thought(prompt)):
+        prompt = f"{prompt.rstrip()}\n\n{closing_mark(opening)}\n\n"  # as Qwen3's template writes it
+    return prompt
 
 
 def _chat_question(question: Question) -> str:

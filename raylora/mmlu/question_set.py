@@ -9,7 +9,7 @@ from typing import Any
 
 from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.errors import ErrorKind, UserError, errors_are
-from raylora.mmlu.prompts import build_shots
+from raylora.mmlu.prompts import Thinking, build_shots
 from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
 from raylora.model.sources import model_hash
 from raylora.records import SCHEMA_VERSION, Question, digest
@@ -96,14 +96,14 @@ def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
     return {**options, "model": model_hash(source, config.trust_remote_code), "schema": SCHEMA_VERSION}
 
 
-def questions_key(config: EvaluationConfig, question_set: QuestionSet) -> dict[str, Any]:
+def questions_key(config: EvaluationConfig, question_set: QuestionSet, thinking: Thinking = "") -> dict[str, Any]:
     """Everything about the questions, and how they are asked, that changes a score."""
     options = config.settings_of(MmluOptions)
-    # How questions are batched is no part of it, though it moves log-likelihoods of 8-bit models (benchmarks/NOTES.md):
-    # hence the token budget stands in every row.
+    # How questions are batched is no part of it. It moves log-likelihoods by float noise, and by more with LLM.int8
+    # (benchmarks/NOTES.md): hence the token budget stands in every row.
     options.pop("token_budget")
     options.pop("question_seed")  # which questions it draws is in the set's hash
-    return {**options, "mmlu": question_set.hash}
+    return {**options, "mmlu": question_set.hash, **({"thinking": thinking} if thinking else {})}
 
 
 def score_key(of_model: dict[str, Any], of_questions: dict[str, Any], *adapter: str) -> str:

@@ -19,15 +19,16 @@ import pyarrow.parquet as pq
 import torch
 
 from raylora.data.encoding import pad_token_of
-from raylora.mmlu.answers import parse_answer, write_answers
+from raylora.mmlu.answers import max_new_tokens, parse_answer, write_answers
 from raylora.mmlu.batches import Part, batches_of, divide, in_turn
 from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
 from raylora.mmlu.journal import Answer, Journal
-from raylora.mmlu.prompts import EncodedQuestion
+from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.mmlu.questions import LETTERS
 from raylora.model.forward import inference
 from raylora.model.memory import CPU_TOKEN_BUDGET, TokenBudget, free_gpu_bytes, tokens_that_fit
 from raylora.model.onednn import onednn_linears
+from raylora.model.packing import is_exact
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.work_counts import work_counts
 
@@ -48,6 +49,7 @@ def evaluate(
     token_budget: int | None = None,
     progress: ProgressCallback = ignore_progress,
     journal: Journal | None = None,
+    thinking: Thinking = "",
 ) -> Score:
     """Evaluate ``model``, with the adapter that is active in it, on every question.
 
@@ -57,6 +59,7 @@ def evaluate(
         token_budget: padded tokens in a batch; None: 512 on a CPU, what the free memory holds on a GPU.
         journal: where answers are kept as they come; questions it has answers to are not asked again. The caller
             removes it.
+        thinking: what the questions were encoded with.
 
     Returns:
         A row a question, in the order of ``encoded``; ``info`` has the settings, times and counts of the evaluation.
@@ -66,12 +69,13 @@ def evaluate(
     """
     journal = journal or Journal(None, "")
     started, num_resumed = time.perf_counter(), len(journal.answers)
-    evaluation = answer(model, tokenizer, encoded, journal, scoring, token_budget, progress)
+    evaluation = answer(model, tokenizer, encoded, journal, scoring, token_budget, progress, thinking)
     seconds = time.perf_counter() - started
     rows = [_row(encoded[i], journal.answers[i], written=scoring == "generate") for i in range(len(encoded))]
     with_prefix = [part for part in evaluation.parts if part.prefix_length]
     info = {
         "scoring": scoring,
+        "thinking": thinking,
         "mmlu_seconds": seconds,
         "questions_per_second": (len(rows) - num_resumed) / seconds,
         "num_resumed": num_resumed,
@@ -105,6 +109,7 @@ def answer(
     scoring: Literal["logits", "generate"] = "logits",
     token_budget: int | None = None,
     progress: ProgressCallback = ignore_progress,
+    thinking: Thinking = "",
 ) -> _Evaluation:
     """Answer the questions that the journal has no answer to, and add the answers to it.
 
@@ -128,7 +133,7 @@ def answer(
             parts = divide(encoded, math.inf)
         batches = [batch for part in parts for batch in batches_of(encoded, part, cut)]
         for batch in in_turn(batches, journal):
-            for answers in _ask(model, tokenizer, encoded, batch, scoring, pad, budget, prefix):
+            for answers in _ask(model, tokenizer, encoded, batch, scoring, thinking, pad, budget, prefix):
                 journal.add(answers)
                 work_counts.questions += len(answers)
                 progress(ProgressStage.MMLU, len(journal.answers), len(encoded))
@@ -160,6 +165,7 @@ def _ask(
     encoded: Sequence[EncodedQuestion],
     batch: Part,
     scoring: Literal["logits", "generate"],
+    thinking: Thinking,
     pad: int,
     budget: TokenBudget,
     prefix: _LastPrefix,
@@ -167,11 +173,13 @@ def _ask(
     """Answers of a batch, by question index: all at once, or piece by piece where memory does not hold the batch."""
     # All questions count as long as the first, as in ``batches_of``: a batch is whole until memory runs out.
     width = max(1, len(encoded[batch.indices[0]]) - batch.prefix_length)
+    if thinking == "on":
+        width += max_new_tokens(thinking)  # as much as many prompts: their keys and values need room, too
 
     def run(indices: list[int]) -> list[Answer]:
         questions = [encoded[i] for i in indices]
         if scoring == "generate":
-            texts = write_answers(model, tokenizer, questions, pad)
+            texts = write_answers(model, tokenizer, questions, pad, thinking)
             return [Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
         logprobs = choice_logprobs(model, questions, pad, prefix.of(batch))
         return [Answer(of_choices, int(np.argmax(of_choices))) for of_choices in logprobs]
@@ -191,22 +199,17 @@ def _prefix_agrees(
     part = next(p for p in parts if p.prefix_length)
     question = [encoded[part.indices[-1]]]
     (shared,), (alone,) = choice_logprobs(model, question, pad, prefix.of(part)), choice_logprobs(model, question, pad)
-    # The numbers of quantized and half-precision models change a little with a batch's shape; a wrong mask changes
-    # them by several nats.
-    return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if _is_exact(model) else 0.5))
-
-
-def _is_exact(model: Any) -> bool:
-    """Whether the shape of a batch changes the model's numbers by float32's rounding alone."""
-    return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    # The numbers of LLM.int8 and of half precision change a little with a batch's shape; a wrong mask changes them by
+    # several nats.
+    return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if is_exact(model) else 0.5))
 
 
 def find_token_budget(model: Any, encoded: Sequence[EncodedQuestion], pad: int) -> int:
     """How many padded tokens a batch may have: 512 on a CPU, on a GPU as many as its free memory holds.
 
     On a GPU the longest prompt is run once, to measure the memory of a token. The result is rounded down to a power of
-    two, so that machines of the same kind cut the same batches although their free memory differs a little: in 8 bits
-    the log-likelihoods depend on the batch (benchmarks/NOTES.md).
+    two, so that machines of the same kind cut the same batches although their free memory differs a little: in half
+    precision, and with LLM.int8, the log-likelihoods depend a little on the batch (benchmarks/NOTES.md).
     """
     if model.device.type != "cuda" or not encoded:
         return CPU_TOKEN_BUDGET

@@ -109,15 +109,14 @@ def compare_subjects(score: Score, base: Score) -> pd.DataFrame:
     gained, lost, num = _paired_counts(score, base)
     changes = _changes(gained, lost, num)
     subjects = sorted(score.questions["subject"].unique())
-    adjusted = holm(changes["mcnemar_p_value"])
-    _, low, high = (changes[name] for name in BALANCED_CHANGES)
+    p_values = changes["mcnemar_p_value"]
     return pd.DataFrame(
         {
             "subject": subjects,
             "num_questions": num.sum(axis=1),
             **changes,
-            "holm_p_value": adjusted,
-            "verdict": verdicts(adjusted, changes["difference"], low, high),
+            "holm_p_value": holm(p_values),
+            "verdict": verdicts(p_values, changes["difference"], *(changes[name] for name in BALANCED_CHANGES)),
         }
     )
 

@@ -1,11 +1,10 @@
-"""The base model of a process, loaded once, and the LoRA adapters that are attached to it and detached again."""
+"""The base model of a process, loaded once, and the adapters that are attached to it and detached again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,24 @@ from safetensors import SafetensorError
 from raylora.config import Method
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import memory
+from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, is_plain_lora, overwritten_by
 from raylora.model.device import compute_dtype, cuda_devices
-from raylora.records import digest
+from raylora.model.snapshot import Snapshot
+
+_NO_ADAPTER_OF_IT = (
+    ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ImportError, SafetensorError
+)  # fmt: skip
+"""What PEFT, torch and a model's code raise where an adapter does not belong to the model."""
 
 
 @dataclass
 class LoadedModel:
     """One base model for the life of a process.
 
-    PEFT wraps it once, for the first adapter, and the wrapper is used again for all others: wrapping a model twice
-    breaks it (peft issue 2270).
+    PEFT wraps it once, for the first adapter, and the wrapper is used again for all others that are plain LoRA, as
+    wrapping a model twice breaks it (peft issue 2270). An adapter of another kind, or with more than LoRA's matrices,
+    has the model for itself, and the wrapper goes with it: PEFT cannot mix kinds, and what such adapters change in the
+    base stays when PEFT drops them.
     """
 
     model: Any
@@ -36,6 +43,10 @@ class LoadedModel:
     quantization: str
     """``8bit``, ``4bit`` or ``none``."""
     _peft: Any = field(default=None, repr=False)
+    _before: Snapshot | None = field(default=None, repr=False)
+    """The model before PEFT wrapped it; None where it is not wrapped."""
+    _plain: bool = field(default=True, repr=False)
+    """Whether the attached adapters are LoRA and nothing more."""
     _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
     """Frobenius norms of the adapted modules' frozen weights, by module name: they never change."""
     _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
@@ -83,7 +94,9 @@ class LoadedModel:
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.source,
         )
-        with torch.random.fork_rng(devices=cuda_devices()):
+        if not self._plain:
+            self.unwrap()
+        with torch.random.fork_rng(devices=cuda_devices()), self._adding(name):
             torch.manual_seed(seed)
             try:
                 if self._peft is None:
@@ -94,27 +107,91 @@ class LoadedModel:
                 raise UserError(f"--target-modules: {one_line(error)}", kind=ErrorKind.TARGET_MODULES) from error
         return self._activate(name, trainable=True)
 
+    @contextlib.contextmanager
+    def _adding(self, name: str, overwritten: Container[str] = ()) -> Iterator[None]:
+        """Inside, PEFT adds an adapter to the model. Where that fails, nothing of it is left.
+
+        Args:
+            overwritten: names of the base's parameters that the adapter brings its own numbers for.
+        """
+        others = [] if self._peft is None else [other for other in self._peft.peft_config if other != name]
+        if self._peft is None:
+            self._before = Snapshot(self.model, overwritten)
+        try:
+            yield
+        except BaseException:
+            if others:
+                self.detach(name)
+            else:
+                self.unwrap()
+            raise
+
     @errors_are(ErrorKind.ADAPTER)
     def attach_saved(self, folder: Path, name: str = "default") -> None:
         """Attach the adapter in a PEFT folder, active and not trainable.
 
+        One that is more than plain LoRA, or of another kind, takes the place of all others.
+
         Raises:
-            UserError: it is no LoRA adapter of this model.
+            UserError: it is no adapter of this model, or does its work outside of the model's layers.
             torch.OutOfMemoryError: memory does not hold it (MemoryError or RuntimeError on a CPU).
         """
         from peft import PeftModel
 
         check_adapter(folder)
-        try:
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
-            else:
-                self._peft.load_adapter(str(folder), adapter_name=name)
-        except (ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-            if memory.is_out_of_memory(error):  # torch's is a RuntimeError; the adapter is not to blame
-                raise
-            raise UserError(f"{folder}: no adapter of {self.source}: {one_line(error)}") from error
-        self._activate(name, trainable=False)
+        plain = is_plain_lora(folder)
+        if not (plain and self._plain):
+            self.unwrap()
+        with self._adding(name, overwritten_by(folder)):
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+                else:
+                    self._peft.load_adapter(str(folder), adapter_name=name)
+                self._check_is_whole(folder, name)
+                self._activate(name, trainable=False)
+                if not plain:
+                    self._peft.requires_grad_(False)
+                    self._check_acts_in_layers(folder)
+            except _NO_ADAPTER_OF_IT as error:
+                if memory.is_out_of_memory(error):  # torch's is a RuntimeError; the adapter is not to blame
+                    raise
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{folder}: no adapter of {self.source}: {one_line(error)}") from error
+        self._plain = plain
+
+    def _check_is_whole(self, folder: Path, name: str) -> None:
+        """Check that each of LoRA's tensors in the file has its place in the model, and the other way round.
+
+        PEFT only warns of those that are missing, and says nothing of the others: an adapter of a model with more
+        layers, or with other names, would be applied in part or not at all.
+
+        Raises:
+            UserError: not so.
+        """
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        renamed = getattr(self.model, "_checkpoint_conversion_mapping", None)  # as in PeftModel.from_pretrained
+        weights = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
+        result = set_peft_model_state_dict(self._peft, weights, adapter_name=name)
+        unplaced = [key for key in result.unexpected_keys if ".lora_" in key]
+        missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}" in key]
+        for keys, what in ((unplaced, "has weights that the model has no place for"), (missing, "lacks weights")):
+            if keys:
+                raise UserError(f"{folder}: no adapter of {self.source}: {what} ({len(keys)}, the first {keys[0]})")
+
+    def _check_acts_in_layers(self, folder: Path) -> None:
+        """Check that the model alone computes what PEFT's wrapper around it does, on a fixed input.
+
+        Raises:
+            UserError: it does not: the wrapper adds something, which questions would not see.
+        """
+        with torch.inference_mode(), self.autocast():
+            whole, inner = (m(input_ids=self._fixed_ids(), use_cache=False).logits for m in (self._peft, self.model))
+        if whole.shape != inner.shape or not torch.allclose(whole, inner, rtol=1e-3, atol=1e-4):
+            kind = str(self._peft.active_peft_config.peft_type.value)
+            raise UserError(f"{folder}: is {kind}: {ONLY_IN_LAYERS}")
 
     @property
     def active_adapter(self) -> str:
@@ -151,16 +228,20 @@ class LoadedModel:
     def detach(self, name: str = "default") -> None:
         """Drop an adapter and give its memory back; nothing is dropped where none has that name."""
         if self._peft is not None and name in self._peft.peft_config:
-            self._peft.delete_adapter(name)
+            if self._plain:
+                self._peft.delete_adapter(name)
+            else:
+                self.unwrap()
         self.model.eval()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def unwrap(self) -> None:
-        """Remove PEFT's wrappers and all adapters: the model has its original modules again."""
-        if self._peft is not None:
-            self._peft.unload()
-            self._peft = None
+        """Remove PEFT's wrappers and all adapters: the model has its original modules and weights again."""
+        if self._before is not None:
+            self._before.restore()
+        self._peft = self._before = None
+        self._plain = True
 
     @property
     def peft_model(self) -> Any:
@@ -225,12 +306,15 @@ class LoadedModel:
 
     def logits_hash(self) -> str:
         """SHA-256 of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
+        with self.base(), torch.inference_mode():
+            logits = self.model(input_ids=self._fixed_ids(), use_cache=False).logits
+        return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+    def _fixed_ids(self) -> torch.Tensor:
+        """Token ids (2, 16), always the same."""
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         # 7919 is a prime: the 32 ids are spread over the vocabulary.
-        ids = (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
-        with self.base(), torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+        return (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
 
 
 def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -250,22 +334,3 @@ def plain_weight(layer: Any) -> torch.Tensor:
         return layer.weight
     # Not peft's dequantize_module_weight: on a CPU it drops the scales of an 8-bit layer, which is broken afterwards.
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
-
-
-def check_adapter(folder: Path) -> None:
-    """Check that ``folder`` has the files of an adapter in PEFT's format, with weights as safetensors.
-
-    Raises:
-        UserError: a file is missing, or the weights are in a pickle file, which could run code when it is loaded.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
-
-
-def adapter_hash(folder: Path) -> str:
-    """Hash of an adapter's weights and configuration, which says whether two adapters are the same."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return digest([config, weights])

@@ -1,4 +1,4 @@
-"""Loads the base model, quantized, and its tokenizer. The only module that uses bitsandbytes.
+"""Loads the base model, quantized, and its tokenizer. Only this module and ``int8`` use bitsandbytes.
 
 Parameters that are not quantized have the compute dtype in every evaluation and training: float32 on a CPU, bfloat16
 on a GPU. PEFT's ``prepare_model_for_kbit_training`` is not used: it casts them to float32, which changes the base's
@@ -8,6 +8,7 @@ outputs.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
+
+log = logging.getLogger("raylora")
 
 
 def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
@@ -105,6 +108,10 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
                 "safetensors, or give --allow-pickle if you trust who made them"
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
+    if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
+        from raylora.model.int8 import make_weight_only
+
+        make_weight_only(model)
     return _remember(LoadedModel(_settle(model), tokenizer, source, options.quantization))
 
 
@@ -112,12 +119,17 @@ def _settle(model: Any) -> Any:
     """Put ``model`` into eval mode, freeze it, and keep bitsandbytes from repacking its weights."""
     model.eval().requires_grad_(False)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if is_4bit_layer(module):
             # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer in place at its first forward pass in
             # eval mode, for a kernel without a backward pass. From then on adapters below that layer would get no
             # gradient, without any error, and the base's logits would change (benchmarks/NOTES.md).
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def is_4bit_layer(module: Any) -> bool:
+    """Whether ``module`` is bitsandbytes' own ``Linear4bit``, which says of itself whether it may be repacked."""
+    return hasattr(module, "support_avx512bf16_for_cpu")
 
 
 def context_window(model: Any) -> int:
@@ -151,22 +163,47 @@ def check_window(options: ModelOptions, source: str, max_length: int) -> None:
 def as_loaded(model: Any, tokenizer: Any) -> LoadedModel:
     """The LoadedModel of a model that the caller has loaded, which is put into eval mode and frozen.
 
+    It computes as it did: in 8 bits with LLM.int8, if bitsandbytes loaded it.
+
     The same model gets the same LoadedModel at each call, as PEFT must not wrap a model twice (peft issue 2270).
     """
     if getattr(model, "_raylora", None) is None:
         quantized = getattr(model, "is_loaded_in_4bit", False), getattr(model, "is_loaded_in_8bit", False)
         quantization = "4bit" if quantized[0] else "8bit" if quantized[1] else "none"
+        note_llm_int8(model)
         _remember(LoadedModel(_settle(model), tokenizer, str(model.config.name_or_path), quantization))
     loaded: LoadedModel = model._raylora
     loaded.tokenizer = tokenizer
     return loaded
 
 
+def uses_llm_int8(model: Any) -> bool:
+    """Whether linear layers of ``model`` multiply int8 activations, as those of bitsandbytes do by themselves."""
+    if not getattr(model, "is_loaded_in_8bit", False):
+        return False  # and bitsandbytes need not be imported, which takes seconds
+    from bitsandbytes.nn import Linear8bitLt
+
+    from raylora.model.int8 import WeightOnlyLinear
+
+    layers = (module for module in model.modules() if isinstance(module, Linear8bitLt))
+    return any(not isinstance(layer, WeightOnlyLinear) for layer in layers)
+
+
+def note_llm_int8(model: Any) -> None:
+    """Say so in the log where a caller's model computes with LLM.int8: its numbers depend on what shares a batch."""
+    if uses_llm_int8(model):
+        log.warning(
+            "this model computes with LLM.int8, as it was loaded: what shares a batch moves its numbers; "
+            "FineTuner(model=...).prepare_model() loads one of int8 weights alone"
+        )
+
+
 @contextlib.contextmanager
 def borrowed(model: Any, tokenizer: Any) -> Iterator[LoadedModel]:
     """Inside, the caller's model is a LoadedModel.
 
-    Afterwards its modules, its train/eval modes and each parameter's ``requires_grad`` are what they were.
+    Afterwards its modules, its train/eval modes, each parameter's ``requires_grad`` and what bitsandbytes may repack
+    are what they were.
     """
     if (
         getattr(model, "_raylora", None) is not None
@@ -175,6 +212,7 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LoadedModel]:
         return
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    repacked = [(module, module.support_avx512bf16_for_cpu) for module in model.modules() if is_4bit_layer(module)]
     loaded = as_loaded(model, tokenizer)
     try:
         yield loaded
@@ -185,6 +223,8 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LoadedModel]:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for module, may_repack in repacked:
+            module.support_avx512bf16_for_cpu = may_repack
 
 
 def _remember(loaded: LoadedModel) -> LoadedModel:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raylora.data.minibatch import pack_rows, pad_left
+from raylora.model.loading import is_4bit_layer, uses_llm_int8
 
 BLOCKS = "raylora_blocks"
 """The name of this attention in transformers' registry."""
@@ -89,7 +90,6 @@ def can_pack(model: Any) -> bool:
         return False
     vocabulary = int(model.config.get_text_config().vocab_size)
     first, other, second = ([(7919 * i + k) % vocabulary for i in range(n)] for n, k in ((9, 1), (9, 5), (17, 3)))
-    exact = next(model.parameters()).dtype in {torch.float32, torch.float64} and not _is_quantized(model)
     with torch.inference_mode():
         alone = model(**pad_left([second], 0, model.device).model_inputs(), use_cache=False).logits[0].float()
         try:
@@ -103,12 +103,25 @@ def can_pack(model: Any) -> bool:
         except REFUSALS:
             return False
     # In reduced precision the shape of a product alone changes its result by some percent; a wrong mask changes all.
-    tolerance = float(alone.norm()) * (1e-4 if exact else 5e-2)
+    tolerance = float(alone.norm()) * (1e-4 if is_exact(model) else 5e-2)
     return bool((behind_first - alone).norm() <= tolerance and (behind_other - behind_first).norm() <= tolerance)
 
 
-def _is_quantized(model: Any) -> bool:
-    return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+def is_exact(model: Any) -> bool:
+    """Whether what shares a minibatch with a row changes the row's numbers by float32's rounding alone.
+
+    True for float32, and for weights of 4 or 8 bits that are multiplied as float32. False for half precision, for
+    LLM.int8, and for quantizations that are not raylora's own.
+    """
+    if model.dtype not in {torch.float32, torch.float64}:
+        return False
+    if getattr(model, "is_loaded_in_4bit", False):
+        layers = filter(is_4bit_layer, model.modules())
+        # Where the second is True, bitsandbytes multiplies in bfloat16 on a CPU.
+        return all(m.compute_dtype in {None, torch.float32} and not m.support_avx512bf16_for_cpu for m in layers)
+    if getattr(model, "is_loaded_in_8bit", False):
+        return not uses_llm_int8(model)
+    return not getattr(model, "is_quantized", False)
 
 
 def window_of(model: Any) -> int:

@@ -63,6 +63,8 @@ class Shape:
 
     layer_weights: int
     """Weights of the matrices in its layers: those that are quantized, and that every token is multiplied with."""
+    largest_matrix: int
+    """Weights of the largest of these matrices."""
     other_weights: int
     """Weights of embeddings, norms and output head."""
     adapter_rows: int
@@ -107,6 +109,7 @@ def _count_weights(model: Any, config: Any, target_modules: Sequence[str]) -> Sh
         return None
     return Shape(
         layer_weights=in_layers,
+        largest_matrix=max(m.weight.numel() for m in matrices.values()),
         other_weights=num_all - in_layers,
         adapter_rows=sum(m.in_features + m.out_features for m in adapted),
         adapted_inputs=sum(m.in_features for m in adapted),
@@ -122,6 +125,12 @@ def weight_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
         shape.layer_weights * BYTES_A_WEIGHT.get(quantization, machine.dtype_bytes)
         + shape.other_weights * machine.dtype_bytes
     )
+
+
+def base_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
+    """Bytes of the base while it runs: its weights, and one quantized matrix at a time as floats for its product."""
+    floats = 0 if quantization == "none" else shape.largest_matrix * machine.dtype_bytes
+    return weight_bytes(shape, quantization, machine) + floats
 
 
 def training_bytes(shape: Shape, method: Method, num_tokens: int, machine: Hardware, checkpointing: bool) -> int:
@@ -197,9 +206,9 @@ def estimate(
         sizes: the size of its dataset.
         counts: from ``token_counts``.
     """
-    weights = weight_bytes(shape, quantization, machine)
-    fitting = _training_that_fits(shape, machine, method, sizes, weights)
-    peak = weights + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing)
+    base = base_bytes(shape, quantization, machine)
+    fitting = _training_that_fits(shape, machine, method, sizes, base)
+    peak = base + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing)
     if not machine.on_gpu:
         peak += CPU_PROCESS_BYTES
         # onednn.py reorders copies of the weights, for forward and backward pass, unless they take too much memory.
@@ -216,18 +225,18 @@ def estimate(
     return Estimate(peak, seconds)
 
 
-def _training_that_fits(shape: Shape, machine: Hardware, method: Method, sizes: Sizes, weights: int) -> Attempt:
+def _training_that_fits(shape: Shape, machine: Hardware, method: Method, sizes: Sizes, base: int) -> Attempt:
     """The minibatch that a training ends up with after backing off; the smallest one if none fits.
 
     Args:
-        weights: bytes of the base's weights.
+        base: bytes of the base.
     """
     budget = GPU_TOKEN_BUDGET if machine.on_gpu else CPU_TOKEN_BUDGET
     tokens_a_step = method.batch_size * method.gradient_accumulation * sizes.mean_tokens
     free_bytes = machine.memory_bytes - (CUDA_CONTEXT_BYTES if machine.on_gpu else 0)
     share = MINIBATCH_MEMORY_SHARE if machine.on_gpu else 1.0
     attempt = Attempt(max(sizes.longest, int(min(budget, tokens_a_step))))
-    while weights + training_bytes(shape, method, attempt.tokens, machine, attempt.checkpointing) / share > free_bytes:
+    while base + training_bytes(shape, method, attempt.tokens, machine, attempt.checkpointing) / share > free_bytes:
         smaller = next_attempt(attempt, attempt.tokens, attempt.tokens <= sizes.longest, may_checkpoint=True)
         if smaller is None:
             break
@@ -354,11 +363,11 @@ def check_fit_here(config: Config) -> None:
 
 
 def _least_bytes(shape: Shape, quantization: str, config: Config, machine: Hardware) -> int:
-    """Bytes of the weights, and of the smallest training, if the run has any: 64 tokens, with checkpointing."""
-    weights = weight_bytes(shape, quantization, machine)
+    """Bytes of the base, and of the smallest training, if the run has any: 64 tokens, with checkpointing."""
+    base = base_bytes(shape, quantization, machine)
     if "train" not in config.stages and not config.probe_steps:
-        return weights
-    return weights + min(training_bytes(shape, m, 64, machine, True) for m in config.grid_methods())
+        return base
+    return base + min(training_bytes(shape, m, 64, machine, True) for m in config.grid_methods())
 
 
 def gigabytes(num_bytes: float) -> str:

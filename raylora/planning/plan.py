@@ -14,7 +14,7 @@ import pandas as pd
 from raylora.config import Config, FeatureOptions
 from raylora.data import datasets
 from raylora.errors import ErrorKind, UserError
-from raylora.mmlu.evaluator import check_prompt_style
+from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
 from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
 from raylora.model.loading import check_window
 from raylora.model.sources import quiet_libraries, resolve_model
@@ -83,8 +83,9 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         questions = load_question_set(config)
         notes = questions.notes
         hashes["questions"] = questions.hash
-        question_settings = questions_key(config, questions)
-        check_prompt_style(config, source)
+        thinking = check_prompt_style(config, source)
+        question_settings = questions_key(config, questions, thinking)
+        notes = [*notes, *filter(None, [note_on_thinking(thinking)])]
     estimator = Estimator(config, source, questions)
     shared = (model_settings, question_settings, estimator, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]

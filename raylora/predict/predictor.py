@@ -6,8 +6,6 @@ list is refused before any object is created, so that a predictor from elsewhere
 
 from __future__ import annotations
 
-import itertools
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +16,24 @@ import pandas as pd
 import sklearn
 
 from raylora.errors import UserError
+from raylora.predict.conformal import cv_plus
+from raylora.predict.novelty import Novelty
 from raylora.predict.tables import numbers_of
+from raylora.predict.uncertainty import LEVEL
 from raylora.storage.atomic import write_atomically
 
 FILE_NAME = "predictor.skops"
 TRUSTED_TYPES = ["numpy.dtype", "sklearn.tree._tree.Tree", "sklearn.utils._bunch.Bunch"]
 """Types that are trusted beyond skops' own list (numpy arrays, scikit-learn's estimators). None of them runs code."""
-FORMAT = 1
+FORMAT = 2
+"""2 since there is a verdict; a predictor of format 1 was never compared with the mean row by row, and is refused."""
 REQUIRED_CARD_KEYS = {
     "target", "columns", "ranges", "needs_probe", "coverage", "num_rows", "group_column", "num_groups", "scikit_learn",
-    "kind", "kinds_of_folds", "num_folds", "coverage_by_level", "baselines", "rmse", "mae", "r2", "rank_correlation",
+    "kind", "kinds_of_folds", "num_folds", "coverage_by_level", "coverage_intervals", "baselines", "rmse", "mae", "r2",
+    "rank_correlation", "intervals", "verdict",
 }  # fmt: skip
 """Keys of a card that are read without a check: a file that lacks one is refused."""
+FIT_COMMAND = "python -m raylora.predict fit TABLE"
 MAX_BYTES = 2**31
 """A file that is larger than this when unpacked is refused: one fitted on 450 rows has 30 MB."""
 
@@ -38,7 +42,8 @@ MAX_BYTES = 2**31
 class Predictor:
     """A model fitted on all rows; and, for the intervals, each fold's model with its errors on held-out rows.
 
-    The names of the fields are keys of the file.
+    Where no regression was better than guessing the mean, the models are means. The names of the fields are keys of the
+    file.
     """
 
     card: dict[str, Any]
@@ -49,10 +54,22 @@ class Predictor:
     """(n,): the fold in which each row was held out, from 0."""
     residuals: np.ndarray
     """(n,): measured minus predicted outcome of each row, by the model of the fold that held it out."""
+    novelty: Novelty | None
+    """Finds rows that are unlike those of the fit; None where predictions use no features."""
 
     @property
     def columns(self) -> list[str]:
-        return list(self.card["columns"])
+        """The features that predictions are made of: none where every prediction is the mean."""
+        return list(self.card["columns"]) if self.is_better_than_mean else []
+
+    @property
+    def is_better_than_mean(self) -> bool:
+        return bool(self.card["verdict"]["better"])
+
+    @property
+    def verdict(self) -> str:
+        """One line: is it better than guessing the mean?"""
+        return verdict_of(self.card)
 
     @property
     def notes(self) -> list[str]:
@@ -91,7 +108,7 @@ class Predictor:
         return self._unmeasured(self.features_of(table, place))
 
     def _unmeasured(self, features: pd.DataFrame) -> list[str]:
-        never_null = features.drop(columns=self.card.get("columns_with_nulls", []))
+        never_null = features.drop(columns=self.card.get("columns_with_nulls", []), errors="ignore")
         return [", ".join(never_null.columns[is_null]) for is_null in never_null.isna().to_numpy()]
 
     def predict(self, table: pd.DataFrame, coverage: float | None = None, place: str = "TABLE") -> pd.DataFrame:
@@ -109,8 +126,9 @@ class Predictor:
             place: the table's name in error messages.
 
         Returns:
-            ``prediction``, ``low`` and ``high`` in the target's unit; ``outside``: the features that lie outside the
-            range of the fit, or, where there is no prediction, those that were not measured.
+            ``prediction``, ``low`` and ``high`` in the target's unit; ``outside``: the features that are unlike those
+            of the fit, the farthest first (5% of rows from the same distribution have one), or, where there is no
+            prediction, those that were not measured.
 
         Raises:
             UserError: a column is missing, no row has all features, or the predictor was fitted on too few rows for
@@ -122,7 +140,8 @@ class Predictor:
             raise UserError(
                 f"{place}: not measured in any row: {unmeasured[0]}" if len(unmeasured) else f"{place}: empty"
             )
-        clipped, outside = self._clip_to_fit(features)
+        clipped = self._clip_to_fit(features)
+        outside = self.novelty.unusual(features) if self.novelty else [""] * len(features)
         level = coverage or self.card["coverage"]
         ends = cv_plus(self._predict_by_fold(clipped), self.fold_of, np.abs(self.residuals), level)
         low, high = (self._clip_outcome(end) for end in ends)
@@ -149,7 +168,7 @@ class Predictor:
             UserError: a column is missing, or holds what is no number.
         """
         random = np.random.default_rng(seed)
-        by_fold = self._predict_by_fold(self._clip_to_fit(self.features_of(table, place))[0])
+        by_fold = self._predict_by_fold(self._clip_to_fit(self.features_of(table, place)))
         # A fold is drawn by its rows: one that held out more of them is drawn more often.
         drawn = by_fold[self.fold_of[random.integers(len(self.fold_of), size=num_draws)]]
         return self._clip_outcome(drawn + random.choice(self.residuals, size=drawn.shape))
@@ -162,21 +181,16 @@ class Predictor:
         """An accuracy is between 0 and 1, and its change between -1 and 1."""
         return np.clip(values, 0.0 if self.card["target"] == "overall_accuracy" else -1.0, 1.0)
 
-    def _clip_to_fit(self, features: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-        """Features clipped to the range of the fit, and for each row the names of those outside it.
-
-        Clipped, as a linear model's extrapolation beyond the rows it was fitted on is a guess.
-        """
-        low, high = (pd.Series([self.card["ranges"][c][i] for c in self.columns], self.columns) for i in (0, 1))
-        is_outside = features.lt(low) | features.gt(high)
-        names = [", ".join(features.columns[of_row]) for of_row in is_outside.to_numpy()]
-        return features.clip(low, high, axis=1), names
+    def _clip_to_fit(self, features: pd.DataFrame) -> pd.DataFrame:
+        """Features clipped to the range of the fit: a linear model's extrapolation beyond it is a guess."""
+        low, high = (np.array([self.card["ranges"][c][i] for c in self.columns]) for i in (0, 1))
+        return features.clip(low, high, axis=1) if self.columns else features
 
     def save(self, folder: Path) -> Path:
         """Write ``predictor.skops`` into ``folder``; returns its path."""
         import skops.io  # which imports torch and takes 3 s: not at the top, where fitting and tables would wait for it
 
-        content = {"format": FORMAT, **vars(self)}
+        content = {"format": FORMAT, **vars(self), "novelty": vars(self.novelty) if self.novelty else None}
         path = folder / FILE_NAME
 
         def write(partial: Path) -> None:
@@ -186,35 +200,15 @@ class Predictor:
         return path
 
 
-def cv_plus(by_fold: np.ndarray, fold_of: np.ndarray, errors: np.ndarray, coverage: float) -> tuple[Any, Any]:
-    """Lower and upper ends of CV+ intervals, (m,) each; see ``Predictor.predict``.
-
-    Args:
-        by_fold: each fold model's predictions of the m new rows, (folds, m).
-        fold_of: the fold that held out each of the n calibration rows, (n,).
-        errors: their absolute residuals, (n,).
-
-    Raises:
-        UserError: n is too small for this coverage.
-    """
-    rank = conformal_rank(len(errors), coverage)
-    if is_too_few(len(errors), coverage):
-        needed = next(n for n in itertools.count(1) if not is_too_few(n, coverage))
-        raise UserError(f"--coverage {coverage:g}: needs {needed} rows, the predictor has {len(errors)}")
-    per_row = by_fold[fold_of]  # (n, m): the new rows' predictions by the model of each calibration row's fold
-    low = np.sort(per_row - errors[:, None], axis=0)[len(errors) - rank]
-    high = np.sort(per_row + errors[:, None], axis=0)[rank - 1]
-    return low, high
-
-
-def conformal_rank(num_rows: int, coverage: float) -> int:
-    """ceil((n + 1) * coverage): the finite-sample correction (Vovk et al. 2005; Lei et al. 2018)."""
-    return math.ceil(round((num_rows + 1) * coverage, 9))  # rounded: 100 * 0.55 is 55.00000000000001 in floats
-
-
-def is_too_few(num_rows: int, coverage: float) -> bool:
-    """Whether so many held-out errors give no interval: it ends at the ``conformal_rank``-th smallest of them."""
-    return conformal_rank(num_rows, coverage) > num_rows
+def verdict_of(card: dict[str, Any]) -> str:
+    """One line of a card: is the predictor better than guessing the mean, by how much, and how sure is that?"""
+    verdict = card["verdict"]
+    # As a change of the RMSE: its sign is the one that readers expect of an error that falls.
+    change, low, high = (f"{-share:+.1%}" for share in (verdict["rmse_reduction"], *reversed(verdict["interval"])))
+    found = f"RMSE on held-out rows {change} against the mean's ({LEVEL:.0%} interval {low} to {high})"
+    if verdict["better"]:
+        return f"Better than guessing the mean: {found}"
+    return f"No better than guessing the mean, which every prediction therefore is: {found}"
 
 
 def load_predictor(path: Path) -> Predictor:
@@ -227,7 +221,7 @@ def load_predictor(path: Path) -> Predictor:
 
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: no such predictor; make one: python -m raylora.predict fit TABLE")
+        raise UserError(f"{file}: no such predictor; make one: {FIT_COMMAND}")
     try:
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -236,14 +230,17 @@ def load_predictor(path: Path) -> Predictor:
         untrusted = sorted(set(skops.io.get_untrusted_types(file=file)) - set(TRUSTED_TYPES))
         if untrusted:
             raise UserError(f"{file}: holds types that no predictor needs, and is not opened: {', '.join(untrusted)}")
-        return _checked_content(skops.io.load(file, trusted=TRUSTED_TYPES))
+        content = skops.io.load(file, trusted=TRUSTED_TYPES)
+        if isinstance(content, dict) and content.get("format") in range(1, FORMAT):
+            raise UserError(f"{file}: fitted by an older raylora, which kept no verdict; fit it again: {FIT_COMMAND}")
+        return _checked_content(content)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 anyone may have written the file: it can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"{file}: no predictor that scikit-learn {sklearn.__version__} can read ({reason}); "
-            "fit it again: python -m raylora.predict fit TABLE"
+            f"fit it again: {FIT_COMMAND}"
         ) from None
 
 
@@ -257,12 +254,18 @@ def _checked_content(content: Any) -> Predictor:
     """
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(f"not a raylora predictor of format {FORMAT}")
-    predictor = Predictor(**content)
+    novelty = content.pop("novelty", None)
+    predictor = Predictor(**content, novelty=Novelty(**novelty) if novelty else None)
     if missing := REQUIRED_CARD_KEYS - {*predictor.card}:
         raise ValueError(f"its card lacks {', '.join(sorted(missing))}")
+    verdict_of(predictor.card)  # it is printed before anything else: it must be there as a whole
     num_folds, fold_of = len(predictor.fold_models), predictor.fold_of
     if len(fold_of) != len(predictor.residuals) or not (0 <= fold_of.min() <= fold_of.max() < num_folds):
         raise ValueError("folds and residuals do not fit together")
+    if (predictor.novelty is None) == predictor.is_better_than_mean or (
+        predictor.novelty and not predictor.novelty.fits(len(predictor.columns))
+    ):
+        raise ValueError("features and their distribution do not fit together")
     for model in (predictor.model, *predictor.fold_models):
         for tree in trees_of(model):
             _check_tree(tree, len(predictor.columns))

@@ -17,15 +17,19 @@ NUM_DRAWS = 4000
 def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage: float | None, seed: int) -> Any:
     """The table's good rows in the order in which to train them, then those that failed.
 
+    A predictor that is no better than the mean has the same prediction for all. Of any N the best is then expected to
+    be equally good, so the cheapest come first: the same for less, and the soonest rows for a better predictor.
+
     Args:
-        table: features of a chunk, with ``dataset``, ``experiment_id`` and ``error`` ("" where good) beside them.
+        table: features of a chunk, with ``dataset``, ``experiment_id`` and ``error`` ("" where good) beside them; and
+            ``cost``, the tokens of a training, for the order of equals. Without it they keep the table's order.
         budget: how many datasets will be trained; None: all.
         coverage: of the intervals, 0 to 1; None: the predictor's own.
 
     Returns:
         ``rank`` (from 1), ``dataset``, ``experiment_id``, ``prediction``, ``low``, ``high``, ``chance_best`` (share of
-        draws in which it is the best of all), ``expected_best`` (mean outcome of the best of those up to this one),
-        ``train`` (within the budget), ``outside``, ``error``.
+        draws in which it is the best of all; equal ones share a draw), ``expected_best`` (mean outcome of the best of
+        those up to this one), ``train`` (within the budget), ``outside``, ``error``.
 
     Raises:
         UserError: no row is good, or ``coverage`` needs more rows than the predictor was fitted on.
@@ -37,10 +41,15 @@ def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage
         raise UserError(f"no dataset could be measured; the first: {table['error'].iloc[0]}")
     predictions = predictor.predict(good, coverage, "the chunk's features")
     draws = predictor.draw(good, NUM_DRAWS, seed, "the chunk's features")
-    order, expected_best = order_by_expected_best(draws, predictions["prediction"].to_numpy())
+    if predictor.is_better_than_mean:
+        order, expected_best = order_by_expected_best(draws, predictions["prediction"].to_numpy())
+        chances = chances_to_be_best(draws)
+    else:
+        order = cheapest_first(good)
+        expected_best = np.maximum.accumulate(draws[:, order], axis=1).mean(axis=0).tolist()
+        chances = np.full(len(good), 1 / len(good))
     ranking = pd.concat([good[["dataset", "experiment_id"]], predictions], axis=1)
-    num_best = np.bincount(draws.argmax(axis=1), minlength=len(good))
-    ranking.insert(5, "chance_best", num_best / len(draws))
+    ranking.insert(5, "chance_best", chances)
     ranking = ranking.iloc[order].assign(error="")
     ranking.insert(6, "expected_best", expected_best)
     ranking = pd.concat([ranking, table.loc[bad, ["dataset", "experiment_id", "error"]]], ignore_index=True)
@@ -48,6 +57,17 @@ def rank(predictor: Predictor, table: pd.DataFrame, budget: int | None, coverage
     num_trained = len(good) if budget is None else budget
     ranking.insert(7, "train", ranking["rank"].le(num_trained).fillna(False).astype(bool))
     return ranking
+
+
+def chances_to_be_best(draws: np.ndarray) -> np.ndarray:
+    """Share of draws (draws, datasets) in which each dataset is the best, (datasets,); equal ones share a draw."""
+    is_best = draws == draws.max(axis=1, keepdims=True)
+    return (is_best / is_best.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def cheapest_first(table: pd.DataFrame) -> list[int]:
+    """Positions of the rows by ``cost``, those without one last; equal ones keep their order."""
+    return table["cost"].argsort(kind="stable").tolist() if "cost" in table else list(range(len(table)))
 
 
 def _fail_unmeasured(predictor: Predictor, table: pd.DataFrame) -> pd.DataFrame:

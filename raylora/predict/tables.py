@@ -25,6 +25,10 @@ HYPERPARAMETERS = tuple(
 """The numeric ones. The others (``lr_scheduler``, ``train_on`` and such) are words, which no model here can use."""
 NAME_COLUMNS = ("dataset", "dataset_name", "experiment_id")
 MIN_ROWS = 10
+ENOUGH_ROWS = 35
+"""From about here on a signal as large as the noise is found in half of the tables (docs/prediction.md)."""
+MIN_SPREAD = 1e-9
+"""Outcomes that differ by less differ by rounding only: a question of MMLU's 14,042 is 7e-5."""
 MAX_NUMBER = 1e30
 """A larger value is an error: forests compute in float32 (3.4e38 at most), and sums of squares break down too."""
 
@@ -79,8 +83,8 @@ def known_from_table(
         place: the table's name in error messages.
 
     Raises:
-        UserError: a column is missing or holds no numbers, an outcome is no share, or fewer than ``MIN_ROWS`` rows,
-            three groups or one feature are left.
+        UserError: a column is missing or holds no numbers, an outcome is no share, all outcomes are equal,
+            or fewer than ``MIN_ROWS`` rows, three groups or one feature are left.
     """
     notes: list[str] = []
     if target not in table:
@@ -98,11 +102,18 @@ def known_from_table(
     group_column, groups = _validation_groups(good, group, place, notes)
     outcome = numbers_of(good, [target], place)[target]
     _check_shares(outcome, target, place)
+    _check_spread(outcome, target, place)
     seconds = {
         kind: float(pd.to_numeric(good[f"{kind}_seconds"], errors="coerce").mean())
         for kind in ("text", "static", "probe")
         if f"{kind}_seconds" in good and good[f"{kind}_seconds"].notna().any()
     }
+    num_units, units = (len(good), "rows") if groups is None else (len(np.unique(groups)), "groups")
+    if num_units < ENOUGH_ROWS:
+        notes.append(
+            f"{num_units} {units} are few: a signal as large as the noise is found in half of the tables of "
+            f"{ENOUGH_ROWS} {units}, and in fewer of smaller ones"
+        )
     models = sorted({str(v) for v in good["model"].dropna()}) if "model" in good else []
     if len(models) > 1:
         notes.append(f"rows of {len(models)} base models are mixed ({', '.join(models)}): outcomes may not compare")
@@ -118,6 +129,15 @@ def _check_shares(outcome: pd.Series, target: str, place: str) -> None:
         raise UserError(
             f"{place}: column {target}, row {_row_number(outcome, at)}: {outcome.iloc[at]:g} is not between {minimum} "
             "and 1; give shares (0.45), not percent"
+        )
+
+
+def _check_spread(outcome: pd.Series, target: str, place: str) -> None:
+    """Raise UserError where all outcomes are equal: intervals would have no width, and a ranking no meaning."""
+    if outcome.max() - outcome.min() <= MIN_SPREAD:
+        raise UserError(
+            f"{place}: column {target} is {outcome.iloc[0]:.6g} in all {len(outcome)} good rows: there is nothing to "
+            "predict; it needs runs that differ"
         )
 
 

@@ -1,4 +1,4 @@
-"""How good is a predictor on held-out rows? Nested cross-validation, baselines, and what each feature is worth.
+"""How good is a predictor on held-out rows? Nested cross-validation, the verdict, baselines, what features are worth.
 
 Each outer fold holds rows out; everything else, the choice of the model too, sees the other rows only (the inner
 cross-validation is ``models.choose_model``). The models of the outer folds and their held-out errors are kept: a
@@ -15,13 +15,23 @@ import numpy as np
 import pandas as pd
 import sklearn
 from joblib import Parallel, delayed
-from scipy.stats import spearmanr
 from sklearn.base import clone
+from sklearn.dummy import DummyRegressor
 from sklearn.model_selection import cross_val_predict
 
+from raylora.predict.conformal import conformal_rank
 from raylora.predict.models import choose_model, make_baselines, make_candidates, make_folds
-from raylora.predict.predictor import Predictor, conformal_rank
+from raylora.predict.novelty import fit_novelty
+from raylora.predict.predictor import Predictor
 from raylora.predict.tables import FEATURE_GROUPS, TrainingTable, group_of, needs_probe
+from raylora.predict.uncertainty import (
+    draw_resamples,
+    interval,
+    reduction_of_rmse,
+    score_intervals,
+    scores,
+    share_interval,
+)
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Nominal levels at which the coverage of intervals is checked."""
@@ -39,6 +49,9 @@ def fit_predictor(
 ) -> tuple[Predictor, pd.DataFrame]:
     """Fit a predictor of ``target``, and measure it by nested cross-validation.
 
+    Where its held-out errors are not smaller than those of the mean beyond doubt, the predictor is the mean: every
+    prediction is, and the intervals are those of the outcomes' spread. Its card still has the regression's figures.
+
     Args:
         coverage: share of outcomes that its intervals are to hold, 0 to 1.
         num_folds: outer folds; fewer where there are fewer rows or groups.
@@ -46,7 +59,8 @@ def fit_predictor(
         explain: also measure what features and groups are worth, which takes as long again.
 
     Returns:
-        The predictor, and its held-out predictions, a row each: ``name``, ``measured``, ``predicted``, ``fold``.
+        The predictor, and the regression's held-out predictions, a row each: ``name``, ``measured``, ``predicted``,
+        ``fold``.
     """
     features, measured = table.features, table.target
     folds = list(make_folds(num_folds, table.groups, len(measured), seed).split(features, measured, table.groups))
@@ -60,21 +74,61 @@ def fit_predictor(
     for fold, (model, (_, held_out)) in enumerate(zip(fold_models, folds, strict=True)):
         predicted[held_out], fold_of[held_out] = model.predict(features.iloc[held_out]), fold
     kind, final_model = choose_model(features, measured, table.groups, seed)
-    residuals = measured - predicted
+    sample = _Resampled(table, seed)
+    baselines = {
+        name: cross_val_predict(model, features, measured, cv=folds) for name, model in make_baselines().items()
+    }
+    residuals, residuals_of_mean = measured - predicted, measured - baselines["mean"]
+    verdict = reduction_of_rmse(residuals, residuals_of_mean, sample.counts, sample.num_units)
+    worth: dict[str, Any] = {}
+    if explain:
+        worth["importance"] = _importance(table, folds, fold_models, parallel, seed)
+        worth["feature_groups"] = _group_gains(table, kind, folds, parallel, seed, sample)
+    if not verdict["better"]:
+        residuals = residuals_of_mean
+        final_model = DummyRegressor().fit(features, measured)
+        fold_models = [DummyRegressor().fit(features.iloc[rows], measured[rows]) for rows, _ in folds]
+    coverages = coverage_by_level(residuals, fold_of)
     card = {
         **_fit_settings(table, target, coverage, seed),
+        "needs_probe": verdict["better"] and needs_probe(features.columns),
+        "verdict": verdict,
         "kind": kind,
         "kinds_of_folds": fold_kinds,
         "num_folds": len(folds),
-        **scores(measured, predicted),
-        "coverage_by_level": coverage_by_level(residuals, fold_of),
-        "baselines": _baselines(table, folds),
+        **sample.scores_of(predicted),
+        "coverage_by_level": coverages,
+        "coverage_intervals": {level: share_interval(share, sample.num_units) for level, share in coverages.items()},
+        "baselines": {name: sample.scores_of(predictions) for name, predictions in baselines.items()},
+        **worth,
     }
-    if explain:
-        card["importance"] = _importance(table, folds, fold_models, parallel, seed)
-        card["feature_groups"] = _group_gains(table, kind, folds, parallel, seed)
     held_out_rows = {"name": table.names, "measured": measured, "predicted": predicted, "fold": fold_of}
-    return Predictor(card, final_model, fold_models, fold_of, residuals), pd.DataFrame(held_out_rows)
+    novelty = fit_novelty(features, folds) if verdict["better"] else None
+    return Predictor(card, final_model, fold_models, fold_of, residuals, novelty), pd.DataFrame(held_out_rows)
+
+
+class _Resampled:
+    """A table's rows, resampled: figures of held-out predictions, each with its interval."""
+
+    def __init__(self, table: TrainingTable, seed: int) -> None:
+        self.measured = table.target
+        self.counts = draw_resamples(len(table.target), table.groups, seed)
+        self.num_units = len(table.target) if table.groups is None else len(np.unique(table.groups))
+
+    def scores_of(self, predicted: np.ndarray) -> dict[str, Any]:
+        """The scores, and under ``intervals`` both ends of each."""
+        ends = score_intervals(self.measured, predicted, self.counts, self.num_units)
+        return {**scores(self.measured, predicted), "intervals": ends}
+
+    def gain(self, predicted: np.ndarray, without: np.ndarray) -> tuple[float, list[float]]:
+        """How much larger the RMSE of the predictions ``without`` something is, and its interval, on the same rows."""
+
+        def rise(counts: np.ndarray) -> np.ndarray:
+            squares = [counts @ (self.measured - p) ** 2 / counts.sum(axis=1) for p in (without, predicted)]
+            return np.sqrt(squares[0]) - np.sqrt(squares[1])
+
+        value = float(rise(np.ones((1, len(self.measured))))[0])
+        return value, interval(value, rise(self.counts), self.num_units)
 
 
 def _fit_settings(table: TrainingTable, target: str, coverage: float, seed: int) -> dict[str, Any]:
@@ -86,7 +140,6 @@ def _fit_settings(table: TrainingTable, target: str, coverage: float, seed: int)
         "columns": columns,
         "ranges": {name: [float(ranges[name]["min"]), float(ranges[name]["max"])] for name in columns},
         "columns_with_nulls": [name for name in columns if table.features[name].isna().any()],
-        "needs_probe": needs_probe(columns),
         "coverage": coverage,
         "seed": seed,
         "num_rows": len(table.target),
@@ -100,26 +153,6 @@ def _fit_settings(table: TrainingTable, target: str, coverage: float, seed: int)
 
 def _groups_of_rows(table: TrainingTable, rows: np.ndarray) -> np.ndarray | None:
     return None if table.groups is None else table.groups[rows]
-
-
-def scores(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """``rmse`` and ``mae`` in the target's unit, ``r2``, and Spearman's rank correlation ``rank_correlation``.
-
-    Where all measured outcomes are equal, or all predictions, r2 or the correlation is undefined, and 0 here.
-
-    Args:
-        measured: (n,).
-        predicted: (n,).
-    """
-    errors = measured - predicted
-    total_squares = float(((measured - measured.mean()) ** 2).sum())
-    has_ranks = np.ptp(predicted) > 0 and total_squares > 0
-    return {
-        "rmse": float(np.sqrt((errors**2).mean())),
-        "mae": float(np.abs(errors).mean()),
-        "r2": 1 - float((errors**2).sum()) / total_squares if total_squares else 0.0,
-        "rank_correlation": float(spearmanr(measured, predicted).statistic) if has_ranks else 0.0,
-    }
 
 
 def coverage_by_level(residuals: np.ndarray, fold_of: np.ndarray) -> dict[str, float]:
@@ -141,13 +174,6 @@ def coverage_by_level(residuals: np.ndarray, fold_of: np.ndarray) -> dict[str, f
             is_inside[fold_of == fold] = errors[fold_of == fold] <= half_width
         shares[f"{level:g}"] = float(is_inside.mean())
     return shares
-
-
-def _baselines(table: TrainingTable, folds: Sequence[Any]) -> dict[str, dict[str, float]]:
-    return {
-        name: scores(table.target, cross_val_predict(model, table.features, table.target, cv=folds))
-        for name, model in make_baselines().items()
-    }
 
 
 def _importance(
@@ -182,11 +208,12 @@ def _importance(
 
 
 def _group_gains(
-    table: TrainingTable, kind: str, folds: Sequence[Any], parallel: Parallel, seed: int
+    table: TrainingTable, kind: str, folds: Sequence[Any], parallel: Parallel, seed: int, sample: _Resampled
 ) -> dict[str, dict[str, Any]]:
     """For each feature group the held-out RMSE without it and with it alone, its gain, and its seconds a dataset.
 
     All are of the kind of model that was chosen for the whole table; ``None`` without a group that is the only one.
+    ``intervals`` has those of the three errors, by the same names.
     """
     columns = list(table.features.columns)
     by_group = {group: [c for c in columns if group_of(c) == group] for group in FEATURE_GROUPS}
@@ -197,21 +224,23 @@ def _group_gains(
     subsets = {key: subset for key, subset in subsets.items() if subset}
     model = make_candidates(seed)[kind]
 
-    def held_out_rmse(subset: list[str]) -> float:
-        predicted = cross_val_predict(clone(model), table.features[subset], table.target, cv=folds)
-        return scores(table.target, predicted)["rmse"]
+    def held_out(subset: list[str]) -> np.ndarray:
+        return cross_val_predict(clone(model), table.features[subset], table.target, cv=folds)
 
-    rmse = dict(zip(subsets, parallel(delayed(held_out_rmse)(s) for s in subsets.values()), strict=True))
-    return {
-        group: {
-            "num_columns": len(members),
-            "rmse_without": rmse.get(("without", group)),
-            "rmse_alone": rmse[("alone", group)],
-            "gain": rmse[("without", group)] - rmse[("all", "")] if ("without", group) in rmse else None,
-            "seconds": seconds_of(table.seconds, group, members),
-        }
-        for group, members in by_group.items()
-    }
+    predicted = dict(zip(subsets, parallel(delayed(held_out)(s) for s in subsets.values()), strict=True))
+    found = {}
+    for group, members in by_group.items():
+        values: dict[str, Any] = {"rmse_without": None, "rmse_alone": None, "gain": None}
+        ends: dict[str, list[float]] = {}
+        for name in ("without", "alone"):
+            if (name, group) in predicted:
+                figures = sample.scores_of(predicted[name, group])
+                values[f"rmse_{name}"], ends[f"rmse_{name}"] = figures["rmse"], figures["intervals"]["rmse"]
+        if ("without", group) in predicted:
+            values["gain"], ends["gain"] = sample.gain(predicted["all", ""], predicted["without", group])
+        seconds = seconds_of(table.seconds, group, members)
+        found[group] = {"num_columns": len(members), **values, "intervals": ends, "seconds": seconds}
+    return found
 
 
 def seconds_of(seconds: dict[str, float], group: str, columns: Sequence[str]) -> float | None:

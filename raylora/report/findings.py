@@ -59,26 +59,24 @@ FIXES = {
 
 
 def ranking(run: FinishedRun) -> dict[str, Any]:
-    """Which experiments changed the accuracy: McNemar p-values, Holm-adjusted over all of them, and balanced accuracy.
+    """Which experiments changed the accuracy, by McNemar's test and balanced accuracy, adjusted over all of them.
 
     Returns:
-        ``rows``: numbers of the rows with MMLU; ``holm``: adjusted p-values, (rows of the table,), NaN in other rows;
-        ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``, ``num_letters``:
-        how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted p-value below
-        ``alpha``; ``seeds``: None, or what ``_ranking_over_seeds`` adds where datasets were trained with several.
+        ``rows``: numbers of the rows with MMLU; ``holm``: McNemar's p-values, adjusted, (rows of the table,), NaN in
+        other rows; ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``,
+        ``num_letters``: how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted
+        p-value below ``alpha``; ``seeds``: None, or what ``_ranking_over_seeds`` adds where datasets were trained with
+        several.
     """
     if lines := seed_lines(run):
         return _ranking_over_seeds(run, lines)
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
-    evaluated = np.flatnonzero(raw.notna() & change.notna())
-    adjusted = np.full(len(run.table), np.nan)
-    adjusted[evaluated] = holm(raw.to_numpy()[evaluated])
-    _, low, high = (run.numbers(name) for name in BALANCED_CHANGES)
-    found = verdicts(adjusted, change, low, high)
+    raw = raw.where(change.notna())
+    found = verdicts(raw, change, *(run.numbers(name) for name in BALANCED_CHANGES))
     return {
-        "rows": evaluated.tolist(),
-        "holm": adjusted.tolist(),
+        "rows": np.flatnonzero(raw.notna()).tolist(),
+        "holm": holm(raw).tolist(),
         "verdicts": found,
         "num_gains": found.count("gain"),
         "num_losses": found.count("loss"),
@@ -99,16 +97,14 @@ def _ranking_over_seeds(run: FinishedRun, lines: list[SeedLine]) -> dict[str, An
         McNemar's p-value; None where answers are missing); and what ``repeats.a_a_pairs`` returns.
     """
     found = [_line_values(run, line) for line in lines]
-    p_values, change, low, high = (
-        np.array([np.nan if v[name] is None else v[name] for v in found], dtype=float)
-        for name in ("p_value", "change", "balanced_low", "balanced_high")
-    )
-    tested = np.flatnonzero(np.isfinite(p_values))
-    adjusted = np.full(len(lines), np.nan)
-    adjusted[tested] = holm(p_values[tested])
-    names = verdicts(adjusted, change, low, high)
+    names = ("p_value", "change", "balanced", "balanced_low", "balanced_high", "balanced_p_value")
+    p_values, *changes, balanced_p_values = (np.array([v[name] for v in found], dtype=float) for name in names)
+    adjusted, both = holm(p_values), holm(np.fmax(p_values, balanced_p_values))
+    called = verdicts(p_values, *changes)
+    # ``verdicts`` takes balanced accuracy's p-value from its interval by the normal curve; Student's t is known here.
+    called = ["undecided" if v in {"gain", "loss"} and not p < ALPHA else v for v, p in zip(called, both, strict=True)]
     by_row, of_row = np.full(len(run.table), np.nan), ["undecided"] * len(run.table)
-    for line, p_value, verdict in zip(lines, adjusted, names, strict=True):
+    for line, p_value, verdict in zip(lines, adjusted, called, strict=True):
         by_row[line.rows] = p_value
         for row in line.rows:
             of_row[row] = verdict
@@ -116,9 +112,9 @@ def _ranking_over_seeds(run: FinishedRun, lines: list[SeedLine]) -> dict[str, An
         "rows": [line.rows[0] for line in lines],
         "holm": by_row.tolist(),
         "verdicts": of_row,
-        "num_gains": names.count("gain"),
-        "num_losses": names.count("loss"),
-        "num_letters": names.count("letter"),
+        "num_gains": called.count("gain"),
+        "num_losses": called.count("loss"),
+        "num_letters": called.count("letter"),
         "num_raw": int((p_values < ALPHA).sum()),
         "alpha": ALPHA,
         "seeds": {"lines": {line.rows[0]: v for line, v in zip(lines, found, strict=True)}, **a_a_pairs(lines)},
@@ -129,12 +125,13 @@ def _line_values(run: FinishedRun, line: SeedLine) -> dict[str, Any]:
     names = ("accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", *BALANCED_CHANGES)
     means = {name: float(run.numbers(name)[line.rows].mean()) for name in names}
     values: dict[str, Any] = {"rows": line.rows, "label": line.label, "change": means["accuracy_change"]}
+    no_seeds = ("balanced_p_value", "seed_std")
     if len(line.rows) == 1:
         own = dict(zip(("low", "high", "p_value", "balanced", "balanced_low", "balanced_high"), names[1:], strict=True))
-        return values | {name: means[column] for name, column in own.items()} | {"seed_std": None}
+        return values | {name: means[column] for name, column in own.items()} | dict.fromkeys(no_seeds)
     change, balanced = line.change(), line.change(balanced=True)
     if change is None or balanced is None:
-        unknown = ("low", "high", "p_value", "balanced_low", "balanced_high", "seed_std")
+        unknown = ("low", "high", "p_value", "balanced_low", "balanced_high", *no_seeds)
         return values | dict.fromkeys(unknown) | {"balanced": means[BALANCED_CHANGES[0]]}
     return values | {
         "low": change.low,
@@ -144,6 +141,7 @@ def _line_values(run: FinishedRun, line: SeedLine) -> dict[str, Any]:
         "balanced": balanced.mean,
         "balanced_low": balanced.low,
         "balanced_high": balanced.high,
+        "balanced_p_value": balanced.p_value,
     }
 
 
@@ -205,10 +203,9 @@ def correct_by_subject(
 
     by_letter = counts(ours & ~base), counts(base & ~ours), counts(np.ones(len(codes), dtype=bool))
     gained, lost = (of_letters.sum(axis=1) for of_letters in by_letter[:2])
-    adjusted = holm(mcnemar(gained, lost))
-    _, low, high = balanced_change(*by_letter)
-    found = verdicts(adjusted, gained - lost, low, high)
-    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": adjusted.tolist(), "verdicts": found}
+    p_values = mcnemar(gained, lost)
+    found = verdicts(p_values, gained - lost, *balanced_change(*by_letter))
+    return {"gained": gained.tolist(), "lost": lost.tolist(), "holm": holm(p_values).tolist(), "verdicts": found}
 
 
 def features(run: FinishedRun) -> dict[str, Any]:

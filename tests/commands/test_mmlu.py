@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,13 +12,19 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from raylora import evaluate_mmlu
 from raylora.commands import mmlu
+from raylora.commands.mmlu import Evaluated, print_tables, summary_of
 from raylora.mmlu.scoring import load_score
 from raylora.records import Score
+from tests.helpers.adapters import make_qwen2, save_kind
 from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
+from tests.helpers.runs import letter_scores
+from tests.helpers.thinking import thinking_tokenizer
+from tests.helpers.tiny import make_tokenizer, save_model
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
@@ -41,7 +48,11 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     assert summary["total_questions"].eq(13).all()
     subjects = pd.read_csv(folder / "subjects.csv")
     assert len(subjects) == 6
-    assert (subjects["holm_p_value"] >= subjects["mcnemar_p_value"]).all()
+    of_adapters = subjects[subjects["model"] != "base"]
+    assert (of_adapters["holm_p_value"] >= of_adapters["mcnemar_p_value"]).all()
+    assert subjects[subjects["model"] == "base"][["difference", "ci_low", "mcnemar_p_value"]].isna().all(axis=None)
+    assert summary["ci_low"].isna().tolist() == [True, False, False]
+    assert summary[[f"prediction_share_{letter}" for letter in "abcd"]].sum(axis=1).tolist() == pytest.approx([1, 1, 1])
     scores = pd.read_parquet(summary["scores"][1])
     wanted = {"subject", "question_id", "question", "answer", "prediction", *LOGPROBS, "correct"}
     assert wanted <= set(scores.columns)
@@ -56,6 +67,29 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
 
 
+def test_a_favourite_letter_that_moved_is_named(tmp_path):
+    evaluated = []
+    for name, score in zip(("base", "only_letters", "knowledge"), letter_scores(), strict=True):
+        info = {**score.info, "scoring": "logits"}
+        evaluated.append(Evaluated(name, Score(score.questions, info), tmp_path / f"{name}.parquet"))
+    summary = summary_of(evaluated).set_index("model")
+    assert summary["verdict"].to_dict() == {"base": "", "only_letters": "letter", "knowledge": "gain"}
+    assert summary["num_gained"].tolist()[1:] == [360, 432]
+    assert summary["balanced_accuracy"].to_dict() == pytest.approx(
+        {"base": 0.25, "only_letters": 0.25, "knowledge": 0.925}
+    )
+    console = Console(width=120, file=io.StringIO(), record=True)
+    print_tables(evaluated, console)
+    lines = console.export_text().splitlines()
+    (letters,) = [line for line in lines if line.startswith("only_letters: balanced")]
+    assert "answers A 0%, B 0%, C 0%, D 100%" in letters
+    assert letters.endswith("its favourite letter moved")
+    assert [line for line in lines if "its favourite letter moved" in line] == [
+        letters,
+        *(line for line in lines if line.startswith(("only_letters: anatomy", "only_letters: virology"))),
+    ]
+
+
 def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_folder, question_file, tmp_path):
     """Written as a training at rate 0 leaves it: its B matrices are zero."""
     untrained = shutil.copytree(adapter_folder, tmp_path / "untrained")
@@ -68,6 +102,58 @@ def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_f
     )
     assert mmlu.is_same(Score(own), Score(base))
     assert not mmlu.is_same(Score(other), Score(base))
+
+
+def test_adapters_of_all_kinds_in_one_run_cost_each_other_nothing(question_file, tmp_path):
+    """Each adapter's score is its own, whatever came before it; one that cannot be asked costs a line."""
+    model = tmp_path / "qwen2"
+    make_qwen2().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    kinds = ["modules to save", "plain", "IA3", "bias of all"]
+    adapters = [save_kind(name, tmp_path / name.replace(" ", "_")) for name in kinds]
+    config = json.loads((adapters[1] / "adapter_config.json").read_text())
+    (adapters[1] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/another"}))
+    prompt, broken = save_kind("prompt tuning", tmp_path / "prompt"), shutil.copytree(adapters[1], tmp_path / "broken")
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["no_such_module"]}))
+    arguments = ["--model", str(model), "--quantization", "none", "--questions", str(question_file)]
+    given = [adapters[0], prompt, adapters[1], tmp_path / "nowhere", adapters[2], broken, adapters[3]]
+    result = run_command(*arguments, "--output", str(tmp_path / "out"), "--adapter", *map(str, given))
+    assert result.returncode == 1, result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("raylora: ")]
+    assert len(errors) == 3
+    for folder, error, reason in zip(
+        (prompt, tmp_path / "nowhere", broken),
+        errors,
+        ("is prompt tuning", "no adapter_config", "no adapter of"),
+        strict=True,
+    ):
+        assert f"raylora: {folder}: {reason}" in error
+    assert "Note: plain: was trained on org/another" in result.stdout
+    (folder,) = (tmp_path / "out" / "mmlu").iterdir()
+    summary = pd.read_csv(folder / "summary.csv")
+    assert list(summary["model"]) == ["base", "modules_to_save", "plain", "IA3", "bias_of_all"]
+    for adapter, path in zip((None, *adapters), summary["scores"], strict=True):
+        alone = evaluate_mmlu(str(model), adapter, question_file, quantization="none")
+        np.testing.assert_allclose(load_score(path).questions[LOGPROBS], alone["questions"][LOGPROBS], atol=1e-6)
+
+
+def test_prompt_tuning_alone_is_one_line(tiny_model_folder, tmp_path):
+    folder = save_kind("prompt tuning", tmp_path / "prompt")
+    result = run_command("--model", str(tiny_model_folder), "--questions", "demo", "--adapter", str(folder))
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"raylora: {folder}: is prompt tuning: only adapters that change the model's layers")
+
+
+def test_the_row_says_what_became_of_thinking(question_file, tmp_path):
+    save_model(tmp_path / "model")
+    thinking_tokenizer("begun").save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--quantization", "none", "--questions", str(question_file)]
+    result = run_command(*arguments, "--prompt-style", "chat", "--output", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "(thinking: closed)" in result.stdout
+    (summary,) = (tmp_path / "out" / "mmlu").glob("*/summary.csv")
+    assert list(pd.read_csv(summary)["thinking"]) == ["closed"]
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):

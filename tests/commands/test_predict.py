@@ -10,9 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from raylora.commands.predict import print_card
 from raylora.commands.run_command import run_command
+from raylora.console import make_console
 from raylora.predict.predictor import load_predictor
-from tests.helpers.predictors import make_table
+from tests.helpers.predictors import fitted, fitted_to_noise, make_noise, make_table
 
 
 def test_the_output_of_runs_is_not_that_of_predictors(monkeypatch, tmp_path):
@@ -37,13 +39,15 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
     out = tmp_path / "predictor"
     fit = call_command("fit", str(run), "--output", str(out), "--leave-out", "dynamic", "--threads", "1")
     assert fit.returncode == 0, fit.stderr
+    assert "Better than guessing the mean: RMSE on held-out rows -" in fit.stdout
     assert {p.name for p in out.iterdir()} == {"predictor.skops", "predictor.json", "held_out.csv", "calibration.png"}
     assert json.loads((out / "predictor.json").read_text())["columns"] == load_predictor(out).columns
     assert (out / "calibration.png").read_bytes()[:4] == b"\x89PNG"
     csv = tmp_path / "predictions.csv"
     predict = call_command("predict", str(out), str(run), "--output", str(csv))
     assert predict.returncode == 0, predict.stderr
-    assert "RMSE" in predict.stdout
+    assert predict.stdout.startswith("Better than guessing the mean: RMSE on held-out rows -")
+    assert "rows with a measured overall_accuracy: RMSE" in predict.stdout
     predicted = pd.read_csv(csv)
     assert list(predicted["dataset"]) == list(make_table(40)["dataset"])
     assert (predicted["low"] <= predicted["prediction"]).all()
@@ -54,6 +58,45 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
     missing = call_command("predict", str(out), str(tmp_path / "less.csv"))
     assert missing.returncode == 2
     assert "uses 1 columns that are not there: base_model_perplexity" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "verdict", "row"),
+    [
+        (fitted, "Better than guessing the mean: RMSE", "predictor"),
+        (
+            fitted_to_noise,
+            "No better than guessing the mean, which every prediction therefore is: RMSE",
+            "regression, no",
+        ),
+    ],
+)
+def test_the_verdict_is_the_first_line_of_what_is_predicted_and_explained(make, verdict, row, tmp_path, capsys):
+    predictor, _ = make()
+    predictor.save(tmp_path)
+    make_noise(12).to_csv(tmp_path / "t.csv")
+    with pytest.raises(SystemExit) as stop:
+        run_command("predict", ["predict", str(tmp_path), str(tmp_path / "t.csv")])
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith(verdict)
+    with pytest.raises(SystemExit):
+        run_command("predict", ["explain", str(tmp_path)])
+    explained = capsys.readouterr().out
+    assert explained.startswith(verdict)
+    assert row in explained
+
+
+def test_every_figure_of_the_printed_card_has_its_interval(capsys):
+    card = fitted()[0].card
+    print_card(card, make_console())
+    shown = " ".join(capsys.readouterr().out.split())
+    for figures in (card, *card["baselines"].values()):
+        ends = figures["intervals"]
+        assert f"{ends['rmse'][0]:.4f} {ends['rmse'][1]:.4f}" in shown
+        assert f"{ends['r2'][0]:.2f} {ends['r2'][1]:.2f}" in shown
+    assert "90%: " in shown
+    gain = card["feature_groups"]["perplexity"]["intervals"]["gain"]
+    assert f"{gain[0]:.4f} {gain[1]:.4f}" in shown
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 
 from raylora.commands.options import RankConfig
-from raylora.commands.rank import next_command
+from raylora.commands.rank import next_command, print_ranking
 from raylora.config import Config, load_config
 from raylora.config_sources import load_settings
+from raylora.console import make_console
+from raylora.predict.ranking import rank
 from tests.helpers.feature_rows import make_records
+from tests.helpers.predictors import fitted, fitted_to_noise, make_table
 
 
 def test_the_next_command_has_all_options_of_the_batch_command_wherever_they_came_from(tmp_path, monkeypatch):
@@ -45,9 +48,21 @@ def test_the_next_command_has_all_options_of_the_batch_command_wherever_they_cam
     assert len(words) == 3 + 2 * 10 + 1, "an option that nobody set, or none"
 
 
+def test_an_order_that_rests_on_nothing_says_so(capsys):
+    table = make_table(6).assign(experiment_id="e", error="", cost=1.0)
+    for predictor, told in (
+        (fitted()[0], "raises most"),
+        (fitted_to_noise()[0], "cheapest first (tokens of all epochs)"),
+    ):
+        print_ranking(rank(predictor, table, 2, None, 0), predictor, make_console())
+        assert told in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.ci
-def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("informed", [True, False])
+def test_the_command_ranks_a_chunk_without_training(informed, predictor, tiny_model_folder, tmp_path):
+    predictor = predictor if informed else fitted_to_noise()[0]  # the latter was fitted on dynamic features, too
     folder = tmp_path / "chunk_002"
     folder.mkdir()
     for i in range(3):
@@ -62,6 +77,9 @@ def test_the_command_ranks_a_chunk_without_training(predictor, tiny_model_folder
     command = [sys.executable, "-m", "raylora.rank", *arguments]
     first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert first.returncode == 1, first.stdout + first.stderr
+    verdict = first.stdout.splitlines()[0]
+    assert verdict.startswith("Better than" if informed else "No better than")
+    assert verdict.endswith("datasets are ordered by cost alone") != informed
     assert "no probe is run" in first.stdout
     assert "FAILED broken" in first.stdout
     following = next(line for line in first.stdout.splitlines() if line.startswith("Next: "))

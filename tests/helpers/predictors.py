@@ -39,6 +39,17 @@ def make_table(num_rows: int = 60, seed: int = 0, repeats: int = 1) -> pd.DataFr
     )
 
 
+def make_noise(num_rows: int = 30, seed: int = 5) -> pd.DataFrame:
+    """The same features, with an outcome of which they say nothing."""
+    outcome = 0.4 + 0.05 * np.random.default_rng(seed).normal(size=num_rows)
+    return make_table(num_rows, seed).assign(overall_accuracy=outcome)
+
+
+@cache
+def fitted_to_noise():
+    return fit_predictor(known_from_table(make_noise(), TARGET), TARGET, threads=1)
+
+
 @cache
 def fitted(leave_out: tuple[str, ...] = ()):
     table = make_table()

@@ -1,12 +1,15 @@
-"""Which letter a written answer names."""
+"""Written answers: what MMLU.md's parser is to read, and the room that thoughts get."""
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import json
 
+import pytest
+
+from raylora import evaluate_mmlu_with_model
 from raylora.mmlu.answers import parse_answer
+from tests.helpers.thinking import thinking_tokenizer
+from tests.helpers.tiny import make_model
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,18 @@ def test_what_names_no_option_is_unparsed(text):
     assert parse_answer(text) is None
 
 
-@given(st.text(max_size=40), st.sampled_from("ABCD"))
-def test_parsing_never_fails_and_a_letter_with_a_full_stop_is_that_letter(text, letter):
-    assert parse_answer(text) in (None, 0, 1, 2, 3)
-    assert parse_answer(f"{letter}. {text}") == "ABCD".index(letter)
+@pytest.mark.parametrize(
+    ("template", "scoring", "expected"), [("begun", "generate", "on"), ("switch", "generate", "off")]
+)
+def test_thoughts_get_room_where_they_cannot_be_switched_off(tmp_path, monkeypatch, template, scoring, expected):
+    from raylora.mmlu import answers
+
+    monkeypatch.setattr(answers, "THINKING_TOKENS", 40)
+    question = {"question": "What?", "choices": list("wxyz"), "answer": 0, "subject": "anatomy"}
+    (tmp_path / "q.json").write_text(json.dumps([question]))
+    found = evaluate_mmlu_with_model(
+        make_model(), thinking_tokenizer(template), tmp_path / "q.json", prompt_style="chat", scoring=scoring
+    )
+    text = found["questions"]["text"][0]
+    assert found["thinking"] == expected
+    assert text.startswith("<think>") == (expected == "on")

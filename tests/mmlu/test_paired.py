@@ -156,30 +156,49 @@ def test_a_favourite_letter_that_moves_is_no_gain(shared_data):
     assert len(right) == 14042
     sizes = np.array([(right == letter).sum() for letter in LETTERS])
     half = np.random.default_rng(0).random(len(right)) < 0.5
-    for turned, p_value in ((right == right, 1e-10), (half, 1e-5)):
+    everywhere = np.ones(len(right), dtype=bool)
+    for turned, p_value in ((everywhere, 1e-10), (half, 1e-5)):
         gained = np.array([0, 0, 0, (turned & (right == "D")).sum()])
         lost = np.array([(turned & (right == "A")).sum(), 0, 0, 0])
         assert mcnemar(gained.sum(), lost.sum()) < p_value
         difference = (gained.sum() - lost.sum()) / sizes.sum()
-        _, low, high = balanced_change(gained, lost, sizes)
+        balanced, low, high = balanced_change(gained, lost, sizes)
         assert low < 0 < high
-        assert verdicts([float(mcnemar(gained.sum(), lost.sum()))], [difference], [low], [high]) == ["letter"]
+        row = [mcnemar(gained.sum(), lost.sum()), difference, balanced, low, high]
+        assert verdicts(*([float(value)] for value in row)) == ["letter"]
 
 
-def test_verdicts():
-    nan = float("nan")
-    cases = [
-        (0.2, 0.1, 0.05, 0.15, "undecided"),
-        (0.01, 0.1, 0.05, 0.15, "gain"),
-        (0.01, -0.1, -0.15, -0.05, "loss"),
-        (0.01, 0.1, -0.05, 0.15, "letter"),
-        (0.01, 0.1, -0.15, -0.05, "letter"),  # balanced accuracy even fell
-        (0.01, 0.1, nan, nan, "gain"),  # a row of an older raylora
-        (nan, nan, nan, nan, "undecided"),  # a row without MMLU
-    ]
-    assert verdicts(*zip(*[case[:4] for case in cases], strict=True)) == [case[4] for case in cases]
+NAN = float("nan")
+ROWS = [  # p-value, change, balanced change with its limits, and the verdict
+    (0.2, 0.1, 0.1, 0.05, 0.15, "undecided"),
+    (1e-6, 0.1, 0.1, 0.05, 0.15, "gain"),
+    (1e-6, -0.1, -0.1, -0.15, -0.05, "loss"),
+    (1e-6, 0.1, 0.05, -0.05, 0.15, "letter"),
+    (1e-6, 0.1, -0.1, -0.15, -0.05, "letter"),  # balanced accuracy even fell
+    (1e-6, 0.1, -1.0, -1.0, -0.9, "letter"),
+    (1e-6, 0.1, NAN, NAN, NAN, "gain"),  # a row of an older raylora
+    (NAN, NAN, NAN, NAN, NAN, "undecided"),  # a row without MMLU
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_verdict_of_one_row(row):
+    assert verdicts(*([value] for value in row[:5])) == [row[5]]
+
+
+def test_verdicts_of_many_rows_are_adjusted_together():
+    assert verdicts(*zip(*[row[:5] for row in ROWS], strict=True)) == [row[5] for row in ROWS]
+    # Of the balanced change the interval leaves out 0, at p = 0.03: enough alone, and neither real nor gone among 40.
+    change, low = 0.1, 0.1 - 0.1 * norm.ppf(0.975) / norm.ppf(0.985)
+    row = [1e-6, 0.1, change, low, 0.2]
+    assert low > 0
+    assert verdicts(*([value] for value in row)) == ["gain"]
+    others = [0.5, 0.0, 0.0, -0.1, 0.1]
+    assert verdicts(*zip(row, *[others] * 39, strict=True)) == ["undecided"] * 40
 
 
 def test_holm_by_hand():
-    assert holm(np.array([0.04, 0.01, 0.03])) == pytest.approx([0.06, 0.03, 0.06])
-    assert holm(np.array([0.9, 0.5])) == pytest.approx([1.0, 1.0])
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
+    assert holm([0.02, NAN, 0.01]) == pytest.approx([0.02, NAN, 0.02], nan_ok=True)
+    assert holm([]).tolist() == []

@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 
 from raylora.errors import UserError
-from raylora.mmlu.prompts import build_shots, harness_prompt, load_encoded, save_encoded
+from raylora.mmlu.prompts import (
+    THINKING_TOKENS,
+    build_shots,
+    chat_prompt,
+    encode_questions,
+    harness_prompt,
+    load_encoded,
+    save_encoded,
+    thinking_of,
+)
 from raylora.records import Question
 from tests.helpers.questions import SUBJECTS, encode, make_questions
+from tests.helpers.thinking import thinking_tokenizer
 
 
 def test_harness_prompt_is_the_reference_text():
@@ -40,6 +50,40 @@ def test_chat_without_a_template_names_harness(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="--prompt-style harness"):
         encode(tokenizer, style="chat")
+
+
+@pytest.mark.parametrize(
+    ("template", "scoring", "thinking", "ending"),
+    [
+        ("switch", "logits", "off", "assistant\n<think>\n\n</think>\n\n"),
+        ("switch", "generate", "off", "assistant\n<think>\n\n</think>\n\n"),
+        ("begun", "logits", "closed", "assistant\n<think>\n\n</think>\n\n"),
+        ("begun", "generate", "on", "assistant\n<think>\n"),
+        ("other marks", "logits", "closed", "assistant\n<|START_THINKING|>\n\n<|END_THINKING|>\n\n"),
+        ("other marks", "generate", "on", "assistant\n<|START_THINKING|>"),
+        ("ended", "generate", "off", "assistant\n</think>"),
+        ("known", "logits", "", "A, B, C or D.\n"),
+        ("known", "generate", "on", "A, B, C or D.\n"),
+    ],
+)
+def test_a_template_that_thinks_is_switched_off_or_has_its_thoughts_ended(template, scoring, thinking, ending):
+    tokenizer = thinking_tokenizer(template)
+    assert thinking_of(tokenizer, "chat", scoring) == thinking
+    question, *_ = make_questions(1)
+    assert chat_prompt(tokenizer, question, [], thinking).endswith(ending)
+    assert thinking_of(tokenizer, "harness", scoring) == ""
+
+
+def test_a_template_without_thoughts_is_asked_as_ever(tokenizer):
+    assert thinking_of(tokenizer, "chat", "logits") == thinking_of(tokenizer, "chat", "generate") == ""
+
+
+def test_thoughts_have_room_in_the_window():
+    tokenizer = thinking_tokenizer("begun")
+    question = Question("anatomy", "long " * 1500, ("1", "2", "3", "4"), 0, "x")
+    (encoded,) = encode_questions(tokenizer, [question], {}, "chat", 2048, "on")
+    assert 2048 - THINKING_TOKENS - 8 < len(encoded) <= 2048 - THINKING_TOKENS
+    assert encoded.num_truncated > 0
 
 
 def test_too_few_shots_name_the_subject_and_how_many():

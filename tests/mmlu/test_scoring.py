@@ -10,7 +10,7 @@ import torch
 from raylora.mmlu.scoring import evaluate, find_token_budget, load_score, save_score
 from raylora.model.memory import GPU_TOKEN_BUDGET
 from tests.helpers.questions import encode
-from tests.helpers.tiny import make_model
+from tests.helpers.tiny import load, make_model
 
 # Scores
 
@@ -33,6 +33,28 @@ def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model
     np.testing.assert_allclose(score.questions[columns].to_numpy(), expected, atol=1e-4)
     assert list(score.questions["question_id"]) == [e.question.question_id for e in encoded]
     assert list(score.questions["prediction"]) == ["ABCD"[int(np.argmax(row))] for row in expected]
+
+
+LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
+
+
+def of_budgets(loaded, encoded) -> list[np.ndarray]:
+    """Log-likelihoods (N, 4) of all questions, for batches of 128, 512 and 2048 padded tokens."""
+    scores = [evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget) for budget in (128, 512, 2048)]
+    return [score.questions[LOGPROBS].to_numpy() for score in scores]
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantized_models_log_likelihoods_do_not_depend_on_the_batch(outlier_model_folder, tokenizer, quantization):
+    small, middle, large = of_budgets(load(outlier_model_folder, quantization), encode(tokenizer))
+    np.testing.assert_allclose(small, middle, atol=1e-5)
+    np.testing.assert_allclose(large, middle, atol=1e-5)
+
+
+def test_those_of_llm_int8_do(outlier_model_folder, tokenizer):
+    small, middle, large = of_budgets(load(outlier_model_folder, "8bit", int8_activations=True), encode(tokenizer))
+    assert np.abs(small - middle).max() > 1e-3
+    assert np.abs(large - middle).max() > 1e-3
 
 
 def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):

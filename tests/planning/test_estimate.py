@@ -96,6 +96,9 @@ def test_an_8b_model_is_known_by_its_configuration(tmp_path):
     assert estimate.weight_bytes(shape, "none", gpu(80)) == 2 * 8_030_261_248
     assert estimate.weight_bytes(shape, "8bit", gpu(80)) == pytest.approx(9.08e9, rel=0.01)
     assert estimate.weight_bytes(shape, "4bit", gpu(80)) == pytest.approx(5.70e9, rel=0.01)
+    for quantization, floats in (("none", 0), ("8bit", 2 * 4096 * 14336), ("4bit", 2 * 4096 * 14336)):
+        weights = estimate.weight_bytes(shape, quantization, gpu(80))
+        assert estimate.base_bytes(shape, quantization, gpu(80)) - weights == floats, "one matrix at a time"
     assert 16 * config.lora_r * shape.adapter_rows == 16 * 41_943_040, "PEFT counts as many for r 16"
 
 
@@ -105,7 +108,7 @@ def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
     shape = estimate.shape_of(source, config.target_modules)
     assert estimate.misfit(shape, gpu(24), config) == ""
     line = estimate.misfit(shape, gpu(10), config)
-    assert "it needs 9.8 GB" in line
+    assert "it needs 9.9 GB" in line
     assert "--quantization 4bit would fit" in line
     assert "\n" not in line
     assert "--max-memory can put a part of it on the CPU" in estimate.misfit(shape, gpu(6), config)

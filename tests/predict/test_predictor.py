@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.errors import UserError
-from raylora.predict.predictor import TRUSTED_TYPES, conformal_rank, cv_plus, is_too_few, load_predictor, trees_of
+from raylora.predict.conformal import conformal_rank, cv_plus, is_too_few
+from raylora.predict.predictor import TRUSTED_TYPES, load_predictor, trees_of
 from raylora.predict.ranking import rank
 from raylora.predict.tables import known_from_table
 from raylora.predict.validation import fit_predictor
-from tests.helpers.predictors import fitted, make_table
+from tests.helpers.predictors import fitted, fitted_to_noise, make_noise, make_table
 
 
 @given(st.integers(1, 400), st.floats(0.05, 0.95))
@@ -148,12 +149,42 @@ def test_trees_that_point_outside_themselves_are_refused(tmp_path):
 
 def test_a_predictor_whose_parts_do_not_fit_is_refused(tmp_path):
     predictor, _ = fitted()
-    for change in ({"format": 99}, {"residuals": predictor.residuals[:3]}, {"fold_of": predictor.fold_of + 9}):
-        content = {"format": 1, **vars(predictor), **change}
+    novelty = vars(predictor.novelty)
+    changes = [
+        {"format": 99},
+        {"residuals": predictor.residuals[:3]},
+        {"fold_of": predictor.fold_of + 9},
+        {"novelty": None},
+        {"novelty": {**novelty, "precision": novelty["precision"][:2]}},
+        {"novelty": {**novelty, "threshold": "far"}},
+        {"card": {key: value for key, value in predictor.card.items() if key != "verdict"}},
+    ]
+    for change in changes:
+        content = {"format": 2, **vars(predictor), "novelty": novelty, **change}
         skops.io.dump(content, tmp_path / "x.skops")
         assert set(skops.io.get_untrusted_types(file=tmp_path / "x.skops")) <= set(TRUSTED_TYPES)
         with pytest.raises(UserError, match=r"x.skops: no predictor that scikit-learn"):
             load_predictor(tmp_path / "x.skops")
+
+
+def test_a_predictor_of_an_older_version_is_refused_in_one_line(tmp_path):
+    skops.io.dump({"format": 1, "card": {}}, tmp_path / "old.skops")
+    with pytest.raises(UserError, match=r"old.skops: fitted by an older raylora, which kept no verdict; fit it again"):
+        load_predictor(tmp_path / "old.skops")
+
+
+def test_where_nothing_is_known_every_prediction_is_the_mean_and_says_so(tmp_path):
+    predictor, held_out = fitted_to_noise()
+    assert predictor.verdict.startswith("No better than guessing the mean, which every prediction therefore is: RMSE")
+    predictor.save(tmp_path)
+    again = load_predictor(tmp_path)
+    new = pd.concat([make_noise(200, seed) for seed in range(5)], ignore_index=True)
+    found = again.predict(new)
+    assert found["prediction"].unique() == pytest.approx([held_out["measured"].mean()])
+    assert 0.85 < new["overall_accuracy"].between(found["low"], found["high"]).mean() < 0.99
+    assert (found["outside"] == "").all()
+    pd.testing.assert_frame_equal(again.predict(new[["dataset"]]), found)  # it needs no feature, and no probe
+    assert not again.card["needs_probe"]
 
 
 @pytest.mark.parametrize(("coverage", "needed"), [(0.9, 9), (0.8, 4), (0.5, 1), (0.95, 19), (0.99, 99)])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from raylora.errors import UserError
-from raylora.predict.ranking import order_by_expected_best, rank
-from tests.helpers.predictors import make_table
+from raylora.predict.ranking import chances_to_be_best, order_by_expected_best, rank
+from tests.helpers.predictors import fitted_to_noise, make_table
 
 
 def test_a_budget_is_not_spent_on_the_same_bet_twice():
@@ -40,6 +40,26 @@ def test_a_ranking_has_every_dataset_and_marks_the_budget(predictor):
     assert ranking["expected_best"].dropna().is_monotonic_increasing
     assert rank(predictor, table, 3, None, 0).equals(ranking), "the same seed should give the same ranking"
     assert rank(predictor, table, None, None, 0)["train"].sum() == 11
+
+
+def test_equal_datasets_share_the_chance_to_be_best():
+    """The first of eight equals once had all of it."""
+    assert chances_to_be_best(np.full((100, 8), 0.4)) == pytest.approx([1 / 8] * 8)
+    draws = np.array([[0.5, 0.5, 0.1], [0.2, 0.3, 0.1]])
+    assert chances_to_be_best(draws) == pytest.approx([0.25, 0.75, 0])
+
+
+def test_where_nothing_is_known_the_cheapest_come_first():
+    predictor, _ = fitted_to_noise()
+    cost = [50.0, 10.0, None, 10.0, 30.0, 20.0]
+    table = make_table(6).assign(experiment_id=[f"e{i}" for i in range(6)], error="")
+    ranking = rank(predictor, table.assign(cost=cost), 2, None, 0)
+    assert ranking["dataset"].tolist() == [f"set_{i}" for i in (1, 3, 5, 4, 0, 2)]
+    assert ranking["train"].tolist() == [True] * 2 + [False] * 4
+    assert ranking["chance_best"].tolist() == pytest.approx([1 / 6] * 6)
+    assert ranking["prediction"].nunique() == 1
+    assert ranking["expected_best"].is_monotonic_increasing
+    assert rank(predictor, table, 2, None, 0)["dataset"].tolist() == table["dataset"].tolist()
 
 
 def test_a_chunk_of_which_nothing_can_be_measured_is_one_line(predictor):

@@ -58,6 +58,8 @@ def test_rows_without_a_hash_are_not_taken_for_one_dataset():
         (lambda t: t, {"leave_out": ["dynamics"]}, "did you mean dynamic?"),
         (lambda t: t, {"group": "datset"}, "did you mean dataset?"),
         (lambda t: t.assign(group="one"), {"group": "group"}, "1 groups"),
+        (lambda t: t.assign(overall_accuracy=0.4), {}, "column overall_accuracy is 0.4 in all 60 good rows"),
+        (lambda t: t.assign(overall_accuracy=[0.1 + 0.2, 0.3] * 30), {}, "is 0.3 in all 60 good rows"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_one_line(change, options, expected):
@@ -75,6 +77,14 @@ def test_what_is_not_used_is_said():
     assert "null in every row, and not used: io_similarity" in notes
     assert "the same in every row, and not used: input_ttr" in notes
     assert "rows differ in train_on" in notes
+
+
+def test_small_tables_are_told_that_they_are_small():
+    few = make_table(20)
+    assert "20 rows are few" in " ".join(known_from_table(few, TARGET).notes)
+    assert "are few" not in " ".join(known_from_table(make_table(60), TARGET).notes)
+    grouped = known_from_table(make_table(60, repeats=6), TARGET)
+    assert "10 groups are few" in " ".join(grouped.notes)
 
 
 def test_every_column_has_one_group():

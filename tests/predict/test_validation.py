@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from raylora.predict.tables import known_from_table
+from raylora.predict.uncertainty import SCORE_SCALES
 from raylora.predict.validation import coverage_by_level, fit_predictor, seconds_of
-from tests.helpers.predictors import TARGET, fitted, make_table
+from tests.helpers.predictors import TARGET, fitted, fitted_to_noise, make_table
 
 
 def test_a_predictor_beats_the_mean_and_says_what_each_group_costs():
@@ -27,10 +28,29 @@ def test_a_predictor_beats_the_mean_and_says_what_each_group_costs():
 
 def test_noise_is_not_predicted():
     """The guard against leaks: where features say nothing, nothing is found."""
-    table = make_table()
-    table[TARGET] = np.random.default_rng(5).normal(size=len(table)) * 0.05 + 0.4
-    predictor, _ = fit_predictor(known_from_table(table, TARGET), TARGET, threads=1, explain=False)
-    assert predictor.card["r2"] < 0.15
+    card = fitted_to_noise()[0].card
+    assert card["r2"] < 0.15
+    assert not card["verdict"]["better"]
+    assert card["verdict"]["interval"][0] < card["verdict"]["rmse_reduction"] < card["verdict"]["interval"][1]
+
+
+@pytest.mark.parametrize("make", [fitted, fitted_to_noise])
+def test_every_figure_of_the_card_has_an_interval_that_holds_it(make):
+    card = make()[0].card
+    assert card["verdict"]["better"] == (make is fitted)
+    for figures in (card, *card["baselines"].values()):
+        for name in SCORE_SCALES:
+            low, high = figures["intervals"][name]
+            assert low <= figures[name] <= high, name
+    for level, share in card["coverage_by_level"].items():
+        low, high = card["coverage_intervals"][level]
+        assert 0 <= low <= share <= high <= 1
+        assert high - low > 0.05
+    for group in card["feature_groups"].values():
+        for name in ("rmse_without", "rmse_alone", "gain"):
+            low, high = group["intervals"][name]
+            assert low <= group[name] <= high, name
+    assert all(len(value) == 2 for value in card["importance"].values())
 
 
 def test_rows_of_one_dataset_are_kept_together_and_leak_where_they_are_not():

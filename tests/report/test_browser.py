@@ -85,7 +85,7 @@ def test_a_favourite_letter_that_moved_is_not_called_real(open_page, letters_run
     assert "its favourite letter moved" in rows.nth(1).inner_text()
     assert "gain" in rows.nth(0).inner_text().split()
     assert "1 of 2 changes is real" in page.locator("#ranking .note").first.inner_text()
-    assert "In 1 the test passes" in page.locator("#ranking .note").first.inner_text()
+    assert "In 1, only McNemar's passes" in page.locator("#ranking .note").first.inner_text()
     assert "answers A to 100%" in page.locator("#tiles").inner_text()
     assert "A 100% to 0%" in page.locator("#failures table[aria-label=oddities]").inner_text()
 

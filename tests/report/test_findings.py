@@ -46,10 +46,10 @@ def test_changes_are_marked_over_all_datasets_together(forty):
     first = raw.index[0]
     assert found["holm"][first] == pytest.approx(min(1.0, 37 * raw.iloc[0]))
     marked = [i for i in found["rows"] if found["holm"][i] < 0.05]
-    num_decided = found["num_gains"] + found["num_losses"] + found["num_letters"]
-    assert num_decided == len(marked) <= found["num_raw"]
     decided = {i: v for i, v in enumerate(found["verdicts"]) if v != "undecided"}
-    assert set(decided) == set(marked)
+    assert set(decided) <= set(marked)
+    assert len(decided) == found["num_gains"] + found["num_losses"] + found["num_letters"]
+    assert len(marked) <= found["num_raw"]
     assert all(v != "gain" or run.table["balanced_accuracy_change_low"][i] > 0 for i, v in decided.items())
 
 

@@ -85,7 +85,7 @@ def test_a_training_leaves_the_base_as_it_was(load, quantization):
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_gradient_is_that_of_pefts_own_forward_pass(load, quantization):
-    """Without dropout; a quantized product, and half precision, depend a little on what is multiplied together."""
+    """Without dropout; half precision depends a little on what is multiplied together."""
     loaded, encoded = load(quantization)
     method = METHOD.model_copy(update={"lora_dropout": 0.0})
     parameters = loaded.attach(method, 0)
@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_pefts_own_forward_pass(load, quantization):
     loaded.model.eval()
     losses = example_losses(loaded, encoded[:8], "answer", 512, with_gradient=True)
     peft = torch.cat([p.grad.flatten() for p in parameters])
-    exact = quantization == "none" and loaded.device.type == "cpu"
+    exact = loaded.device.type == "cpu"
     mean = sum(loss.total for loss in losses) / sum(loss.num_supervised for loss in losses)
     assert ours == pytest.approx(mean, rel=1e-5 if exact else 2e-2)
     assert float((gradient - peft).norm() / peft.norm()) < (1e-4 if exact else 0.06)

@@ -34,7 +34,7 @@ function drawSubjects() {
   host.append(note(
     "Change from the base by subject, in percentage points. ",
     el("b", {}, `${count(numReal, "cell")} of ${(rows.length * order.length).toLocaleString("en")} ${numReal === 1 ? "is" : "are"} real`),
-    " (dotted): McNemar's exact test, Holm-adjusted over each experiment's subjects, below 0.05, and balanced accuracy moved to the same side. ",
+    " (dotted): the p-values of McNemar's exact test and of balanced accuracy's change are both below 0.05, Holm-adjusted over each experiment's subjects. ",
     `A subject has ${fewest === most ? fewest : `${fewest} to ${most.toLocaleString("en")}`} questions: a single one moves a cell by ${fewest === most ? "" : "up to "}${(100 / fewest).toFixed(1)} points, so most of what is pale is chance.`,
     found.num_left_out ? ` ${count(found.num_left_out, "experiment")} left out: the answers are missing.` : ""));
   const sort = el("select", { "aria-label": "Order of the rows" }, el("option", { value: "change" }, "overall change"), el("option", { value: "name" }, "name"), ...order.map((s) => el("option", { value: s }, found.names[s].replaceAll("_", " "))));

@@ -65,9 +65,9 @@ function drawRanking() {
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals ",
       SEEDS ? "that hold what a training with a fresh seed would change, on all questions like these: they count the noise of the seeds and that of the questions. Small dots are the seeds, large ones their mean. " : "(Tango's score interval, corrected for continuity). ",
       el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} real`),
-      ` (filled): ${SEEDS ? "the p-value of that interval" : "McNemar's exact test of accuracy"}, Holm-adjusted over all ${RANKED.length}, is below ${ALPHA}, and balanced accuracy (the mean over the four right letters) moved to the same side: its own 95% interval leaves out 0. `,
-      letters ? `In ${letters} the test passes and balanced accuracy does not: a model that comes to prefer another letter gains where that letter happens to be right. ` : "",
-      `Where nothing changed, the chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
+      ` (filled): the p-values of ${SEEDS ? "the change of accuracy over seeds" : "McNemar's exact test of accuracy"} and of the change of balanced accuracy (the mean over the four right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
+      letters ? `In ${letters}, ${SEEDS ? "only that of accuracy" : "only McNemar's"} passes, and balanced accuracy did not change: its favourite letter moved. A model that comes to prefer another letter gains where that letter happens to be right. ` : "",
+      `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
     ),
     note(SEEDS ? aboutPairs() : "Each was trained with one seed. The intervals and p-values know the noise of the questions, and not what another seed would have given: that another training on the same data would be as good, or better at all, they cannot say (--repeats 5 measures it)."),
   );
@@ -107,8 +107,8 @@ function drawRanking() {
     { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => lineOf(i).low, text: (i) => (lineOf(i).low === null ? "–" : `${points(lineOf(i).low)} to ${points(lineOf(i).high)}`), num: true, width: 120, from: 760 },
     { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => lineOf(i).balanced, text: (i) => points(lineOf(i).balanced), num: true, width: 86, from: 900 },
     { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : "McNemar's exact test of accuracy, unadjusted", value: (i) => lineOf(i).p_value, text: (i) => pValue(lineOf(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
-    { key: "holm", title: "Holm p", hint: `Adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
-    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 186 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
+    { key: "holm", title: "Holm p", hint: `${SEEDS ? "That p" : "McNemar's p of accuracy"}, adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
+    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
     { key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 },
   ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${lineOf(i).label} ${verdict(i)}`, height: 760 });
 }

@@ -1,0 +1,39 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from raylora.report.terminal import print_results
+from raylora.storage.store import Store
+from tests.helpers.runs import letter_scores, write_run
+
+
+def printed(rows, root) -> str:
+    console = Console(width=100, file=io.StringIO(), record=True)
+    print_results(rows, Store(root), console)
+    return console.export_text()
+
+
+def test_favourite_letters_are_said_where_changes_are_shown(tmp_path):
+    rows = write_run(tmp_path / "chunk", ["only_letters", "knowledge"], scores=letter_scores())
+    text = printed(rows, tmp_path / "chunk")
+    assert "The base answers A to 100% of the questions." in text
+    assert "only_letters: its favourite letter moved: A 100% to 0%" in text
+    assert "knowledge: its" not in text
+
+
+def test_a_run_without_mmlu_says_nothing_of_letters(tmp_path):
+    rows = write_run(tmp_path / "chunk", ["a", "b"], stages=("features", "train"))
+    text = printed(rows, tmp_path / "chunk")
+    assert "favourite letter" not in text
+    assert "The base answers" not in text
+
+
+def test_a_change_of_nothing_has_an_interval(tmp_path):
+    base, _, knowledge = letter_scores()
+    rows = write_run(tmp_path / "chunk", ["same", "knowledge"], scores=(base, base, knowledge))
+    assert rows[0].values["accuracy_change"] == 0
+    assert "+0.000 -0.009 +0.009" in " ".join(printed(rows, tmp_path / "chunk").split())
