@@ -68,8 +68,8 @@ def balanced_change(gained: Counts, lost: Counts, num: Counts) -> tuple[Floats, 
 
     The letters' own intervals (Tango's, without correction) are combined by MOVER (Zou and Donner 2008, Statistics in
     Medicine 27, 1693-1702): each limit lies as far from the change as the root of the sum of the letters' squared
-    distances, times 1 / K for K letters. With the correction in each letter, 57 questions gave an interval up to 50%
-    wider than that of accuracy itself; without, it still covers 95% (docs/mmlu.md has the figures).
+    distances, times 1 / K for K letters. With the correction in each letter, 57 questions gave an interval up to 60%
+    wider than that of accuracy itself; without, it covers 95%, or 94.6% at the least (benchmarks/NOTES.md).
 
     Args:
         gained, lost, num: counts, (..., letters). Letters that are never right have a ``num`` of 0 and do not count.

@@ -15,7 +15,7 @@ from raylora.config import Method
 from raylora.errors import UserError
 from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES
 
-Target = Literal["overall_accuracy", "accuracy_change"]
+Target = Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change"]
 TARGETS: tuple[str, ...] = get_args(Target)
 HYPERPARAMETERS = tuple(
     name
@@ -75,7 +75,7 @@ def known_from_table(
     """The rows of a table that ended well, with their features and outcome.
 
     Args:
-        target: the column of the outcome, ``overall_accuracy`` or ``accuracy_change``.
+        target: the column of the outcome, one of ``TARGETS``.
         group: column whose equal values stay in one fold; ``none``: rows are independent. Without one, rows of the
             same data stay together where a table has several (a grid of hyperparameters).
         leave_out: feature groups (``text``, ``semantic``, ``perplexity``, ``dynamic``, ``static``,
