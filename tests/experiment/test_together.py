@@ -60,6 +60,22 @@ def test_a_bench_trains_several_as_it_would_train_each(options, tmp_path):
         assert row.values["num_train_steps"] == run_experiment(bench, experiment).values["num_train_steps"]
 
 
+def test_the_seeds_of_a_dataset_share_passes(options, tmp_path):
+    options = {**options, "repeats": 3, "limit": 1, "stages": ("train",)}
+    alone = plan_of(options)
+    together = plan_of(options, output=tmp_path / "together", adapters_a_pass=3)
+    bench = Workbench(alone.config, alone.store)
+    other = Workbench(together.config, together.store, bench.loaded)
+    assert train_together(other, together.experiments) == 3
+    for experiment in alone.experiments:
+        run_experiment(bench, experiment)
+        one, many = (weights_of(plan, experiment) for plan in (alone, together))
+        for name in one:
+            torch.testing.assert_close(many[name], one[name], atol=1e-4, rtol=0)
+    first, second, _ = (weights_of(together, e) for e in together.experiments)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 def test_a_run_that_shares_passes_has_every_row(options):

@@ -71,6 +71,7 @@ RUN = {
         "python -m raylora.mmlu --model M --adapter DIR OTHER-DIR --questions FILE --num-fewshot 5",
         "python -m raylora.features --data-folder D --model-path M --output-csv F",
         "python -m raylora.features --single-dataset FILE --model-path M --output-csv F",
+        "python -m raylora.batch --chunk chunk_001 --repeats 5",
         "python -m raylora.batch --chunk chunk_001 --mmlu own_test.json",
     ),
     "on a cluster": (
@@ -119,6 +120,7 @@ NOT_RUN = {
     "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs the same model",
     "make test": "is what runs this",
     ". .venv/bin/activate && pip install pre-commit": "puts hooks into this repository",
+    "python -m benchmarks.statistics": "simulates for minutes",
     "make check": "is run for every change (.ci/run), and takes a minute",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
     "ray up": "starts machines (by hand, on two of our own: benchmarks/NOTES.md)",
