@@ -41,7 +41,7 @@ def make_table(num_rows: int = 60, seed: int = 0, repeats: int = 1) -> pd.DataFr
 
 def make_noise(num_rows: int = 30, seed: int = 5) -> pd.DataFrame:
     """The same features, with an outcome of which they say nothing."""
-    outcome = 0.4 + 0.05 * np.random.default_rng(seed).normal(size=num_rows)
+    outcome = 0.4 + 0.05 * np.random.default_rng([seed, 1]).normal(size=num_rows)  # other draws than the features' own
     return make_table(num_rows, seed).assign(overall_accuracy=outcome)
 
 

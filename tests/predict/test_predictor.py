@@ -12,6 +12,7 @@ import pytest
 import skops.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.dummy import DummyRegressor
 
 from raylora.errors import UserError
 from raylora.predict.conformal import conformal_rank, cv_plus, is_too_few
@@ -150,6 +151,7 @@ def test_trees_that_point_outside_themselves_are_refused(tmp_path):
 def test_a_predictor_whose_parts_do_not_fit_is_refused(tmp_path):
     predictor, _ = fitted()
     novelty = vars(predictor.novelty)
+    small = DummyRegressor().fit([[0]], [0.4])  # a forest takes seconds to write and check
     changes = [
         {"format": 99},
         {"residuals": predictor.residuals[:3]},
@@ -159,12 +161,15 @@ def test_a_predictor_whose_parts_do_not_fit_is_refused(tmp_path):
         {"novelty": {**novelty, "threshold": "far"}},
         {"card": {key: value for key, value in predictor.card.items() if key != "verdict"}},
     ]
-    for change in changes:
-        content = {"format": 2, **vars(predictor), "novelty": novelty, **change}
+    for change in changes:  # (without any, the file is good: the last line)
+        models = {"model": small, "fold_models": [small] * len(predictor.fold_models)}
+        content = {"format": 2, **vars(predictor), "novelty": novelty, **models, **change}
         skops.io.dump(content, tmp_path / "x.skops")
         assert set(skops.io.get_untrusted_types(file=tmp_path / "x.skops")) <= set(TRUSTED_TYPES)
         with pytest.raises(UserError, match=r"x.skops: no predictor that scikit-learn"):
             load_predictor(tmp_path / "x.skops")
+    skops.io.dump({"format": 2, **vars(predictor), "novelty": novelty, **models}, tmp_path / "x.skops")
+    assert load_predictor(tmp_path / "x.skops").is_better_than_mean
 
 
 def test_a_predictor_of_an_older_version_is_refused_in_one_line(tmp_path):
