@@ -83,7 +83,8 @@ def train(loaded: LoadedModel, method: Method, parts: Sequence[Sequence[EncodedE
 
 def compare_trainings(models: dict[str, LoadedModel], options: argparse.Namespace) -> None:
     """The same training in each way, in turn; and again with a second adapter in its passes."""
-    dataset = read_dataset(sorted((common.SHARED / "chunk_001").iterdir())[0])
+    path = sorted((common.SHARED / "chunk_001").iterdir())[0]
+    dataset = read_dataset(path)
     sample = sample_examples(dataset.examples, options.num_examples, dataset.seed)
     method = Method(num_epochs=1, max_length=256)
     examples = [encode_example(next(iter(models.values())).tokenizer, e, method.max_length) for e in sample]
@@ -107,7 +108,7 @@ def compare_trainings(models: dict[str, LoadedModel], options: argparse.Namespac
                 "with another adapter, at most apart": max(abs(a - b) for a, b in zip(alone, together, strict=True)),
             }
         )
-    title = f"training on {len(examples)} examples of {dataset.name}, ways in turn"
+    title = f"training on {len(examples)} examples of {path.stem}, ways in turn"
     common.report(title, rows, options.json, {"tokens": sum(map(len, examples))})
 
 

