@@ -107,13 +107,13 @@ def predictor() -> list[Rate]:
         rates.append(
             Rate('verdict "better", ridge', f"{num_rows} rows, signal as large as noise", float(found), "high")
         )
-    for num_rows, share, num_tables in ((10, 0.0, 25), (20, 0.0, 25), (20, 0.5, 15), (30, 0.5, 20), (50, 0.5, 15)):
+    for num_rows, share, num_tables in ((10, 0.0, 25), (20, 0.0, 25), (30, 0.5, 20)):
         better, inside = whole_fits(num_rows, share, num_tables)
         setting = f"{num_rows} rows, " + ("signal as large as noise" if share else "noise")
         rates.append(Rate('verdict "better", fit', setting, better, "high" if share else "0.05 or less"))
         rates.append(Rate("new rows in 90% intervals, fit", setting, inside, "0.90"))
     for num_rows in (10, 30, 100):
-        same, shifted = outside_rates(num_rows, 100)
+        same, shifted = outside_rates(num_rows, 60)
         wanted = "0.05" if num_rows >= 19 else f"{1 / (num_rows + 1):.2f}"
         rates.append(Rate("outside, same distribution", f"{num_rows} rows, 10 features", same, wanted))
         rates.append(Rate("outside, a feature off by 5", f"{num_rows} rows, 10 features", shifted, "high"))
