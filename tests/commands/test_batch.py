@@ -75,6 +75,8 @@ def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options,
     assert not list(results.rglob(".partial-*"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_one_worker_and_four_make_the_same_rows_in_any_order(ray_with_gpus, options, tmp_path):
     for i in range(5):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)

@@ -156,6 +156,8 @@ def test_the_row_says_what_became_of_thinking(question_file, tmp_path):
     assert list(pd.read_csv(summary)["thinking"]) == ["closed"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):
     """SIGKILL, as the system does it when memory is short; the answers so far are on disk."""
     file = tmp_path / "q.json"

@@ -136,6 +136,8 @@ def test_a_model_that_cannot_be_loaded_is_the_machines_fault_and_of_that_kind(op
     assert train_together(Workbench(plan.config, plan.store), plan.experiments * 2) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_files_that_somebody_took_away_or_cut_are_made_again(options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     plan = planned(options, stages=("train", "mmlu"))
