@@ -104,6 +104,8 @@ def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_f
     assert not mmlu.is_same(Score(other), Score(base))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_adapters_of_all_kinds_in_one_run_cost_each_other_nothing(question_file, tmp_path):
     """Each adapter's score is its own, whatever came before it; one that cannot be asked costs a line."""
     model = tmp_path / "qwen2"

@@ -119,7 +119,6 @@ def test_a_prompt_longer_than_the_window_scores_as_in_the_harness(tiny_model, to
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_zero_shot_agrees_with_what_was_recorded(smollm2, recorded, reference_set):
     questions, dev = reference_set
     score = ask(smollm2, questions, dev, "harness", 0)
