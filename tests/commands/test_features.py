@@ -60,7 +60,6 @@ def test_the_command_measures_a_folder_and_goes_on_where_it_was(tiny_model_folde
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder, tmp_path):
     """Ctrl-C after the first rows, in a run of the first eight files of nine."""
     folder = tmp_path / "data"

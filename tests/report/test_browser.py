@@ -189,7 +189,6 @@ def test_the_page_of_forty_does_not_scroll_sideways(open_page, forty):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_five_hundred_datasets_stay_few_in_the_page(open_page, tmp_path):
     write_run(tmp_path / "large", dataset_names(500), sizes={"anatomy": 20, "virology": 20}, num_failed=100)
     write_report(tmp_path / "large")

@@ -129,7 +129,6 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_ten_thousand_mutated_files(tmp_path, monkeypatch, seed):
     monkeypatch.setenv("MODEL_NAME", "demo")
