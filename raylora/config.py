@@ -53,7 +53,7 @@ class Method(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_length: int = Field(1024, ge=16, description="tokens of an example; the front of a longer one is cut")
     train_on: Literal["answer", "all"] = Field("answer", description="where the loss looks: the answers, or everything")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the training; mixed with the dataset's content")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of training and features, mixed with the dataset's content")
 
     _split_modules = field_validator("target_modules", mode="before", json_schema_input_type=tuple[str, ...] | str)(
         split_commas
@@ -204,9 +204,11 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
     @field_validator("repeats")
     @classmethod
     def _check_repeats(cls, repeats: int, others: ValidationInfo) -> int:
-        """Refuse repeats of a grid that has seeds of its own."""
+        """Refuse repeats of a grid that has seeds of its own, and those whose seeds would be too large."""
         if repeats > 1 and "seed" in others.data.get("grid", {}):
             raise ValueError("the grid has seeds already: give one of the two")
+        if others.data.get("seed", 0) + repeats - 1 > LARGEST_SEED:
+            raise ValueError(f"its last seed is beyond {LARGEST_SEED}: give a smaller --seed")
         return repeats
 
     @field_validator("grid")

@@ -46,6 +46,8 @@ def test_repeats_are_seeds_and_a_grid_may_vary_them():
         load_config(["--grid", '{"seed": [1, 2]}', "--repeats", "2"])
     with pytest.raises(UserError, match="--seed"):
         load_config(["--seed", str(2**53 + 1)])
+    with pytest.raises(UserError, match="--repeats: its last seed is beyond"):
+        load_config(["--seed", str(2**53), "--repeats", "2"])
 
 
 def test_a_grid_makes_every_combination():

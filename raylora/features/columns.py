@@ -15,7 +15,6 @@ RUN_COLUMNS = column_group(
     ("model", "text", -INF, INF, "the base model"),
     ("quantization", "text", -INF, INF, "how it lies in memory: none, 8bit or 4bit"),
     ("int8_activations", "flag", 0, 1, "in 8bit: computed as LLM.int8 does, not with int8 weights alone"),
-    ("seed", "number", 0, INF, "mixed with the dataset's content into every seed"),
     ("sample_size", "examples", 0, INF, "examples that the model looks at (0: all)"),
     ("probe_steps", "steps", 0, INF, "optimizer steps of the probe (0: none)"),
     ("data_hash", "text", -INF, INF, "what the file holds"),

@@ -95,6 +95,7 @@ def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder,
 def test_the_command_describes_every_column():
     described = call_command("--describe")
     assert described.returncode == 0
+    assert len(CSV_COLUMNS) == len(set(CSV_COLUMNS)), "a column of the CSV is there twice"
     assert all(f"| `{name}` |" in described.stdout for name in CSV_COLUMNS), "a column of the CSV is not described"
     readme = (ROOT / "README.md").read_text()
     assert describe_columns() in readme, "README's table is older than the columns"
