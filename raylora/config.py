@@ -53,7 +53,9 @@ class Method(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_length: int = Field(1024, ge=16, description="tokens of an example; the front of a longer one is cut")
     train_on: Literal["answer", "all"] = Field("answer", description="where the loss looks: the answers, or everything")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of training and features, mixed with the dataset's content")
+    seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="of training and features, mixed with the dataset's content"
+    )
 
     _split_modules = field_validator("target_modules", mode="before", json_schema_input_type=tuple[str, ...] | str)(
         split_commas

@@ -10,7 +10,7 @@ import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import tiny_config
 
 TWO = ["q_proj", "v_proj"]
 
@@ -55,20 +55,7 @@ PROMPT_KINDS: dict[str, peft.PeftConfig] = {
 def make_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     """A Qwen2 of random weights in float32, its output head tied to its embeddings."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(make_tokenizer()),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    return Qwen2ForCausalLM(tiny_config(Qwen2Config)).eval().requires_grad_(False)
 
 
 def save_kind(name: str, folder: Path) -> Path:

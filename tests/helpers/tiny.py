@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from raylora.config import Method, ModelOptions
 from raylora.model.adapters import LoadedModel
@@ -53,7 +53,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(seed: int = 0, hidden_size: int = 64, num_layers: int = 2) -> LlamaForCausalLM:
     """A Llama of random weights in float32, about 0.2 million parameters."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    return LlamaForCausalLM(tiny_config(LlamaConfig, hidden_size, num_layers)).eval()
+
+
+def tiny_config(kind: type[PretrainedConfig], hidden_size: int = 64, num_layers: int = 2) -> PretrainedConfig:
+    """The sizes of a tiny model, as the configuration of a family, its output head tied to its embeddings."""
+    return kind(
         vocab_size=len(make_tokenizer()),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -66,7 +71,6 @@ def make_model(seed: int = 0, hidden_size: int = 64, num_layers: int = 2) -> Lla
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def make_loaded() -> LoadedModel:

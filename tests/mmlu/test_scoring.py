@@ -9,7 +9,7 @@ import torch
 
 from raylora.mmlu.scoring import evaluate, find_token_budget, load_score, save_score
 from raylora.model.memory import GPU_TOKEN_BUDGET
-from tests.helpers.questions import encode
+from tests.helpers.questions import LOGPROBS, encode
 from tests.helpers.tiny import load, make_model
 
 # Scores
@@ -33,9 +33,6 @@ def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model
     np.testing.assert_allclose(score.questions[columns].to_numpy(), expected, atol=1e-4)
     assert list(score.questions["question_id"]) == [e.question.question_id for e in encoded]
     assert list(score.questions["prediction"]) == ["ABCD"[int(np.argmax(row))] for row in expected]
-
-
-LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
 
 
 def of_budgets(loaded, encoded) -> list[np.ndarray]:
