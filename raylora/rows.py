@@ -133,18 +133,16 @@ RESULT_COLUMNS = (
     "base_balanced_accuracy", "balanced_accuracy_change", "balanced_accuracy_change_low",
     "balanced_accuracy_change_high", "prediction_share_a", "prediction_share_b", "prediction_share_c",
     "prediction_share_d", "base_prediction_share_a", "base_prediction_share_b", "base_prediction_share_c",
-    "base_prediction_share_d", "total_questions",
-    "correct_questions", "base_correct_questions", "overall_stderr", "base_overall_stderr", "macro_accuracy",
-    "base_macro_accuracy", "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences", "accuracy_other",
-    "num_unparsed", "base_num_unparsed", "num_truncated",
+    "base_prediction_share_d", "total_questions", "correct_questions", "base_correct_questions", "overall_stderr",
+    "base_overall_stderr", "macro_accuracy", "base_macro_accuracy", "accuracy_stem", "accuracy_humanities",
+    "accuracy_social_sciences", "accuracy_other", "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "thinking", "num_fewshot",
-    "max_samples",
-    "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records", "num_lost_records",
-    "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds", "probe_seconds",
-    "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds", "estimated_peak_memory_bytes",
-    "num_attempts",
+    "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records",
+    "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds",
+    "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
+    "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,

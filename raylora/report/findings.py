@@ -316,8 +316,12 @@ def fix_of(kind: str) -> str:
     return FIXES.get(ErrorKind(kind), FIXES[ErrorKind.UNKNOWN])
 
 
-def oddities(run: FinishedRun) -> list[dict[str, Any]]:
-    """What is no failure and yet worth a look: the row's number ``row`` and ``what``; a row may have several."""
+def oddities(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is no failure and yet worth a look: the row's number ``row`` and ``what``; a row may have several.
+
+    Args:
+        ranked: from ``ranking``.
+    """
     entries = []
     unparsed, num_questions = run.numbers("num_unparsed"), run.numbers("total_questions")
     counts = {
@@ -329,7 +333,7 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
     }
     columns = {name: run.numbers(name) for name in counts}
     reasons, notes = run.texts("bad_records"), {name: run.texts(name) for name in ("train_notes", "feature_notes")}
-    moved = favourite_letters(run)
+    moved = favourite_letters(run, ranked)
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
             value = columns[name][row]
@@ -350,14 +354,17 @@ def oddities(run: FinishedRun) -> list[dict[str, Any]]:
     return entries
 
 
-def favourite_letters(run: FinishedRun) -> dict[int, str]:
+def favourite_letters(run: FinishedRun, ranked: dict[str, Any]) -> dict[int, str]:
     """By row whose verdict is ``letter``: how often base and adapter answered each letter, and balanced accuracy.
 
     Of several seeds the first row stands for all.
+
+    Args:
+        ranked: from ``ranking``.
     """
     shares = {name: (run.numbers(f"base_{name}"), run.numbers(name)) for name in PREDICTION_SHARES}
     changes = [run.numbers(name) for name in BALANCED_CHANGES]
-    texts, ranked = {}, ranking(run)
+    texts = {}
     for row in (i for i in sorted(ranked["rows"]) if ranked["verdicts"][i] == "letter"):
         letters = ", ".join(
             f"{letter} {before[row]:.0%} to {after[row]:.0%}"

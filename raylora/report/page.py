@@ -91,6 +91,7 @@ def render(run: FinishedRun, price: float | None = None) -> str:
 def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
     """Everything that the script draws; lists by row have one entry for each row of the table, in its order."""
     folders = [run.folder(row) for row in range(len(run.table))]
+    ranked = findings.ranking(run)
     return {
         "chunk": str(run.manifest.get("chunk") or run.root.absolute().name),
         "labels": run.labels,
@@ -101,13 +102,13 @@ def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
             "columns": [str(name) for name in run.table.columns],
             "values": [run.table[name].tolist() for name in run.table.columns],
         },
-        "ranking": findings.ranking(run),
+        "ranking": ranked,
         "subjects": findings.subjects(run),
         "curves": findings.curves(run),
         "features": findings.features(run),
         "costs": findings.costs(run),
         "failures": findings.failures(run),
-        "oddities": findings.oddities(run),
+        "oddities": findings.oddities(run, ranked),
         "price": price if price is not None else _price_of(run),
     }
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +31,9 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     failed = [r for r in rows if not r.ok]
     if good:
         console.print(_ranking(good))
-        for note in [*letter_notes([row.values for row in good]), *seed_notes(store.root)]:
+        run = load_run(store.root)
+        ranked = ranking(run)
+        for note in [*letter_notes(run, ranked), *seed_notes(ranked)]:
             console.print(note, soft_wrap=True)
     for row in good:
         if row.values.get("train_notes"):
@@ -49,31 +49,26 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     console.print("  experiments/                   adapter, scores, loss curve and log of each")
 
 
-def letter_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+def letter_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     """Lines about models that prefer a letter: the base, and adapters that changed no more than that."""
-    shares = [rows[0].get(f"base_{name}") or 0.0 for name in PREDICTION_SHARES]
+    if not ranked["rows"]:
+        return []
+    shares = [run.numbers(f"base_{name}")[ranked["rows"][0]] for name in PREDICTION_SHARES]
     most = max(shares)
-    letter = LETTERS[shares.index(most)]
-    notes = [f"The base answers {letter} to {most:.0%} of the questions."] if most > 0.5 else []
-    run = FinishedRun(Path(), pd.DataFrame(list(rows)), {})
-    return [*notes, *(f"{run.labels[row]}: {text}" for row, text in favourite_letters(run).items())]
+    notes = [f"The base answers {LETTERS[shares.index(most)]} to {most:.0%} of the questions."] if most > 0.5 else []
+    return [*notes, *(f"{run.labels[row]}: {text}" for row, text in favourite_letters(run, ranked).items())]
 
 
 ONE_SEED = "One seed each: the intervals know the noise of the questions, not that of other seeds (--repeats 5)."
 
 
-def seed_notes(root: Path) -> list[str]:
-    """A line for each dataset that was trained with several seeds; where none was, what one seed cannot say.
-
-    Args:
-        root: the run's folder, with its tables.
-    """
-    found = ranking(load_run(root))
-    if found["seeds"] is None:
-        return [ONE_SEED] if found["rows"] else []
+def seed_notes(ranked: dict[str, Any]) -> list[str]:
+    """A line for each dataset that was trained with several seeds; where none was, what one seed cannot say."""
+    if ranked["seeds"] is None:
+        return [ONE_SEED] if ranked["rows"] else []
     lines = []
-    for row in sorted(found["rows"], key=lambda row: -found["seeds"]["lines"][row]["change"]):
-        line, verdict = found["seeds"]["lines"][row], found["verdicts"][row]
+    for row in sorted(ranked["rows"], key=lambda row: -ranked["seeds"]["lines"][row]["change"]):
+        line, verdict = ranked["seeds"]["lines"][row], ranked["verdicts"][row]
         num, interval = len(line["rows"]), f"{_number(line['low'], '+.3f')} to {_number(line['high'], '+.3f')}"
         called = LETTER_MOVED if verdict == "letter" else f"a real {verdict}" if verdict != "undecided" else verdict
         over = f"over {num} seeds, a fresh one {interval}" if num > 1 else f"with its one seed, {interval}"

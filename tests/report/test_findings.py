@@ -61,18 +61,18 @@ def test_a_row_of_an_older_raylora_is_judged_by_its_p_value(forty):
     older = findings.ranking(run)
     assert older["num_letters"] == 0
     assert older["num_gains"] + older["num_losses"] == np.sum(np.array(found["holm"]) < 0.05)
-    assert findings.favourite_letters(run) == {}
+    assert findings.favourite_letters(run, older) == {}
 
 
 def test_a_favourite_letter_that_moved_is_said_with_its_shares(letters_run):
     run = load_run(letters_run)
     found = findings.ranking(run)
     assert [found["verdicts"][i] for i in (0, 1)] == ["letter", "gain"]
-    texts = findings.favourite_letters(run)
+    texts = findings.favourite_letters(run, found)
     assert list(texts) == [0]
     wanted = "its favourite letter moved: A 100% to 0%, B 0% to 0%, C 0% to 0%, D 0% to 100% of its answers; "
     assert re.fullmatch(re.escape(wanted) + r"balanced accuracy [+-]0\.0 points, -\d\.\d to \+\d\.\d", texts[0])
-    assert findings.oddities(run)[0] == {"row": 0, "what": texts[0]}
+    assert findings.oddities(run, found)[0] == {"row": 0, "what": texts[0]}
     by_subject = findings.subjects(run)["rows"]
     assert set(by_subject[0]["verdicts"]) == {"letter"}
     assert set(by_subject[1]["verdicts"]) == {"gain"}
@@ -198,7 +198,7 @@ def test_notes_on_training_and_features_are_worth_a_look(forty, tmp_path):
     }
     for name, text in notes.items():
         run.table[name] = ["" if i != row else text for i in range(len(run.table))]
-    found = [entry["what"] for entry in findings.oddities(run) if entry["row"] == row]
+    found = [entry["what"] for entry in findings.oddities(run, findings.ranking(run)) if entry["row"] == row]
     assert notes["train_notes"] in found
     assert f"features: {notes['feature_notes']}" in found
 

@@ -75,10 +75,10 @@ def test_where_answers_are_missing_there_is_a_mean_and_nothing_is_called_real(re
 
 
 def test_the_terminal_has_a_line_a_dataset_or_says_what_one_seed_cannot(repeated, tmp_path):
-    notes = seed_notes(repeated)
+    notes = seed_notes(ranking(load_run(repeated)))
     assert len(notes) == 3
     assert all("over 4 seeds, a fresh one" in note for note in notes)
     write_run(tmp_path / "single", ["one"], sizes=SIZES)
     assert ranking(load_run(tmp_path / "single"))["seeds"] is None
-    (note,) = seed_notes(tmp_path / "single")
+    (note,) = seed_notes(ranking(load_run(tmp_path / "single")))
     assert "--repeats 5" in note

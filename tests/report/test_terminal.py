@@ -25,6 +25,15 @@ def test_favourite_letters_are_said_where_changes_are_shown(tmp_path):
     assert "knowledge: its" not in text
 
 
+def test_a_favourite_letter_that_moved_with_every_seed_is_said_once(tmp_path):
+    base, letters, _ = letter_scores()
+    seeds = {"seed": [0, 1, 2]}
+    rows = write_run(tmp_path / "chunk", ["only_letters"], scores=(base, letters), grid=seeds)
+    text = printed(rows, tmp_path / "chunk")
+    assert text.count("its favourite letter moved: A 100% to 0%") == 1
+    assert "over 3 seeds" in text
+
+
 def test_a_run_without_mmlu_says_nothing_of_letters(tmp_path):
     rows = write_run(tmp_path / "chunk", ["a", "b"], stages=("features", "train"))
     text = printed(rows, tmp_path / "chunk")
