@@ -25,7 +25,7 @@ class ChangeOverSeeds:
     low: float
     high: float
     p_value: float
-    """The largest 1 - ``level`` at which the interval leaves 0 out."""
+    """The smallest 1 - ``level`` at which the interval leaves 0 out."""
     seed_std: float
     """Sample standard deviation of the changes over seeds, on the questions asked."""
     num_seeds: int
@@ -75,7 +75,7 @@ def change_over_seeds(
 
 
 def _p_value(mean: float, half_width: Callable[[float], float]) -> float:
-    """The largest 1 - level at which an interval of this half width around ``mean`` leaves 0 out."""
+    """The smallest 1 - level at which an interval of this half width around ``mean`` leaves 0 out."""
     if half_width(1 - MIN_P_VALUE) < mean:
         return MIN_P_VALUE
     return 1 - float(brentq(lambda level: half_width(level) - mean, 0.0, 1 - MIN_P_VALUE))

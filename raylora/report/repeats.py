@@ -27,7 +27,7 @@ class SeedLine:
     label: str
     """The dataset, and what hyperparameters differ between its lines."""
     answers: list[Answers]
-    """Of each row; empty where one is missing, or they are to different questions."""
+    """Of each row; empty where one is missing, they are to different questions, or there is one question only."""
     base: Answers | None
 
     def change(self, balanced: bool = False) -> ChangeOverSeeds | None:
@@ -73,7 +73,7 @@ def seed_lines(run: FinishedRun) -> list[SeedLine]:
 
 def _line(run: FinishedRun, rows: list[int], label: str, bases: dict[str, Answers]) -> SeedLine:
     pairs = [pair for row in rows if (pair := answers_of(run, row, bases)) is not None]
-    is_whole = len(pairs) == len(rows) and all(base is pairs[0][1] for _, base in pairs)
+    is_whole = len(pairs) == len(rows) and all(base is pairs[0][1] and len(base.correct) > 1 for _, base in pairs)
     return SeedLine(rows, label, [a for a, _ in pairs] if is_whole else [], pairs[0][1] if is_whole else None)
 
 

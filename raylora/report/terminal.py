@@ -69,7 +69,8 @@ def seed_notes(ranked: dict[str, Any]) -> list[str]:
     lines = []
     for row in sorted(ranked["rows"], key=lambda row: -ranked["seeds"]["lines"][row]["change"]):
         line, verdict = ranked["seeds"]["lines"][row], ranked["verdicts"][row]
-        num, interval = len(line["rows"]), f"{_number(line['low'], '+.3f')} to {_number(line['high'], '+.3f')}"
+        num = len(line["rows"])
+        interval = "unknown" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}"
         called = LETTER_MOVED if verdict == "letter" else f"a real {verdict}" if verdict != "undecided" else verdict
         over = f"over {num} seeds, a fresh one {interval}" if num > 1 else f"with its one seed, {interval}"
         lines.append(f"{line['label']}: {line['change']:+.3f} {over}: {called}")

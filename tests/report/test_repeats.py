@@ -74,6 +74,14 @@ def test_where_answers_are_missing_there_is_a_mean_and_nothing_is_called_real(re
     assert set(found["verdicts"]) == {"undecided"}
 
 
+def test_one_question_gives_no_interval_and_no_error(tmp_path):
+    write_run(tmp_path / "tiny", ["one"], sizes={"anatomy": 1}, grid={"seed": [0, 1, 2]})
+    found = ranking(load_run(tmp_path / "tiny"))
+    assert found["seeds"]["lines"][0]["low"] is None
+    (note,) = seed_notes(found)
+    assert note.endswith("over 3 seeds, a fresh one unknown: undecided")
+
+
 def test_the_terminal_has_a_line_a_dataset_or_says_what_one_seed_cannot(repeated, tmp_path):
     notes = seed_notes(ranking(load_run(repeated)))
     assert len(notes) == 3

@@ -47,8 +47,8 @@ function drawTiles() {
 /** How often two trainings on the same data would count as different. */
 function aboutPairs() {
   const { num_pairs: pairs, num_pairs_real: differ, num_held_out: heldOut, num_held_out_real: real } = SEEDS;
-  const one = `A/A pairs, two trainings on the same data with other seeds: by McNemar's test alone, as for one seed, ${differ} of ${count(pairs, "pair")} (${percent(differ / pairs, 0)}) differ. `;
   if (!pairs) return "No answers question by question (scores.parquet) are here: without them there is no interval over seeds.";
+  const one = `A/A pairs, two trainings on the same data with other seeds: by McNemar's test alone, as for one seed, ${differ} of ${count(pairs, "pair")} (${percent(differ / pairs, 0)}) differ. `;
   if (!heldOut) return `${one}With three seeds or more, the page also says how often the interval over seeds would call one real.`;
   return `${one}By the interval over seeds, each training in turn taken for the base of the others, ${real} of ${heldOut} (${percent(real / heldOut, 0)}) count as changed; 5% are to be expected.`;
 }
