@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -75,10 +74,9 @@ def test_no_text_is_an_error(text):
     assert read_letter(text) in (None, 0, 1, 2, 3)
 
 
+@pytest.mark.timeout(60)  # a pattern that runs in square time, or worse, would take hours
 @pytest.mark.parametrize(
     "part", ["the ", "is   ", "A ", "A, ", "(", "answer is ", "not A but ", "\n", "yes ", "**A", "\\text{"]
 )
 def test_a_long_text_is_read_in_no_time(part):
-    started = time.perf_counter()
     read_letter(part * (8000 // len(part)) + "B")
-    assert time.perf_counter() - started < 5
