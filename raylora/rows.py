@@ -135,7 +135,8 @@ RESULT_COLUMNS = (
     "prediction_share_d", "base_prediction_share_a", "base_prediction_share_b", "base_prediction_share_c",
     "base_prediction_share_d", "total_questions", "correct_questions", "base_correct_questions", "overall_stderr",
     "base_overall_stderr", "macro_accuracy", "base_macro_accuracy", "accuracy_stem", "accuracy_humanities",
-    "accuracy_social_sciences", "accuracy_other", "num_unparsed", "base_num_unparsed", "num_truncated",
+    "accuracy_social_sciences", "accuracy_other",
+    "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "thinking", "num_fewshot",
