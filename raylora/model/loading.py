@@ -111,9 +111,13 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
     if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
-        from raylora.model.int8 import make_weight_only
+        from raylora.model import int8
 
-        make_weight_only(model)
+        int8.make_weight_only(model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        from raylora.model import nf4
+
+        nf4.make_weight_only(model)
     return _remember(LoadedModel(_settle(model), tokenizer, source, options.quantization))
 
 

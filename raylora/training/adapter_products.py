@@ -25,6 +25,7 @@ import torch
 from raylora.data.minibatch import send
 from raylora.errors import ErrorKind, UserError
 from raylora.model.adapters import LoadedModel
+from raylora.model.kernels import scramble, signed, spread_numbers
 
 _64_BITS = 2**64 - 1
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -51,22 +52,6 @@ class _Slice:
     """LoRA's scaling, divided by the share of numbers that dropout keeps."""
     keep: torch.Tensor | None
     """uint8 (N, in): 0 where the input is dropped, else 1; None without dropout."""
-
-
-def _signed(number: int) -> int:
-    """The low 32 bits of ``number``, as torch's int32 has them."""
-    return (number & 0x7FFFFFFF) - (number & 0x80000000)
-
-
-def scramble(h: torch.Tensor) -> torch.Tensor:
-    """Hash each int32 of ``h`` in place: the finalizer of MurmurHash3 (Appleby 2011)."""
-    # torch's shifts copy the sign bit, which the masks remove: without them 5% were dropped where 10% were asked for.
-    h ^= (h >> 16).bitwise_and_(0xFFFF)
-    h *= _signed(0x85EBCA6B)
-    h ^= (h >> 13).bitwise_and_(0x7FFFF)
-    h *= _signed(0xC2B2AE35)
-    h ^= (h >> 16).bitwise_and_(0xFFFF)
-    return h
 
 
 def mix(*numbers: int) -> int:
@@ -119,7 +104,7 @@ class AdapterProducts:
         self._spans, self._num_tokens = list(spans), num_tokens
         rows = torch.zeros(num_tokens, dtype=torch.int32)
         for span in spans:
-            rows[span.start : span.stop] = _spread_numbers(span.stop - span.start) + _signed(span.seed >> 32)
+            rows[span.start : span.stop] = spread_numbers(span.stop - span.start) + signed(span.seed >> 32)
         self._rows = send(scramble(rows), self._device)
 
     def _forward(self, module: Any, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -154,7 +139,7 @@ class AdapterProducts:
         if dropout == 0:
             return _Slice(first, last, scaling, None)
         threshold = round(dropout * 2**16)
-        token_hashes = self._rows[first:last].to(rows.device) + _signed(mix(index))
+        token_hashes = self._rows[first:last].to(rows.device) + signed(mix(index))
         words = scramble(scramble(token_hashes)[:, None] + self._column_hashes(rows.shape[1], rows.device))
         # Each int32 is two int16, one for each of two columns: those below the threshold drop their number.
         keep = words.view(torch.int16)[:, : rows.shape[1]] >= threshold - 2**15
@@ -163,13 +148,8 @@ class AdapterProducts:
     def _column_hashes(self, width: int, device: torch.device) -> torch.Tensor:
         """A hash for every two columns, int32 (1, width / 2 rounded up)."""
         if (width, device) not in self._columns:
-            self._columns[width, device] = scramble(_spread_numbers(math.ceil(width / 2)))[None].to(device)
+            self._columns[width, device] = scramble(spread_numbers(math.ceil(width / 2)))[None].to(device)
         return self._columns[width, device]
-
-
-def _spread_numbers(n: int) -> torch.Tensor:
-    """int32 (n,): 0, 1, 2, ... times 2**32 over the golden ratio, which sets neighbours far apart."""
-    return torch.arange(n, dtype=torch.int32) * _signed(0x9E3779B9)
 
 
 class _AddProducts(torch.autograd.Function):
