@@ -2,9 +2,9 @@
 
 A weight has a scale for each output, and each row of activations has one of its own (Micikevicius et al. 2022 describe
 the format): a row does not depend on what shares its minibatch. The gradient of the input is a product in fp8, too,
-with the same numbers: each gradient is multiplied by its output's scale before its row is made fp8. A GPU wants the second
-factor of a product column by column, so that the gradient needs the weight transposed: once there is a backward pass a
-weight takes two bytes, as in bfloat16, and one before that.
+with the same numbers: each gradient is multiplied by its output's scale before its row is made fp8. A GPU wants the
+second factor of a product column by column, so that the gradient needs the weight transposed: once there is a backward
+pass a weight takes two bytes, as in bfloat16, and one before that.
 """
 
 from __future__ import annotations

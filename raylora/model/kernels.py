@@ -177,22 +177,25 @@ class Kernel:
 
 def fault_of(kernel: Kernel, device: torch.device) -> str:
     """What is wrong with ``kernel`` on ``device``, on its trials; "" where it computes what the plain code does."""
-    # Of triton: what does not compile, a compiler that is missing or fails, and what the driver refuses.
-    from triton.errors import TritonError
-
-    refusals = (
-        TritonError, RuntimeError, OSError, subprocess.SubprocessError, ImportError, AttributeError, TypeError,
-        ValueError, LookupError, AssertionError,
-    )  # fmt: skip
     try:
         for given in kernel.trials(device):
             found, expected = (f(given[0].clone(), *given[1:]) for f in (kernel.launch, kernel.plain))
             pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
             if not all(_agree(*pair) for pair in pairs):
                 return "its results differ"
-    except refusals as error:
+    except triton_errors() as error:
         return one_line(error)
     return ""
+
+
+def triton_errors() -> tuple[type[Exception], ...]:
+    """What a kernel's first run may raise: it does not compile, a compiler is missing or fails, the driver refuses."""
+    from triton.errors import TritonError
+
+    return (
+        TritonError, RuntimeError, OSError, subprocess.SubprocessError, ImportError, AttributeError, TypeError,
+        ValueError, LookupError, AssertionError,
+    )  # fmt: skip
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
