@@ -35,8 +35,12 @@ MAX_GIVEN_UP = 3
 """The run ends when machines failed so many experiments before the first was done: the next would fail as well."""
 MAX_MOVES = 10
 """After so many lost nodes, one more counts as a failed try of the experiment itself."""
-MOST_TOGETHER = 16
-"""Adapters trained together, at most, unless ``--adapters-a-pass`` says more."""
+MOST_A_PASS = 16
+"""Adapters that share a pass, at most, unless ``--adapters-a-pass`` says more."""
+TURNS = 3
+"""A worker is given so many times as many adapters as share a pass, so that each that is done makes room for another.
+The more, the smaller the share of the time when the last ones have places beside them empty, about 1 in 2 * TURNS. But
+those that are done wait for their MMLU meanwhile, and an experiment that a worker was given no other one takes."""
 LOOK_SECONDS = 0.3
 """Between two looks at whether an evaluation can be helped, or the run is to stop."""
 
@@ -86,7 +90,7 @@ class RetryingExecutor:
         self._config, self._store, self._pool, self._calls = config, store, pool, calls
         self._on_gpus = on_gpus
         self._num_given_up, self._some_are_done = 0, False
-        self._alone: set[str] = set()  # experiments whose adapters share no pass: something went wrong, or cannot
+        self._alone: set[str] = set()  # experiments whose adapters share no pass, or have done so
         self._at_work: dict[str, Experiment] = {}
         self._stopped = threading.Event()
         threading.Thread(target=self._send_helpers, daemon=True).start()
@@ -154,24 +158,23 @@ class RetryingExecutor:
         """Train the adapter together with those of waiting experiments where that is faster; their runs find it done.
 
         Returns:
-            False if the worker died. That counts as nobody's failed try: each is trained alone from now on.
+            False if the worker died. That counts as nobody's failed try: those without an adapter are trained alone.
         """
-        most = self._how_many_pay(experiment)
-        if most < 2 or not self._may_share(experiment) or not self._wants_adapter(experiment):
+        a_pass = self._how_many_pay(experiment)
+        if a_pass < 2 or not self._may_share(experiment) or not self._wants_adapter(experiment):
             return True
-        drawn = self._pool.claim_waiting(most - 1, self._may_share)
-        together = [experiment, *(w.work for w in drawn if self._wants_adapter(w.work))]
-        num_trained = 0
+        drawn = self._pool.claim_waiting(TURNS * a_pass - 1, self._may_share)
+        # Trained or not, none is drawn again: it would wait for others' trainings.
+        self._alone.update(e.experiment_id for e in (experiment, *(w.work for w in drawn)))
         try:
+            together = [experiment, *(w.work for w in drawn if self._wants_adapter(w.work))]
             if len(together) > 1:
-                num_trained = self._calls.train(worker, together)
+                self._calls.train(worker, together)
         except WorkerFailedError as error:
             self._pool.discard(worker)
-            self._on_retry(f"{experiment.dataset} and {len(together) - 1} more are trained one by one: {error}")
+            self._on_retry(f"{experiment.dataset} and {len(together) - 1} more, if not trained yet, go alone: {error}")
             return False
         finally:
-            if num_trained == 0:
-                self._alone.update(e.experiment_id for e in together)
             self._pool.requeue(drawn)
         return True
 
@@ -181,7 +184,7 @@ class RetryingExecutor:
             return self._config.adapters_a_pass or 1
         per_step = int(experiment.settings["batch_size"]) * int(experiment.settings["gradient_accumulation"])
         a_step = min(per_step / max(1, experiment.num_examples), 1.0) * experiment.num_tokens
-        return min(MOST_TOGETHER, int(GPU_TOKEN_BUDGET / max(1.0, a_step)))
+        return min(MOST_A_PASS, int(GPU_TOKEN_BUDGET / max(1.0, a_step)))
 
     def _may_share(self, experiment: Experiment) -> bool:
         return not experiment.error and experiment.experiment_id not in self._alone

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raylora.config import FeatureOptions, method_of
-from raylora.errors import ErrorKind, TrainingDivergedError, UserError
+from raylora.errors import ErrorKind, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.features.pipeline import extract_features
@@ -142,7 +142,7 @@ def _train_adapter(
 ) -> dict[str, Any]:
     try:
         (result,) = train_adapters(bench.loaded, [attach_job(bench, experiment, dataset)], progress)
-        if isinstance(result, TrainingDivergedError):
+        if isinstance(result, UserError):
             raise result
         return keep_adapter(bench, experiment, result)
     finally:

@@ -1,19 +1,22 @@
-"""Train the adapters of several experiments in the same forward and backward passes of the base."""
+"""Train the adapters of several experiments over the same forward and backward passes of the base."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import TracebackType
 
 import torch
 
 from raylora.errors import MachineError, UserError
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
+from raylora.model.memory import free_gpu_bytes
 from raylora.records import Experiment, ProgressCallback, ignore_progress
 from raylora.storage.store import LOG
-from raylora.training.gradients import Job, count_labels
-from raylora.training.loop import TrainingResult, adapters_a_pass, train_adapters
+from raylora.training.gradients import Job
+from raylora.training.loop import Outcome, Slots, adapters_a_pass, train_adapters
 
 log = logging.getLogger("raylora.experiment")
 
@@ -21,52 +24,84 @@ log = logging.getLogger("raylora.experiment")
 def train_together(
     bench: Workbench, experiments: Sequence[Experiment], progress: ProgressCallback = ignore_progress
 ) -> int:
-    """Train the adapters of several experiments in the same passes of the base, as many as make it faster.
+    """Train the adapters of several experiments over the same passes of the base, as many at once as make it faster.
 
-    Each adapter is stored as its experiment's train stage would store it, and is what it would have become alone, but
-    for float noise. One that cannot be trained is left out: its experiment's own run will say why.
+    Each adapter is stored as soon as it is done, as its experiment's train stage would store it, and the next one takes
+    its place. It is what it would have become alone, but for float noise. One that cannot be trained is left out: its
+    experiment's own run will say why.
 
     Returns:
         The number of adapters that were trained.
 
     Raises:
-        BaseChangedError: the training changed the base; none of its adapters is stored.
+        BaseChangedError: the training changed the base; no adapter is stored that was in training then.
     """
     num_wanted = bench.config.adapters_a_pass
     # Where the model cannot be loaded, each experiment's own run will say so.
     with contextlib.suppress(UserError, MachineError):
         if num_wanted or torch.cuda.is_available():  # on a CPU several are no faster than one
-            return _train_those_that_pay(bench, experiments, num_wanted, progress)
+            with _Queue(bench, experiments) as queue:
+                slots = _slots(bench, num_wanted)
+                train_adapters(bench.loaded, queue.jobs(), progress, slots, queue.store)
+            return queue.num_stored
     return 0
 
 
-def _train_those_that_pay(
-    bench: Workbench, experiments: Sequence[Experiment], num_wanted: int | None, progress: ProgressCallback
-) -> int:
-    """Train the first ``num_wanted`` that can be trained; None: as many as are faster together than alone."""
-    loaded, most = bench.loaded, num_wanted or len(experiments)
-    with contextlib.ExitStack() as stack:
-        jobs: list[tuple[Experiment, Job]] = []
-        for i, experiment in enumerate(experiments):
-            stack.enter_context(at_hand(bench.store, experiment))
-            stack.callback(loaded.detach, f"together_{i}")
+def _slots(bench: Workbench, num_wanted: int | None) -> Slots:
+    if num_wanted is not None:
+        return lambda _: num_wanted
+    device = bench.loaded.device
+    free_bytes = free_gpu_bytes(device) if device.type == "cuda" else 0
+    return functools.partial(adapters_a_pass, bench.loaded, free_bytes=free_bytes)
+
+
+class _Queue:
+    """The experiments that wait for a place in the training, and those that have one."""
+
+    def __init__(self, bench: Workbench, experiments: Sequence[Experiment]) -> None:
+        self._bench, self._experiments = bench, experiments
+        self._at_work: dict[str, tuple[Experiment, contextlib.ExitStack]] = {}
+        self._most_at_work = 0
+        self.num_stored = 0
+
+    def __enter__(self) -> _Queue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for _, stack in self._at_work.values():
+            stack.__exit__(kind, error, traceback)
+
+    def jobs(self) -> Iterator[Job]:
+        """The job of each experiment that can be trained; its adapter is attached when it is asked for."""
+        for i, experiment in enumerate(self._experiments):
+            if self.num_stored and self._most_at_work == 1:
+                return  # one after another they are trained as well in their own runs
             with contextlib.suppress(UserError, MachineError):
-                bench.check_model(experiment)
-                job = attach_job(bench, experiment, load_planned_dataset(bench, experiment), f"together_{i}")
-                if any(count_labels(job)):
-                    jobs.append((experiment, job))
-                    # The smallest limit counts: this adapter may be larger than those before it.
-                    most = num_wanted or min(most, adapters_a_pass(loaded, job))
-            if len(jobs) >= most:
-                break
-        if len(jobs) < 2:  # one alone is trained in its experiment's own run
-            return 0
-        for experiment, _ in jobs:
+                job = self._begin(experiment, f"together_{i}")
+                yield job
+
+    def _begin(self, experiment: Experiment, name: str) -> Job:
+        bench = self._bench
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(at_hand(bench.store, experiment))
+            stack.callback(bench.loaded.detach, name)
+            bench.check_model(experiment)
+            job = attach_job(bench, experiment, load_planned_dataset(bench, experiment), name)
             stack.enter_context(log_file(bench.store.folder(experiment) / LOG))
-        log.info("train: started, %d adapters together", len(jobs))
-        results = train_adapters(loaded, [job for _, job in jobs], progress)
-        bench.check_base()
-        for (experiment, job), result in zip(jobs, results, strict=True):
-            if isinstance(result, TrainingResult):
-                bench.store.write_stage(experiment, "train", keep_adapter(bench, experiment, result, job.name))
-        return sum(isinstance(result, TrainingResult) for result in results)
+            self._at_work[name] = experiment, stack.pop_all()
+        self._most_at_work = max(self._most_at_work, len(self._at_work))
+        log.info("train: started, adapters in training now: %d", len(self._at_work))
+        return job
+
+    def store(self, job: Job, outcome: Outcome) -> None:
+        """Store what became of an experiment's adapter, and detach it."""
+        experiment, stack = self._at_work.pop(job.name)
+        with stack:
+            if not isinstance(outcome, UserError):
+                # Each time, while nothing is replaced in the model: what is stored counts as done, whatever comes next.
+                self._bench.check_base()
+                values = keep_adapter(self._bench, experiment, outcome, job.name)
+                self._bench.store.write_stage(experiment, "train", values)
+                self.num_stored += 1

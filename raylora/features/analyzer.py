@@ -20,8 +20,8 @@ from raylora.features.static import OfLoadedModel, as_dataset, has_answer, join_
 from raylora.model.loading import borrowed
 from raylora.records import Dataset, Example
 from raylora.training.gradients import StepGradient, separate_gradients
-from raylora.training.loop import take_step
 from raylora.training.losses import example_losses
+from raylora.training.optimizer_step import LaunchedStep, take_step
 
 T = TypeVar("T")
 
@@ -110,11 +110,11 @@ class DynamicProbeAnalyzer(OfLoadedModel):
         observer = ProbeObserver(parameters)
         batches = _over_and_over(train_batches)
 
-        def backward(batch: Mapping[str, torch.Tensor]) -> float:
+        def backward(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
             on_device = {key: value.to(model.device) for key, value in batch.items()}
             loss = model(**on_device).loss / gradient_accumulation_steps
             loss.backward()
-            return float(loss.detach())
+            return loss.detach()
 
         def gradient(part: Sequence[Mapping[str, torch.Tensor]]) -> StepGradient:
             loss = separate_gradients(parameters, [functools.partial(backward, b) for b in part], observer)
@@ -122,12 +122,18 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             return StepGradient(loss, num_tokens, sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in part))
 
         was_training = model.training
+        launched: LaunchedStep | None = None
         model.train()
         try:
             for k in range(probe_steps):
                 if not (part := list(itertools.islice(batches, gradient_accumulation_steps))):
                     break
-                take_step(k, parameters, optimizer, gradient(part), max_grad_norm, observer=observer)
+                following = take_step(k, parameters, optimizer, gradient(part), max_grad_norm, observer=observer)
+                if launched:
+                    launched.read()
+                launched = following
+            if launched:
+                launched.read()
         finally:
             model.train(was_training)
         return {"losses": observer.losses, "grad_norms": observer.grad_norms, **observer.features()}

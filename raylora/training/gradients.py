@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Step:
 class StepGradient(NamedTuple):
     """The loss of a step, and how much it was computed from. The gradient itself is in the parameters' ``grad``."""
 
-    loss: float
+    loss: torch.Tensor
+    """One float64, in nats a supervised token, on the device: reading it waits for the GPU."""
     num_tokens: int
     num_supervised: int
     num_examples: int = 0
@@ -68,7 +70,7 @@ class Observer(Protocol):
         """Called while the parameters' ``grad`` is that of the whole step."""
 
     def after_step(self, step: Step) -> None:
-        """Called once the optimizer has changed the parameters."""
+        """Called once the optimizer has changed the parameters, of all but the last step when the next is launched."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,22 @@ def count_labels(job: Job) -> list[int]:
 
 
 def separate_gradients(
-    parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], float]], observer: Observer
-) -> float:
+    parameters: Sequence[torch.nn.Parameter], passes: Iterable[Callable[[], torch.Tensor]], observer: Observer
+) -> torch.Tensor:
     """Compute the gradient of each micro-batch of a step by itself, for ``observer``, and their sum.
 
     Args:
         passes: a function for each micro-batch that runs its forward and backward pass and returns its share of the
-            step's loss.
+            step's loss, a tensor of one number.
 
     Returns:
-        The step's loss, the sum of these shares; the step's gradient is in the parameters' ``grad``.
+        The step's loss in float64, the sum of these shares; the step's gradient is in the parameters' ``grad``.
     """
     observer.begin_step()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     sums = [torch.zeros_like(p) for p in parameters]
     for run in passes:
-        total += run()
+        total += run().to(total.device)
         observer.after_micro_batch()
         for parameter, gradient in zip(parameters, sums, strict=True):
             if parameter.grad is not None:
@@ -125,7 +127,7 @@ class _Item:
     """An example of a step."""
 
     job: int
-    """Whose example it is: an index into the accumulator's ``jobs``."""
+    """Whose example it is: a key of the accumulator's ``jobs``."""
     index: int
     """Which of the job's examples it is."""
     seed: int
@@ -135,22 +137,53 @@ class _Item:
 class GradientAccumulator:
     """Computes one step's gradients of all adapters, in minibatches that become smaller when memory runs out.
 
+    Adapters join and leave between steps, outside of ``ready``. ``jobs`` holds those that are there, by their indices.
     ``packed``: whether minibatches are packed. ``fullest``: examples of the largest minibatch since the last halving.
     """
 
     def __init__(self, loaded: LoadedModel, jobs: Sequence[Job], observer: Observer | None) -> None:
-        self.loaded, self.jobs, self.observer = loaded, jobs, observer
-        self._counts = [count_labels(job) for job in jobs]
+        self.loaded, self.observer = loaded, observer
+        self.jobs: dict[int, Job] = {}
+        self._indices = itertools.count()
+        self._counts: dict[int, list[int]] = {}
         self._on_gpu = loaded.device.type == "cuda"
         self.budget = TokenBudget(loaded.training_token_budget, may_checkpoint=True)
         self.fullest = self._most_tokens = 0
-        longest = max(n for job in self.jobs for n in lengths_of(job.examples))
-        self.packed = longest <= window_of(loaded.model) and loaded.allows(can_pack)
-        if not self.packed:
+        self._adapters: AdapterProducts
+        self.packed = True
+        for job in jobs:
+            self.add(job)
+
+    def add(self, job: Job) -> int:
+        """Take in a job, whose adapter is attached; returns its index.
+
+        Raises:
+            UserError: it cannot share a forward pass with those that are there.
+        """
+        self._adapters = AdapterProducts(self.loaded, [other.name for other in (*self.jobs.values(), job)])
+        index = next(self._indices)
+        self.jobs[index], self._counts[index] = job, count_labels(job)
+        self._choose_form()
+        return index
+
+    def remove(self, index: int) -> None:
+        """Let go of a job that is done, and of its gradients."""
+        for parameter in self.jobs.pop(index).parameters:
+            parameter.grad = None
+        del self._counts[index]
+        if self.jobs:
+            self._adapters = AdapterProducts(self.loaded, [job.name for job in self.jobs.values()])
+            self._choose_form()
+
+    def _choose_form(self) -> None:
+        """Choose whether minibatches are packed: only where attention's window holds each example of each job."""
+        longest = max(n for job in self.jobs.values() for n in lengths_of(job.examples))
+        # Tried before ``ready`` replaces attention and PEFT's forward pass; ``token_losses`` looks one result up.
+        packed = longest <= window_of(self.loaded.model) and self.loaded.allows(can_pack)
+        self.loaded.allows(head_is_plain)
+        if self.packed and not packed:
             log.info("minibatches are padded: this model's attention cannot be run in blocks")
-        # Tried before ``ready`` replaces attention and PEFT's forward pass; ``token_losses`` looks the result up.
-        loaded.allows(head_is_plain)
-        self._adapters = AdapterProducts(loaded, [job.name for job in self.jobs])
+        self.packed = packed
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -159,11 +192,12 @@ class GradientAccumulator:
         with self._adapters.installed(), blocks:
             yield
 
-    def backward(self, steps: Mapping[int, Sequence[int]], k: int) -> dict[int, StepGradient]:
-        """Compute the gradients of step ``k`` of all adapters; they are left in the parameters' ``grad``.
+    def backward(self, steps: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, StepGradient]:
+        """Compute the gradients of a step of each adapter; they are left in the parameters' ``grad``.
 
         Args:
-            steps: for each job, by its index, which of its examples are in the step; finished jobs are left out.
+            steps: for each job, by its index, the number of its own step, from 0, and which of its examples are in it;
+                finished jobs are left out.
 
         Returns:
             The ``StepGradient`` of each job in ``steps``, by its index.
@@ -174,13 +208,14 @@ class GradientAccumulator:
         """
         items = [
             [_Item(job, i, mix(self.jobs[job].seed, k, position)) for position, i in enumerate(indices)]
-            for job, indices in steps.items()
+            for job, (k, indices) in steps.items()
         ]
+        first, (first_k, _) = next(iter(steps.items()))
         bytes_before = torch.cuda.memory_allocated(self.loaded.device) if self._on_gpu else 0
-        losses: list[float] | None = None
+        losses: dict[int, torch.Tensor] | None = None
         while losses is None:
             # Seeds the dropout that a model may have outside its adapters: a step that begins again draws the same.
-            torch.manual_seed((self.jobs[0].seed + k) % 2**63)
+            torch.manual_seed((self.jobs[first].seed + first_k) % 2**63)
             losses = self.budget.attempt(functools.partial(self._backward_once, items))
             if losses is None:
                 self._drop_gradients()
@@ -197,8 +232,8 @@ class GradientAccumulator:
             for of_job in items
         }
 
-    def _backward_once(self, items: list[list[_Item]]) -> list[float]:
-        """The step's loss of each job, 0 for finished ones; memory may run out at any point.
+    def _backward_once(self, items: list[list[_Item]]) -> dict[int, torch.Tensor]:
+        """The step's loss of each job, by its index; memory may run out at any point.
 
         Args:
             items: for each job in the step, its examples.
@@ -206,11 +241,12 @@ class GradientAccumulator:
         totals = {of_job[0].job: sum(map(self._num_supervised, of_job)) for of_job in items}
         if self.observer is None:
             losses = self._accumulate([item for of_job in items for item in of_job], totals)
-            return losses.tolist()
-        (examples,), size = items, self.jobs[0].method.batch_size  # an observer sees one adapter's training
+            return dict(zip(totals, losses.unbind(), strict=True))
+        (examples,), (index,) = items, totals  # an observer sees one adapter's training
+        size = self.jobs[index].method.batch_size
         micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-        passes = [lambda batch=batch: float(self._accumulate(batch, totals)[0]) for batch in micro_batches]
-        return [separate_gradients(self.jobs[0].parameters, passes, self.observer)]
+        passes = [lambda batch=batch: self._accumulate(batch, totals)[0] for batch in micro_batches]
+        return {index: separate_gradients(self.jobs[index].parameters, passes, self.observer)}
 
     def _accumulate(self, items: list[_Item], totals: dict[int, int]) -> torch.Tensor:
         """Add to the gradients what these examples contribute to their steps.
@@ -219,13 +255,14 @@ class GradientAccumulator:
             totals: supervised tokens of each job's whole step, by the job's index.
 
         Returns:
-            (jobs,), float64: what these examples contribute to each job's loss.
+            (jobs in the step,), float64: what these examples contribute to each job's loss, in the order of ``totals``.
         """
-        sums = torch.zeros(len(self.jobs), dtype=torch.float64, device=self.loaded.device)
+        places = {job: place for place, job in enumerate(totals)}
+        sums = torch.zeros(len(totals), dtype=torch.float64, device=self.loaded.device)
         for part in self.budget.cut(items, self._length, self.packed):
             part = sorted(part, key=lambda item: item.job)  # AdapterProducts multiplies one slice for each adapter
             jobs = [item.job for item in part for _ in range(self._num_supervised(item))]
-            job_of_loss = send(torch.tensor(jobs), sums.device)
+            job_of_loss = send(torch.tensor([places[job] for job in jobs]), sums.device)
             weights = send(torch.tensor([1 / totals[job] for job in jobs]), sums.device)
             with self.loaded.autocast():
                 losses = self._losses(part)
@@ -282,7 +319,7 @@ class GradientAccumulator:
         log.info("%.1f MB a token: minibatches of %d tokens", bytes_a_token / 1e6, self.budget.tokens)
 
     def _drop_gradients(self) -> None:
-        for parameter in (p for job in self.jobs for p in job.parameters):
+        for parameter in (p for job in self.jobs.values() for p in job.parameters):
             parameter.grad = None
 
     def restore(self) -> None:

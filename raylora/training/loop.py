@@ -1,6 +1,7 @@
 """The training loop of LoRA adapters. The probe of the dynamic features runs the same loop with an observer.
 
-It trains one adapter or several: adapters that are trained together share forward and backward passes of the base.
+It trains one adapter or several: adapters that are trained together share forward and backward passes of the base. In a
+step the CPU never waits for the GPU to have done it: losses and norms are read a step late.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,24 +21,19 @@ from raylora.data.encoding import EncodedExample, lengths_of
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import peak_memory_bytes
-from raylora.model.memory import CPU_TOKEN_BUDGET
+from raylora.model.memory import CPU_TOKEN_BUDGET, MINIBATCH_MEMORY_SHARE
 from raylora.model.onednn import onednn_linears
 from raylora.records import ProgressCallback, ProgressStage, ignore_progress
 from raylora.rows import TrainingMetrics
-from raylora.training.gradients import (
-    GradientAccumulator,
-    Job,
-    Observer,
-    Step,
-    StepGradient,
-    count_labels,
-)
+from raylora.training.gradients import GradientAccumulator, Job, Observer, Step, StepGradient, count_labels
+from raylora.training.optimizer_step import LaunchedStep, make_optimizer, take_step
 from raylora.work_counts import work_counts
 
 ONEDNN_FROM_TOKENS = 4000
 """Trainings of fewer tokens on a CPU do without oneDNN: steps are 12% faster with it, but reordering the weights takes
 a second (benchmarks/NOTES.md)."""
-
+TRAINED_PARAMETER_BYTES = 16
+"""Of a parameter in training: four each for itself, its gradient and AdamW's two moments."""
 
 UNTRAINED = "the adapter is what it was before training{}: the model is the base"
 """The note of an adapter whose weights leave the base as it is; with the cause, where that is the learning rate."""
@@ -51,6 +47,12 @@ class TrainingResult:
     def loss_curve(self) -> list[dict[str, Any]]:
         """A row for each step, with the fields of ``Step`` as columns."""
         return [asdict(step) for step in self.steps]
+
+
+Outcome = TrainingResult | UserError
+"""What became of an adapter."""
+Slots = Callable[[Sequence[Job]], int]
+"""How many adapters may be in training at once, given those that are."""
 
 
 def learning_rate_factor(step: int, num_steps: int, method: Method) -> float:
@@ -113,53 +115,83 @@ def train_adapter(
         torch.OutOfMemoryError: a single example does not fit.
     """
     job = Job(parameters, examples, method, seed, loaded.active_adapter, num_steps)
-    (result,) = _train(loaded, [_Trainee(job, loaded.device)], observer, progress)
-    if isinstance(result, TrainingDivergedError):
-        raise result
-    return result
+    (outcome,) = _Training(loaded, [job], observer, progress).run()
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def train_adapters(
-    loaded: LoadedModel, jobs: Sequence[Job], progress: ProgressCallback = ignore_progress
-) -> list[TrainingResult | TrainingDivergedError]:
-    """Train several attached adapters at once: each step's forward and backward passes hold examples of all of them.
+    loaded: LoadedModel,
+    jobs: Iterable[Job],
+    progress: ProgressCallback = ignore_progress,
+    slots: Slots | None = None,
+    finished: Callable[[Job, Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Train several adapters over the same forward and backward passes of the base, each step over examples of all.
 
     Each adapter becomes what it would become alone, up to float noise: it has its own steps, optimizer, clipping and
-    dropout. If one diverges, the others go on. Of the training's seconds each result gets a share by its tokens; tokens
-    a second and memory are those of all together.
+    dropout. One that is done makes room for the next one, which joins in the very next step. If one cannot be trained,
+    the others go on. Of each step's seconds a result gets a share by its tokens; tokens a second and memory are those
+    of all together.
+
+    Args:
+        jobs: with attached adapters. The next one is taken when there is room for it, so that an iterator may attach
+            its adapter only then.
+        slots: how many may be in training at once; by default all.
+        finished: called with a job and its outcome as soon as it is done, and may then detach its adapter: nothing of
+            the training is in the model's way.
+
+    Returns:
+        What became of each, in the order of ``jobs``: a result, or a UserError where it has no supervised token, cannot
+        share a forward pass with those in training, or diverged.
 
     Raises:
-        UserError: an adapter has no supervised token, or is on modules that cannot share a forward pass.
         torch.OutOfMemoryError: a single example does not fit.
     """
-    return _train(loaded, [_Trainee(job, loaded.device) for job in jobs], None, progress)
+    return _Training(loaded, jobs, None, progress, slots, finished).run()
 
 
-def adapters_a_pass(loaded: LoadedModel, job: Job) -> int:
-    """How many adapters like the one of ``job``, which is attached, to train at once.
+def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job], free_bytes: float) -> int:
+    """How many adapters like those of ``jobs``, which are attached, are best trained at once.
 
-    On a GPU as many as fill a minibatch with a step's tokens each, if half of the free memory holds them: 16 bytes a
-    parameter, four each for itself, its gradient and AdamW's two moments. How large a minibatch may be is known from
-    earlier trainings, those of probes included. On a CPU one: matrix products over its tokens alone are as fast
-    (benchmarks/NOTES.md).
+    On a GPU as many as fill a minibatch with a step's tokens each. How large that may be is known after the first step
+    of enough tokens, so that more may be found to pay then. On a CPU one: matrix products over its tokens alone are as
+    fast (benchmarks/NOTES.md).
+
+    Args:
+        free_bytes: GPU memory that was free before any of them was attached.
     """
-    if loaded.device.type != "cuda":
+    if loaded.device.type != "cuda" or not jobs:
         return 1
-    tokens = count_tokens(job, num_steps=1)
-    free, _ = torch.cuda.mem_get_info(loaded.device)
-    fitting = free / 2 / (16 * sum(p.numel() for p in job.parameters))
-    return max(1, min(int(loaded.training_token_budget / tokens), int(fitting)))
+    tokens = sum(count_tokens(job, num_steps=1) for job in jobs) / len(jobs)
+    size = TRAINED_PARAMETER_BYTES * sum(p.numel() for job in jobs for p in job.parameters) / len(jobs)
+    return adapters_that_fit(tokens, loaded.training_token_budget, size, free_bytes)
+
+
+def adapters_that_fit(tokens: float, token_budget: int, adapter_bytes: float, free_bytes: float) -> int:
+    """How many adapters fill a minibatch of ``token_budget`` tokens with ``tokens`` each; at least one.
+
+    A full minibatch takes ``MINIBATCH_MEMORY_SHARE`` of the free memory. Where K adapters have their ``adapter_bytes``
+    from that, K (tokens / token_budget + adapter_bytes / share) = 1. Nor may they take more than half of what is free.
+    """
+    share = MINIBATCH_MEMORY_SHARE * free_bytes
+    filling = 1 / (tokens / token_budget + adapter_bytes / share)
+    return max(1, int(min(filling, free_bytes / 2 / adapter_bytes)))
 
 
 class _Trainee:
     """One adapter in training: the examples of its remaining steps, its optimizer, and the steps it has made.
 
+    Args:
+        number: its place among all that the training was given.
+
     Raises:
         UserError: there is no supervised token.
     """
 
-    def __init__(self, job: Job, device: torch.device) -> None:
-        self.job = job
+    def __init__(self, job: Job, number: int, device: torch.device, num_backoffs: int) -> None:
+        self.job, self.number, self.num_backoffs_before = job, number, num_backoffs
         usable = [i for i, count in enumerate(count_labels(job)) if count]
         if not usable:
             text = "no supervised token: every answer is empty, or cut away by --max-length"
@@ -167,119 +199,142 @@ class _Trainee:
         self.num_steps = job.num_steps if job.num_steps is not None else count_steps(len(usable), job.method)
         orders = _steps_of_examples(len(usable), job.method, self.num_steps, job.seed)
         self.order = ([usable[i] for i in indices] for indices in orders)
-        self.optimizer = _make_optimizer(job.parameters, job.method, device)
+        self.optimizer = make_optimizer(job.parameters, job.method, device)
         self.steps: list[Step] = []
-        self.num_examples = 0
+        self.num_launched = self.num_examples = self.most_beside = 0
+        self.seconds = 0.0
         self.diverged: TrainingDivergedError | None = None
+        self._unread: list[LaunchedStep] = []
 
     @property
-    def is_training(self) -> bool:
-        return self.diverged is None and len(self.steps) < self.num_steps
+    def num_left(self) -> int:
+        """Steps that are still to be launched."""
+        return 0 if self.diverged else self.num_steps - self.num_launched
 
-    def step(self, gradient: StepGradient, observer: Observer | None) -> None:
+    def launch(self, gradient: StepGradient, observer: Observer | None) -> None:
+        """Make a step; see ``read``."""
+        k, method = self.num_launched, self.job.method
         self.num_examples += gradient.num_examples
-        k, method = len(self.steps), self.job.method
+        self.num_launched += 1
         rate = method.learning_rate * learning_rate_factor(k, self.num_steps, method)
+        self._unread.append(
+            take_step(k, self.job.parameters, self.optimizer, gradient, method.max_grad_norm, rate, observer)
+        )
+
+    def read(self) -> None:
+        """Read what the steps did: of all but the one that was launched last, or of all once none is left."""
+        while len(self._unread) > (self.num_left > 0):
+            try:
+                self.steps.append(self._unread.pop(0).read())
+            except TrainingDivergedError as error:
+                self.diverged = error
+                self._unread.clear()
+
+
+class _Training:
+    """Adapters that join, make their steps side by side, and leave; see ``train_adapters``."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        jobs: Iterable[Job],
+        observer: Observer | None,
+        progress: ProgressCallback,
+        slots: Slots | None = None,
+        finished: Callable[[Job, Outcome], None] | None = None,
+    ) -> None:
+        self._loaded, self._observer, self._progress = loaded, observer, progress
+        self._slots, self._finished = slots, finished
+        self._waiting = iter(jobs)
+        self._accumulator = GradientAccumulator(loaded, [], observer)
+        self._trainees: dict[int, _Trainee] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        self._num_taken = self._num_steps = 0
+
+    def run(self) -> list[Outcome]:
+        on_gpu = self._loaded.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._loaded.device)
         try:
-            self.steps.append(
-                take_step(k, self.job.parameters, self.optimizer, gradient, method.max_grad_norm, rate, observer)
-            )
-        except TrainingDivergedError as error:
-            self.diverged = error
+            with torch.random.fork_rng(devices=[self._loaded.device] if on_gpu else []):
+                while self._fill_slots():
+                    self._train()
+                    self._let_go()
+        finally:
+            self._loaded.model.eval()
+            self._accumulator.restore()
+        return [outcome for _, outcome in sorted(self._outcomes.items())]
 
+    def _fill_slots(self) -> bool:
+        """Take in those for whom there is room; returns whether anybody is in training."""
+        while self._has_room() and (job := next(self._waiting, None)):
+            number = self._num_taken
+            self._num_taken += 1
+            try:
+                num_backoffs = self._accumulator.budget.num_backoffs
+                trainee = _Trainee(job, number, self._loaded.device, num_backoffs)
+                self._trainees[self._accumulator.add(job)] = trainee
+            except UserError as error:
+                self._finish(job, number, error)
+        return bool(self._trainees)
 
-def _train(
-    loaded: LoadedModel, trainees: Sequence[_Trainee], observer: Observer | None, progress: ProgressCallback
-) -> list[TrainingResult | TrainingDivergedError]:
-    accumulator = GradientAccumulator(loaded, [t.job for t in trainees], observer)
-    num_steps, on_gpu = max(t.num_steps for t in trainees), loaded.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(loaded.device)
-    for parameter in (p for t in trainees for p in t.job.parameters):
-        parameter.requires_grad_(True)  # PEFT leaves it on for one adapter only
-    use_onednn = sum(count_tokens(t.job, t.num_steps) for t in trainees) >= ONEDNN_FROM_TOKENS
-    started = time.perf_counter()
-    loaded.model.train()
-    try:
+    def _has_room(self) -> bool:
+        jobs = [t.job for t in self._trainees.values()]
+        return not jobs or self._slots is None or len(jobs) < self._slots(jobs)
+
+    def _train(self) -> None:
+        """Make steps until one of the adapters is done, or there may be room for more of them."""
+        trainees, budget = self._trainees.values(), self._loaded.training_token_budget
+        for parameter in (p for t in trainees for p in t.job.parameters):
+            parameter.requires_grad_(True)  # PEFT leaves it on for one adapter only
+        num_steps = min(t.num_left for t in trainees)
+        use_onednn = sum(count_tokens(t.job, num_steps) for t in trainees) >= ONEDNN_FROM_TOKENS
+        self._loaded.model.train()
         with (
-            accumulator.ready(),
-            onednn_linears(loaded.model, CPU_TOKEN_BUDGET, with_backward=True)
+            self._accumulator.ready(),
+            onednn_linears(self._loaded.model, CPU_TOKEN_BUDGET, with_backward=True)
             if use_onednn
             else contextlib.nullcontext(),
-            torch.random.fork_rng(devices=[loaded.device] if on_gpu else []),
         ):
-            for k in range(num_steps):
-                batches = {i: next(t.order) for i, t in enumerate(trainees) if t.is_training}
-                if not batches:
-                    break
-                for i, gradient in accumulator.backward(batches, k).items():
-                    trainees[i].step(gradient, observer)
-                    work_counts.supervised_tokens += gradient.num_supervised
-                progress(ProgressStage.TRAIN, k + 1, num_steps)
-    finally:
-        loaded.model.eval()
-        accumulator.restore()
-    seconds = time.perf_counter() - started
-    num_tokens = sum(step.num_tokens for t in trainees for step in t.steps)
-    return [
-        t.diverged or TrainingResult(_summarize(t, accumulator, seconds / max(1, num_tokens), loaded.device), t.steps)
-        for t in trainees
-    ]
+            while all(t.num_left for t in trainees) and self._loaded.training_token_budget == budget:
+                self._step()
+        self._loaded.model.eval()
+
+    def _step(self) -> None:
+        """One step of each adapter. The numbers of the step before are read while the GPU is at this one."""
+        started = time.perf_counter()
+        gradients = self._accumulator.backward({i: (t.num_launched, next(t.order)) for i, t in self._trainees.items()})
+        for i, gradient in gradients.items():
+            self._trainees[i].launch(gradient, self._observer)
+            work_counts.supervised_tokens += gradient.num_supervised
+        for trainee in self._trainees.values():
+            trainee.read()
+        seconds_a_token = (time.perf_counter() - started) / sum(g.num_tokens for g in gradients.values())
+        for i, gradient in gradients.items():
+            trainee = self._trainees[i]
+            trainee.seconds += gradient.num_tokens * seconds_a_token
+            trainee.most_beside = max(trainee.most_beside, len(gradients))
+        self._num_steps += 1
+        num_left = max(t.num_left for t in self._trainees.values())
+        self._progress(ProgressStage.TRAIN, self._num_steps, self._num_steps + num_left)
+
+    def _let_go(self) -> None:
+        """Have those who are done leave."""
+        for index in [i for i, t in self._trainees.items() if not t.num_left]:
+            trainee = self._trainees.pop(index)
+            outcome = trainee.diverged or TrainingResult(_summarize(trainee, self._accumulator), trainee.steps)
+            self._accumulator.remove(index)
+            self._finish(trainee.job, trainee.number, outcome)
+
+    def _finish(self, job: Job, number: int, outcome: Outcome) -> None:
+        self._outcomes[number] = outcome
+        if self._finished:
+            self._finished(job, outcome)
 
 
-def take_step(
-    k: int,
-    parameters: Sequence[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    gradient: StepGradient,
-    max_grad_norm: float,
-    learning_rate: float | None = None,
-    observer: Observer | None = None,
-) -> Step:
-    """Optimizer step ``k``, from 0, with the gradient that is in the parameters: clip it, update, and reset it.
-
-    Args:
-        gradient: the loss and the token counts of that gradient.
-        learning_rate: by default the optimizer's own.
-
-    Raises:
-        TrainingDivergedError: the loss or the gradient became infinite or NaN.
-    """
-    if observer:
-        observer.before_clipping()
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    if not math.isfinite(gradient.loss) or not math.isfinite(norm):
-        raise TrainingDivergedError(f"the loss became {gradient.loss} at step {k + 1}: lower --learning-rate")
-    if learning_rate is not None:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-    optimizer.step()
-    rate = float(optimizer.param_groups[0]["lr"])
-    step = Step(k + 1, gradient.loss, norm, rate, gradient.num_tokens, gradient.num_supervised)
-    if observer:
-        observer.after_step(step)
-    optimizer.zero_grad(set_to_none=True)
-    return step
-
-
-def _make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], method: Method, device: torch.device
-) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters,
-        lr=method.learning_rate,
-        betas=(method.adam_beta1, method.adam_beta2),
-        weight_decay=method.weight_decay,
-        fused=device.type == "cuda",
-    )
-
-
-def _summarize(
-    trainee: _Trainee, accumulator: GradientAccumulator, seconds_a_token: float, device: torch.device
-) -> TrainingMetrics:
-    steps = trainee.steps
+def _summarize(trainee: _Trainee, accumulator: GradientAccumulator) -> TrainingMetrics:
+    steps, seconds = trainee.steps, trainee.seconds
     num_tokens = sum(s.num_tokens for s in steps)
-    seconds = num_tokens * seconds_a_token
     return TrainingMetrics(
         train_initial_loss=steps[0].loss,
         train_final_loss=steps[-1].loss,
@@ -292,11 +347,11 @@ def _summarize(
         train_samples_per_second=trainee.num_examples / seconds,
         train_steps_per_second=len(steps) / seconds,
         train_tokens_per_second=num_tokens / seconds,
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=peak_memory_bytes(accumulator.loaded.device),
         micro_batch_size=accumulator.fullest,
-        num_oom_backoffs=accumulator.budget.num_backoffs,
+        num_oom_backoffs=accumulator.budget.num_backoffs - trainee.num_backoffs_before,
         packed=accumulator.packed,
-        num_adapters=len(accumulator.jobs),
+        num_adapters=trainee.most_beside,
         train_notes=_note(trainee, accumulator.loaded),
     )
 

@@ -33,8 +33,8 @@ def gradient_of(loaded, encoded, method, packed, budget=10**6):
     loaded.model.train()
     try:
         with step.ready():
-            found = step.backward({0: range(len(encoded))}, 0)[0]
-        return found.loss, [p.grad.clone() for p in parameters], step.fullest
+            found = step.backward({0: (0, range(len(encoded)))})[0]
+        return float(found.loss), [p.grad.clone() for p in parameters], step.fullest
     finally:
         step.restore()
         loaded.detach()

@@ -81,7 +81,7 @@ def test_a_minibatch_keeps_what_is_said(folder, dropout):
     passes = GradientAccumulator(loaded, [Job(parameters, [example], method, 0)], None)
     loaded.model.train()
     with passes.ready(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        passes.backward({0: [0]}, 0)
+        passes.backward({0: (0, [0])})
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     adapter = estimate.ADAPTER_BYTES * sum(p.numel() for p in parameters)
     said = estimate.training_bytes(shape, method, num_tokens, CPU, checkpointing=False)

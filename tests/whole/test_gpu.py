@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_pefts_own_forward_pass(load, quantization):
     runner = GradientAccumulator(loaded, [Job(parameters, encoded, method, 0, loaded.active_adapter)], None)
     loaded.model.train()
     with runner.ready():
-        ours = runner.backward({0: range(8)}, 0)[0].loss
+        ours = float(runner.backward({0: (0, range(8))})[0].loss)
     gradient = torch.cat([p.grad.flatten() for p in parameters])
     runner.restore()
     loaded.model.eval()
@@ -120,7 +120,7 @@ def test_checkpoints_change_nothing_but_memory(load):
             return checkpointing and not loaded.model.is_gradient_checkpointing
 
         with runner.ready(), refused(loaded, refuse):
-            curves.append([runner.backward({0: range(k, k + 8)}, k)[0].loss for k in range(3)])
+            curves.append([float(runner.backward({0: (k, range(k, k + 8))})[0].loss) for k in range(3)])
         assert loaded.model.is_gradient_checkpointing == checkpointing
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         runner.restore()
@@ -155,7 +155,7 @@ def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
     loaded.model.train()
     try:
         with runner.ready():
-            runner.backward({0: range(400)}, 0)
+            runner.backward({0: (0, range(400))})
     finally:
         hook.remove()
         loaded.model.eval()
