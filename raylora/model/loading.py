@@ -1,4 +1,4 @@
-"""Loads the base model, quantized, and its tokenizer. Only this module and ``int8`` use bitsandbytes.
+"""Loads the base model, quantized, and its tokenizer. bitsandbytes is used here, in ``int8``, ``nf4`` and ``kernels``.
 
 Parameters that are not quantized have the compute dtype in every evaluation and training: float32 on a CPU, bfloat16
 on a GPU. PEFT's ``prepare_model_for_kbit_training`` is not used: it casts them to float32, which changes the base's
