@@ -56,13 +56,12 @@ def load(device, tiny_model_folder):
 
 def keep_of(loaded, seed: int) -> torch.Tensor:
     """What dropout keeps of the first module's input, on the CPU."""
-    loaded.attach(METHOD, 0)
+    loaded.attach(METHOD.model_copy(update={"lora_dropout": 0.3}), 0)
     try:
-        adapters = AdapterProducts(loaded, ["default"])
+        products = AdapterProducts(loaded, 1, 1)
+        products.hold(["default"])
         spans = [Span(0, 7, "default", seed), Span(7, 12, "default", seed + 1)]
-        adapters.expect(spans, 12)
-        rows = torch.zeros(12, 64, device=loaded.device)
-        return adapters.slice_of(rows, spans, 0, 0.3, 1.0).keep.cpu()
+        return products.rows_of(spans, 12).on(loaded.device).mask(0, 64).cpu()
     finally:
         loaded.detach()
 
