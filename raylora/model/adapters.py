@@ -55,6 +55,8 @@ class LoadedModel:
     """The base's losses on texts of general knowledge (``ExampleLoss``), measured once; None before that."""
     training_tokens: int | None = field(default=None, repr=False)
     """Tokens that a training's minibatch may have on this GPU; None until a training has measured it."""
+    graphs: bool = True
+    """Whether a training's passes are captured as CUDA graphs, on a GPU."""
 
     @property
     def device(self) -> torch.device:
