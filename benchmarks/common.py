@@ -79,7 +79,7 @@ def build(shape: str, quantization: str) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], name_or_path=shape))
     finally:
         torch.set_default_dtype(torch.float32)
     if (config := quantization_config(quantization, dtype)) is not None:
