@@ -24,7 +24,8 @@ from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_mod
 log = logging.getLogger("raylora")
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    """How transformers is to quantize a model while it reads it; None: not at all."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
@@ -86,7 +87,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     if options.max_memory:
         limits = {int(k) if k.isdigit() else k: v for k, v in options.max_memory.items()}
         given = {"device_map": "auto", "max_memory": limits}
-    if quantization := _quantization_config(options.quantization, dtype):
+    if quantization := quantization_config(options.quantization, dtype):
         # Not None: that would replace what the configuration of stored int8 weights says, and their scales are lost.
         given["quantization_config"] = quantization
     try:
@@ -110,6 +111,17 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
                 "safetensors, or give --allow-pickle if you trust who made them"
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
+    return wrap_model(model, tokenizer, source, options)
+
+
+def wrap_model(model: Any, tokenizer: Any, source: str, options: ModelOptions) -> LoadedModel:
+    """A model that was just read, or made on the spot, as ``load_model`` returns it.
+
+    Args:
+        model: on its device, its matrices quantized by ``quantization_config``.
+        source: where it was read from.
+        options: that it was read with.
+    """
     if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
         from raylora.model.int8 import make_weight_only
 
