@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raylora.data.minibatch import pack_rows, pad_left
@@ -61,8 +61,9 @@ def _attend_in_blocks(
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
 
 
+# Without an entry in AttentionMaskInterface: transformers then makes no mask. With one it would look for packed rows in
+# the position ids before each pass, for which the CPU waits until the GPU has done all passes before.
 AttentionInterface.register(BLOCKS, _attend_in_blocks)
-AttentionMaskInterface.register(BLOCKS, lambda *args, **kwargs: None)
 
 
 @contextlib.contextmanager
