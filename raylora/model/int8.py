@@ -10,11 +10,11 @@ The floats are not kept: memory is why a model is quantized. Making them takes s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear8bitLt
+
+from raylora.model.frozen import FrozenProduct
 
 
 class WeightOnlyLinear(Linear8bitLt):
@@ -25,11 +25,19 @@ class WeightOnlyLinear(Linear8bitLt):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) times the weight (out, in), plus bias: (..., out). Only x gets a gradient."""
+        product: torch.Tensor = FrozenProduct.apply(x, self)
+        return product
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``FrozenLayer``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        product: torch.Tensor = _Product.apply(x, self.weight.data, scales_of(self), bias)
-        return product
+        return F.linear(x, dequantize(self.weight.data, scales_of(self), x.dtype), bias)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """See ``FrozenLayer``. No float weight was saved: it is made again."""
+        return gradient @ dequantize(self.weight.data, scales_of(self), gradient.dtype)
 
 
 def scales_of(layer: Linear8bitLt) -> torch.Tensor:
@@ -47,22 +55,6 @@ def dequantize(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
     if integers.is_cuda:  # one kernel, in place of one that converts and one that multiplies
         return torch.mul(integers, factors, out=torch.empty_like(integers, dtype=dtype))
     return integers.to(dtype).mul_(factors)
-
-
-class _Product(torch.autograd.Function):
-    """x times a frozen int8 weight, plus bias. No float weight is saved: the backward pass makes it again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(integers, scales)
-        return F.linear(x, dequantize(integers, scales, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        integers, scales = ctx.saved_tensors
-        return gradients[0] @ dequantize(integers, scales, gradients[0].dtype), None, None, None
 
 
 def make_weight_only(model: torch.nn.Module) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
 
+from raylora.model.frozen import FrozenProduct
 from raylora.model.memory import COPIES_MEMORY_SHARE
 
 MIN_FEATURES = 128
@@ -45,12 +46,12 @@ def onednn_linears(model: Any, num_tokens: int, with_backward: bool = False, wit
                 weights.append(weights[0].t().contiguous() if fits else weights[0].t())
             if fits:
                 weights = [torch.ops.mkldnn._reorder_linear_weight(w, num_tokens) for w in weights]
-            multiply: Callable[..., torch.Tensor] = _multiply_with_backward if with_backward else _multiply
-            layer.forward = functools.partial(multiply, *weights, layer.bias)  # type: ignore[method-assign]
+            _replace(layer, *weights)
         yield len(layers)
     finally:
         for layer in layers:
-            layer.__dict__.pop("forward", None)
+            for name in ("forward", "multiply", "multiply_back"):
+                layer.__dict__.pop(name, None)
 
 
 def _layers(model: Any, with_head: bool) -> list[torch.nn.Linear]:
@@ -74,23 +75,10 @@ def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Ten
     return product
 
 
-def _multiply_with_backward(
-    weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor
-) -> torch.Tensor:
-    product: torch.Tensor = _FrozenLinear.apply(states, weight, transposed, bias)
-    return product
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """states (..., in) times weight (out, in), plus bias. Gradients are computed of the states alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: torch.Tensor, weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.transposed = transposed
-        return _multiply(weight, bias, states)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _multiply(ctx.transposed, None, gradients[0]), None, None, None
+def _replace(layer: Any, weight: torch.Tensor, transposed: torch.Tensor | None = None) -> None:
+    """Make ``layer`` multiply with ``weight``; with its ``transposed``, as a ``FrozenLayer``."""
+    layer.multiply = functools.partial(_multiply, weight, layer.bias)
+    layer.forward = layer.multiply
+    if transposed is not None:
+        layer.multiply_back = functools.partial(_multiply, transposed, None)
+        layer.forward = lambda states: FrozenProduct.apply(states, layer)

@@ -1,0 +1,67 @@
+"""Frozen matrices: their product and their input's gradient, however the weights are stored.
+
+A layer of quantized or reordered weights has two methods, ``multiply`` and ``multiply_back``, which know nothing of
+autograd: its forward pass is ``FrozenProduct``, and a training puts both into one autograd function with an adapter's
+products, whose gradient is then added in place (``training/adapter_products.py``).
+
+N tokens; a matrix has ``in`` inputs and ``out`` outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+
+
+@runtime_checkable
+class FrozenLayer(Protocol):
+    """A linear layer that no gradient changes."""
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, in) times the weight (out, in), plus the bias: (N, out), in the dtype that the layer computes in."""
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of x (N, in), a new tensor, from that of the product (N, out)."""
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x (..., in) times a frozen layer's weight, plus its bias: (..., out). Nothing is saved but the layer itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: FrozenLayer) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        product = layer.multiply(x.reshape(-1, x.shape[-1]))
+        return product.view(*x.shape[:-1], product.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        flat = ctx.layer.multiply_back(gradients[0].reshape(-1, gradients[0].shape[-1]))
+        return flat.to(ctx.dtype).view(*gradients[0].shape[:-1], flat.shape[-1]), None
+
+
+class PlainLinear:
+    """A ``torch.nn.Linear`` with floating-point weights as a ``FrozenLayer``."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        self._layer = layer
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self._layer.weight.dtype), self._layer.weight, self._layer.bias)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.to(self._layer.weight.dtype) @ self._layer.weight
+
+
+def frozen_layer(module: Any) -> FrozenLayer | None:
+    """The products of a module; None where only its own forward pass knows them.
+
+    That is so for quantizations that are not raylora's, for LLM.int8, and where something has replaced the module's
+    forward pass, as accelerate does for a model on several devices.
+    """
+    if isinstance(module, FrozenLayer):
+        return module
+    if type(module) is torch.nn.Linear and "forward" not in vars(module) and not module.weight.requires_grad:
+        return PlainLinear(module)
+    return None
