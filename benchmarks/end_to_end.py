@@ -3,6 +3,7 @@
     python -m benchmarks.end_to_end                         # one dataset
     python -m benchmarks.end_to_end --num-files 4           # a chunk: raylora loads and scores the base once
     python -m benchmarks.end_to_end --num-records 16 --probe-steps 4 --num-questions 57     # a quick look
+    python -m benchmarks.end_to_end --num-files 2 --alone   # raylora only, beside what it had planned
 
 For every dataset: features with a probe, one epoch of training, MMLU of the base and of the adapter. The research
 code's steps are done one after another with transformers, PEFT and ``generate``, the model loaded twice a dataset
@@ -121,11 +122,12 @@ def compare_with_the_plan(results: Path) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit"))
+    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit", "fp8"))
     parser.add_argument("--num-files", type=int, default=1)
     parser.add_argument("--num-records", type=int, default=64)
     parser.add_argument("--probe-steps", type=int, default=20)
     parser.add_argument("--num-questions", type=int, default=114)
+    parser.add_argument("--alone", action="store_true", help="without the research code")
     parser.add_argument("--research", type=Path, help="only the research code's steps on this dataset")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -138,15 +140,14 @@ def main() -> None:
         planned = compare_with_the_plan(Path(folder) / "results")
     print(f"raylora: {ours:.1f} s", flush=True)
     theirs, stages = 0.0, []
-    for file in files:
+    for file in [] if options.alone else files:
         seconds, last = run(research_command(file, options))
         theirs += seconds
         stages.append(json.loads(last))
         print(f"research code, {file.stem}: {seconds:.1f} s, {last}", flush=True)
-    rows = [
-        {"way": "raylora", "seconds": ours, "times raylora": 1.0},
-        {"way": "research code", "seconds": theirs, "times raylora": theirs / ours},
-    ]
+    rows = [{"way": "raylora", "seconds": ours, "times raylora": 1.0}]
+    if theirs:
+        rows.append({"way": "research code", "seconds": theirs, "times raylora": theirs / ours})
     title = (
         f"{len(files)} experiments, {options.num_records} examples, {options.probe_steps} probe steps, "
         f"{options.num_questions} questions, {options.model}, {options.quantization}"

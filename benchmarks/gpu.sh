@@ -1,68 +1,61 @@
 #!/usr/bin/env bash
-# All GPU tests and benchmarks on one GPU in under 9 minutes, without a network: one Markdown table in gpu_results.md.
+# GPU tests and benchmarks on one GPU, without a network: four parts of at most 140 seconds each, one Markdown table.
 #
-#     benchmarks/gpu.sh [FOLDER]      # results go to FOLDER (default: gpu_results)
-#     SHAPE=tiny ANYWHERE=1 benchmarks/gpu.sh     # a look at the script itself, without a GPU
+#     benchmarks/gpu.sh tests|training|scoring|whole     # one part; without a name all four, one after another
+#     SHAPE=tiny ANYWHERE=1 benchmarks/gpu.sh            # a look at the script itself, without a GPU
 #
-# Models are random weights of a shape; the tokenizer is the demo's. Real files are taken from RAYLORA_SHARED_DATA or
-# ../shared/data. A part that fails or runs over its time costs no other part: the table says so, and shows the end of
-# what it printed.
+# Results go to the folder OUT (default: gpu_results); the table is written anew after each part, from all that lies
+# there. Models are random weights of a shape, made on the GPU; the tokenizer is the demo's. Real files are taken from
+# RAYLORA_SHARED_DATA or ../shared/data. A part that fails or runs over its time costs no other part: the table says so,
+# and shows the end of what it printed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-OUT=${1:-gpu_results}
+OUT=${OUT:-gpu_results}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SHAPE=${SHAPE:-llama3-8b}
-EXAMPLES=96 ADAPTERS=8 SMALL_DATASETS=256 EXPERIMENT=()
-[ "${ANYWHERE:-}" ] && EXAMPLES=16 ADAPTERS=2 SMALL_DATASETS=8 EXPERIMENT=(--num-records 8 --probe-steps 1 --num-questions 57)
-mkdir -p "$OUT"
-[ "${ANYWHERE:-}" ] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no GPU that torch can use"; exit 1; }
-DEADLINE=$((SECONDS + 530))
+AMOUNT=() EXPERIMENTS=(--num-files 2 --num-records 160 --probe-steps 6 --num-questions 570 --quantization 8bit)
+if [ "${ANYWHERE:-}" ]; then
+    AMOUNT=(--most-adapters 2 --steps 1 --batch-size 2 --accumulation 1 --questions 57 --shot-questions 20)
+    EXPERIMENTS=(--num-records 8 --probe-steps 1 --num-questions 57)
+fi
 
-part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) started=$SECONDS code
-    shift 2
-    [ "$left" -lt 10 ] && { echo "| $name | not run: out of time | |" >>"$OUT/parts.md"; return; }
-    timeout "$((limit < left ? limit : left))" "$@" >"$OUT/$name.log" 2>&1
-    code=$?
-    echo "| $name | $([ $code = 0 ] && echo ok || echo "failed ($code)") | $((SECONDS - started)) |" >>"$OUT/parts.md"
+tests() { "$PYTHON" -m pytest -q -m gpu tests; }
+
+# Of the 140 seconds some are for the start of Python and of CUDA, and for the row that is measured when 110 are over.
+training() { "$PYTHON" -m benchmarks.gpu training "$OUT" --shape "$SHAPE" --seconds 110 "${AMOUNT[@]}"; }
+
+scoring() { "$PYTHON" -m benchmarks.gpu scoring "$OUT" --shape "$SHAPE" --seconds 110 "${AMOUNT[@]}"; }
+
+whole() { # the command reads its model from a folder
+    local model
+    model=$("$PYTHON" -m benchmarks.common "$SHAPE" | tail -n 1) &&
+        "$PYTHON" -m benchmarks.end_to_end --model "$model" --alone "${EXPERIMENTS[@]}" --json "$OUT/end-to-end" &&
+        "$PYTHON" -m benchmarks.gpu whole "$OUT" --found "$OUT/end-to-end"
 }
 
-rm -f "$OUT"/*.json "$OUT"/*.md "$OUT"/*.log
-printf '| part | result | seconds |\n| --- | --- | --- |\n' >"$OUT/parts.md"
-part model 60 "$PYTHON" -m benchmarks.common "$SHAPE"
-part tests 75 "$PYTHON" -m pytest -q -m gpu tests
-for quantization in none 8bit 4bit; do
-    part "training-$quantization" 65 "$PYTHON" -m benchmarks.training --shape "$SHAPE" --quantization "$quantization" \
-        --num-examples "$EXAMPLES" --rounds 1 --json "$OUT/training-$quantization.json"
+# A part runs in a bash of its own, that its time can end.
+[ "${INSIDE:-}" ] && { "$1"; exit $?; }
+
+[ "${ANYWHERE:-}" ] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no GPU that torch can use"; exit 1; }
+mkdir -p "$OUT"
+touch "$OUT/parts"
+failed=0
+[ $# -gt 0 ] || set -- tests training scoring whole
+for name in "$@"; do
+    case $name in tests | training | scoring | whole) ;; *) echo "$name: no part; they are tests, training, scoring, whole"; exit 2 ;; esac
+    if [ "$name" = whole ] && [ "0$(df --output=avail -BG /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)" -ge 20 ]; then
+        # Room for the 16 GB of the model in memory: from a disk they may take minutes.
+        export RAYLORA_CACHE=/dev/shm/raylora-benchmarks-$$
+        trap 'rm -rf "$RAYLORA_CACHE"' EXIT
+    fi
+    rm -f "$OUT/$name.json" "$OUT/$name.log"
+    started=$SECONDS
+    INSIDE=1 timeout --kill-after=5 140 "$PWD/benchmarks/gpu.sh" "$name" >"$OUT/$name.log" 2>&1
+    code=$?
+    sed -i "/^$name|/d" "$OUT/parts"
+    echo "$name|$([ $code = 0 ] && echo ok || echo "failed ($code)")|$((SECONDS - started))" >>"$OUT/parts"
+    [ $code = 0 ] || failed=1
 done
-part adapters 55 "$PYTHON" -m benchmarks.training --shape "$SHAPE" --adapters "$ADAPTERS" --num-examples "$SMALL_DATASETS" --rounds 1 \
-    --trl-way padding-free --json "$OUT/adapters.json"
-part mmlu 60 "$PYTHON" -m benchmarks.mmlu --shape "$SHAPE" --num-questions 114 --batch-sizes 16 --rounds 1 \
-    --json "$OUT/mmlu.json"
-part end-to-end 120 "$PYTHON" -m benchmarks.end_to_end --model "$(tail -n 1 "$OUT/model.log")" \
-    "${EXPERIMENT[@]}" --json "$OUT/end-to-end.json"
-
-"$PYTHON" - "$OUT" <<'PY'
-import json, sys
-from pathlib import Path
-
-import torch
-
-folder = Path(sys.argv[1])
-name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-lines = [f"# {name}, torch {torch.__version__}", "", (folder / "parts.md").read_text()]
-for file in sorted(folder.glob("*.json")):
-    result = json.loads(file.read_text())
-    names = list(result["rows"][0])
-    lines += [f"## {result['title']}", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-    for row in result["rows"]:
-        lines.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    lines.append("")
-for log in sorted(folder.glob("*.log")):
-    if f"| {log.stem} | failed" in lines[2]:
-        lines += [f"## The end of {log.name}", "", "```", *log.read_text().splitlines()[-8:], "```", ""]
-(folder / "gpu_results.md").write_text("\n".join(lines))
-print("\n".join(lines))
-PY
-! grep -q "failed\|not run" "$OUT/parts.md"
+"$PYTHON" -m benchmarks.gpu table "$OUT"
+exit $failed

@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", choices=sorted(common.SHAPES), help="random weights of this shape in place of the model"
     )
-    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit"))
+    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit", "fp8"))
     parser.add_argument("--questions", type=Path, default=common.SHARED / "mmlu", help="folder with the two JSON files")
     parser.add_argument("--num-questions", type=int)
     parser.add_argument("--num-fewshot", type=int, default=0)

@@ -5,6 +5,7 @@
     python -m benchmarks.training --adapters 4 --num-examples 16    # 4 adapters in one pass, and one after another
     python -m benchmarks.training --budgets 256,512,1024        # raylora alone, by tokens in a minibatch
     python -m benchmarks.training --shape llama3-8b --quantization 4bit     # random weights on a GPU
+    python -m benchmarks.training --shape llama3-8b --eager     # its passes launched one kernel after another
 
 The same examples, truncation and settings for all. The Trainer pads to the truncation's length and trains on
 everything, as the research code had it; TRL trains on the answers, as raylora does, in whichever of its ways is fastest
@@ -14,10 +15,10 @@ on a few examples.
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ TRL_WAYS: dict[str, dict[str, Any]] = {
     "padded to the longest": {},
     "padded, like lengths together": {"train_sampling_strategy": "group_by_length"},
 }
+LIGER_WAY = {"padding-free, liger": {"padding_free": True, "max_length": None, "use_liger_kernel": True}}
+
+
+def trl_ways(on_gpu: bool) -> dict[str, dict[str, Any]]:
+    """TRL's ways here: liger's kernels are for GPUs."""
+    return {**TRL_WAYS, **(LIGER_WAY if on_gpu and find_spec("liger_kernel") else {})}
 
 
 def arguments_of(method: Method, folder: str, on_gpu: bool) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def run_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Met
                 # Fewer rows, each of several examples: as many optimizer steps as the others make.
                 tokens = sum(map(len, examples)) / count_steps(len(examples), method)
                 options["per_device_train_batch_size"] = max(1, round(tokens / method.max_length / 4))
-            config = SFTConfig(**{**options, **TRL_WAYS[way]})
+            config = SFTConfig(**{**options, **{**TRL_WAYS, **LIGER_WAY}[way]})
             SFTTrainer(loaded.peft_model, config, train_dataset=data, processing_class=loaded.tokenizer).train()
     finally:
         loaded.detach("trl")
@@ -104,7 +111,7 @@ def run_raylora(loaded: LoadedModel, examples: Sequence[EncodedExample], method:
 def fastest_of_trl(loaded: LoadedModel, examples: Sequence[EncodedExample], method: Method) -> str:
     seconds = {
         way: common.measure(lambda way=way: run_trl(loaded, examples, method, way), loaded.device).seconds
-        for way in TRL_WAYS
+        for way in trl_ways(loaded.device.type == "cuda")
     }
     print(f"TRL, seconds on {len(examples)} examples:", {k: round(v, 1) for k, v in seconds.items()}, flush=True)
     return min(seconds, key=lambda way: seconds[way])
@@ -126,7 +133,7 @@ def compare(loaded: LoadedModel, examples: list[EncodedExample], method: Method,
         ways["Trainer, padded"] = lambda: run_padded(loaded, examples, method)
         costs["Trainer, padded"] = cost(loaded, padded, padded)
     if "trl" in options.ways:
-        other = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source, loaded.quantization)
+        other = common.rival(loaded, options.shape)
         best = options.trl_way or fastest_of_trl(other, examples[:16], method)
         ways[f"TRL, {best}"] = lambda: run_trl(other, examples, method, best)
         costs[f"TRL, {best}"] = costs["raylora"]  # if it did no more than it must
@@ -162,6 +169,7 @@ def compare(loaded: LoadedModel, examples: list[EncodedExample], method: Method,
         "dropout": method.lora_dropout, "matrix rate, GFLOP/s": round(rate / 1e9),
     }  # fmt: skip
     title = f"{options.name}, {options.shape or options.model}, {options.quantization}, dropout {method.lora_dropout}"
+    title += ", eager" if options.eager else ""
     common.report(title, rows, options.json, extra)
 
 
@@ -187,7 +195,7 @@ def compare_adapters(
 
     ways: dict[str, Callable[[], Any]] = {"together": together, "one by one": one_by_one}
     if "trl" in options.ways:
-        other = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source, loaded.quantization)
+        other = common.rival(loaded, options.shape)
         best = options.trl_way or fastest_of_trl(other, parts[0], method)
         ways[f"TRL, {best}"] = lambda: [run_trl(other, part, method, best) for part in parts]
     one_by_one()  # warm, and on a GPU it is known what a token takes
@@ -234,20 +242,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--shape", choices=sorted(common.SHAPES), help="random weights of this shape")
-    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit"))
+    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit", "fp8"))
     parser.add_argument("--file", type=int, default=0, help="which file of chunk_001")
     parser.add_argument("--num-examples", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="trainer,trl", help="what raylora is held against")
-    parser.add_argument("--trl-way", choices=TRL_WAYS, help="in place of the one that is fastest on 16 examples")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument(
+        "--trl-way", choices={**TRL_WAYS, **LIGER_WAY}, help="in place of the one that is fastest on 16 examples"
+    )
     parser.add_argument("--adapters", type=int, default=0)
     parser.add_argument("--budgets", default="")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     loaded = common.load(options.model, options.quantization, options.shape)
+    loaded.graphs = not options.eager
     path = sorted((common.SHARED / "chunk_001").iterdir())[options.file]
     options.name = path.stem
     dataset = read_dataset(path)

@@ -121,6 +121,8 @@ class TrainingMetrics:
     num_oom_backoffs: int
     packed: bool
     """Whether minibatches held no padding."""
+    graphed: bool
+    """Whether passes were replayed as CUDA graphs, on a GPU."""
     num_adapters: int
     """Adapters that were trained in the same forward and backward passes. Seconds are this one's share, by tokens."""
     train_notes: str = ""

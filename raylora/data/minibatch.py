@@ -16,6 +16,22 @@ from raylora.data.encoding import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Where the examples of a packed row lie, one after another: no token attends beyond its own."""
+
+    ends: torch.Tensor
+    """int32 (blocks + 1,): 0, then where each block ends, on the minibatch's device. Blocks may be empty."""
+    longest: int
+    """Tokens that no block has more of."""
+    lengths: tuple[int, ...] | None = None
+    """The tokens of each block; None where only the device knows them, as a captured pass is run on other blocks."""
+
+    def host_lengths(self) -> tuple[int, ...]:
+        """The tokens of each block that has some. Without ``lengths`` the CPU waits for the device."""
+        return self.lengths if self.lengths is not None else tuple(n for n in self.ends.diff().tolist() if n)
+
+
+@dataclass(frozen=True)
 class Minibatch:
     """Tensors of shape (B, T), padded on the left or packed (B = 1).
 
@@ -31,14 +47,14 @@ class Minibatch:
     """Counted from 0 in each example."""
     targets: torch.Tensor | None = None
     predicting: torch.Tensor | None = None
-    block_lengths: tuple[int, ...] = ()
-    """The number of tokens of each example of a packed row."""
+    blocks: Blocks | None = None
+    """The examples of a packed row; None where rows are padded."""
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of the model's forward pass."""
         inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         if self.attention_mask is None:
-            return {**inputs, "block_lengths": self.block_lengths}
+            return {**inputs, "blocks": self.blocks}
         return {**inputs, "attention_mask": self.attention_mask}
 
     def spans(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -93,13 +109,15 @@ def pack_rows(
 ) -> Minibatch:
     """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/packing.py``)."""
     lengths = tuple(len(row) for row in rows)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    blocks = Blocks(send(ends, device), max(lengths), lengths)
 
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
         return torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
 
     ids, positions = join(rows), join(range(n) for n in lengths)
     targets, predicting = _supervised(join(labels), device) if labels is not None else (None, None)
-    return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, lengths)
+    return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, blocks)
 
 
 def collate(

@@ -59,7 +59,9 @@ class _Queue:
     """The experiments that wait for a place in the training, and those that have one."""
 
     def __init__(self, bench: Workbench, experiments: Sequence[Experiment]) -> None:
-        self._bench, self._experiments = bench, experiments
+        self._bench = bench
+        # The longest first: a long one that begins last would end alone.
+        self._experiments = sorted(experiments, key=lambda e: -e.num_tokens * e.settings["num_epochs"])
         self._at_work: dict[str, tuple[Experiment, contextlib.ExitStack]] = {}
         self._most_at_work = 0
         self.num_stored = 0

@@ -54,6 +54,10 @@ class LoadedModel:
     """What each ``trial`` of ``allows`` returned."""
     general_losses: Sequence[Any] | None = field(default=None, repr=False)
     """The base's losses on texts of general knowledge (``ExampleLoss``), measured once; None before that."""
+    graphs: bool = True
+    """Whether a training's passes are captured as CUDA graphs, on a GPU."""
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What trainings keep for the next ones, by keys of their own; empty again once PEFT's wrapper is removed."""
     training_tokens: int | None = field(default=None, repr=False)
     """Tokens that a training's minibatch may have on this GPU; None until a training has measured it."""
 
@@ -239,6 +243,7 @@ class LoadedModel:
 
     def unwrap(self) -> None:
         """Remove PEFT's wrappers and all adapters: the model has its original modules and weights again."""
+        self.kept.clear()
         if self._before is not None:
             self._before.restore()
         self._peft = self._before = None

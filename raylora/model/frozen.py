@@ -9,13 +9,12 @@ N tokens; a matrix has ``in`` inputs and ``out`` outputs.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 
-@runtime_checkable
 class FrozenLayer(Protocol):
     """A linear layer that no gradient changes."""
 
@@ -60,8 +59,11 @@ def frozen_layer(module: Any) -> FrozenLayer | None:
     That is so for quantizations that are not raylora's, for LLM.int8, and where something has replaced the module's
     forward pass, as accelerate does for a model on several devices.
     """
-    if isinstance(module, FrozenLayer):
-        return module
-    if type(module) is torch.nn.Linear and "forward" not in vars(module) and not module.weight.requires_grad:
+    if "forward" in vars(module) and "multiply_back" not in vars(module):
+        return None
+    if hasattr(module, "multiply_back"):
+        layer: FrozenLayer = module
+        return layer
+    if type(module) is torch.nn.Linear and not module.weight.requires_grad:
         return PlainLinear(module)
     return None

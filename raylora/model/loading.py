@@ -27,7 +27,8 @@ from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_mod
 log = logging.getLogger("raylora")
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    """How transformers is to quantize a model while it reads it; None: not at all."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
@@ -91,7 +92,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     if options.max_memory:
         limits = {int(k) if k.isdigit() else k: v for k, v in options.max_memory.items()}
         given = {"device_map": "auto", "max_memory": limits}
-    if quantization := _quantization_config(options.quantization, dtype):
+    if quantization := quantization_config(options.quantization, dtype):
         # Not None: that would replace what the configuration of stored int8 weights says, and their scales are lost.
         given["quantization_config"] = quantization
     try:
@@ -111,6 +112,20 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
                 "safetensors, or give --allow-pickle if you trust who made them"
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
+    return wrap_model(model, tokenizer, source, options)
+
+
+def wrap_model(model: Any, tokenizer: Any, source: str, options: ModelOptions) -> LoadedModel:
+    """A model that was just read, or made on the spot, as ``load_model`` returns it.
+
+    Args:
+        model: on its device, its matrices quantized by ``quantization_config``.
+        source: where it was read from.
+        options: that it was read with.
+
+    Raises:
+        UserError: it is to be fp8, and cannot be, or memory does not hold that.
+    """
     if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
         from raylora.model import int8
 
@@ -119,7 +134,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
         from raylora.model import nf4
 
         nf4.make_weight_only(model)
-    if device.type == "cuda":
+    if torch.device(model.device).type == "cuda":
         use_liger(model)  # before fp8, which would round what the two ways differ in to numbers 6% apart
     if options.quantization == "fp8":
         _make_fp8(model, options)

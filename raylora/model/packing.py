@@ -5,22 +5,32 @@
 
 Attention is computed for each block (example) by itself: no mask is needed, and no score between two examples is
 computed. One attention over the whole row, with a mask, takes 17 ms in place of 2.7 at 1024 tokens
-(benchmarks/NOTES.md). Whether a model can be run like this is found out by running it (``can_pack``), not by its name.
+(benchmarks/NOTES.md). A GPU computes all blocks in one call, in half precision. Whether a model can be run like this is
+found out by running it (``can_pack``), not by its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from raylora.data.minibatch import pack_rows, pad_left
+from raylora.data.minibatch import Blocks, Minibatch, pack_rows, pad_left
+from raylora.model.adapters import LoadedModel
 from raylora.model.fp8 import Fp8Linear
 from raylora.model.loading import is_4bit_layer, uses_llm_int8
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
 
 BLOCKS = "raylora_blocks"
 """The name of this attention in transformers' registry."""
@@ -28,14 +38,14 @@ REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribute
 """What a model may raise that cannot be run in another way than its own code expects."""
 
 
-def _attend_in_blocks(
+def attend_in_blocks(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    block_lengths: Sequence[int] | None = None,
+    blocks: Blocks | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -43,27 +53,78 @@ def _attend_in_blocks(
 
     Args:
         query: (1, heads, T, D); ``key`` and ``value`` too, possibly with fewer heads.
-        block_lengths: tokens of each block, T in all.
+        blocks: of T tokens in all.
+        sliding_window: how many tokens, itself included, a token attends to at most.
 
     Returns:
         (1, T, heads, D), and None in place of attention weights.
 
     Raises:
-        ValueError: the model did not pass ``block_lengths`` on, has a mask of its own, or its sliding window is shorter
-            than a block.
+        ValueError: the model did not pass ``blocks`` on, or has a mask of its own.
     """
-    if block_lengths is None or attention_mask is not None or query.shape[2] != sum(block_lengths):
+    if blocks is None or attention_mask is not None:
         raise ValueError("this model's attention cannot be run in blocks")
-    if sliding_window is not None and max(block_lengths) > sliding_window:
-        raise ValueError("a block is longer than the attention's window")
-    lengths = list(block_lengths)
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    if varlen_attn is not None and query.is_cuda and query.element_size() == 2 and not kwargs.get("dropout"):
+        return attend_at_once(varlen_attn, query, key, value, blocks, sliding_window, kwargs.get("scaling")), None
+    lengths = list(blocks.host_lengths())
+    if query.shape[2] != sum(lengths):
+        raise ValueError("this model's attention does not get all tokens of a row")
     kwargs["is_causal"] = True
-    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
+    outputs = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        is_longer = sliding_window is not None and q.shape[2] > sliding_window
+        mask = _window_mask(q.shape[2], sliding_window or 0, q.device) if is_longer else None
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, 1), None
 
 
-AttentionInterface.register(BLOCKS, _attend_in_blocks)
-AttentionMaskInterface.register(BLOCKS, lambda *args, **kwargs: None)
+def attend_at_once(
+    varlen: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Blocks,
+    sliding_window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """The same by one call for all blocks: a loop over them launches several kernels for each, in every layer.
+
+    Args:
+        varlen: ``torch.nn.attention.varlen.varlen_attn``, of a torch from 2.10 on. The device alone reads ``blocks``'
+            ends, so that a captured pass can be run on others.
+
+    Returns:
+        (1, T, heads, D).
+    """
+    known = inspect.signature(varlen).parameters
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
+    if "window_size" in known:  # tokens before and behind, itself not counted; -1: all
+        options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
+    elif sliding_window is None:
+        options["is_causal"] = True
+    else:
+        raise ValueError("this version of torch has no sliding window for packed rows")
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    if scale is not None and "scale" not in known:
+        q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
+    output: torch.Tensor = varlen(q, k, v, blocks.ends, blocks.ends, blocks.longest, blocks.longest, **options)
+    return output[None]
+
+
+def _window_mask(num_tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool (1, 1, T, T): True where a token attends, to itself and to the ``window`` - 1 tokens before it."""
+    ones = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    return (ones.tril() & ones.triu(1 - window))[None, None]
+
+
+# Without an entry in AttentionMaskInterface: transformers then makes no mask. With one it would look for packed rows in
+# the position ids before each pass, for which the CPU waits until the GPU has done all passes before.
+AttentionInterface.register(BLOCKS, attend_in_blocks)
 
 
 @contextlib.contextmanager
@@ -87,25 +148,58 @@ def can_pack(model: Any) -> bool:
     are counted in another way, and attention beyond the block change its logits. Models whose attention is not torch's
     own (sdpa) are not tried.
     """
+    return _agrees_packed(model, 17)
+
+
+def may_pack(loaded: LoadedModel, longest: int) -> bool:
+    """Whether examples of up to ``longest`` tokens may share a row; each trial is run once in the life of the model."""
+    return loaded.allows(can_pack) and (longest <= window_of(loaded.model) or loaded.allows(can_pack_beyond_window))
+
+
+def can_pack_beyond_window(model: Any) -> bool:
+    """The same for an example that is longer than the model's window (``window_of``), by as many tokens."""
+    return _agrees_packed(model, window_of(model) + 17)
+
+
+def _agrees_packed(model: Any, num_tokens: int) -> bool:
+    """Whether an example of ``num_tokens`` has the same logits alone and packed behind others, float noise apart.
+
+    What shares a minibatch moves a quantized model's numbers, LLM.int8's by 5% of SmolLM2's logits. So two things are
+    measured: this noise, with the example beside the others in padded rows, and what a wrong mask would do, with the
+    others before it in one text: 30 to 50%.
+    """
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
     vocabulary = int(model.config.get_text_config().vocab_size)
-    first, other, second = ([(7919 * i + k) % vocabulary for i in range(n)] for n, k in ((9, 1), (9, 5), (17, 3)))
+    lengths = ((9, 1), (9, 5), (num_tokens, 3))
+    first, other, row = ([(7919 * i + k) % vocabulary for i in range(n)] for n, k in lengths)
+
+    def logits(batch: Minibatch) -> torch.Tensor:
+        """Of the last ``num_tokens`` positions, which are the example's: (num_tokens, V)."""
+        found: torch.Tensor = model(**batch.model_inputs(), use_cache=False).logits
+        return found[-1, -num_tokens:].float()
+
     with torch.inference_mode():
-        alone = model(**pad_left([second], 0, model.device).model_inputs(), use_cache=False).logits[0].float()
+        alone = logits(pad_left([row], 0, model.device))
+        distance = functools.partial(_distance, alone)
+        tolerance = 1e-4 * float(alone.norm())
+        if not is_exact(model):
+            noise = distance([logits(pad_left([before, row], 0, model.device)) for before in (first, other)])
+            # In reduced precision the shape of a product alone changes its result by some percent.
+            tolerance = max(500 * tolerance, 2 * noise)
+            if tolerance > distance([logits(pad_left([first + row], 0, model.device))]) / 2:
+                return False  # a wrong mask could not be seen
         try:
             with attention_in_blocks(model):
-                behind_first, behind_other = (
-                    model(**pack_rows([row, second], model.device).model_inputs(), use_cache=False)
-                    .logits[0, 9:]
-                    .float()
-                    for row in (first, other)
-                )
+                packed = [logits(pack_rows([before, row], model.device)) for before in (first, other)]
         except REFUSALS:
             return False
-    # In reduced precision the shape of a product alone changes its result by some percent; a wrong mask changes all.
-    tolerance = float(alone.norm()) * (1e-4 if is_exact(model) else 5e-2)
-    return bool((behind_first - alone).norm() <= tolerance and (behind_other - behind_first).norm() <= tolerance)
+    return distance(packed) <= tolerance
+
+
+def _distance(alone: torch.Tensor, others: Sequence[torch.Tensor]) -> float:
+    """The largest norm of a difference from ``alone``; NaN where one is, which is within no tolerance."""
+    return float(torch.stack([(other - alone).norm() for other in others]).max())
 
 
 def is_exact(model: Any) -> bool:
@@ -129,7 +223,7 @@ def is_exact(model: Any) -> bool:
 
 
 def window_of(model: Any) -> int:
-    """Tokens of the longest example that may be packed: of the sliding window, or 2**62 (no limit) without one."""
+    """Tokens that an attention sees at most, as the configuration says: a sliding window or a chunk; else 2**62."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window else 2**62
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((int(limit) for limit in limits if limit), default=2**62)

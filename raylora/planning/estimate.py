@@ -1,16 +1,14 @@
 """Estimates an experiment's tokens, memory and time before it is run, from the shape of the model.
 
-The shape is counted on a model on torch's meta device, which needs its configuration but none of its weights. Memory is
-that of the weights, the adapter, and the activations that a minibatch saves for its backward pass. Time is the number
-of floating-point operations over the rate that this machine reaches in a stage: a measured share of the rate of its
-large matrix products.
+Memory is that of the weights, the adapters, and the activations that a minibatch saves for its backward pass. Time is,
+on a CPU, the number of floating-point operations over the rate that it reaches in a stage: a measured share of the rate
+of its large matrix products. On a GPU it is the sum of all passes (``gpu_passes``).
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,26 +19,29 @@ from raylora.config import Config, FeatureOptions, Method, Stage
 from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
 from raylora.errors import DoesNotFitError, UserError
+from raylora.features.static import count_held_out
 from raylora.mmlu.prompts import harness_prompt
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.device import compute_dtype
+from raylora.model.forward import GPU_LOGITS
 from raylora.model.loading import load_tokenizer
 from raylora.model.memory import (
     COPIES_MEMORY_SHARE,
     CPU_TOKEN_BUDGET,
+    ENOUGH_TOKENS,
+    GPU_FEATURE_TOKENS,
     GPU_TOKEN_BUDGET,
     MINIBATCH_MEMORY_SHARE,
     Attempt,
     next_attempt,
+    tokens_that_fit,
 )
 from raylora.model.sources import resolve_model
+from raylora.planning.gpu_passes import OPTIMIZER_BYTES, STEP_SECONDS, is_graphed, run_seconds
 from raylora.planning.hardware import Hardware, hardware_of
+from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
 
-log = logging.getLogger("raylora")
-BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes of a weight in a quantized matrix. nf4: half a byte, a scale of one byte for each 64 weights, and a float32 for
-each 256 scales (double quantization, Dettmers et al. 2023)."""
 ADAPTER_BYTES = 16
 """Bytes of an adapter's parameter in training: itself, its gradient and AdamW's two moments, each in float32."""
 SAVED_SHARE = 1.1
@@ -53,70 +54,14 @@ CPU_PROCESS_BYTES = 600 * 2**20
 SAMPLED_QUESTIONS = 64
 """About how many questions are tokenized to estimate the tokens of all."""
 SHARE_OF_RATE = {"train": 0.45, "evaluate": 0.6}
-"""Share of the rate of large matrix products that a stage reaches: on 2 CPU cores, with SmolLM2 (benchmarks/NOTES.md).
-Not measured on a GPU."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Counts of a causal language model's weights and activations, by which memory and time are estimated."""
-
-    layer_weights: int
-    """Weights of the matrices in its layers: those that are quantized, and that every token is multiplied with."""
-    largest_matrix: int
-    """Weights of the largest of these matrices."""
-    other_weights: int
-    """Weights of embeddings, norms and output head."""
-    adapter_rows: int
-    """Inputs plus outputs of the matrices that get an adapter: an adapter of rank r has r times as many parameters."""
-    adapted_inputs: int
-    """Inputs of the matrices that get an adapter."""
-    widths: int
-    """Inputs plus outputs of all matrices in its layers."""
-    num_layers: int
-    hidden_size: int
-
-
-def shape_of(source: str, target_modules: Sequence[str], trust_remote_code: bool = False) -> Shape | None:
-    """The shape of a model, from its configuration alone; None where that does not say enough."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            return None  # stored quantized: its weights take fewer bytes than the model built here would have
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return _count_weights(model, config.get_text_config(), target_modules)
-    except Exception:  # a model's own code may raise anything; if something is wrong, loading the model reports it
-        log.info("no estimate: this model cannot be built from its configuration alone", exc_info=True)
-        return None
-
-
-def _count_weights(model: Any, config: Any, target_modules: Sequence[str]) -> Shape | None:
-    """The shape of a model; None where most weights are not in ``Linear`` modules, as in fused experts.
-
-    Such weights are neither quantized nor multiplied with every token, so that no estimate would be right.
-    """
-    head = model.get_output_embeddings()
-    matrices = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    adapted = [m for name, m in matrices.items() if name.rpartition(".")[2] in target_modules]
-    in_layers = sum(m.weight.numel() for m in matrices.values())
-    num_all = sum(p.numel() for p in model.parameters())
-    # By identity, as input embeddings and output head may be one tensor, which is then counted once.
-    embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), head) if m is not None}
-    if in_layers < (num_all - sum(embeddings.values())) / 2:
-        return None
-    return Shape(
-        layer_weights=in_layers,
-        largest_matrix=max(m.weight.numel() for m in matrices.values()),
-        other_weights=num_all - in_layers,
-        adapter_rows=sum(m.in_features + m.out_features for m in adapted),
-        adapted_inputs=sum(m.in_features for m in adapted),
-        widths=sum(m.in_features + m.out_features for m in matrices.values()),
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-    )
+"""Share of the rate of large matrix products that a stage reaches on a CPU: 2 cores, SmolLM2 (benchmarks/NOTES.md)."""
+LOGIT_BYTES = 10
+"""Bytes of a logit on a GPU while its loss is computed: 2 of itself, 4 in float32, 4 of its log probability."""
+GENERAL_TOKENS = 1800
+"""Tokens of the texts of general knowledge that a probe's forgetting is measured on."""
+HOST_SECONDS = 2.5
+"""What an experiment on a GPU takes besides its passes: reading, tokenization, text features, attaching and writing an
+adapter. What is left of the 31 seconds of an experiment on an H200 (benchmarks/NOTES.md)."""
 
 
 def weight_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
@@ -129,23 +74,47 @@ def weight_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
 
 def base_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
     """Bytes of the base while it runs: its weights, and one quantized matrix at a time as floats for its product."""
-    floats = 0 if quantization == "none" else shape.largest_matrix * machine.dtype_bytes
+    floats = 0 if quantization in {"none", "fp8"} else shape.largest_matrix * machine.dtype_bytes
     return weight_bytes(shape, quantization, machine) + floats
 
 
 def training_bytes(shape: Shape, method: Method, num_tokens: int, machine: Hardware, checkpointing: bool) -> int:
     """Bytes of an adapter's training beside the base's weights, with minibatches of ``num_tokens``.
 
-    That is the adapter, its gradient and optimizer, and the activations that are saved for the backward pass.
+    That is the adapter, its gradient and optimizer, the activations that are saved for the backward pass, and on a GPU
+    a chunk of logits.
     """
-    # On a GPU norms save their input in float32: 4 bytes a number, two norms a layer.
-    norms = 8 * shape.hidden_size * shape.num_layers if machine.on_gpu else 0
+    saved = num_tokens * activation_bytes(shape, method, machine, checkpointing)
+    logits = LOGIT_BYTES * min(GPU_LOGITS, num_tokens * shape.vocabulary) if machine.on_gpu else 0
+    return int(adapter_bytes(shape, method) + saved + logits)
+
+
+def adapter_bytes(shape: Shape, method: Method) -> int:
+    """Bytes of an adapter in training, with its gradient and optimizer."""
+    return ADAPTER_BYTES * method.lora_r * shape.adapter_rows
+
+
+def activation_bytes(shape: Shape, method: Method, machine: Hardware, checkpointing: bool) -> float:
+    """Bytes that a token's activations take until the backward pass."""
+    with_torch = machine.kernels == "torch"
+    # Of torch's operations on a GPU norms save their input in float32: 4 bytes a number, two norms a layer.
+    norms = 8 * shape.hidden_size * shape.num_layers if machine.on_gpu and with_torch else 0
     bytes_a_token = SAVED_SHARE * shape.widths * machine.dtype_bytes + norms
-    bytes_a_token += shape.adapted_inputs if method.lora_dropout else 0  # dropout's mask: a byte for each input
+    # Dropout's mask, a byte for each input; Triton's kernel makes it again in the backward pass.
+    bytes_a_token += shape.adapted_inputs if method.lora_dropout and with_torch else 0
     if checkpointing:
         # Each layer's input is saved, and one layer's activations at a time are computed again.
         bytes_a_token = bytes_a_token / shape.num_layers + shape.hidden_size * shape.num_layers * machine.dtype_bytes
-    return int(ADAPTER_BYTES * method.lora_r * shape.adapter_rows + bytes_a_token * num_tokens)
+    return bytes_a_token
+
+
+def forward_bytes(shape: Shape, num_tokens: int, machine: Hardware) -> int:
+    """Bytes of the activations of a forward pass: the MLP's three widest tensors, and four of hidden states.
+
+    Scoring an 8B model in bfloat16 took 18.0 GB on an H200, 16.1 of them the weights.
+    """
+    widest = shape.largest_matrix // shape.hidden_size
+    return num_tokens * machine.dtype_bytes * (3 * widest + 4 * shape.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -164,13 +133,15 @@ class Estimator:
     Args:
         source: the folder or the Hugging Face name that the model is loaded from.
         asked: the questions of MMLU; None where it is not evaluated.
+        num_experiments: of the whole run. On a GPU several are trained together.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
     """
 
-    def __init__(self, config: Config, source: str, asked: QuestionSet | None) -> None:
+    def __init__(self, config: Config, source: str, asked: QuestionSet | None, num_experiments: int = 1) -> None:
         self._config = config
+        self._num_together = config.adapters_a_pass or num_experiments
         self._tokenizer = load_tokenizer(source, config.trust_remote_code)
         self._machine = hardware_of(config)
         self._shape = shape_of(source, config.target_modules, config.trust_remote_code)
@@ -193,77 +164,168 @@ class Estimator:
             sizes = Sizes(num_examples, 0.0, 0)
         if self._shape is None or not sizes.num_tokens:
             return sizes, Estimate(None, None)
-        counts = token_counts(self._config, method, sizes, self._num_question_tokens, stages)
-        return sizes, estimate(self._shape, self._machine, self._config.quantization, method, sizes, counts)
+        work = work_of(self._config, method, sizes, self._num_question_tokens, stages)
+        storage = LLM_INT8 if self._config.int8_activations else self._config.quantization
+        return sizes, estimate(self._shape, self._machine, storage, method, sizes, work, self._num_together)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an experiment has the model do, in tokens; all 0 for a stage that it does not run."""
+
+    feature_tokens: float = 0.0
+    """Of the features' forward passes."""
+    question_tokens: float = 0.0
+    """Of all prompts of MMLU."""
+    held_out_tokens: float = 0.0
+    """Of the examples that the probe holds out."""
+    probe_steps: int = 0
+    probe_step_tokens: float = 0.0
+    """Of a step of the probe."""
+    train_tokens: float = 0.0
+    """Of the training, all epochs."""
+    train_step_tokens: float = 0.0
+    """Of a step of the training."""
+
+    @property
+    def evaluated(self) -> float:
+        """Tokens with a forward pass only."""
+        return self.feature_tokens + self.question_tokens
+
+    @property
+    def trained(self) -> float:
+        """Tokens with a backward pass too."""
+        return self.probe_steps * self.probe_step_tokens + self.train_tokens
+
+
+def work_of(config: Config, method: Method, sizes: Sizes, num_question_tokens: int, stages: Sequence[Stage]) -> Work:
+    """What an experiment has the model do.
+
+    Args:
+        num_question_tokens: tokens of all prompts of MMLU; 0 where it is not evaluated.
+    """
+    examples_a_step = method.batch_size * method.gradient_accumulation
+    counts: dict[str, Any] = {}
+    if "features" in stages:
+        options = FeatureOptions(**config.settings_of(FeatureOptions))
+        sample = min(options.sample_size or sizes.num_examples, sizes.num_examples)
+        counts["feature_tokens"] = 2 * sample * sizes.mean_tokens  # whole examples, then their answers alone
+        counts["held_out_tokens"] = count_held_out(sample) * sizes.mean_tokens if options.probe_steps else 0.0
+        counts["probe_steps"] = options.probe_steps
+        counts["probe_step_tokens"] = min(examples_a_step, sample) * sizes.mean_tokens
+    if "train" in stages:
+        counts["train_tokens"] = method.num_epochs * sizes.num_tokens
+        counts["train_step_tokens"] = min(examples_a_step, sizes.num_examples) * sizes.mean_tokens
+    if "mmlu" in stages:
+        counts["question_tokens"] = float(num_question_tokens)
+    return Work(**counts)
 
 
 def estimate(
-    shape: Shape, machine: Hardware, quantization: str, method: Method, sizes: Sizes, counts: dict[str, float]
+    shape: Shape, machine: Hardware, storage: str, method: Method, sizes: Sizes, work: Work, num_together: int = 1
 ) -> Estimate:
-    """What one experiment takes, without the evaluation of the base, which all experiments share.
+    """What one experiment takes, without what all experiments of a worker share: loading, and the base's own MMLU.
 
     Args:
+        storage: of the base's weights: a value of ``--quantization``, or ``LLM_INT8``.
         sizes: the size of its dataset.
-        counts: from ``token_counts``.
+        work: from ``work_of``.
+        num_together: on a GPU, how many experiments like this one may be trained together.
     """
-    base = base_bytes(shape, quantization, machine)
-    fitting = _training_that_fits(shape, machine, method, sizes, base)
-    peak = base + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing)
-    if not machine.on_gpu:
-        peak += CPU_PROCESS_BYTES
-        # onednn.py reorders copies of the weights, for forward and backward pass, unless they take too much memory.
-        copies = 2 * machine.dtype_bytes * shape.layer_weights if quantization == "none" else 0
-        peak += copies if copies <= COPIES_MEMORY_SHARE * machine.memory_bytes else 0
+    if machine.on_gpu:
+        return _estimate_on_gpu(shape, machine, storage, method, sizes, work, num_together)
+    base = base_bytes(shape, storage, machine)
+    tokens_a_step = method.batch_size * method.gradient_accumulation * sizes.mean_tokens
+    fitting = training_that_fits(shape, machine, method, sizes, base, tokens_a_step)
+    peak = base + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing) + CPU_PROCESS_BYTES
+    # onednn.py reorders copies of the weights, for forward and backward pass, unless they take too much memory.
+    copies = 2 * machine.dtype_bytes * shape.layer_weights if storage == "none" else 0
+    peak += copies if copies <= COPIES_MEMORY_SHARE * machine.memory_bytes else 0
     operations = 2 * shape.layer_weights  # of a token's forward pass: a multiplication and an addition for each weight
     seconds = None
     if machine.rate:
-        seconds = operations * counts["evaluate"] / (SHARE_OF_RATE["evaluate"] * machine.rate)
+        seconds = operations * work.evaluated / (SHARE_OF_RATE["evaluate"] * machine.rate)
         # A backward pass has as many operations as a forward pass, not twice as many, as the base's weights have no
         # gradient. Gradient checkpointing runs the forward pass a second time.
         num_passes = 3 if fitting.checkpointing else 2
-        seconds += num_passes * operations * counts["train"] / (SHARE_OF_RATE["train"] * machine.rate)
+        seconds += num_passes * operations * work.trained / (SHARE_OF_RATE["train"] * machine.rate)
     return Estimate(peak, seconds)
 
 
-def _training_that_fits(shape: Shape, machine: Hardware, method: Method, sizes: Sizes, base: int) -> Attempt:
-    """The minibatch that a training ends up with after backing off; the smallest one if none fits.
+def _estimate_on_gpu(
+    shape: Shape, machine: Hardware, storage: str, method: Method, sizes: Sizes, work: Work, num_together: int
+) -> Estimate:
+    # LLM.int8's rows depend on what shares their batch, so that it is never packed: rows are padded to the longest.
+    padding = sizes.longest / sizes.mean_tokens if storage == LLM_INT8 else 1.0
+    base, dropout = base_bytes(shape, storage, machine), method.lora_dropout > 0
+    if machine.rate is None:  # a GPU elsewhere: how many its memory holds is not known
+        num_together = 1
+    step_tokens = padding * max(work.train_step_tokens, work.probe_step_tokens)
+    fitting = training_that_fits(shape, machine, method, sizes, base, num_together * step_tokens)
+    # As ``adapters_a_pass``: as many as a minibatch holds a step's tokens of.
+    together = max(1, min(num_together, int(fitting.tokens / step_tokens))) if step_tokens else 1
+
+    peaks = [forward_bytes(shape, GPU_TOKEN_BUDGET, machine) if work.question_tokens else 0]
+    if work.feature_tokens:
+        peaks.append(forward_bytes(shape, GPU_FEATURE_TOKENS, machine) + LOGIT_BYTES * GPU_LOGITS)
+    if work.probe_steps:  # the gradient of the held-out loss, for the flatness
+        held_out = math.ceil(min(work.held_out_tokens, GPU_FEATURE_TOKENS, fitting.tokens))
+        peaks.append(training_bytes(shape, method, held_out, machine, checkpointing=False))
+    if step_tokens:
+        others = (together - 1) * adapter_bytes(shape, method)
+        peaks.append(others + training_bytes(shape, method, fitting.tokens, machine, fitting.checkpointing))
+    peak = base + max(peaks)
+    if machine.rate is None or machine.bandwidth is None:
+        return Estimate(peak, None)
+
+    graphed = is_graphed(machine, storage)
+    run = functools.partial(run_seconds, shape, machine, storage)
+    train = functools.partial(
+        run, tokens_a_pass=fitting.tokens, backward=True, dropout=dropout, graphed=graphed, again=fitting.checkpointing
+    )
+    of_step = OPTIMIZER_BYTES * method.lora_r * shape.adapter_rows / machine.bandwidth
+    of_step += 0 if graphed else STEP_SECONDS
+
+    seconds = HOST_SECONDS + run(work.question_tokens, GPU_TOKEN_BUDGET, backward=False)
+    seconds += run(work.feature_tokens, GPU_FEATURE_TOKENS, backward=False)
+    if work.probe_steps:
+        # Graphs have the step's micro-batches as groups of one pass; without them each is a pass of its own.
+        micro_batches = 1 if graphed else method.gradient_accumulation
+        a_step = micro_batches * train(padding * work.probe_step_tokens / micro_batches) + of_step
+        seconds += work.probe_steps * a_step
+        # The held-out losses after the probe with their gradient, those a step further, and what was forgotten.
+        seconds += run(work.held_out_tokens, GPU_FEATURE_TOKENS, backward=True)
+        seconds += run(work.held_out_tokens, GPU_FEATURE_TOKENS, backward=False)
+        seconds += run(GENERAL_TOKENS, GPU_FEATURE_TOKENS, backward=False)
+    if work.train_tokens:
+        a_step = train(together * padding * work.train_step_tokens) / together + of_step
+        seconds += work.train_tokens / work.train_step_tokens * a_step
+    return Estimate(peak, seconds)
+
+
+def training_that_fits(
+    shape: Shape, machine: Hardware, method: Method, sizes: Sizes, base: int, num_tokens: float
+) -> Attempt:
+    """The minibatch that a training ends up with once it has learnt what memory holds; the smallest one if none fits.
 
     Args:
         base: bytes of the base.
+        num_tokens: tokens that a minibatch has where nothing limits it.
     """
-    budget = GPU_TOKEN_BUDGET if machine.on_gpu else CPU_TOKEN_BUDGET
-    tokens_a_step = method.batch_size * method.gradient_accumulation * sizes.mean_tokens
     free_bytes = machine.memory_bytes - (CUDA_CONTEXT_BYTES if machine.on_gpu else 0)
     share = MINIBATCH_MEMORY_SHARE if machine.on_gpu else 1.0
-    attempt = Attempt(max(sizes.longest, int(min(budget, tokens_a_step))))
+    budget = CPU_TOKEN_BUDGET
+    if machine.on_gpu:
+        fixed = base + training_bytes(shape, method, 0, machine, False) + LOGIT_BYTES * GPU_LOGITS
+        learnt = tokens_that_fit(activation_bytes(shape, method, machine, False), max(0, free_bytes - fixed))
+        budget = max(learnt, ENOUGH_TOKENS)  # and not less before gradient checkpointing is tried
+    attempt = Attempt(max(sizes.longest, math.ceil(min(budget, num_tokens))))
     while base + training_bytes(shape, method, attempt.tokens, machine, attempt.checkpointing) / share > free_bytes:
         smaller = next_attempt(attempt, attempt.tokens, attempt.tokens <= sizes.longest, may_checkpoint=True)
         if smaller is None:
             break
         attempt = smaller._replace(tokens=max(sizes.longest, smaller.tokens))
     return attempt
-
-
-def token_counts(
-    config: Config, method: Method, sizes: Sizes, num_question_tokens: int, stages: Sequence[Stage]
-) -> dict[str, float]:
-    """Tokens of an experiment: with a forward pass only (``evaluate``), and with a backward pass too (``train``).
-
-    Args:
-        num_question_tokens: tokens of all prompts of MMLU; 0 where it is not evaluated.
-    """
-    counts: dict[str, float] = defaultdict(float)
-    if "features" in stages:
-        options = FeatureOptions(**config.settings_of(FeatureOptions))
-        sample = min(options.sample_size or sizes.num_examples, sizes.num_examples)
-        examples_a_step = min(method.batch_size * method.gradient_accumulation, sample)
-        counts["evaluate"] += 2 * sample * sizes.mean_tokens  # whole examples, then their answers alone
-        counts["train"] += options.probe_steps * examples_a_step * sizes.mean_tokens
-    if "train" in stages:
-        counts["train"] += method.num_epochs * sizes.num_tokens
-    if "mmlu" in stages:
-        counts["evaluate"] += num_question_tokens
-    return counts
 
 
 @dataclass(frozen=True)

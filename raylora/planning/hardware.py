@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
@@ -15,6 +18,10 @@ from raylora.config import Config
 from raylora.errors import UserError
 from raylora.model.device import compute_dtype
 from raylora.model.fp8 import CAPABILITY, no_fp8
+
+Kernels = Literal["torch", "triton", "liger"]
+"""What a GPU's passes are made of: torch's operations; attention of variable length and Triton's dropout, captured as
+CUDA graphs; or these and liger's norms, rotary embeddings and SwiGLU."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,9 @@ class Hardware:
     """Of the device; on a CPU each worker's share of it."""
     rate: float | None
     """Floating-point operations a second of large matrix products, of one worker; None where it is not known."""
+    bandwidth: float | None = None
+    """Bytes a second that a GPU reads or writes of its memory; None where it is not known, and on a CPU."""
+    kernels: Kernels = "torch"
 
     @property
     def on_gpu(self) -> bool:
@@ -83,29 +93,64 @@ def _local_gpu() -> Hardware:
     code = f"from {__name__} import measure_gpu; print(measure_gpu())"
     try:
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-        dtype_bytes, memory, rate = json.loads(process.stdout)
+        dtype_bytes, memory, rate, bandwidth, kernels = json.loads(process.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ELSEWHERE
-    return Hardware("cuda", dtype_bytes, memory, rate)
+    return Hardware("cuda", dtype_bytes, memory, rate, bandwidth, kernels)
 
 
 def measure_gpu() -> str:
-    """This machine's GPUs as a JSON list: bytes of a number, bytes of memory of the smallest, ``rate`` of the first."""
+    """This machine's GPUs as a JSON list: the fields of ``Hardware`` after ``device``.
+
+    Memory is that of the smallest GPU, all else that of the first.
+    """
     device = torch.device("cuda")
     dtype = compute_dtype(device)
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return json.dumps([dtype.itemsize, memory, matrix_rate(device, dtype, 4096)])
+    # Several of 8192 at a time, 1.4 ms each on an H200: single ones of 4096 gave some 610 of its 785 TFLOP/s, as the
+    # launch and the wait for the end are a fifth of 0.2 ms.
+    rate = matrix_rate(device, dtype, 8192, num_products=3)
+    bandwidth = copy_bandwidth(device, 2**29)
+    return json.dumps([dtype.itemsize, memory, rate, bandwidth, kernels_for(torch.cuda.get_device_capability(), dtype)])
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    """Floating-point operations a second of a product of two n x n matrices, the best of five."""
+def kernels_for(capability: tuple[int, int], dtype: torch.dtype) -> Kernels:
+    """What passes are made of on a GPU of this compute capability, with the packages that are installed.
+
+    Attention of variable length is flash attention's: half precision, from Ampere (8.0) on.
+    """
+    if capability < (8, 0) or dtype.itemsize != 2 or not find_spec("triton"):
+        return "torch"
+    return "liger" if find_spec("liger_kernel") else "triton"
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, n: int, num_products: int = 1) -> float:
+    """Floating-point operations a second of products of two n x n matrices, ``num_products`` at a time, the best of
+    five."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    def seconds_of_product() -> float:
+    def products() -> None:
+        for _ in range(num_products):
+            a @ b
+
+    return num_products * 2 * n**3 / _best_seconds(products, device)
+
+
+def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
+    """Bytes a second that a copy of ``num_bytes`` within the device's memory reads and writes, the best of five."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``run``, the best of five."""
+
+    def seconds() -> float:
         started = time.perf_counter()
-        a @ b
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    return 2 * n**3 / min(seconds_of_product() for _ in range(5))
+    return min(seconds() for _ in range(5))

@@ -88,7 +88,8 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         thinking = check_prompt_style(config, source)
         question_settings = questions_key(config, questions, thinking)
         notes = [*notes, *filter(None, [note_on_thinking(thinking)])]
-    estimator = Estimator(config, source, questions)
+    num_experiments = min(len(files) * len(config.grid_methods()), config.max_experiments or 2**62)
+    estimator = Estimator(config, source, questions, num_experiments)
     shared = (model_settings, question_settings, estimator, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the

@@ -31,8 +31,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     if remaining and any(e.estimated_seconds for e in remaining):
         seconds = sum(e.estimated_seconds or 0.0 for e in remaining)
         console.print(
-            f"About {_duration_text(seconds)} for one worker, stages that are done not taken off. Tokens, memory and "
-            "time are estimates, from a sample of each dataset and the model's shape (raylora/planning/estimate.py).",
+            f"About {_duration_text(seconds)} for one worker, stages that are done not taken off; what is done once, "
+            "loading the model and its own evaluation, not added. Tokens, memory and time are estimates, from a sample "
+            "of each dataset and the model's shape (raylora/planning/estimate.py).",
             soft_wrap=True,
         )
 

@@ -1,14 +1,20 @@
-"""The matrix products of LoRA adapters in training: several adapters in one forward pass, and cheap dropout.
+"""The matrix products of LoRA adapters in training: several adapters, and several gradients of one, in a pass.
 
 The parameters are PEFT's own and PEFT saves them. While a training runs, this replaces PEFT's forward pass:
 
-- Every token belongs to one adapter, and a minibatch holds the tokens of an adapter side by side, so that an adapter
-  multiplies one slice of the minibatch. (PEFT can mix adapters in a batch for inference only.)
-- Dropout is a hash of the example's seed, the module, and the token's and the feature's index. So it does not depend
-  on how a step is cut into minibatches, on gradient checkpointing, on the device, or on adapters trained beside it.
-- On a CPU torch's dropout of 1024 tokens takes 3.9 ms, as long as a 576 x 576 product, and each layer of SmolLM2-135M
-  has 7 of them; the hash takes 0.4 ms (benchmarks/NOTES.md). It has 16 bits a number; the mask that is saved for the
-  backward pass takes a byte a number.
+    tokens   a a a a a a b b b b b       of adapters a and b, side by side: K = 2
+    groups   0 0 0 1 1 1 2 2 2 2 2       each with a gradient of its own: G = 3 (micro-batches of a probe)
+
+- The base's product and the adapters' are one autograd function, whatever the base's weights are stored as. In the
+  backward pass the adapters' part is added in place to the base's, and the gradient of a group to what other passes of
+  the step left there: neither goes through autograd, which would allocate and add them (442 additions, 24 of 496 ms of
+  a pass of an 8B model on an H200).
+- K adapters are one grouped product: A (K, r, in) and B (K, out, r) hold all of them, lesser ranks filled with zeros,
+  which stay zero. (PEFT can mix adapters in a batch for inference only.)
+- Dropout is a hash (``dropout.py``): its mask is a byte a number on a CPU, and a GPU makes it again in the
+  backward pass.
+
+T tokens in a pass; r is the largest rank.
 """
 
 from __future__ import annotations
@@ -17,19 +23,24 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from raylora.data.minibatch import send
 from raylora.errors import ErrorKind, UserError
 from raylora.model.adapters import LoadedModel
-from raylora.model.kernels import scramble, signed, spread_numbers
+from raylora.model.device import compute_dtype
+from raylora.model.frozen import FrozenLayer, frozen_layer
+from raylora.training.dropout import kept, threshold_of, token_hashes
+from raylora.training.grouped import add_outer_products, aligned, products, products_back
 
-_64_BITS = 2**64 - 1
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
 """PEFT's modules around a matrix, which compute base(x) + scaling * B A dropout(x)."""
+
+
+class PartialInputError(Exception):
+    """A module got some of a pass's tokens only, as experts do: groups of tokens cannot be followed there."""
 
 
 @dataclass(frozen=True)
@@ -40,168 +51,338 @@ class Span:
     stop: int
     adapter: str
     seed: int
+    group: int = 0
+    """Whose gradient the example adds to."""
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """The tokens of one adapter in a minibatch, N of them, and how one module multiplies them."""
+class PassRows:
+    """Whose tokens a pass holds, T of them, those of an adapter side by side, and within it those of a group."""
 
-    start: int
-    stop: int
-    scale: float
-    """LoRA's scaling, divided by the share of numbers that dropout keeps."""
-    keep: torch.Tensor | None
-    """uint8 (N, in): 0 where the input is dropped, else 1; None without dropout."""
+    hashes: torch.Tensor
+    """int32 (T,): of each token, for dropout."""
+    thresholds: torch.Tensor
+    """int32 (T,): dropout of each token's adapter, as ``threshold_of`` has it."""
+    scales: torch.Tensor
+    """float32 (T,): LoRA's scaling of each token's adapter, divided by the share of numbers that dropout keeps."""
+    adapter_ends: torch.Tensor
+    """int32 (K,): where the tokens of each adapter end."""
+    group_ends: torch.Tensor
+    """int32 (G,): where the tokens of each group end."""
+    slices: tuple[tuple[int, int, int], ...] | None = None
+    """Start, end and threshold of runs of tokens with the same dropout; None where only the device knows them."""
+
+    def on(self, device: torch.device) -> PassRows:
+        """The same on another device, where the layers of a model lie on several."""
+        if self.hashes.device == device:
+            return self
+        names = ("hashes", "thresholds", "scales", "adapter_ends", "group_ends")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def mask(self, module: int, width: int) -> torch.Tensor | None:
+        """uint8 (T, width): what dropout keeps of a module's input; None where it keeps all."""
+        if self.slices is None:
+            return kept(self.hashes, module, width, self.thresholds[:, None])
+        if not any(threshold for _, _, threshold in self.slices):
+            return None
+        if len(self.slices) == 1:
+            return kept(self.hashes, module, width, self.slices[0][2])
+        mask = torch.ones(len(self.hashes), width, dtype=torch.uint8, device=self.hashes.device)
+        for start, stop, threshold in self.slices:
+            if threshold:
+                mask[start:stop] = kept(self.hashes[start:stop], module, width, threshold)
+        return mask
 
 
-def mix(*numbers: int) -> int:
-    """A 64-bit hash of numbers, by the finalizer of SplitMix64 (Steele et al. 2014)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & _64_BITS
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _64_BITS
-        state ^= state >> 31
-    return state
+class _AdaptedMatrix:
+    """One module's A (K, r, in) and B (K, out, r) of all adapters, and their gradients (G, ...) of all groups."""
+
+    def __init__(self, module: Any, index: int, example: str) -> None:
+        self.module, self.index = module, index
+        a, b = module.lora_A[example].weight, module.lora_B[example].weight
+        self.num_inputs, self.num_outputs, self.device = int(a.shape[1]), int(b.shape[0]), a.device
+        self.a = self.b = self.a_gradient = self.b_gradient = torch.zeros(0)
+        self.has_gradient = False
+
+    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of A and B."""
+        return (rank, self.num_inputs), (self.num_outputs, rank)
+
+
+def check_may_share(loaded: LoadedModel, names: Sequence[str]) -> None:
+    """Check that these adapters, which are attached, can share a pass.
+
+    Raises:
+        UserError: there are several, and some adapted modules are not linear.
+    """
+    if len(names) > 1 and any(not _is_linear(module) for module in _adapted(loaded, names)):
+        text = "--target-modules: adapters of modules other than linear ones cannot share a pass"
+        raise UserError(text, kind=ErrorKind.TARGET_MODULES)
+
+
+def _adapted(loaded: LoadedModel, names: Sequence[str]) -> list[Any]:
+    """The modules that one of these adapters is on."""
+    return [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module).__name__ in LINEAR and not module.lora_variant
 
 
 class AdapterProducts:
-    """The adapters ``names`` of a model, in training. ``expect`` is called before each forward pass.
+    """Products and gradients of attached adapters, at most ``num_slots`` of them at once.
 
-    Raises:
-        UserError: there are several adapters, and some adapted modules are not linear.
+    ``expect`` is called before each forward pass; ``begin`` before the first of a step, as the adapters' parameters
+    have changed since the last one.
+
+    Args:
+        num_groups: gradients that a pass has at most; more than ``num_slots`` only where there is one slot.
     """
 
-    def __init__(self, loaded: LoadedModel, names: Sequence[str]) -> None:
-        self._spans: list[Span] = []
-        self._num_tokens = 0
-        self._names = list(names)
-        self._device = loaded.device
-        self._rows = torch.zeros(0, dtype=torch.int32)
-        self._columns: dict[tuple[int, torch.device], torch.Tensor] = {}
-        adapted = [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
-        self._modules = [m for m in adapted if type(m).__name__ in LINEAR and not m.lora_variant]
-        if len(names) > 1 and len(self._modules) < len(adapted):
-            text = "--target-modules: adapters of modules other than linear ones cannot share a pass"
-            raise UserError(text, kind=ErrorKind.TARGET_MODULES)
+    def __init__(self, loaded: LoadedModel, num_slots: int, num_groups: int) -> None:
+        assert num_slots in {1, num_groups}
+        self._loaded, self.num_slots, self.num_groups = loaded, num_slots, num_groups
+        self._names: list[str | None] = [None] * num_slots
+        self._matrices: list[_AdaptedMatrix] = []
+        self._rank, self._dtype = 0, torch.float32
+        self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._rows: PassRows | None = None
+        # Autograd runs a function's backward pass only where an input needs a gradient, and adapters are no inputs.
+        self._anchor = torch.zeros((), requires_grad=True)
+        self.gradients: list[torch.Tensor] = []
+        """All gradients, those of a device in one tensor."""
+        self.is_whole = True
+        """Whether these are the products of all adapted modules; others compute and keep their gradient themselves."""
+
+    def slot_of(self, name: str) -> int:
+        """Where an adapter's matrices are among those of all."""
+        return self._names.index(name)
+
+    def hold(self, names: Sequence[str]) -> bool:
+        """Hold these adapters, which are attached and may share a pass; those that were held keep their slots.
+
+        Returns:
+            Whether the tensors of the products are new ones.
+        """
+        self._names = [name if name in names else None for name in self._names]
+        for name in names:
+            if name not in self._names:
+                self._names[self._names.index(None)] = name
+        adapted = _adapted(self._loaded, names)
+        linear = [module for module in adapted if _is_linear(module)]
+        self.is_whole = len(linear) == len(adapted)
+        ranks = [pair[0].shape[0] for m in linear for name in names if (pair := _parameters(m, name))]
+        on_gpu = self._loaded.device.type == "cuda"
+        self._dtype = compute_dtype(self._loaded.device) if on_gpu else torch.float32
+        rank = max(ranks, default=0)
+        rank = aligned(rank, self._dtype) if self.num_groups > 1 else rank
+        is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]
+        if is_new:
+            self._rank = rank
+            self._matrices = [
+                _AdaptedMatrix(m, i, next(n for n in names if n in m.lora_A)) for i, m in enumerate(linear)
+            ]
+            self._allocate()
+        self._link()
+        return is_new
+
+    def use_one_group(self) -> None:
+        """From now on a pass has one group, as modules that get a part of the tokens do not say whose these are."""
+        self.num_groups = 1
+        self._allocate()
+        self._link()
+
+    @property
+    def _is_copied(self) -> bool:
+        """Whether products are with copies: not where one adapter's own parameters can be multiplied with."""
+        return self.num_groups > 1 or self._dtype != torch.float32
+
+    def _allocate(self) -> None:
+        """Make the tensors that hold all weights and gradients: one for each device, of which matrices have parts."""
+        self.gradients = []
+        for device in {matrix.device for matrix in self._matrices}:
+            matrices = [matrix for matrix in self._matrices if matrix.device == device]
+            sizes = [math.prod(shape) for matrix in matrices for shape in matrix.shapes(self._rank)]
+            gradients = torch.zeros(self.num_groups * sum(sizes), device=device)
+            self.gradients.append(gradients)
+            parts = gradients.split([self.num_groups * size for size in sizes])
+            for i, matrix in enumerate(matrices):
+                a, b = matrix.shapes(self._rank)
+                matrix.a_gradient, matrix.b_gradient = parts[2 * i].view(-1, *a), parts[2 * i + 1].view(-1, *b)
+            if self._is_copied:
+                weights = torch.zeros(self.num_slots * sum(sizes), dtype=self._dtype, device=device)
+                parts = weights.split([self.num_slots * size for size in sizes])
+                for i, matrix in enumerate(matrices):
+                    a, b = matrix.shapes(self._rank)
+                    matrix.a, matrix.b = parts[2 * i].view(-1, *a), parts[2 * i + 1].view(-1, *b)
+
+    def _link(self) -> None:
+        """Find each adapter's parameters, and their place among the weights of all."""
+        places: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for matrix in self._matrices:
+            for slot, name in enumerate(self._names):
+                pair = _parameters(matrix.module, name) if name is not None else None
+                if not self._is_copied:
+                    assert pair is not None
+                    matrix.a, matrix.b = (p.detach()[None] for p in pair)
+                    continue
+                rank = pair[0].shape[0] if pair is not None else 0
+                matrix.a[slot, rank:], matrix.b[slot, :, rank:] = 0, 0
+                if pair is not None:
+                    places += [matrix.a[slot, :rank], matrix.b[slot, :, :rank]]
+                    sources += [p.detach() for p in pair]
+        self._copies = places, sources
+
+    def begin(self) -> None:
+        """Take over the adapters' parameters as they are now; all gradients are zero."""
+        if self._copies[0]:
+            torch._foreach_copy_(*self._copies)
+        for gradients in self.gradients:
+            gradients.zero_()
+        for matrix in self._matrices:
+            matrix.has_gradient = False
+
+    def publish(self, name: str, group: int) -> None:
+        """Put an adapter's gradient of a group into its parameters' ``grad``, as views of the gradients here."""
+        for matrix in self._matrices:
+            pair = _parameters(matrix.module, name)
+            if pair is None or not matrix.has_gradient:
+                continue
+            r = pair[0].shape[0]
+            # Contiguous, as torch's fused optimizers need it: a copy only where ranks differ.
+            pair[0].grad = matrix.a_gradient[group, :r]
+            pair[1].grad = matrix.b_gradient[group, :, :r].contiguous()
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, the adapted modules run this class's forward pass."""
-        for index, module in enumerate(self._modules):
-            module.forward = functools.partial(self._forward, module, index)
+        for matrix in self._matrices:
+            matrix.module.forward = functools.partial(self._forward, matrix)
+        modules = [matrix.module for matrix in self._matrices]
         try:
             yield
         finally:
-            for module in self._modules:
+            for module in modules:
                 del module.forward
 
-    def expect(self, spans: Sequence[Span], num_tokens: int) -> None:
-        """Say what the next forward pass holds: ``num_tokens`` with padding, of these examples.
-
-        Examples of one adapter are side by side.
-        """
-        self._spans, self._num_tokens = list(spans), num_tokens
-        rows = torch.zeros(num_tokens, dtype=torch.int32)
-        for span in spans:
-            rows[span.start : span.stop] = spread_numbers(span.stop - span.start) + signed(span.seed >> 32)
-        self._rows = send(scramble(rows), self._device)
-
-    def _forward(self, module: Any, index: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) != self._num_tokens:
-            # An expert gets a part of the tokens and does not say which: PEFT's own forward pass, for one adapter only.
-            if len(self._names) > 1:
-                text = "--target-modules: experts' adapters cannot share a pass"
-                raise UserError(text, kind=ErrorKind.TARGET_MODULES)
-            return type(module).forward(module, x, *args, **kwargs)
-        result = module.base_layer(x, *args, **kwargs)
-        slices, weights = [], []
-        for name in self._names:
-            spans = [s for s in self._spans if s.adapter == name]
-            if not spans or name not in module.lora_A:
-                continue
-            dropout = getattr(module.lora_dropout[name], "p", 0.0)
-            slices.append(self.slice_of(rows, spans, index, dropout, module.scaling[name]))
-            weights += [module.lora_A[name].weight, module.lora_B[name].weight]
-        if not slices:
-            return result
-        flat = result.reshape(-1, result.shape[-1])
-        return _AddProducts.apply(flat, rows, slices, *weights).view(result.shape)
-
-    def slice_of(self, rows: torch.Tensor, spans: list[Span], index: int, dropout: float, scaling: float) -> _Slice:
-        """The tokens of ``spans``, which are one adapter's, and what dropout keeps of them in module ``index``.
+    def rows_of(self, spans: Sequence[Span], num_tokens: int) -> PassRows:
+        """What a pass of ``num_tokens`` holds, with padding, on the host.
 
         Args:
-            rows: the module's input of the whole minibatch, (tokens, width).
+            spans: its examples; those of an adapter are side by side, in the order of the slots, and within it those of
+                a group. Tokens between them, which are padding, belong to the next; those behind all, to the last.
         """
-        first, last = spans[0].start, spans[-1].stop
-        if dropout == 0:
-            return _Slice(first, last, scaling, None)
-        threshold = round(dropout * 2**16)
-        token_hashes = self._rows[first:last].to(rows.device) + signed(mix(index))
-        words = scramble(scramble(token_hashes)[:, None] + self._column_hashes(rows.shape[1], rows.device))
-        # Each int32 is two int16, one for each of two columns: those below the threshold drop their number.
-        keep = words.view(torch.int16)[:, : rows.shape[1]] >= threshold - 2**15
-        return _Slice(first, last, scaling / (1 - threshold / 2**16), keep.view(torch.uint8))
+        hashes = torch.zeros(num_tokens, dtype=torch.int32)
+        thresholds, scales = torch.zeros_like(hashes), torch.zeros(num_tokens)
+        adapter_ends, group_ends = torch.zeros(self.num_slots, dtype=torch.int32), torch.zeros(self.num_groups)
+        slices: list[tuple[int, int, int]] = []
+        settings = {name: self._settings(name) for name in {span.adapter for span in spans}}
+        for span in spans:
+            hashes[span.start : span.stop] = token_hashes(span.stop - span.start, span.seed)
+            thresholds[span.start : span.stop], scales[span.start : span.stop] = settings[span.adapter]
+            is_last = span is spans[-1]
+            stop = num_tokens if is_last else span.stop
+            adapter_ends[self.slot_of(span.adapter) :] = stop
+            group_ends[span.group :] = stop
+            threshold = settings[span.adapter][0]
+            if slices and slices[-1][2] == threshold:
+                slices[-1] = (slices[-1][0], stop, threshold)
+            else:
+                slices.append((slices[-1][1] if slices else 0, stop, threshold))
+        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), tuple(slices))
 
-    def _column_hashes(self, width: int, device: torch.device) -> torch.Tensor:
-        """A hash for every two columns, int32 (1, width / 2 rounded up)."""
-        if (width, device) not in self._columns:
-            self._columns[width, device] = scramble(spread_numbers(math.ceil(width / 2)))[None].to(device)
-        return self._columns[width, device]
+    def _settings(self, name: str) -> tuple[int, float]:
+        """An adapter's dropout, as a threshold, and its scale; the same in all its modules."""
+        for matrix in self._matrices:
+            if name in matrix.module.lora_A:
+                threshold = threshold_of(getattr(matrix.module.lora_dropout[name], "p", 0.0))
+                return threshold, matrix.module.scaling[name] / (1 - threshold / 2**16)
+        return 0, 1.0  # its modules compute for themselves
+
+    def expect(self, rows: PassRows) -> None:
+        """Say what the next forward pass holds; ``rows`` are on the device."""
+        self._rows = rows
+
+    def _forward(self, matrix: _AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows, module = self._rows, matrix.module
+        assert rows is not None
+        if x.numel() != len(rows.hashes) * x.shape[-1]:
+            # An expert gets a part of the tokens and does not say which: PEFT's own forward pass, for one adapter only.
+            if self.num_slots > 1:
+                text = "--target-modules: experts' adapters cannot share a pass"
+                raise UserError(text, kind=ErrorKind.TARGET_MODULES)
+            if self.num_groups > 1:
+                raise PartialInputError
+            output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
+            return output
+        layer = frozen_layer(module.base_layer)
+        base = module.base_layer(x, *args, **kwargs) if layer is None else None
+        product: torch.Tensor = _AdaptedProduct.apply(x, base, self._anchor, layer, matrix, rows.on(x.device))
+        return product
 
 
-class _AddProducts(torch.autograd.Function):
-    """base + scale * B A (keep * x), slice by slice. Base (N, out), x (N, in); A (r, in), B (out, r) of each slice.
+def _parameters(module: Any, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:
+    """A (r, in) and B (out, r) of an adapter in a linear module; None where it has none."""
+    return (module.lora_A[name].weight, module.lora_B[name].weight) if name in module.lora_A else None
 
-    Saved for the backward pass are x, which other modules save as well, ``keep`` (a byte a number), and A x.
+
+class _AdaptedProduct(torch.autograd.Function):
+    """base(x) + scale * B A (mask * x), each token with its adapter's A and B: x (..., in), the result (..., out).
+
+    The base is that of ``layer``; where there is none, ``base`` is its product. The gradients of A and B are added to
+    those of the token's group. Saved for the backward pass are x, which other modules save as well, A x, and the mask
+    where it is not made again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, base: torch.Tensor, x: torch.Tensor, slices: list[_Slice], *weights: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        base: torch.Tensor | None,
+        anchor: torch.Tensor,
+        layer: FrozenLayer | None,
+        matrix: _AdaptedMatrix,
+        rows: PassRows,
     ) -> torch.Tensor:
-        out = base if len(slices) == 1 and slices[0].stop - slices[0].start == len(base) else base.clone()
-        inner = []
+        flat = x.reshape(-1, x.shape[-1])
+        if layer is not None:
+            out = layer.multiply(flat)
+        else:
+            assert base is not None
+            out = base.reshape(-1, base.shape[-1]).clone()
         # In the base's dtype: autocast would lower the precision of some of these products and not of others.
-        with torch.autocast(base.device.type, enabled=False):
-            for part, a, b in zip(slices, weights[::2], weights[1::2], strict=True):
-                tokens = slice(part.start, part.stop)
-                h = _after_dropout(x[tokens].to(base.dtype), part) @ a.to(base.dtype).t()
-                if out is base:
-                    out = torch.addmm(base, h, b.to(base.dtype).t(), alpha=part.scale)
-                else:
-                    out[tokens].addmm_(h, b.to(base.dtype).t(), alpha=part.scale)
-                inner.append(h)
-        ctx.slices = [_Slice(p.start, p.stop, p.scale, None) for p in slices]
-        ctx.dtype = base.dtype
-        keeps = [p.keep for p in slices if p.keep is not None]
-        ctx.has_keep = [p.keep is not None for p in slices]
-        ctx.save_for_backward(x, *weights, *inner, *keeps)
-        return out
+        with torch.autocast(out.device.type, enabled=False):
+            mask = rows.mask(matrix.index, flat.shape[1])
+            h = products(_dropped(flat.to(out.dtype), mask), matrix.a, rows.adapter_ends).mul_(rows.scales[:, None])
+            if len(matrix.b) == 1:
+                out.addmm_(h, matrix.b[0].t())
+            else:
+                out += products(h, matrix.b, rows.adapter_ends)
+        ctx.save_for_backward(x, h, *([] if mask is None else [mask]))
+        ctx.layer, ctx.matrix, ctx.rows = layer, matrix, rows
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
-        n, dtype = len(ctx.slices), ctx.dtype
-        weights, inner, keeps = rest[: 2 * n], rest[2 * n : 3 * n], iter(rest[3 * n :])
-        is_whole = n == 1 and ctx.slices[0].stop - ctx.slices[0].start == len(x)
-        d_x = torch.zeros_like(x) if ctx.needs_input_grad[1] and not is_whole else None
-        d_weights: list[torch.Tensor] = []
-        for i, part in enumerate(ctx.slices):
-            tokens = slice(part.start, part.stop)
-            part = _Slice(part.start, part.stop, part.scale, next(keeps) if ctx.has_keep[i] else None)
-            a, b, d_out = weights[2 * i], weights[2 * i + 1], gradients[0][tokens].to(dtype)
-            d_h = (d_out @ b.to(dtype)) * part.scale
-            d_weights.append((d_h.t() @ _after_dropout(x[tokens].to(dtype), part)).to(a.dtype))
-            d_weights.append((d_out.t() @ inner[i] * part.scale).to(b.dtype))
-            if is_whole and ctx.needs_input_grad[1]:
-                d_x = _after_dropout(d_h @ a.to(dtype), part).to(x.dtype)
-            elif d_x is not None:
-                d_x[tokens] = _after_dropout(d_h @ a.to(dtype), part)
-        return gradients[0], d_x, None, *d_weights
+        x, h, *masks = ctx.saved_tensors
+        layer, matrix, rows = ctx.layer, ctx.matrix, ctx.rows
+        mask = masks[0] if masks else None
+        flat, d_out = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1).to(h.dtype)
+        d_h = products_back(d_out, matrix.b, rows.adapter_ends).mul_(rows.scales[:, None])
+        add_outer_products(matrix.a_gradient, d_h, _dropped(flat.to(h.dtype), mask), rows.group_ends)
+        add_outer_products(matrix.b_gradient, d_out, h, rows.group_ends)
+        matrix.has_gradient = True
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = layer.multiply_back(d_out) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
+            if mask is None and len(matrix.a) == 1:
+                d_x.addmm_(d_h, matrix.a[0])
+            else:
+                d_x += _dropped(products_back(d_h, matrix.a, rows.adapter_ends), mask)
+            d_x = d_x.to(x.dtype).view(x.shape)
+        return d_x, gradients[0] if layer is None else None, None, None, None, None
 
 
-def _after_dropout(x: torch.Tensor, part: _Slice) -> torch.Tensor:
-    return x if part.keep is None else x * part.keep
+def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return x if mask is None else x * mask

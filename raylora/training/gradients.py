@@ -12,21 +12,36 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 
 from raylora.config import Method
 from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_token_of, supervised_counts
-from raylora.data.minibatch import collate, send
 from raylora.model.adapters import LoadedModel
 from raylora.model.forward import head_is_plain, token_losses
 from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
-from raylora.model.packing import attention_in_blocks, can_pack, window_of
-from raylora.training.adapter_products import AdapterProducts, Span, mix
+from raylora.model.packing import attention_in_blocks, may_pack
+from raylora.training.adapter_products import AdapterProducts, PartialInputError, check_may_share
+from raylora.training.dropout import mix
+from raylora.training.graphs import Capture, GraphedPasses, capture_of
+from raylora.training.pass_inputs import (
+    SMALLEST,
+    Example,
+    PassInputs,
+    PassSize,
+    align_groups,
+    largest_size,
+    make_inputs,
+    size_of,
+)
 
 log = logging.getLogger("raylora")
+MOST_GROUPS = 8
+"""Micro-batches of a probe in one pass, at most: each has a gradient of its own, 168 MB for an 8B model and rank 16."""
+GROUP_ALIGNMENT = 16
+"""Tokens that a group begins at multiples of on a GPU: its kernel for the gradients of groups asks for 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,38 @@ class _Item:
     """Which of the job's examples it is."""
     seed: int
     """Of its dropout."""
+    group: int
+    """Whose gradient it adds to: its adapter's slot, or the micro-batch of a probe."""
+    weight: float
+    """Of each of its labels in its step's loss."""
+
+
+class _Passes:
+    """Runs passes for a number of adapters; they add to gradients, and to the losses (G,) of groups, in float64."""
+
+    def __init__(self, loaded: LoadedModel, num_slots: int, num_groups: int, capture: Capture | None) -> None:
+        self._loaded = loaded
+        self.products = AdapterProducts(loaded, num_slots, num_groups)
+        self.losses = torch.zeros(num_groups, dtype=torch.float64, device=loaded.device)
+        self.graphed = GraphedPasses(self._run, capture, lambda: [*self.products.gradients, self.losses])
+
+    def hold(self, names: Sequence[str]) -> None:
+        """See ``AdapterProducts.hold``."""
+        if self.products.hold(names):
+            self.graphed.forget()
+
+    def begin(self) -> None:
+        """Begin a step: no gradient, no loss."""
+        self.products.begin()
+        self.losses.zero_()
+
+    def _run(self, inputs: PassInputs) -> None:
+        self.products.expect(inputs.rows)
+        with self._loaded.autocast():
+            losses = token_losses(self._loaded, inputs.batch)
+        losses = losses * inputs.weights.to(losses.device)
+        losses.sum().backward()
+        self.losses.index_add_(0, inputs.groups, losses.detach().to(self.losses.device, torch.float64))
 
 
 class GradientAccumulator:
@@ -139,17 +186,26 @@ class GradientAccumulator:
 
     Adapters join and leave between steps, outside of ``ready``. ``jobs`` holds those that are there, by their indices.
     ``packed``: whether minibatches are packed. ``fullest``: examples of the largest minibatch since the last halving.
+
+    Args:
+        observer: of a single job.
+        capture: captures passes of fixed sizes; by default that of the model's device (``capture_of``).
     """
 
-    def __init__(self, loaded: LoadedModel, jobs: Sequence[Job], observer: Observer | None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, jobs: Sequence[Job], observer: Observer | None, capture: Capture | None = None
+    ) -> None:
         self.loaded, self.observer = loaded, observer
         self.jobs: dict[int, Job] = {}
         self._indices = itertools.count()
         self._counts: dict[int, list[int]] = {}
         self._on_gpu = loaded.device.type == "cuda"
+        self._pad = pad_token_of(loaded.tokenizer)
+        self._capture = capture or capture_of(loaded)
         self.budget = TokenBudget(loaded.training_token_budget, may_checkpoint=True)
-        self.fullest = self._most_tokens = 0
-        self._adapters: AdapterProducts
+        self._round_budget()
+        self.fullest = self._most_tokens = self._num_replayed = 0
+        self._passes: _Passes | None = None
         self.packed = True
         for job in jobs:
             self.add(job)
@@ -160,7 +216,7 @@ class GradientAccumulator:
         Raises:
             UserError: it cannot share a forward pass with those that are there.
         """
-        self._adapters = AdapterProducts(self.loaded, [other.name for other in (*self.jobs.values(), job)])
+        check_may_share(self.loaded, [other.name for other in (*self.jobs.values(), job)])
         index = next(self._indices)
         self.jobs[index], self._counts[index] = job, count_labels(job)
         self._choose_form()
@@ -172,25 +228,49 @@ class GradientAccumulator:
             parameter.grad = None
         del self._counts[index]
         if self.jobs:
-            self._adapters = AdapterProducts(self.loaded, [job.name for job in self.jobs.values()])
             self._choose_form()
 
     def _choose_form(self) -> None:
-        """Choose whether minibatches are packed: only where attention's window holds each example of each job."""
+        """Choose whether minibatches are packed."""
         longest = max(n for job in self.jobs.values() for n in lengths_of(job.examples))
         # Tried before ``ready`` replaces attention and PEFT's forward pass; ``token_losses`` looks one result up.
-        packed = longest <= window_of(self.loaded.model) and self.loaded.allows(can_pack)
+        packed = may_pack(self.loaded, longest)
         self.loaded.allows(head_is_plain)
         if self.packed and not packed:
             log.info("minibatches are padded: this model's attention cannot be run in blocks")
         self.packed = packed
 
+    @property
+    def graphed(self) -> bool:
+        """Whether passes were replayed as CUDA graphs."""
+        return self._num_replayed > 0
+
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Inside, the model serves ``backward`` alone: its attention and its adapters' products are replaced."""
         blocks = attention_in_blocks(self.loaded.model) if self.packed else contextlib.nullcontext()
-        with self._adapters.installed(), blocks:
+        passes = self._passes_of_jobs()
+        replayed_before = passes.graphed.num_replayed
+        with passes.products.installed(), blocks:
             yield
+        self._num_replayed += passes.graphed.num_replayed - replayed_before
+
+    def _passes_of_jobs(self) -> _Passes:
+        """Passes with room for all jobs. Those of earlier trainings are used again, with what was captured of them."""
+        num_slots, num_groups = len(self.jobs), len(self.jobs)
+        if self.observer:
+            (method,) = (job.method for job in self.jobs.values())
+            num_groups = min(MOST_GROUPS, method.gradient_accumulation)
+        if self._passes is None or self._passes.products.num_slots < num_slots:
+            key = (_Passes, num_slots, num_groups)
+            kept = self.loaded.kept.get(key) if self._capture else None
+            self._passes = kept or _Passes(self.loaded, num_slots, num_groups, self._capture)
+            if self._capture:
+                self.loaded.kept[key] = self._passes
+        self._passes.hold([job.name for job in self.jobs.values()])
+        if num_groups > num_slots and not self._passes.products.is_whole:
+            self._passes.products.use_one_group()
+        return self._passes
 
     def backward(self, steps: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, StepGradient]:
         """Compute the gradients of a step of each adapter; they are left in the parameters' ``grad``.
@@ -206,85 +286,103 @@ class GradientAccumulator:
             torch.OutOfMemoryError: a single example does not fit, even with gradient checkpointing (MemoryError or
                 RuntimeError on a CPU).
         """
-        items = [
-            [_Item(job, i, mix(self.jobs[job].seed, k, position)) for position, i in enumerate(indices)]
-            for job, (k, indices) in steps.items()
-        ]
+        items = {index: self._items_of(index, k, examples) for index, (k, examples) in steps.items()}
         first, (first_k, _) = next(iter(steps.items()))
         bytes_before = torch.cuda.memory_allocated(self.loaded.device) if self._on_gpu else 0
         losses: dict[int, torch.Tensor] | None = None
         while losses is None:
             # Seeds the dropout that a model may have outside its adapters: a step that begins again draws the same.
             torch.manual_seed((self.jobs[first].seed + first_k) % 2**63)
-            losses = self.budget.attempt(functools.partial(self._backward_once, items))
+            try:
+                losses = self.budget.attempt(functools.partial(self._backward_once, items))
+            except PartialInputError:
+                self._running.products.use_one_group()
+                self._drop_gradients()
+                continue
             if losses is None:
                 self._drop_gradients()
                 self.use_less_memory()
         if self._on_gpu and self.loaded.training_tokens is None:
             self._measure_token_memory(bytes_before)
         return {
-            of_job[0].job: StepGradient(
-                losses[of_job[0].job],
+            index: StepGradient(
+                losses[index],
                 sum(map(self._length, of_job)),
                 sum(map(self._num_supervised, of_job)),
                 len(of_job),
             )
-            for of_job in items
+            for index, of_job in items.items()
         }
 
-    def _backward_once(self, items: list[list[_Item]]) -> dict[int, torch.Tensor]:
+    @property
+    def _running(self) -> _Passes:
+        assert self._passes is not None, "backward is called inside ready"
+        return self._passes
+
+    def _items_of(self, index: int, k: int, examples: Sequence[int]) -> list[_Item]:
+        """The examples of a job's step ``k``."""
+        job, counts = self.jobs[index], self._counts[index]
+        weight = 1 / sum(counts[i] for i in examples)
+        slot = self._running.products.slot_of(job.name)
+        return [_Item(index, i, mix(job.seed, k, place), slot, weight) for place, i in enumerate(examples)]
+
+    def _backward_once(self, items: Mapping[int, list[_Item]]) -> dict[int, torch.Tensor]:
         """The step's loss of each job, by its index; memory may run out at any point.
 
         Args:
-            items: for each job in the step, its examples.
+            items: for each job in the step, by its index, its examples.
         """
-        totals = {of_job[0].job: sum(map(self._num_supervised, of_job)) for of_job in items}
-        if self.observer is None:
-            losses = self._accumulate([item for of_job in items for item in of_job], totals)
-            return dict(zip(totals, losses.unbind(), strict=True))
-        (examples,), (index,) = items, totals  # an observer sees one adapter's training
-        size = self.jobs[index].method.batch_size
+        if self.observer is not None:
+            ((index, examples),) = items.items()  # an observer sees one adapter's training
+            return {index: self._observe(self.jobs[index], examples, self.observer)}
+        self._accumulate([item for of_job in items.values() for item in of_job])
+        losses = {}
+        for index, of_job in items.items():
+            self._running.products.publish(self.jobs[index].name, of_job[0].group)
+            losses[index] = self._running.losses[of_job[0].group].clone()
+        return losses
+
+    def _observe(self, job: Job, examples: list[_Item], observer: Observer) -> torch.Tensor:
+        """The loss of a step whose micro-batches are observed: as many in a pass as there are groups."""
+        size, num_groups = job.method.batch_size, self._running.products.num_groups
         micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-        passes = [lambda batch=batch: self._accumulate(batch, totals)[0] for batch in micro_batches]
-        return {index: separate_gradients(self.jobs[index].parameters, passes, self.observer)}
 
-    def _accumulate(self, items: list[_Item], totals: dict[int, int]) -> torch.Tensor:
-        """Add to the gradients what these examples contribute to their steps.
+        def run(number: int) -> torch.Tensor:
+            group = number % num_groups
+            if group == 0:
+                beside = enumerate(micro_batches[number : number + num_groups])
+                self._accumulate([replace(item, group=i) for i, batch in beside for item in batch])
+            self._running.products.publish(job.name, group)
+            return self._running.losses[group]
 
-        Args:
-            totals: supervised tokens of each job's whole step, by the job's index.
+        passes = [functools.partial(run, number) for number in range(len(micro_batches))]
+        return separate_gradients(job.parameters, passes, observer)
 
-        Returns:
-            (jobs in the step,), float64: what these examples contribute to each job's loss, in the order of ``totals``.
-        """
-        places = {job: place for place, job in enumerate(totals)}
-        sums = torch.zeros(len(totals), dtype=torch.float64, device=self.loaded.device)
+    def _accumulate(self, items: list[_Item]) -> None:
+        """Compute what these examples contribute to the gradients and losses of their groups."""
+        passes = self._running
+        passes.begin()
         for part in self.budget.cut(items, self._length, self.packed):
-            part = sorted(part, key=lambda item: item.job)  # AdapterProducts multiplies one slice for each adapter
-            jobs = [item.job for item in part for _ in range(self._num_supervised(item))]
-            job_of_loss = send(torch.tensor([places[job] for job in jobs]), sums.device)
-            weights = send(torch.tensor([1 / totals[job] for job in jobs]), sums.device)
-            with self.loaded.autocast():
-                losses = self._losses(part)
-            losses = losses * weights.to(losses.device)
-            losses.sum().backward()
-            sums.index_add_(0, job_of_loss, losses.detach().to(sums.device, torch.float64))
+            examples = [self._example(item) for item in sorted(part, key=lambda item: item.group)]
+            inputs, size = self._inputs_of(examples, passes)
+            passes.graphed.run(inputs, self.loaded.device, size)
             self.fullest = max(self.fullest, len(part))
             self._most_tokens = max(self._most_tokens, self.budget.held)
-        return sums
 
-    def _losses(self, part: list[_Item]) -> torch.Tensor:
-        """Losses (N,) of the supervised tokens of a minibatch, example after example."""
-        examples = [self.jobs[item.job].examples[item.index] for item in part]
-        labels = [labels_of(e, self.jobs[i.job].method.train_on) for e, i in zip(examples, part, strict=True)]
-        rows, pad = [e.input_ids for e in examples], pad_token_of(self.loaded.tokenizer)
-        batch = collate(rows, labels, pad, self.loaded.device, self.packed)
-        spans = [
-            Span(start, stop, self.jobs[item.job].name, item.seed)
-            for item, (start, stop) in zip(part, batch.spans([len(e) for e in examples]), strict=True)
-        ]
-        self._adapters.expect(spans, batch.input_ids.numel())
-        return token_losses(self.loaded, batch)
+    def _example(self, item: _Item) -> Example:
+        job = self.jobs[item.job]
+        example = job.examples[item.index]
+        labels, num_labels = labels_of(example, job.method.train_on), self._num_supervised(item)
+        return Example(example.input_ids, labels, job.name, item.seed, item.group, item.weight, num_labels)
+
+    def _inputs_of(self, examples: list[Example], passes: _Passes) -> tuple[PassInputs, PassSize | None]:
+        """A pass of these examples, and the fixed size that it is filled up to; None where it is as large as it is."""
+        size = None
+        if self.packed and passes.products.num_groups > 1 and self._capture:
+            examples = align_groups(examples, GROUP_ALIGNMENT, self._pad)
+        if self.packed and passes.graphed.are_wanted and not self.budget.checkpointing:
+            size = size_of(examples)
+        return make_inputs(examples, passes.products, self._pad, self.packed, size), size
 
     def _length(self, item: _Item) -> int:
         return len(self.jobs[item.job].examples[item.index])
@@ -294,6 +392,8 @@ class GradientAccumulator:
 
     def use_less_memory(self) -> None:
         """Do what the budget has decided after memory ran out: gradient checkpointing, or smaller minibatches."""
+        if self._passes:
+            self._passes.graphed.forget()
         if self.budget.checkpointing and not self.loaded.model.is_gradient_checkpointing:
             # use_reentrant=False: the reentrant kind gives no gradients where a segment's inputs need none, and the
             # embeddings, the first inputs, are frozen.
@@ -315,8 +415,15 @@ class GradientAccumulator:
             # number makes up too much.
             return
         bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / self._most_tokens
-        self.loaded.training_tokens = self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device))
+        self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device))
+        self._round_budget()
+        self.loaded.training_tokens = self.budget.tokens
         log.info("%.1f MB a token: minibatches of %d tokens", bytes_a_token / 1e6, self.budget.tokens)
+
+    def _round_budget(self) -> None:
+        """Make full minibatches as large as a pass that is captured, so that these are filled up by little."""
+        if self._capture and self.budget.tokens >= SMALLEST:
+            self.budget.tokens = largest_size(self.budget.tokens)
 
     def _drop_gradients(self) -> None:
         for parameter in (p for job in self.jobs.values() for p in job.parameters):

@@ -351,6 +351,7 @@ def _summarize(trainee: _Trainee, accumulator: GradientAccumulator) -> TrainingM
         micro_batch_size=accumulator.fullest,
         num_oom_backoffs=accumulator.budget.num_backoffs - trainee.num_backoffs_before,
         packed=accumulator.packed,
+        graphed=accumulator.graphed,
         num_adapters=trainee.most_beside,
         train_notes=_note(trainee, accumulator.loaded),
     )

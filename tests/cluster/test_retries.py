@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from raylora.cluster.worker_pool import WorkerPlace
@@ -41,3 +44,38 @@ def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
         assert executor.run(one, 0)["status"] == "error"
     values = Store(tmp_path).read_row(one).values
     assert (values["num_attempts"], values["error_kind"]) == (2, "worker_died")
+
+
+@pytest.mark.parametrize("error", [None, WorkerFailedError("its worker process died", kind=ErrorKind.WORKER_DIED)])
+def test_a_worker_is_given_three_times_what_shares_a_pass_and_nobody_is_drawn_twice(tmp_path, error):
+    """Ten experiments, one worker, two adapters a pass. What a worker left untrained is trained in its own run."""
+    names, told, given, rows = [f"data_{i}" for i in range(10)], [], [], {}
+    pool = make_pool(told, num_workers=1)
+    worker = pool.take()
+
+    def train(_, experiments):
+        given.append([e.dataset for e in experiments])
+        if error:
+            raise error
+        return len(experiments)
+
+    def run(_, experiment):
+        return {"status": "ok", "dataset": experiment.dataset}
+
+    with executor_of(tmp_path, run, pool, told, train, adapters_a_pass=2) as executor:
+
+        def fill(rank: int, name: str) -> None:
+            rows[name] = executor.run(make_experiment(name), rank)
+
+        threads = [threading.Thread(target=fill, args=(rank, name), daemon=True) for rank, name in enumerate(names)]
+        for thread in threads:
+            thread.start()
+        while pool.num_waiting < len(names):
+            time.sleep(0.01)
+        pool.give_back(worker)
+        for thread in threads:
+            thread.join(timeout=30)
+    assert given == [names[:6], names[6:]]
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(names, "ok")
+    assert len(told) == (2 if error else 0)
+    assert not any("num_attempts" in row for row in rows.values()), "a shared training is nobody's failed try"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
 
 from raylora.config import load_config
+from raylora.errors import BaseChangedError
 from raylora.experiment.story import run_experiment
 from raylora.experiment.together import train_together
 from raylora.experiment.workbench import Workbench
@@ -44,11 +47,10 @@ def test_a_bench_trains_several_as_it_would_train_each(options, tmp_path):
     for experiment in good:
         run_experiment(bench, experiment)
     other = Workbench(together.config, together.store, bench.loaded)
-    assert train_together(other, [e for e in together.experiments if e.error] + good) == 4
+    assert train_together(other, [e for e in together.experiments if e.error] + good) == 6
     assert bench.loaded.logits_hash() == hash_before
-    trained = [e for e in good if together.store.read_stage(e, "train")]
-    assert trained == good[:4]
-    for experiment in trained:
+    assert not bench.loaded.peft_model.peft_config, "every adapter was detached"
+    for experiment in good:
         one, many = (weights_of(plan, experiment) for plan in (alone, together))
         assert one.keys() == many.keys()
         for name in one:
@@ -67,6 +69,7 @@ def test_the_seeds_of_a_dataset_share_passes(options, tmp_path):
     bench = Workbench(alone.config, alone.store)
     other = Workbench(together.config, together.store, bench.loaded)
     assert train_together(other, together.experiments) == 3
+    assert "train: started" in (together.store.folder(together.experiments[2]) / "log.txt").read_text()
     for experiment in alone.experiments:
         run_experiment(bench, experiment)
         one, many = (weights_of(plan, experiment) for plan in (alone, together))
@@ -74,6 +77,67 @@ def test_the_seeds_of_a_dataset_share_passes(options, tmp_path):
             torch.testing.assert_close(many[name], one[name], atol=1e-4, rtol=0)
     first, second, _ = (weights_of(together, e) for e in together.experiments)
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_what_is_done_when_a_worker_dies_stays_done(options):
+    """Five adapters in two slots; the process ends once two are stored. What the base was is looked at for each."""
+    plan = plan_of(options, stages=("train",), adapters_a_pass=2, limit=5)
+    experiments = sorted(plan.experiments, key=lambda e: e.num_examples)
+
+    class Bench(Workbench):
+        num_checks = 0
+
+        def check_base(self):
+            super().check_base()
+            self.num_checks += 1
+            if self.num_checks == 3:
+                raise Killed
+
+    bench = Bench(plan.config, plan.store)
+    with pytest.raises(Killed):
+        train_together(bench, experiments)
+    done = [plan.store.read_stage(e, "train") for e in experiments]
+    assert [bool(values) for values in done].count(True) == 2
+    assert all(values["num_adapters"] == 2 for values in done if values)
+    assert not bench.loaded.peft_model.peft_config
+    others = [e for e, values in zip(experiments, done, strict=True) if not values]
+    assert train_together(Workbench(plan.config, plan.store, bench.loaded), others) == 3
+    assert all(plan.store.read_stage(e, "train") for e in experiments)
+
+
+def test_a_base_that_was_changed_leaves_no_product(options):
+    plan = plan_of(options, stages=("train",), adapters_a_pass=2, limit=4)
+    bench = Workbench(plan.config, plan.store)
+    head = bench.loaded.model.get_output_embeddings()
+
+    def harm(stage, done, total):
+        with torch.no_grad():
+            head.weight += 1
+
+    with pytest.raises(BaseChangedError):
+        train_together(bench, plan.experiments, harm)
+    assert not any(plan.store.read_stage(e, "train") for e in plan.experiments)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_run_fills_its_passes_from_the_queue_and_has_every_row(options):
+    """Five datasets, two of them at a time over the same passes, on a machine without a GPU."""
+    ray.init(num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        rows = run(options, adapters_a_pass=2, limit=5)
+    finally:
+        ray.shutdown()
+    assert sorted(row["status"] for row in rows.values()) == ["ok"] * 5
+    # 12, 10, 8, 6 and 4 steps in two slots: the third and the fourth are done in the same step, the last one is alone.
+    assert sorted(row["num_adapters"] for row in rows.values()) == [1, 2, 2, 2, 2]
+    logs = [path.read_text() for path in Path(options["output"]).rglob("log.txt")]
+    assert len(logs) == 5
+    assert all("train: done before" in log for log in logs)
 
 
 @pytest.mark.slow

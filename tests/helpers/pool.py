@@ -28,9 +28,9 @@ def make_pool(told: list[str], start=None, num_workers: int = 2) -> WorkerPool:
 
 
 @contextlib.contextmanager
-def executor_of(tmp_path, run, pool, told) -> Iterator[RetryingExecutor]:
-    calls = WorkerCalls(run, lambda *_: 0, lambda *_: 0, set)
-    config = load_config(model="demo", mmlu="demo", adapters_a_pass=1)
+def executor_of(tmp_path, run, pool, told, train=lambda *_: 0, adapters_a_pass=1) -> Iterator[RetryingExecutor]:
+    calls = WorkerCalls(run, train, lambda *_: 0, set)
+    config = load_config(model="demo", mmlu="demo", adapters_a_pass=adapters_a_pass)
     executor = RetryingExecutor(config, Store(tmp_path), pool, calls, on_gpus=True, on_retry=told.append)
     try:
         yield executor

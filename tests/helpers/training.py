@@ -47,3 +47,21 @@ def assert_packed_agrees(loaded, encoded, of_loss: float, of_gradient: float) ->
     assert loss == pytest.approx(expected, rel=of_loss)
     ours, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, padded))
     assert float((ours - theirs).norm() / theirs.norm()) < of_gradient
+
+
+class Recorder:
+    """An ``Observer`` that keeps the gradient of each micro-batch, all parameters in one tensor."""
+
+    def __init__(self, loaded) -> None:
+        self.loaded = loaded
+        self.gradients: list[torch.Tensor] = []
+
+    def begin_step(self) -> None: ...
+
+    def after_micro_batch(self) -> None:
+        found = [p.grad for p in self.loaded.model.parameters() if p.grad is not None]
+        self.gradients.append(torch.cat([g.flatten() for g in found]).clone())
+
+    def before_clipping(self) -> None: ...
+
+    def after_step(self, step) -> None: ...

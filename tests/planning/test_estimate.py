@@ -18,9 +18,11 @@ from raylora.errors import UserError
 from raylora.model.loading import load_model
 from raylora.planning import estimate, hardware, show_plan
 from raylora.planning.plan import find_files, make_plan
+from raylora.planning.shape import LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
 from raylora.training.gradients import GradientAccumulator, Job
 from tests.helpers.chunks import OPTIONS, write_dataset
+from tests.helpers.shapes import h200, llama_3_8b
 from tests.helpers.tiny import make_tokenizer
 
 CPU = hardware.Hardware("cpu", 4, 24 * 10**9, 1e11)
@@ -41,22 +43,12 @@ def folder(request, tmp_path_factory):
 
 
 def gpu(gigabytes: float) -> hardware.Hardware:
-    return hardware.Hardware("cuda", 2, int(gigabytes * 1e9), 1e14)
-
-
-def llama_3_8b(folder):
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8,
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    return str(folder)
+    return hardware.Hardware("cuda", 2, int(gigabytes * 1e9), 1e14, 1e12)
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
 def test_weights_take_what_they_take(folder, quantization):
-    shape = estimate.shape_of(str(folder), load_config(model="x").target_modules)
+    shape = shape_of(str(folder), load_config(model="x").target_modules)
     loaded = load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
     held = loaded.model.get_memory_footprint(return_buffers=False)
     assert estimate.weight_bytes(shape, quantization, CPU) == pytest.approx(held, rel=0.05)
@@ -65,7 +57,7 @@ def test_weights_take_what_they_take(folder, quantization):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_minibatch_keeps_what_is_said(folder, dropout):
     method = load_config(model="x", lora_dropout=dropout).method()
-    shape = estimate.shape_of(str(folder), method.target_modules)
+    shape = shape_of(str(folder), method.target_modules)
     loaded = load_model(ModelOptions(model=str(folder), quantization="none"), torch.device("cpu"))
     parameters = loaded.attach(method, 0)
     own = {t.untyped_storage().data_ptr() for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
@@ -91,7 +83,7 @@ def test_a_minibatch_keeps_what_is_said(folder, dropout):
 def test_an_8b_model_is_known_by_its_configuration(tmp_path):
     source = llama_3_8b(tmp_path)
     config = load_config(model=source)
-    shape = estimate.shape_of(source, config.target_modules)
+    shape = shape_of(source, config.target_modules)
     assert shape.layer_weights + shape.other_weights == 8_030_261_248
     assert estimate.weight_bytes(shape, "none", gpu(80)) == 2 * 8_030_261_248
     assert estimate.weight_bytes(shape, "8bit", gpu(80)) == pytest.approx(9.08e9, rel=0.01)
@@ -105,10 +97,10 @@ def test_an_8b_model_is_known_by_its_configuration(tmp_path):
 def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
     source = llama_3_8b(tmp_path)
     config = load_config(model=source, quantization="8bit")
-    shape = estimate.shape_of(source, config.target_modules)
+    shape = shape_of(source, config.target_modules)
     assert estimate.misfit(shape, gpu(24), config) == ""
     line = estimate.misfit(shape, gpu(10), config)
-    assert "it needs 9.9 GB" in line
+    assert "it needs 10.0 GB" in line
     assert "--quantization 4bit would fit" in line
     assert "\n" not in line
     assert "--max-memory can put a part of it on the CPU" in estimate.misfit(shape, gpu(6), config)
@@ -119,19 +111,105 @@ def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
 def test_memory_that_is_short_makes_minibatches_smaller(tmp_path):
     source = llama_3_8b(tmp_path)
     config = load_config(model=source, quantization="4bit", stages="train")
-    shape, sizes = estimate.shape_of(source, config.target_modules), estimate.Sizes(1000, 400.0, 900)
-    counts = estimate.token_counts(config, config.method(), sizes, 0, config.stages)
-    roomy, tight = (estimate.estimate(shape, gpu(g), "4bit", config.method(), sizes, counts) for g in (80, 12))
+    shape, sizes = shape_of(source, config.target_modules), estimate.Sizes(1000, 400.0, 900)
+    work = estimate.work_of(config, config.method(), sizes, 0, config.stages)
+    roomy, tight = (estimate.estimate(shape, gpu(g), "4bit", config.method(), sizes, work) for g in (80, 12))
     assert tight.peak_memory_bytes < 12e9 < roomy.peak_memory_bytes
-    assert tight.seconds == pytest.approx(1.5 * roomy.seconds), "checkpointing runs the way there twice"
+    assert tight.seconds > 1.4 * roomy.seconds, "checkpointing runs the forward pass twice"
 
 
 def test_tokens_that_are_run_are_counted(tmp_path):
     config = load_config(model="x", sample_size=10, probe_steps=5, batch_size=2, gradient_accumulation=2, num_epochs=3)
     sizes = estimate.Sizes(100, 50.0, 80)
-    counts = estimate.token_counts(config, config.method(), sizes, 7000, config.stages)
-    assert counts == {"train": 5 * 4 * 50 + 3 * 5000, "evaluate": 2 * 10 * 50 + 7000}
-    assert estimate.token_counts(config, config.method(), sizes, 0, ["train"]) == {"train": 15000}
+    work = estimate.work_of(config, config.method(), sizes, 7000, config.stages)
+    assert (work.trained, work.evaluated) == (5 * 4 * 50 + 3 * 5000, 2 * 10 * 50 + 7000)
+    assert (work.held_out_tokens, work.train_step_tokens) == (2 * 50, 4 * 50)
+    only_train = estimate.work_of(config, config.method(), sizes, 7000, ["train"])
+    assert (only_train.trained, only_train.evaluated, only_train.held_out_tokens) == (15000, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def of_8b(tmp_path_factory) -> Shape:
+    source = llama_3_8b(tmp_path_factory.mktemp("llama-3-8b"))
+    found = shape_of(source, load_config(model="x").target_modules)
+    assert found is not None
+    return found
+
+
+def estimated(shape, kernels, storage, num_examples=1600, mean=117.8, num_together=1, questions=0, **options):
+    """What an H200 takes for a dataset like the first of chunk_001: the Estimate, and the Work."""
+    config = load_config(model="x", max_length=256, **options)
+    method, sizes = config.method(), estimate.Sizes(num_examples, mean, 256)
+    work = estimate.work_of(config, method, sizes, 125 * questions, config.stages)  # tokens a question, 0-shot
+    return estimate.estimate(shape, h200(kernels), storage, method, sizes, work, num_together), work
+
+
+@pytest.mark.parametrize(
+    ("kernels", "storage", "num_together", "dropout", "tokens_a_second"),
+    [
+        ("torch", "none", 1, 0.1, 3700), ("torch", "none", 1, 0.0, 4900), ("torch", "4bit", 1, 0.1, 3300),
+        ("torch", LLM_INT8, 1, 0.1, 2700),  # measured
+        ("liger", "none", 1, 0.1, 14000), ("liger", "none", 8, 0.1, 16000), ("liger", "4bit", 1, 0.1, 12500),
+        ("liger", "8bit", 1, 0.1, 12500),  # aims
+    ],
+)  # fmt: skip
+def test_training_on_an_h200(of_8b, kernels, storage, num_together, dropout, tokens_a_second):
+    options = {"stages": "train", "num_epochs": 1, "lora_dropout": dropout}
+    found, work = estimated(of_8b, kernels, storage, num_together=num_together, **options)
+    assert work.trained / (found.seconds - estimate.HOST_SECONDS) == pytest.approx(tokens_a_second, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "storage", "tokens_a_second"),
+    [("torch", "none", 22600), ("torch", LLM_INT8, 9600), ("liger", "none", 36000), ("liger", "8bit", 33000)],
+)
+def test_scoring_on_an_h200(of_8b, kernels, storage, tokens_a_second):
+    found, work = estimated(of_8b, kernels, storage, questions=1140, stages="mmlu")
+    assert work.evaluated / (found.seconds - estimate.HOST_SECONDS) == pytest.approx(tokens_a_second, rel=0.25)
+    if storage == "none":
+        assert found.peak_memory_bytes == pytest.approx(18.0e9, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "storage", "steps", "tokens_a_second"), [("torch", LLM_INT8, 6, 1000), ("liger", "8bit", 20, 12000)]
+)
+def test_a_probe_on_an_h200(of_8b, kernels, storage, steps, tokens_a_second):
+    found, work = estimated(of_8b, kernels, storage, stages="features", probe_steps=steps)
+    without, _ = estimated(of_8b, kernels, storage, stages="features", probe_steps=0)
+    assert work.trained / (found.seconds - without.seconds) == pytest.approx(tokens_a_second, rel=0.25)
+
+
+@pytest.mark.parametrize(("mean", "seconds"), [(112.2, 31), (140.4, 39)])
+def test_a_whole_experiment_on_an_h200_as_it_went(of_8b, mean, seconds):
+    """Of 160 examples and 570 questions: 6.4 and 7.4 s were planned, and 26 GB of the 46 that it took."""
+    options = {"probe_steps": 6, "num_epochs": 1}
+    found, _ = estimated(of_8b, "torch", LLM_INT8, 160, mean, questions=570, **options)
+    assert found.seconds == pytest.approx(seconds, rel=0.25)
+    assert found.peak_memory_bytes == pytest.approx(46e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("kernels", "storage", "seconds"), [("torch", LLM_INT8, 320), ("liger", "8bit", 75)])
+def test_a_default_experiment_on_an_h200(of_8b, kernels, storage, seconds):
+    found, _ = estimated(of_8b, kernels, storage, 1000, questions=14042)
+    assert found.seconds == pytest.approx(seconds, rel=0.25)
+
+
+def test_what_is_trained_together_fills_the_memory_and_no_more(of_8b):
+    alone, together = (
+        estimated(of_8b, "liger", "8bit", num_together=n, stages="train", num_epochs=1)[0] for n in (1, 1000)
+    )
+    assert alone.peak_memory_bytes < 30e9
+    assert 100e9 < together.peak_memory_bytes < 141e9
+    assert together.seconds < alone.seconds
+
+
+def test_of_a_gpu_elsewhere_a_step_of_one_is_known_and_no_time(of_8b):
+    config = load_config(model="x", stages="train")
+    sizes = estimate.Sizes(1600, 117.8, 256)
+    work = estimate.work_of(config, config.method(), sizes, 0, config.stages)
+    found = estimate.estimate(of_8b, hardware.ELSEWHERE, "8bit", config.method(), sizes, work, 1000)
+    assert found.seconds is None
+    assert found.peak_memory_bytes < 30e9
 
 
 def test_lengths_of_a_sample_stand_for_a_dataset():
@@ -197,4 +275,4 @@ def test_a_model_of_which_nothing_is_known_gets_no_estimate(tmp_path, change):
     if change == "nameless":
         values = {"model_type": "no such type"}
     path.write_text(json.dumps(values))
-    assert estimate.shape_of(source, load_config(model="x").target_modules) is None
+    assert shape_of(source, load_config(model="x").target_modules) is None

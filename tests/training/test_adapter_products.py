@@ -12,7 +12,8 @@ from raylora.model import memory
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import load_model
 from raylora.records import Example, Message
-from raylora.training.adapter_products import AdapterProducts, mix
+from raylora.training.adapter_products import PassRows
+from raylora.training.dropout import mix
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import TrainingResult, adapters_a_pass, train_adapter, train_adapters
 from tests.helpers.tiny import load, make_model
@@ -153,10 +154,10 @@ def test_on_a_gpu_packed_and_padded_agree_and_adapters_share_passes(tiny_model_f
     assert adapters_a_pass(loaded, [job], 1e9) > 3, "a tiny adapter's steps fill no minibatch"
 
 
-def record_slices(monkeypatch, drawn: list) -> None:
+def record_masks(monkeypatch, drawn: list) -> None:
     """Whatever is drawn for dropout from now on is put to ``drawn``, too."""
-    draw = AdapterProducts.slice_of
-    monkeypatch.setattr(AdapterProducts, "slice_of", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    draw = PassRows.mask
+    monkeypatch.setattr(PassRows, "mask", lambda *args: drawn.append(draw(*args)) or drawn[-1])
 
 
 def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer, monkeypatch):
@@ -169,7 +170,7 @@ def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer, monkeypa
             p.copy_(torch.randn_like(p) * 0.1)
     passes = GradientAccumulator(loaded, [Job(parameters, [example], method, 3)], None)
     drawn: list[torch.Tensor] = []
-    record_slices(monkeypatch, drawn)
+    record_masks(monkeypatch, drawn)
     loaded.model.train()
     with passes.ready():
         found = passes.backward({0: (0, [0])})[0]
@@ -186,9 +187,9 @@ def test_dropout_is_that_of_peft_with_the_same_draws(loaded, tokenizer, monkeypa
 
     assert len(drawn) == 14
     for (_, module), part in zip(loaded.lora_modules(), drawn, strict=True):
-        share = float(part.keep.float().mean())
+        share = float(part.float().mean())
         assert share == pytest.approx(0.75, abs=0.03)
-        module.lora_dropout["default"] = Drawn(part.keep)
+        module.lora_dropout["default"] = Drawn(part)
     labels = torch.tensor([labels_of(example, "answer")])
     loss = loaded.model(input_ids=torch.tensor([example.input_ids]), labels=labels).loss
     loss.backward()
@@ -204,12 +205,12 @@ def test_draws_of_dropout_have_nothing_in_common(loaded, tokenizer, monkeypatch)
     same = [encode_example(tokenizer, Example((Message("user", "so " * 40),), "yes", "q"), 256)] * 2
     passes = GradientAccumulator(loaded, [Job(loaded.attach(method, 0), same, method, 3)], None)
     drawn = []
-    record_slices(monkeypatch, drawn)
+    record_masks(monkeypatch, drawn)
     loaded.model.train()
     with passes.ready():
         passes.backward({0: (0, [0, 1])})
     passes.restore()
-    halves = [half for part in drawn if part.keep.shape[1] == 64 for half in part.keep.float().chunk(2)]
+    halves = [half for part in drawn if part.shape[1] == 64 for half in part.float().chunk(2)]
     assert len(halves) == 24  # 12 modules of this width, two examples that read the same
     masks = torch.stack([h.flatten() for h in halves]) * 2 - 1
     cosines = masks @ masks.T / masks.shape[1]

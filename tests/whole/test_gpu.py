@@ -1,4 +1,7 @@
-"""What a GPU must do as a CPU does. Each test runs on the CPU too, so that it is known to test what it says."""
+"""What a GPU must do as a CPU does. Tests run on the CPU too, so that they are known to test what they say.
+
+Those of what only a GPU does run on a GPU alone.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ QUANTIZATIONS = ["none", "8bit", "4bit"]
 def device(request) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    assert on_gpu == (request.param == "cuda"), "a test marked gpu asserts what only a GPU does"
     return torch.device(request.param)
 
 
@@ -56,13 +61,12 @@ def load(device, tiny_model_folder):
 
 def keep_of(loaded, seed: int) -> torch.Tensor:
     """What dropout keeps of the first module's input, on the CPU."""
-    loaded.attach(METHOD, 0)
+    loaded.attach(METHOD.model_copy(update={"lora_dropout": 0.3}), 0)
     try:
-        adapters = AdapterProducts(loaded, ["default"])
+        products = AdapterProducts(loaded, 1, 1)
+        products.hold(["default"])
         spans = [Span(0, 7, "default", seed), Span(7, 12, "default", seed + 1)]
-        adapters.expect(spans, 12)
-        rows = torch.zeros(12, 64, device=loaded.device)
-        return adapters.slice_of(rows, spans, 0, 0.3, 1.0).keep.cpu()
+        return products.rows_of(spans, 12).on(loaded.device).mask(0, 64).cpu()
     finally:
         loaded.detach()
 
@@ -170,8 +174,7 @@ def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
     assert runner.budget.num_backoffs == 3
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", [GPU], indirect=True)
 def test_memory_that_really_runs_out_makes_minibatches_smaller_and_changes_no_loss(load):
     loaded, encoded = load("none")
     many = encoded * 40
@@ -199,8 +202,7 @@ def test_memory_that_really_runs_out_makes_minibatches_smaller_and_changes_no_lo
     assert found == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", [GPU], indirect=True)
 def test_what_a_token_takes_is_learnt_in_the_first_step(load):
     loaded, encoded = load("none")
     method = METHOD.model_copy(update={"batch_size": 64})

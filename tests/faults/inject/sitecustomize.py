@@ -120,7 +120,7 @@ def around_batches(module: Any) -> None:
     token_losses = module.token_losses
 
     def losses(loaded: Any, batch: Any) -> Any:
-        if max(len(batch.input_ids), len(batch.block_lengths)) > 1:
+        if max(len(batch.input_ids), len(batch.blocks.ends) - 1 if batch.blocks else 0) > 1:
             reach("minibatch")
         return token_losses(loaded, batch)
 

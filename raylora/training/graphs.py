@@ -1,0 +1,157 @@
+"""Forward and backward passes of fixed sizes, captured once and replayed: what a CUDA graph needs around it.
+
+Below some 6,000 tokens a pass, Python launches kernels more slowly than an H200 runs them: a pass of 2,048 tokens of an
+8B model takes 283 ms as it is launched and 133 ms as a graph (benchmarks/NOTES.md). A graph runs the same kernels on
+the same memory each time, so a pass is copied into tensors that stay where they are.
+
+    1st pass of a size     run as it is
+    2nd                    run as it is; captured; replayed, and held against the one before
+    from then on           copied into the tensors of the capture, and replayed
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from raylora.errors import one_line
+from raylora.model.adapters import LoadedModel
+from raylora.model.memory import is_out_of_memory
+from raylora.model.packing import REFUSALS
+from raylora.training.pass_inputs import PassInputs, PassSize
+
+log = logging.getLogger("raylora")
+
+WARM_UPS = 3
+"""Passes before a capture, as libraries allocate and choose their kernels in the first ones."""
+TOLERANCE = 2e-2
+"""Relative difference of a replay from the pass as it is: kernels that add in another order each time differ in half
+precision."""
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Captures what a function does, and returns a function that does it again."""
+
+
+class CudaCapture:
+    """Captures on a GPU. The graphs of all sizes use the same memory, as none runs while another does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+def capture_of(loaded: LoadedModel) -> Capture | None:
+    """What captures the passes of a model; None on a CPU, on several devices, and where it is switched off."""
+    if loaded.device.type != "cuda" or not loaded.graphs or len({p.device for p in loaded.model.parameters()}) > 1:
+        return None
+    capture: Capture = loaded.kept.setdefault(CudaCapture, CudaCapture(loaded.device))
+    return capture
+
+
+class GraphedPasses:
+    """Runs passes, captured where that is possible and comes to the same.
+
+    Args:
+        run: runs a pass whose tensors are on the device; adds to ``sums``, and reads and changes nothing else.
+        capture: a ``CudaCapture``; None: passes are run as they are.
+        sums: returns the tensors that ``run`` adds to.
+    """
+
+    def __init__(
+        self, run: Callable[[PassInputs], None], capture: Capture | None, sums: Callable[[], Sequence[torch.Tensor]]
+    ) -> None:
+        self._run, self._capture, self._sums = run, capture, sums
+        self._seen: set[PassSize] = set()
+        self._captured: dict[PassSize, tuple[PassInputs, Callable[[], None]]] = {}
+        self._most_tokens = 2**62
+        self.num_replayed = 0
+        """Passes that were replayed."""
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether passes should be made of fixed sizes."""
+        return self._capture is not None
+
+    def forget(self, above: int = 0) -> None:
+        """Drop the captured passes of more than so many tokens."""
+        self._captured = {size: held for size, held in self._captured.items() if size.tokens <= above}
+        self._seen = {size for size in self._seen if size.tokens <= above}
+
+    def run(self, inputs: PassInputs, device: torch.device, size: PassSize | None) -> None:
+        """Run a pass that is on the host.
+
+        Args:
+            size: of ``inputs``, which are filled up to it; None: they have no fixed size.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit (MemoryError or RuntimeError on a CPU).
+        """
+        if size is not None and self._capture is not None and size in self._captured:
+            static, replay = self._captured[size]
+            static.fill(inputs)
+            replay()
+            self.num_replayed += 1
+            return
+        on_device = inputs.to(device)
+        if size is None or self._capture is None or size not in self._seen:
+            self._run(on_device)
+            if size is not None and size.tokens <= self._most_tokens:
+                self._seen.add(size)
+            return
+        self._capture_size(on_device, size, self._capture)
+
+    def _capture_size(self, inputs: PassInputs, size: PassSize, capture: Capture) -> None:
+        """Run a pass as it is, capture it, and keep the capture if its first replay adds the same."""
+        before = [tensor.clone() for tensor in self._sums()]
+        self._run(inputs)
+        expected = [tensor.clone() for tensor in self._sums()]
+        if not all(bool(tensor.isfinite().all()) for tensor in expected):
+            return  # a training that diverges says nothing about a capture
+        try:
+            replay = capture(lambda: self._run(inputs))
+            _restore(self._sums(), before)
+            replay()
+            if reason := _difference(before, expected, self._sums()):
+                self._give_up(size, reason)
+            else:
+                self._captured[size] = (inputs, replay)
+        except REFUSALS as error:
+            if is_out_of_memory(error):
+                self._most_tokens = size.tokens - 1
+                self.forget(self._most_tokens)
+            else:
+                self._give_up(size, one_line(error))
+        _restore(self._sums(), expected)
+
+    def _give_up(self, size: PassSize, reason: str) -> None:
+        log.warning("passes are not captured as CUDA graphs: of %d tokens, %s", size.tokens, reason)
+        self._capture = None
+        self.forget()
+
+
+def _restore(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _difference(before: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> str:
+    """Why what was added to ``before`` is not what was expected; "" if it is."""
+    for old, right, new in zip(before, expected, found, strict=True):
+        difference, size = float((new - right).norm()), float((right - old).norm())
+        if not difference <= TOLERANCE * size:
+            return f"its first replay gives other numbers (by {difference:.2g}, of {size:.2g})"
+    return ""

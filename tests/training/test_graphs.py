@@ -1,0 +1,189 @@
+"""Passes of fixed sizes that are replayed come to what passes as they are come to.
+
+A fake graph stands in for CUDA's: it "replays" by running the captured function again, on the tensors of the capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from raylora.training.gradients import GradientAccumulator, Job
+from raylora.training.loop import train_adapters
+from tests.helpers.training import DROPOUT, METHOD, Recorder
+
+
+class FakeGraphs:
+    """Captures by running the function, as often as a CUDA capture does."""
+
+    def __init__(self) -> None:
+        self.num_captures = self.num_replays = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_captures += 1
+        for _ in range(3):
+            run()
+
+        def replay() -> None:
+            self.num_replays += 1
+            run()
+
+        return replay
+
+
+def replays_nothing(run):
+    run()
+    return lambda: None
+
+
+def cannot_capture(run):
+    run()
+    raise RuntimeError("operation not permitted when stream is capturing\n a second line")
+
+
+def does_not_fit(run):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def jobs_of(loaded, encoded, methods):
+    return [
+        Job(loaded.attach(method, i, f"a{i}"), encoded[2 * i :], method, i, f"a{i}") for i, method in enumerate(methods)
+    ]
+
+
+def steps_of(loaded, encoded, methods, capture, num_steps=6, observer=None):
+    """Losses and gradients of some steps of several adapters, and the accumulator."""
+    jobs = jobs_of(loaded, encoded, methods)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in (p for job in jobs for p in job.parameters):
+            p.copy_(torch.randn_like(p) * 0.1)
+    runner = GradientAccumulator(loaded, jobs, observer, capture)
+    losses, gradients = [], []
+    loaded.model.train()
+    with runner.ready():
+        for k in range(num_steps):
+            # The same number of examples, others each time, so that sizes come again and their contents do not.
+            found = runner.backward({i: (k, [(k + j) % 8 for j in range(4 + i)]) for i in range(len(jobs))})
+            losses.append([float(found[i].loss) for i in range(len(jobs))])
+            gradients.append([p.grad.clone() for job in jobs for p in job.parameters])
+            runner.restore()
+    for job in jobs:
+        loaded.detach(job.name)
+    return losses, gradients, runner
+
+
+METHODS = {
+    "one": [DROPOUT],
+    "one without dropout": [METHOD],
+    "several": [DROPOUT, DROPOUT.model_copy(update={"lora_r": 3, "lora_dropout": 0.3, "train_on": "all"}), METHOD],
+}
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_replayed_passes_have_the_losses_and_gradients_of_passes_as_they_are(loaded, encoded, which):
+    graphs = FakeGraphs()
+    losses, gradients, runner = steps_of(loaded, encoded, METHODS[which], graphs)
+    expected, others, plain = steps_of(loaded, encoded, METHODS[which], None)
+    assert (runner.graphed, plain.graphed) == (True, False)
+    assert 1 <= graphs.num_captures < graphs.num_replays
+    for mine, theirs in zip(losses, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    for mine, theirs in zip(gradients, others, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capture", "why"),
+    [(replays_nothing, "its first replay gives other numbers"), (cannot_capture, "not permitted when stream is")],
+)
+def test_what_cannot_be_captured_is_run_as_it_is_and_said_in_a_line(loaded, encoded, caplog, capture, why):
+    losses, gradients, runner = steps_of(loaded, encoded, METHODS["several"], capture)
+    expected, others, _ = steps_of(loaded, encoded, METHODS["several"], None)
+    assert not runner.graphed
+    lines = [r.getMessage() for r in caplog.records if "CUDA graph" in r.getMessage()]
+    assert len(lines) == 1
+    assert why in lines[0]
+    assert "\n" not in lines[0]
+    for mine, theirs in zip(losses, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    for a, b in zip(gradients[-1], others[-1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_capture_that_memory_does_not_hold_costs_nothing_but_its_speed(loaded, encoded):
+    losses, _, runner = steps_of(loaded, encoded, [DROPOUT], does_not_fit)
+    expected, _, _ = steps_of(loaded, encoded, [DROPOUT], None)
+    assert not runner.graphed
+    assert runner.budget.num_backoffs == 0
+    assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
+
+
+def test_the_next_training_replays_what_the_last_one_captured(loaded, encoded):
+    graphs = FakeGraphs()
+    steps_of(loaded, encoded, [DROPOUT], graphs)
+    before = graphs.num_captures
+    losses, _, runner = steps_of(loaded, encoded, [METHOD], graphs)
+    assert graphs.num_captures == before
+    assert runner.graphed
+    expected, _, _ = steps_of(loaded, encoded, [METHOD], None)
+    assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
+    loaded.unwrap()
+    steps_of(loaded, encoded, [METHOD], graphs)
+    assert graphs.num_captures > before, "other modules: what was captured of the last ones is gone"
+
+
+def test_micro_batches_of_a_probe_are_groups_of_captured_passes(loaded, encoded):
+    seen = []
+    for capture in (FakeGraphs(), None):
+        observer = Recorder(loaded)
+        losses, _, runner = steps_of(
+            loaded, encoded, [DROPOUT.model_copy(update={"batch_size": 2})], capture, observer=observer
+        )
+        seen.append((losses, observer.gradients, runner.graphed))
+    (losses, gradients, graphed), (expected, others, _) = seen
+    assert graphed
+    assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
+    assert len(gradients) == len(others) == 2 * 6
+    for mine, theirs in zip(gradients, others, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_memory_that_runs_out_drops_what_was_captured(loaded, encoded):
+    graphs = FakeGraphs()
+    runs = []
+
+    def refuse(module, args, kwargs):
+        runs.append(kwargs["input_ids"].numel())
+        if len(runs) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    losses, _, runner = steps_of(loaded, encoded, [DROPOUT], graphs, num_steps=10)
+    hook.remove()
+    assert runner.budget.num_backoffs == 1
+    expected, _, _ = steps_of(loaded, encoded, [DROPOUT], None, num_steps=10)
+    assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
+
+
+def test_a_loss_that_is_no_number_is_no_reason_to_give_captures_up(loaded, encoded, caplog):
+    graphs = FakeGraphs()
+    wild = METHOD.model_copy(update={"learning_rate": 9.0, "max_grad_norm": 1e30, "lora_alpha": 1e30})
+    jobs = jobs_of(loaded, encoded, [wild])
+    runner = GradientAccumulator(loaded, jobs, None, graphs)
+    loaded.model.train()
+    with runner.ready(), torch.no_grad():
+        jobs[0].parameters[0].fill_(float("nan"))
+        with torch.enable_grad():
+            for k in range(3):
+                runner.backward({0: (k, range(4))})
+    assert not [r for r in caplog.records if "CUDA graph" in r.getMessage()]
+    runner.restore()
+
+
+def test_rows_say_whether_passes_were_captured(loaded, encoded):
+    (result,) = train_adapters(loaded, jobs_of(loaded, encoded, [METHOD]))
+    assert result.metrics.graphed is False
