@@ -1,4 +1,4 @@
-"""Loads the base model, quantized, and its tokenizer. Only this module and ``int8`` use bitsandbytes.
+"""Loads the base model, quantized, and its tokenizer. bitsandbytes is used here, in ``int8``, ``nf4`` and ``kernels``.
 
 Parameters that are not quantized have the compute dtype in every evaluation and training: float32 on a CPU, bfloat16
 on a GPU. PEFT's ``prepare_model_for_kbit_training`` is not used: it casts them to float32, which changes the base's
@@ -19,6 +19,9 @@ from raylora.config import ModelOptions
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
+from raylora.model.fp8 import Fp8Linear, check_fp8, make_fp8
+from raylora.model.kernels import check_kernels
+from raylora.model.liger import use_liger
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
 
 log = logging.getLogger("raylora")
@@ -81,6 +84,8 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
         # cuDNN's attention makes a plan for each new sequence length, which takes tens of milliseconds. In packed rows
         # nearly every length is new.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if options.quantization == "fp8":
+        check_fp8(device)
     dtype = compute_dtype(device)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
     given: dict[str, Any] = {"device_map": {"": device}}
@@ -98,6 +103,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
             use_safetensors=None if options.allow_pickle else True,
             **given,
         )
+        return wrap_model(model, tokenizer, source, options)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--model {options.model}: does not fit the GPU in {options.quantization}; "
@@ -111,7 +117,6 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
                 "safetensors, or give --allow-pickle if you trust who made them"
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
-    return wrap_model(model, tokenizer, source, options)
 
 
 def wrap_model(model: Any, tokenizer: Any, source: str, options: ModelOptions) -> LoadedModel:
@@ -121,17 +126,34 @@ def wrap_model(model: Any, tokenizer: Any, source: str, options: ModelOptions) -
         model: on its device, its matrices quantized by ``quantization_config``.
         source: where it was read from.
         options: that it was read with.
-    """
-    if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
-        from raylora.model.int8 import make_weight_only
 
-        make_weight_only(model)
+    Raises:
+        UserError: it has no matrices for fp8.
+        torch.OutOfMemoryError: the GPU does not hold its fp8 weights.
+    """
+    if model.device.type == "cuda":
+        use_liger(model)
+    if options.quantization == "fp8" and not make_fp8(model):
+        raise UserError(f"--quantization fp8: {options.model} has no matrices that can be made fp8; take none or 8bit")
+    if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
+        from raylora.model import int8
+
+        int8.make_weight_only(model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        from raylora.model import nf4
+
+        nf4.make_weight_only(model)
     return _remember(LoadedModel(_settle(model), tokenizer, source, options.quantization))
 
 
 def _settle(model: Any) -> Any:
-    """Put ``model`` into eval mode, freeze it, and keep bitsandbytes from repacking its weights."""
+    """Put ``model`` into eval mode, freeze it, and keep bitsandbytes from repacking its weights.
+
+    The kernels are tried out on its GPUs, before anything of it is captured as a CUDA graph.
+    """
     model.eval().requires_grad_(False)
+    for device in {parameter.device for parameter in model.parameters()}:
+        check_kernels(device, fp8=any(isinstance(module, Fp8Linear) for module in model.modules()))
     for module in model.modules():
         if is_4bit_layer(module):
             # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer in place at its first forward pass in
