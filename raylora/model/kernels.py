@@ -53,7 +53,7 @@ def spread_numbers(n: int) -> torch.Tensor:
 
 
 def kept(
-    rows: torch.Tensor, columns: torch.Tensor, module_hash: int, thresholds: torch.Tensor, width: int
+    rows: torch.Tensor, columns: torch.Tensor, module_hash: int, thresholds: torch.Tensor | int, width: int
 ) -> torch.Tensor:
     """Which numbers dropout keeps, bool (N, width).
 
@@ -61,11 +61,15 @@ def kept(
         rows: a hash for each row, int32 (N,).
         columns: a hash for every two columns, int32 (width / 2 rounded up,).
         module_hash: as a signed int32.
-        thresholds: 2^16 times the share of each row that is dropped, int32 (N,), below 2^16; a row with 0 keeps all.
+        thresholds: 2^16 times the share of each row that is dropped, int32 (N,), below 2^16; a row with 0 keeps all. A
+            number where it is that of all.
     """
     words = scramble(scramble(rows + module_hash)[:, None] + columns)
     # Each int32 is two int16, one for each of two columns: those below the threshold drop their number.
-    return words.view(torch.int16)[:, :width] >= (thresholds - 2**15).to(torch.int16)[:, None]
+    numbers = words.view(torch.int16)[:, :width]
+    if isinstance(thresholds, int):
+        return numbers >= thresholds - 2**15
+    return numbers >= (thresholds - 2**15).to(torch.int16)[:, None]
 
 
 def _plain_drop(

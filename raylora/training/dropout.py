@@ -40,18 +40,11 @@ def column_hashes(width: int, device: torch.device) -> torch.Tensor:
     return scramble(spread_numbers(math.ceil(width / 2))).to(device)
 
 
+def module_hash(index: int) -> int:
+    """A hash of a module, as a signed int32, by its place among the adapted ones."""
+    return signed(mix(index))
+
+
 def threshold_of(dropout: float) -> int:
     """Of 65,536 values of a number's hash, how many drop the number."""
     return round(dropout * 2**16)
-
-
-def kept(tokens: torch.Tensor, module: int, width: int, threshold: int | torch.Tensor) -> torch.Tensor:
-    """uint8 (N, width): 0 where a number of the input of the module with this index is dropped, else 1.
-
-    Args:
-        tokens: int32 (N,), from ``token_hashes``.
-        threshold: from ``threshold_of``; a tensor (N, 1) where tokens have different ones.
-    """
-    words = scramble(scramble(tokens + signed(mix(module)))[:, None] + column_hashes(width, tokens.device)[None])
-    # Each int32 is two int16, one for each of two columns: those below the threshold drop their number.
-    return (words.view(torch.int16)[:, :width] >= threshold - 2**15).view(torch.uint8)

@@ -30,6 +30,16 @@ def test_kernels_are_those_that_card_and_packages_have():
     assert hardware.kernels_for((9, 0), torch.float32) == "torch"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_fp8_is_refused_here_without_a_gpu_and_left_to_a_clusters_machines():
+    with pytest.raises(UserError, match="--quantization fp8: needs a GPU that multiplies fp8") as raised:
+        hardware.check_fp8_here(load_config([], quantization="fp8"))
+    assert "\n" not in str(raised.value)
+    hardware.check_fp8_here(load_config([], quantization="fp8", address="auto"))
+    for quantization in ("none", "8bit", "4bit"):
+        hardware.check_fp8_here(load_config([], quantization=quantization))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_measures_itself():
@@ -39,13 +49,3 @@ def test_a_gpu_measures_itself():
     assert 1e12 < rate < 1e16
     assert 1e10 < bandwidth < 2e13
     assert kernels in {"torch", "triton", "liger"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_fp8_is_refused_here_without_a_gpu_and_left_to_a_clusters_machines():
-    with pytest.raises(UserError, match="--quantization fp8: needs a GPU that multiplies fp8") as raised:
-        hardware.check_fp8_here(load_config([], quantization="fp8"))
-    assert "\n" not in str(raised.value)
-    hardware.check_fp8_here(load_config([], quantization="fp8", address="auto"))
-    for quantization in ("none", "8bit", "4bit"):
-        hardware.check_fp8_here(load_config([], quantization=quantization))
