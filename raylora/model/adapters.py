@@ -59,8 +59,6 @@ class LoadedModel:
     """What trainings keep for the next ones, by keys of their own; empty again once PEFT's wrapper is removed."""
     training_tokens: int | None = field(default=None, repr=False)
     """Tokens that a training's minibatch may have on this GPU; None until a training has measured it."""
-    graphs: bool = True
-    """Whether a training's passes are captured as CUDA graphs, on a GPU."""
 
     @property
     def device(self) -> torch.device:
