@@ -50,6 +50,10 @@ def load(name: str, quantization: str, shape: str | None) -> LoadedModel:
         return load_model(ModelOptions(model=name, quantization=quantization))
     from raylora.model.loading import wrap_model  # here, so that a real model is measured at earlier commits too
 
+    if quantization == "fp8" and torch.cuda.is_available():
+        from raylora.model.fp8 import check_fp8
+
+        check_fp8(torch.device("cuda"))
     options = ModelOptions(model=name, quantization=quantization)
     return wrap_model(build(shape, quantization), load_tokenizer(resolve_model(name)), shape, options)
 

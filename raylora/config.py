@@ -69,7 +69,10 @@ class ModelOptions(BaseModel):
         None,
         description="base model: a folder, a hub name, a .gguf file, modelscope://org/model, or demo (also MODEL_NAME)",
     )
-    quantization: Literal["none", "8bit", "4bit"] = Field("8bit", description="bitsandbytes: int8, nf4 or none")
+    quantization: Literal["none", "8bit", "4bit", "fp8"] = Field(
+        "8bit",
+        description="int8 or nf4 weights of bitsandbytes; fp8 weights and activations, on GPUs that multiply fp8; none",
+    )
     int8_activations: bool = Field(
         False,
         description="with 8bit: LLM.int8's own arithmetic, where what shares a batch moves the numbers (else int8 "
@@ -81,6 +84,14 @@ class ModelOptions(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(False, description="read weights from pickle files too, where there is no safetensors")
+
+    @field_validator("max_memory")
+    @classmethod
+    def _check_max_memory(cls, max_memory: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        """Refuse fp8 over several devices: accelerate moves weights that it has made itself."""
+        if max_memory and info.data.get("quantization") == "fp8":
+            raise ValueError("not with --quantization fp8, which lies on one GPU: give one of the two")
+        return max_memory
 
     @field_validator("int8_activations")
     @classmethod

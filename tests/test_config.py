@@ -60,7 +60,8 @@ def test_a_grid_makes_every_combination():
     [
         (["--learing-rate", "1"], "--learing-rate: did you mean learning_rate?"),
         (["--learning-rate", "fast"], "--learning-rate: input should be a valid number"),
-        (["--quantization", "3bit"], "'none', '8bit' or '4bit'"),
+        (["--quantization", "3bit"], "'none', '8bit', '4bit' or 'fp8'"),
+        (["--quantization", "fp8", "--max-memory", '{"0":"9GiB"}'], "--max-memory: not with --quantization fp8"),
         (["--int8-activations", "--quantization", "4bit"], "--int8-activations: needs --quantization 8bit"),
         (["--stages", "train,eat"], "'features', 'train' or 'mmlu'"),
         (["--lora-r", "0"], "greater than or equal to 1"),

@@ -13,7 +13,7 @@ RUN_COLUMNS = column_group(
     ("status", "text", -INF, INF, "ok or error"),
     ("error", "text", -INF, INF, "why there is no feature"),
     ("model", "text", -INF, INF, "the base model"),
-    ("quantization", "text", -INF, INF, "how it lies in memory: none, 8bit or 4bit"),
+    ("quantization", "text", -INF, INF, "how it lies in memory: none, 8bit, 4bit or fp8"),
     ("int8_activations", "flag", 0, 1, "in 8bit: computed as LLM.int8 does, not with int8 weights alone"),
     ("sample_size", "examples", 0, INF, "examples that the model looks at (0: all)"),
     ("probe_steps", "steps", 0, INF, "optimizer steps of the probe (0: none)"),

@@ -18,6 +18,7 @@ from raylora.model import memory
 from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, is_plain_lora, overwritten_by
 from raylora.model.device import compute_dtype, cuda_devices
 from raylora.model.snapshot import Snapshot
+from raylora.model.weight_only import WeightOnly
 
 _NO_ADAPTER_OF_IT = (
     ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ImportError, SafetensorError
@@ -41,7 +42,7 @@ class LoadedModel:
     source: str
     """The folder or the Hugging Face name that it was loaded from."""
     quantization: str
-    """``8bit``, ``4bit`` or ``none``."""
+    """``8bit``, ``4bit``, ``fp8`` or ``none``."""
     _peft: Any = field(default=None, repr=False)
     _before: Snapshot | None = field(default=None, repr=False)
     """The model before PEFT wrapped it; None where it is not wrapped."""
@@ -59,8 +60,6 @@ class LoadedModel:
     """What trainings keep for the next ones, by keys of their own; empty again once PEFT's wrapper is removed."""
     training_tokens: int | None = field(default=None, repr=False)
     """Tokens that a training's minibatch may have on this GPU; None until a training has measured it."""
-    graphs: bool = True
-    """Whether a training's passes are captured as CUDA graphs, on a GPU."""
 
     @property
     def device(self) -> torch.device:
@@ -337,6 +336,8 @@ def plain_weight(layer: Any) -> torch.Tensor:
     """A linear layer's weight (out, in) as floating-point numbers."""
     from peft.utils.integrations import dequantize_bnb_weight
 
+    if isinstance(layer, WeightOnly):
+        return layer.float_weight(torch.float32)
     if type(layer.weight).__name__ not in {"Params4bit", "Int8Params"}:
         return layer.weight
     # Not peft's dequantize_module_weight: on a CPU it drops the scales of an 8-bit layer, which is broken afterwards.

@@ -9,12 +9,13 @@ N tokens; a matrix has ``in`` inputs and ``out`` outputs.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 
 
+@runtime_checkable
 class FrozenLayer(Protocol):
     """A linear layer that no gradient changes."""
 

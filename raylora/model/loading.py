@@ -1,4 +1,4 @@
-"""Loads the base model, quantized, and its tokenizer. Only this module and ``int8`` use bitsandbytes.
+"""Loads the base model, quantized, and its tokenizer. bitsandbytes is used here, in ``int8``, ``nf4`` and ``kernels``.
 
 Parameters that are not quantized have the compute dtype in every evaluation and training: float32 on a CPU, bfloat16
 on a GPU. PEFT's ``prepare_model_for_kbit_training`` is not used: it casts them to float32, which changes the base's
@@ -19,6 +19,9 @@ from raylora.config import ModelOptions
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
+from raylora.model.fp8 import Fp8Linear, check_fp8, make_fp8
+from raylora.model.kernels import check_kernels
+from raylora.model.liger import use_liger
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
 
 log = logging.getLogger("raylora")
@@ -81,6 +84,8 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
         # cuDNN's attention makes a plan for each new sequence length, which takes tens of milliseconds. In packed rows
         # nearly every length is new.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if options.quantization == "fp8":
+        check_fp8(device)
     dtype = compute_dtype(device)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
     given: dict[str, Any] = {"device_map": {"": device}}
@@ -99,11 +104,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
             **given,
         )
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--model {options.model}: does not fit the GPU in {options.quantization}; "
-            "try --quantization 4bit or --max-memory with room on the CPU",
-            kind=ErrorKind.DOES_NOT_FIT,
-        ) from error
+        raise _does_not_fit(options) from error
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         if not options.allow_pickle and has_only_pickles(source):
             raise UserError(
@@ -121,17 +122,55 @@ def wrap_model(model: Any, tokenizer: Any, source: str, options: ModelOptions) -
         model: on its device, its matrices quantized by ``quantization_config``.
         source: where it was read from.
         options: that it was read with.
+
+    Raises:
+        UserError: it is to be fp8, and cannot be, or memory does not hold that.
     """
     if getattr(model, "is_loaded_in_8bit", False) and not options.int8_activations:
-        from raylora.model.int8 import make_weight_only
+        from raylora.model import int8
 
-        make_weight_only(model)
+        int8.make_weight_only(model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        from raylora.model import nf4
+
+        nf4.make_weight_only(model)
+    if torch.device(model.device).type == "cuda":
+        use_liger(model)  # before fp8, which would round what the two ways differ in to numbers 6% apart
+    if options.quantization == "fp8":
+        _make_fp8(model, options)
     return _remember(LoadedModel(_settle(model), tokenizer, source, options.quantization))
 
 
+def _does_not_fit(options: ModelOptions) -> UserError:
+    return UserError(
+        f"--model {options.model}: does not fit the GPU in {options.quantization}; "
+        "try --quantization 4bit or --max-memory with room on the CPU",
+        kind=ErrorKind.DOES_NOT_FIT,
+    )
+
+
+def _make_fp8(model: Any, options: ModelOptions) -> None:
+    """Make the matrices of ``model`` fp8.
+
+    Raises:
+        UserError: it has none that can be, or memory does not hold one more.
+    """
+    try:
+        num_layers = make_fp8(model)
+    except torch.OutOfMemoryError as error:
+        raise _does_not_fit(options) from error
+    if not num_layers:
+        raise UserError(f"--quantization fp8: {options.model} has no matrices that can be made fp8; take none or 8bit")
+
+
 def _settle(model: Any) -> Any:
-    """Put ``model`` into eval mode, freeze it, and keep bitsandbytes from repacking its weights."""
+    """Put ``model`` into eval mode, freeze it, and keep bitsandbytes from repacking its weights.
+
+    The kernels are tried out on its GPUs, before anything of it is captured as a CUDA graph.
+    """
     model.eval().requires_grad_(False)
+    for device in {parameter.device for parameter in model.parameters()}:
+        check_kernels(device, fp8=any(isinstance(module, Fp8Linear) for module in model.modules()))
     for module in model.modules():
         if is_4bit_layer(module):
             # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit layer in place at its first forward pass in

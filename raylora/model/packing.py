@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raylora.data.minibatch import Blocks, Minibatch, pack_rows, pad_left
 from raylora.model.adapters import LoadedModel
+from raylora.model.fp8 import Fp8Linear
 from raylora.model.loading import is_4bit_layer, uses_llm_int8
 
 try:
@@ -205,8 +206,11 @@ def is_exact(model: Any) -> bool:
     """Whether what shares a minibatch with a row changes the row's numbers by float32's rounding alone.
 
     True for float32, and for weights of 4 or 8 bits that are multiplied as float32. False for half precision, for
-    LLM.int8, and for quantizations that are not raylora's own.
+    LLM.int8, and for quantizations that are not raylora's own. False for fp8 too: there a row depends on itself alone,
+    but float32's rounding before it decides to which of two fp8 numbers, 6% apart, an activation is rounded.
     """
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return False
     if next(p.dtype for p in model.parameters() if p.is_floating_point()) not in {torch.float32, torch.float64}:
         return False
     if getattr(model, "is_loaded_in_4bit", False):

@@ -41,6 +41,9 @@ from raylora.planning.gpu_passes import OPTIMIZER_BYTES, STEP_SECONDS, is_graphe
 from raylora.planning.hardware import Hardware, hardware_of
 from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
+from raylora.training.gradients import MOST_GROUPS
+from raylora.training.loop import adapters_that_fit
+from raylora.training.pass_inputs import fixed_size, largest_size
 
 ADAPTER_BYTES = 16
 """Bytes of an adapter's parameter in training: itself, its gradient and AdamW's two moments, each in float32."""
@@ -261,9 +264,17 @@ def _estimate_on_gpu(
     if machine.rate is None:  # a GPU elsewhere: how many its memory holds is not known
         num_together = 1
     step_tokens = padding * max(work.train_step_tokens, work.probe_step_tokens)
-    fitting = training_that_fits(shape, machine, method, sizes, base, num_together * step_tokens)
-    # As ``adapters_a_pass``: as many as a minibatch holds a step's tokens of.
-    together = max(1, min(num_together, int(fitting.tokens / step_tokens))) if step_tokens else 1
+    graphed = is_graphed(machine, storage)
+    together = 1
+    if step_tokens and shape.adapter_rows and num_together > 1:
+        free_bytes = max(1, machine.memory_bytes - CUDA_CONTEXT_BYTES - base)
+        most = training_that_fits(shape, machine, method, sizes, base, GPU_TOKEN_BUDGET).tokens
+        together = adapters_that_fit(
+            step_tokens, largest_size(most) if graphed else most, adapter_bytes(shape, method), free_bytes
+        )
+        together = min(num_together, together)
+    tokens = fixed_size(math.ceil(together * step_tokens)) if graphed else together * step_tokens
+    fitting = training_that_fits(shape, machine, method, sizes, base, tokens)
 
     peaks = [forward_bytes(shape, GPU_TOKEN_BUDGET, machine) if work.question_tokens else 0]
     if work.feature_tokens:
@@ -278,7 +289,6 @@ def _estimate_on_gpu(
     if machine.rate is None or machine.bandwidth is None:
         return Estimate(peak, None)
 
-    graphed = is_graphed(machine, storage)
     run = functools.partial(run_seconds, shape, machine, storage)
     train = functools.partial(
         run, tokens_a_pass=fitting.tokens, backward=True, dropout=dropout, graphed=graphed, again=fitting.checkpointing
@@ -289,9 +299,9 @@ def _estimate_on_gpu(
     seconds = HOST_SECONDS + run(work.question_tokens, GPU_TOKEN_BUDGET, backward=False)
     seconds += run(work.feature_tokens, GPU_FEATURE_TOKENS, backward=False)
     if work.probe_steps:
-        # Graphs have the step's micro-batches as groups of one pass; without them each is a pass of its own.
-        micro_batches = 1 if graphed else method.gradient_accumulation
-        a_step = micro_batches * train(padding * work.probe_step_tokens / micro_batches) + of_step
+        # Its micro-batches are groups of one pass, as many as a pass may have.
+        num_passes = math.ceil(method.gradient_accumulation / MOST_GROUPS)
+        a_step = num_passes * train(padding * work.probe_step_tokens / num_passes) + of_step
         seconds += work.probe_steps * a_step
         # The held-out losses after the probe with their gradient, those a step further, and what was forgotten.
         seconds += run(work.held_out_tokens, GPU_FEATURE_TOKENS, backward=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from raylora.planning.hardware import Hardware, Kernels
 from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape
+from raylora.training.pass_inputs import fixed_size
 
 PRODUCTS_SHARE = 0.93
 """Share of the rate of an 8192-cubed product that the base's products reach: 298 ms of 320, in a pass of 8,166."""
@@ -28,8 +29,6 @@ STEP_SECONDS = 0.07
 launches, tensors that are sent, and numbers that Python waits for."""
 OPTIMIZER_BYTES = 40
 """Bytes of a parameter that a step reads and writes: AdamW's own 28, 12 of clipping and of the gradient's zeros."""
-GRAPH_TOKENS = 512
-"""A pass that is a graph is filled up to a multiple of so many tokens, of which the smallest graph has one."""
 FORWARD_LAUNCHES = 0.5
 """Share of a pass's launches that are those of its forward half. Assumed, not measured."""
 
@@ -136,6 +135,6 @@ def run_seconds(
     num_passes = math.ceil(num_tokens / tokens_a_pass)
     positions = num_tokens / num_passes
     if graphed:
-        positions = GRAPH_TOKENS * math.ceil(positions / GRAPH_TOKENS)
+        positions = fixed_size(math.ceil(positions))
     seconds = pass_seconds(shape, machine, storage, positions, backward=backward, dropout=dropout, graphed=graphed)
     return num_passes * seconds * (1.5 if again else 1)

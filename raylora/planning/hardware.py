@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 
 from raylora.config import Config
+from raylora.errors import UserError
 from raylora.model.device import compute_dtype
+from raylora.model.fp8 import CAPABILITY, no_fp8
 
 Kernels = Literal["torch", "triton", "liger"]
 """What a GPU's passes are made of: torch's operations; attention of variable length and Triton's dropout, captured as
@@ -58,6 +60,26 @@ def hardware_of(config: Config) -> Hardware:
     threads = min(config.threads or max(1, cores // workers), cores / workers)
     rate = matrix_rate(torch.device("cpu"), torch.float32, 1024) * threads / torch.get_num_threads()
     return Hardware("cpu", torch.float32.itemsize, psutil.virtual_memory().total // workers, rate)
+
+
+def check_fp8_here(config: Config) -> None:
+    """Check that this machine multiplies fp8, where a run asks for that. A cluster's machines check it as they load.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config.quantization != "fp8" or config.address or _in_a_cluster():
+        return
+    if not torch.cuda.device_count():
+        raise UserError(no_fp8("a CPU"))
+    code = "import torch; print(*torch.cuda.get_device_capability(), torch.cuda.get_device_name())"
+    try:  # in a process of its own, as in ``_local_gpu``
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        major, minor, name = process.stdout.strip().split(maxsplit=2)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return  # loading the model says what is wrong
+    if (int(major), int(minor)) < CAPABILITY:
+        raise UserError(no_fp8(name))
 
 
 def _in_a_cluster() -> bool:

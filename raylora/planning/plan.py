@@ -19,6 +19,7 @@ from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key,
 from raylora.model.loading import check_window
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.planning.estimate import Estimator
+from raylora.planning.hardware import check_fp8_here
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
@@ -70,6 +71,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     """
     quiet_libraries()
     check_trackers(config)
+    check_fp8_here(config)
     source = resolve_model(config.model)
     if set(config.stages) & {"features", "train"}:
         check_window(config, source, max(method.max_length for method in config.grid_methods()))

@@ -32,7 +32,8 @@ from raylora.errors import ErrorKind, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.frozen import FrozenLayer, frozen_layer
-from raylora.training.dropout import kept, threshold_of, token_hashes
+from raylora.model.kernels import add_dropped, drop, kept
+from raylora.training.dropout import column_hashes, module_hash, threshold_of, token_hashes
 from raylora.training.grouped import add_outer_products, aligned, products, products_back
 
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -69,8 +70,11 @@ class PassRows:
     """int32 (K,): where the tokens of each adapter end."""
     group_ends: torch.Tensor
     """int32 (G,): where the tokens of each group end."""
-    slices: tuple[tuple[int, int, int], ...] | None = None
-    """Start, end and threshold of runs of tokens with the same dropout; None where only the device knows them."""
+    drops: bool
+    """Whether an adapter has dropout."""
+    slices: tuple[tuple[int, int, int], ...] | None
+    """Start, end and threshold of runs of tokens with the same dropout, where the host makes masks and keeps them; None
+    where masks are made again in the backward pass."""
 
     def on(self, device: torch.device) -> PassRows:
         """The same on another device, where the layers of a model lie on several."""
@@ -79,19 +83,19 @@ class PassRows:
         names = ("hashes", "thresholds", "scales", "adapter_ends", "group_ends")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def mask(self, module: int, width: int) -> torch.Tensor | None:
-        """uint8 (T, width): what dropout keeps of a module's input; None where it keeps all."""
-        if self.slices is None:
-            return kept(self.hashes, module, width, self.thresholds[:, None])
-        if not any(threshold for _, _, threshold in self.slices):
-            return None
-        if len(self.slices) == 1:
-            return kept(self.hashes, module, width, self.slices[0][2])
-        mask = torch.ones(len(self.hashes), width, dtype=torch.uint8, device=self.hashes.device)
+    def mask(self, module: int, width: int) -> torch.Tensor:
+        """uint8 (T, width): 0 where dropout drops a number of a module's input, else 1."""
+        assert self.slices is not None
+        masks = []
         for start, stop, threshold in self.slices:
-            if threshold:
-                mask[start:stop] = kept(self.hashes[start:stop], module, width, threshold)
-        return mask
+            columns = column_hashes(width, self.hashes.device)
+            masks.append(kept(self.hashes[start:stop], columns, module_hash(module), threshold, width))
+        return (masks[0] if len(masks) == 1 else torch.cat(masks)).view(torch.uint8)
+
+    def of_module(self, module: int, width: int) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor]:
+        """What ``kernels.drop`` is told of a module's input."""
+        columns = column_hashes(width, self.hashes.device)
+        return self.hashes, columns, module_hash(module), self.thresholds, self.scales
 
 
 class _AdaptedMatrix:
@@ -149,6 +153,8 @@ class AdapterProducts:
         self._rows: PassRows | None = None
         # Autograd runs a function's backward pass only where an input needs a gradient, and adapters are no inputs.
         self._anchor = torch.zeros((), requires_grad=True)
+        self.remakes_masks = loaded.device.type == "cuda"
+        """Whether dropout's masks are made again in the backward pass, which a GPU does in no time, or kept."""
         self.gradients: list[torch.Tensor] = []
         """All gradients, those of a device in one tensor."""
         self.is_whole = True
@@ -290,7 +296,9 @@ class AdapterProducts:
                 slices[-1] = (slices[-1][0], stop, threshold)
             else:
                 slices.append((slices[-1][1] if slices else 0, stop, threshold))
-        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), tuple(slices))
+        drops = any(threshold for threshold, _ in settings.values())
+        kept_slices = None if self.remakes_masks else tuple(slices)
+        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices)
 
     def _settings(self, name: str) -> tuple[int, float]:
         """An adapter's dropout, as a threshold, and its scale; the same in all its modules."""
@@ -353,8 +361,10 @@ class _AdaptedProduct(torch.autograd.Function):
             out = base.reshape(-1, base.shape[-1]).clone()
         # In the base's dtype: autocast would lower the precision of some of these products and not of others.
         with torch.autocast(out.device.type, enabled=False):
-            mask = rows.mask(matrix.index, flat.shape[1])
-            h = products(_dropped(flat.to(out.dtype), mask), matrix.a, rows.adapter_ends).mul_(rows.scales[:, None])
+            dropped, mask = _drop(flat, matrix, rows, out.dtype)
+            h = products(dropped, matrix.a, rows.adapter_ends)
+            if not _is_scaled(rows):
+                h.mul_(rows.scales[:, None])
             if len(matrix.b) == 1:
                 out.addmm_(h, matrix.b[0].t())
             else:
@@ -367,22 +377,41 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, h, *masks = ctx.saved_tensors
         layer, matrix, rows = ctx.layer, ctx.matrix, ctx.rows
-        mask = masks[0] if masks else None
         flat, d_out = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1).to(h.dtype)
-        d_h = products_back(d_out, matrix.b, rows.adapter_ends).mul_(rows.scales[:, None])
-        add_outer_products(matrix.a_gradient, d_h, _dropped(flat.to(h.dtype), mask), rows.group_ends)
+        d_h = products_back(d_out, matrix.b, rows.adapter_ends)
+        if not _is_scaled(rows):
+            d_h.mul_(rows.scales[:, None])
+        dropped = flat.to(h.dtype) * masks[0] if masks else _drop(flat, matrix, rows, h.dtype)[0]
+        add_outer_products(matrix.a_gradient, d_h, dropped, rows.group_ends)
         add_outer_products(matrix.b_gradient, d_out, h, rows.group_ends)
         matrix.has_gradient = True
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = layer.multiply_back(d_out) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
-            if mask is None and len(matrix.a) == 1:
+            if not rows.drops and len(matrix.a) == 1:
                 d_x.addmm_(d_h, matrix.a[0])
             else:
-                d_x += _dropped(products_back(d_h, matrix.a, rows.adapter_ends), mask)
+                d_dropped = products_back(d_h, matrix.a, rows.adapter_ends)
+                if _is_scaled(rows):
+                    add_dropped(d_x, d_dropped, *rows.of_module(matrix.index, flat.shape[1]))
+                else:
+                    d_x += d_dropped.mul_(masks[0]) if masks else d_dropped
             d_x = d_x.to(x.dtype).view(x.shape)
         return d_x, gradients[0] if layer is None else None, None, None, None, None
 
 
-def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x * mask
+def _is_scaled(rows: PassRows) -> bool:
+    """Whether dropout scales what it keeps by LoRA's scaling too: it does where it is made again."""
+    return rows.drops and rows.slices is None
+
+
+def _drop(
+    x: torch.Tensor, matrix: _AdaptedMatrix, rows: PassRows, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x (T, in) after dropout, in ``dtype``, and the mask, uint8 (T, in), where it is kept."""
+    if not rows.drops:
+        return x.to(dtype), None
+    if _is_scaled(rows):
+        return drop(x, *rows.of_module(matrix.index, x.shape[1]), dtype), None
+    mask = rows.mask(matrix.index, x.shape[1])
+    return x.to(dtype) * mask, mask

@@ -13,23 +13,9 @@ import math
 
 import torch
 
+from raylora.model.kernels import scramble, signed, spread_numbers
+
 _64_BITS = 2**64 - 1
-
-
-def signed(number: int) -> int:
-    """The low 32 bits of ``number``, as torch's int32 has them."""
-    return (number & 0x7FFFFFFF) - (number & 0x80000000)
-
-
-def scramble(h: torch.Tensor) -> torch.Tensor:
-    """Hash each int32 of ``h`` in place: the finalizer of MurmurHash3 (Appleby 2011)."""
-    # torch's shifts copy the sign bit, which the masks remove: without them 5% were dropped where 10% were asked for.
-    h ^= (h >> 16).bitwise_and_(0xFFFF)
-    h *= signed(0x85EBCA6B)
-    h ^= (h >> 13).bitwise_and_(0x7FFFF)
-    h *= signed(0xC2B2AE35)
-    h ^= (h >> 16).bitwise_and_(0xFFFF)
-    return h
 
 
 def mix(*numbers: int) -> int:
@@ -45,32 +31,20 @@ def mix(*numbers: int) -> int:
 
 def token_hashes(num_tokens: int, seed: int) -> torch.Tensor:
     """int32 (num_tokens,): a hash of each token of an example whose 64-bit ``seed`` is given."""
-    return scramble(_spread_numbers(num_tokens) + signed(seed >> 32))
+    return scramble(spread_numbers(num_tokens) + signed(seed >> 32))
 
 
 @functools.cache
 def column_hashes(width: int, device: torch.device) -> torch.Tensor:
     """int32 (width / 2 rounded up,): a hash for every two columns of a module's input."""
-    return scramble(_spread_numbers(math.ceil(width / 2))).to(device)
+    return scramble(spread_numbers(math.ceil(width / 2))).to(device)
+
+
+def module_hash(index: int) -> int:
+    """A hash of a module, as a signed int32, by its place among the adapted ones."""
+    return signed(mix(index))
 
 
 def threshold_of(dropout: float) -> int:
     """Of 65,536 values of a number's hash, how many drop the number."""
     return round(dropout * 2**16)
-
-
-def kept(tokens: torch.Tensor, module: int, width: int, threshold: int | torch.Tensor) -> torch.Tensor:
-    """uint8 (N, width): 0 where a number of the input of the module with this index is dropped, else 1.
-
-    Args:
-        tokens: int32 (N,), from ``token_hashes``.
-        threshold: from ``threshold_of``; a tensor (N, 1) where tokens have different ones.
-    """
-    words = scramble(scramble(tokens + signed(mix(module)))[:, None] + column_hashes(width, tokens.device)[None])
-    # Each int32 is two int16, one for each of two columns: those below the threshold drop their number.
-    return (words.view(torch.int16)[:, :width] >= threshold - 2**15).view(torch.uint8)
-
-
-def _spread_numbers(n: int) -> torch.Tensor:
-    """int32 (n,): 0, 1, 2, ... times 2**32 over the golden ratio, which sets neighbours far apart."""
-    return torch.arange(n, dtype=torch.int32) * signed(0x9E3779B9)

@@ -159,6 +159,7 @@ class _Passes:
     def __init__(self, loaded: LoadedModel, num_slots: int, num_groups: int, capture: Capture | None) -> None:
         self._loaded = loaded
         self.products = AdapterProducts(loaded, num_slots, num_groups)
+        self.products.remakes_masks |= capture is not None  # a capture keeps no mask that is as long as its pass
         self.losses = torch.zeros(num_groups, dtype=torch.float64, device=loaded.device)
         self.graphed = GraphedPasses(self._run, capture, lambda: [*self.products.gradients, self.losses])
 
@@ -381,7 +382,7 @@ class GradientAccumulator:
         if self.packed and passes.products.num_groups > 1 and self._capture:
             examples = align_groups(examples, GROUP_ALIGNMENT, self._pad)
         if self.packed and passes.graphed.are_wanted and not self.budget.checkpointing:
-            size = size_of(examples)
+            size = size_of(examples, any(job.method.lora_dropout for job in self.jobs.values()))
         return make_inputs(examples, passes.products, self._pad, self.packed, size), size
 
     def _length(self, item: _Item) -> int:

@@ -55,6 +55,8 @@ class PassSize:
     tokens: int
     labels: int
     longest: int
+    drops: bool
+    """Whether an adapter has dropout."""
 
     @property
     def blocks(self) -> int:
@@ -101,7 +103,7 @@ def largest_size(num_tokens: int) -> int:
     return size
 
 
-def size_of(examples: Sequence[Example]) -> PassSize | None:
+def size_of(examples: Sequence[Example], drops: bool) -> PassSize | None:
     """The fixed size of a packed pass that holds these examples; None where they are more than its blocks."""
     num_tokens, longest = sum(len(e.input_ids) for e in examples), max(len(e.input_ids) for e in examples)
     tokens, num_labels = fixed_size(num_tokens), sum(e.num_labels for e in examples)
@@ -109,6 +111,7 @@ def size_of(examples: Sequence[Example]) -> PassSize | None:
         tokens,
         next(n for n in (tokens // 4, tokens // 2, tokens) if n >= num_labels),
         next((n for n in LONGEST_BLOCKS if longest <= n <= tokens), tokens),
+        drops,
     )
     return size if len(examples) + -(-(tokens - num_tokens) // size.longest) <= size.blocks else None
 
@@ -177,7 +180,7 @@ def _with_fixed_counts(inputs: PassInputs, size: PassSize) -> PassInputs:
         for tensor in (batch.targets, batch.predicting, inputs.weights, inputs.groups)
     )
     batch = replace(batch, targets=targets, predicting=predicting, blocks=Blocks(ends, size.longest))
-    return PassInputs(batch, weights, groups, replace(inputs.rows, slices=None))
+    return PassInputs(batch, weights, groups, inputs.rows)
 
 
 def _tensors(record: Any) -> list[torch.Tensor]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from raylora.config import Method
 from raylora.model.adapters import plain_weight
-from raylora.model.int8 import WeightOnlyLinear, dequantize, make_weight_only, scales_of
+from raylora.model.int8 import WeightOnlyLinear, make_weight_only, scales_of
+from raylora.model.kernels import dequantize_int8
 from tests.helpers.tiny import load
 
 
@@ -50,7 +51,7 @@ def test_the_product_and_its_gradient_are_those_of_the_float_weight(bias):
 def test_a_weight_is_off_by_at_most_half_of_a_127th_of_its_rows_largest(out_features, in_features, seed, scale):
     original = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) * scale
     stored = Int8Params(original.clone(), requires_grad=False).to("cpu")
-    found = dequantize(stored.data, stored.SCB, torch.float32)
+    found = dequantize_int8(stored.data, stored.SCB, torch.float32)
     # bitsandbytes rounds to float16 before it makes the weights int8
     steps = stored.SCB[:, None] / 127
     assert bool(((found - original.half().float()).abs() <= 0.501 * steps).all())

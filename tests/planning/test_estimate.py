@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -141,6 +142,8 @@ def estimated(shape, kernels, storage, num_examples=1600, mean=117.8, num_togeth
     config = load_config(model="x", max_length=256, **options)
     method, sizes = config.method(), estimate.Sizes(num_examples, mean, 256)
     work = estimate.work_of(config, method, sizes, 125 * questions, config.stages)  # tokens a question, 0-shot
+    if storage == LLM_INT8:  # as it was measured, each micro-batch of the probe was a pass of its own
+        work = dataclasses.replace(work, probe_steps=4 * work.probe_steps, probe_step_tokens=work.probe_step_tokens / 4)
     return estimate.estimate(shape, h200(kernels), storage, method, sizes, work, num_together), work
 
 

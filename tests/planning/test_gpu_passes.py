@@ -70,7 +70,7 @@ def test_work_is_cut_into_passes_and_graphs_are_filled_up(shape):
         return run_seconds(shape, h200("liger"), "none", num_tokens, 2048, backward=True, **options)
 
     assert seconds(0) == 0
-    assert seconds(1600, graphed=True) == seconds(2048, graphed=True)
-    assert seconds(1536, graphed=True) < seconds(2048, graphed=True)
+    assert seconds(1885, graphed=True) == seconds(2048, graphed=True)
+    assert seconds(1792, graphed=True) < seconds(2048, graphed=True)
     assert seconds(2050) == seconds(4096) == 2 * seconds(2048), "launches, not tokens, bound an eager pass"
     assert seconds(2048, again=True) == 1.5 * seconds(2048), "the forward pass twice"

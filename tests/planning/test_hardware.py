@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from raylora.config import load_config
+from raylora.errors import UserError
 from raylora.planning import hardware
 
 HERE = torch.device("cpu")
@@ -26,6 +28,16 @@ def test_kernels_are_those_that_card_and_packages_have():
     assert hardware.kernels_for((8, 0), torch.float16) == best
     assert hardware.kernels_for((7, 5), torch.float16) == "torch", "flash attention begins with Ampere"
     assert hardware.kernels_for((9, 0), torch.float32) == "torch"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_fp8_is_refused_here_without_a_gpu_and_left_to_a_clusters_machines():
+    with pytest.raises(UserError, match="--quantization fp8: needs a GPU that multiplies fp8") as raised:
+        hardware.check_fp8_here(load_config([], quantization="fp8"))
+    assert "\n" not in str(raised.value)
+    hardware.check_fp8_here(load_config([], quantization="fp8", address="auto"))
+    for quantization in ("none", "8bit", "4bit"):
+        hardware.check_fp8_here(load_config([], quantization=quantization))
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import torch
 
 from raylora.config import Method, ModelOptions
 from raylora.data.encoding import encode_example
+from raylora.model.kernels import drop
 from raylora.model.loading import load_model
 from raylora.model.memory import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, GPU_TOKEN_BUDGET, TokenBudget, tokens_that_fit
 from raylora.training.adapter_products import AdapterProducts, Span
@@ -66,7 +67,8 @@ def keep_of(loaded, seed: int) -> torch.Tensor:
         products = AdapterProducts(loaded, 1, 1)
         products.hold(["default"])
         spans = [Span(0, 7, "default", seed), Span(7, 12, "default", seed + 1)]
-        return products.rows_of(spans, 12).on(loaded.device).mask(0, 64).cpu()
+        rows = products.rows_of(spans, 12).on(loaded.device)
+        return (drop(torch.ones(12, 64, device=loaded.device), *rows.of_module(0, 64), torch.float32) != 0).cpu()
     finally:
         loaded.detach()
 
