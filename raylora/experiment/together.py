@@ -16,7 +16,8 @@ from raylora.model.memory import free_gpu_bytes
 from raylora.records import Experiment, ProgressCallback, ignore_progress
 from raylora.storage.store import LOG
 from raylora.training.gradients import Job
-from raylora.training.loop import Outcome, Slots, adapters_a_pass, train_adapters
+from raylora.training.loop import Outcome, Slots, train_adapters
+from raylora.training.slots import adapters_a_pass
 
 log = logging.getLogger("raylora.experiment")
 

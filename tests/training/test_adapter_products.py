@@ -15,7 +15,8 @@ from raylora.records import Example, Message
 from raylora.training.adapter_products import PassRows
 from raylora.training.dropout import mix
 from raylora.training.gradients import GradientAccumulator, Job
-from raylora.training.loop import TrainingResult, adapters_a_pass, train_adapter, train_adapters
+from raylora.training.loop import TrainingResult, train_adapter, train_adapters
+from raylora.training.slots import adapters_a_pass
 from tests.helpers.tiny import load, make_model
 from tests.helpers.training import DROPOUT, METHOD, assert_packed_agrees, make_examples
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from raylora.data.encoding import EncodedExample
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.training.gradients import Job
-from raylora.training.loop import TrainingResult, adapters_that_fit, train_adapter, train_adapters
+from raylora.training.loop import TrainingResult, train_adapter, train_adapters
+from raylora.training.slots import adapters_that_fit
 from tests.helpers.training import DROPOUT, METHOD
 
 NUMS_OF_STEPS = (4, 1, 6, 2, 3)
