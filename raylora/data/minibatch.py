@@ -26,10 +26,6 @@ class Blocks:
     lengths: tuple[int, ...] | None = None
     """The tokens of each block; None where only the device knows them, as a captured pass is run on other blocks."""
 
-    def host_lengths(self) -> tuple[int, ...]:
-        """The tokens of each block that has some. Without ``lengths`` the CPU waits for the device."""
-        return self.lengths if self.lengths is not None else tuple(n for n in self.ends.diff().tolist() if n)
-
 
 @dataclass(frozen=True)
 class Minibatch:

@@ -66,7 +66,10 @@ def attend_in_blocks(
         raise ValueError("this model's attention cannot be run in blocks")
     if varlen_attn is not None and query.is_cuda and query.element_size() == 2 and not kwargs.get("dropout"):
         return attend_at_once(varlen_attn, query, key, value, blocks, sliding_window, kwargs.get("scaling")), None
-    lengths = list(blocks.host_lengths())
+    if blocks.lengths is None:
+        mask = _blocks_mask(blocks.ends, query.shape[2], sliding_window)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0], None
+    lengths = list(blocks.lengths)
     if query.shape[2] != sum(lengths):
         raise ValueError("this model's attention does not get all tokens of a row")
     kwargs["is_causal"] = True
@@ -114,6 +117,19 @@ def attend_at_once(
         q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
     output: torch.Tensor = varlen(q, k, v, blocks.ends, blocks.ends, blocks.longest, blocks.longest, **options)
     return output[None]
+
+
+def _blocks_mask(ends: torch.Tensor, num_tokens: int, window: int | None) -> torch.Tensor:
+    """bool (1, 1, T, T): True where a token attends, within its block; made by the device alone, for captured passes.
+
+    Args:
+        ends: as of ``Blocks``.
+    """
+    places = torch.arange(num_tokens, device=ends.device, dtype=ends.dtype)
+    block = torch.searchsorted(ends, places, right=True)
+    same = block[:, None] == block[None]
+    causal = torch.ones_like(same).tril()
+    return (same & (causal if window is None else causal.triu(1 - window)))[None, None]
 
 
 def _window_mask(num_tokens: int, window: int, device: torch.device) -> torch.Tensor:

@@ -107,6 +107,7 @@ class _AdaptedMatrix:
         self.num_inputs, self.num_outputs, self.device = int(a.shape[1]), int(b.shape[0]), a.device
         self.a = self.b = self.a_gradient = self.b_gradient = torch.zeros(0)
         self.has_gradient = False
+        """Whether its gradient was ever computed here: replays of captured passes do not say so again."""
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of A and B."""
@@ -246,8 +247,6 @@ class AdapterProducts:
             torch._foreach_copy_(*self._copies)
         for gradients in self.gradients:
             gradients.zero_()
-        for matrix in self._matrices:
-            matrix.has_gradient = False
 
     def publish(self, name: str, group: int) -> None:
         """Put an adapter's gradient of a group into its parameters' ``grad``, as views of the gradients here."""

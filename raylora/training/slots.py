@@ -9,8 +9,9 @@ from raylora.model.memory import MINIBATCH_MEMORY_SHARE
 from raylora.training.gradients import Job
 from raylora.training.loop import count_tokens
 
-TRAINED_PARAMETER_BYTES = 16
-"""Of a parameter in training: four each for itself, its gradient and AdamW's two moments."""
+TRAINED_PARAMETER_BYTES = 18
+"""Of a parameter in training on a GPU: four each for itself, its gradient and AdamW's two moments, and two for the copy in half
+precision that products are computed with."""
 
 
 def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job], free_bytes: float) -> int:

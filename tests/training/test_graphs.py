@@ -1,36 +1,18 @@
 """Passes of fixed sizes that are replayed come to what passes as they are come to.
 
-A fake graph stands in for CUDA's: it "replays" by running the captured function again, on the tensors of the capture.
+A recorder stands in for CUDA's graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
+from raylora.model import memory
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import train_adapters
+from tests.helpers.graphs import RecordedGraphs
 from tests.helpers.training import DROPOUT, METHOD, Recorder
-
-
-class FakeGraphs:
-    """Captures by running the function, as often as a CUDA capture does."""
-
-    def __init__(self) -> None:
-        self.num_captures = self.num_replays = 0
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        self.num_captures += 1
-        for _ in range(3):
-            run()
-
-        def replay() -> None:
-            self.num_replays += 1
-            run()
-
-        return replay
 
 
 def replays_nothing(run):
@@ -90,7 +72,7 @@ METHODS = {
 
 @pytest.mark.parametrize("which", METHODS)
 def test_replayed_passes_have_the_losses_and_gradients_of_passes_as_they_are(loaded, encoded, which):
-    graphs = FakeGraphs()
+    graphs = RecordedGraphs()
     losses, gradients, runner = steps_of(loaded, encoded, METHODS[which], graphs)
     expected, others, plain = steps_of(loaded, encoded, METHODS[which], None)
     assert (runner.graphed, plain.graphed) == (True, False)
@@ -127,7 +109,7 @@ def test_a_capture_that_memory_does_not_hold_costs_nothing_but_its_speed(loaded,
 
 
 def test_the_next_training_replays_what_the_last_one_captured(loaded, encoded):
-    graphs = FakeGraphs()
+    graphs = RecordedGraphs()
     steps_of(loaded, encoded, [DROPOUT], graphs)
     before = graphs.num_captures
     other = DROPOUT.model_copy(update={"lora_dropout": 0.3})
@@ -143,7 +125,7 @@ def test_the_next_training_replays_what_the_last_one_captured(loaded, encoded):
 
 def test_micro_batches_of_a_probe_are_groups_of_captured_passes(loaded, encoded):
     seen = []
-    for capture in (FakeGraphs(), None):
+    for capture in (RecordedGraphs(), None):
         observer = Recorder(loaded)
         losses, _, runner = steps_of(
             loaded, encoded, [DROPOUT.model_copy(update={"batch_size": 2})], capture, observer=observer
@@ -157,25 +139,35 @@ def test_micro_batches_of_a_probe_are_groups_of_captured_passes(loaded, encoded)
         assert_equal([mine], [theirs])
 
 
-def test_memory_that_runs_out_drops_what_was_captured(loaded, encoded):
-    graphs = FakeGraphs()
-    runs = []
+def test_memory_that_runs_out_drops_what_was_captured_and_changes_no_number(loaded, encoded, monkeypatch):
+    monkeypatch.setattr(memory, "CPU_TOKEN_BUDGET", 1024)
+    steps = [range(4), range(4, 8), range(2, 6), range(12), range(4), range(4, 8), range(2, 6)]
+    found = []
+    for capture in (graphs := RecordedGraphs(), None):
+        (job,) = jobs_of(loaded, encoded, [DROPOUT])
+        runner = GradientAccumulator(loaded, [job], None, capture)
+        refused = []
 
-    def refuse(module, args, kwargs):
-        runs.append(kwargs["input_ids"].numel())
-        if len(runs) == 12:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        def refuse(module, args, kwargs, refused=refused):
+            if kwargs["input_ids"].numel() > 512 and not refused:
+                refused.append(graphs.num_captures)
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
-    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    losses, _, runner = steps_of(loaded, encoded, [DROPOUT], graphs, num_steps=10)
-    hook.remove()
-    assert runner.budget.num_backoffs == 1
-    expected, _, _ = steps_of(loaded, encoded, [DROPOUT], None, num_steps=10)
-    assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
+        hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+        loaded.model.train()
+        with runner.ready():
+            found.append([float(runner.backward({0: (k, step)})[0].loss) for k, step in enumerate(steps)])
+        hook.remove()
+        assert runner.budget.num_backoffs == 1
+        if capture:
+            assert graphs.num_captures == 2 * refused[0] == 2, "once before memory ran out, once after"
+        runner.restore()
+        loaded.detach(job.name)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_a_loss_that_is_no_number_is_no_reason_to_give_captures_up(loaded, encoded, caplog):
-    graphs = FakeGraphs()
+    graphs = RecordedGraphs()
     wild = METHOD.model_copy(update={"learning_rate": 9.0, "max_grad_norm": 1e30, "lora_alpha": 1e30})
     jobs = jobs_of(loaded, encoded, [wild])
     runner = GradientAccumulator(loaded, jobs, None, graphs)
