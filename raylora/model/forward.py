@@ -216,6 +216,7 @@ def forward_rows(
         torch.OutOfMemoryError: a single row does not fit (MemoryError or RuntimeError on a CPU).
     """
     pad = pad_token_of(loaded.tokenizer)
+    loaded.allows(head_is_plain)  # tried before attention is replaced
     num_losses = [sum(label != IGNORE_INDEX for label in row) for row in labels]
 
     def run(part: list[int]) -> T:

@@ -12,6 +12,7 @@ from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, labels_
 from raylora.model.adapters import LoadedModel
 from raylora.model.forward import Output, forward_rows
 from raylora.model.memory import TokenBudget
+from raylora.model.packing import may_pack
 
 
 class ExampleLoss(NamedTuple):
@@ -34,7 +35,7 @@ def example_losses(
     """The losses of each example, in their order; (0, 0, NaN) for one without a supervised token.
 
     Args:
-        token_budget: most padded tokens in a minibatch; where memory runs out, smaller ones are tried.
+        token_budget: most tokens in a minibatch, padding included; where memory runs out, smaller ones are tried.
         with_gradient: leave the gradient of the mean loss over all supervised tokens in the trainable parameters.
 
     Raises:
@@ -55,8 +56,11 @@ def example_losses(
     # Gradients add up over minibatches: from the first one again where a backward pass ended half-way, out of memory.
     start_over = loaded.model.zero_grad if with_gradient else None
     budget = TokenBudget(token_budget)
+    packed = may_pack(loaded, max(map(len, rows), default=0))
     with torch.inference_mode(not with_gradient), loaded.autocast():
-        for part, losses_of_part in forward_rows(loaded, rows, labels, budget, use, start_over=start_over):
+        for part, losses_of_part in forward_rows(
+            loaded, rows, labels, budget, use, start_over=start_over, packed=packed
+        ):
             for k, loss in zip(part, losses_of_part, strict=True):
                 results[usable[k]] = loss
     return results

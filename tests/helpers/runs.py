@@ -109,7 +109,7 @@ def make_training(seed: int, level: float, num_steps: int) -> TrainingResult:
         num_train_tokens=4096 * num_steps, num_supervised_tokens=900 * num_steps,
         train_samples_per_second=16 * num_steps / seconds, train_steps_per_second=num_steps / seconds,
         train_tokens_per_second=4096 * num_steps / seconds, peak_memory_bytes=int(19e9 + 1e9 * random.random()),
-        micro_batch_size=4, num_oom_backoffs=0, packed=True, num_adapters=1,
+        micro_batch_size=4, num_oom_backoffs=0, packed=True, graphed=False, num_adapters=1,
     )  # fmt: skip
     return TrainingResult(metrics, steps)
 
