@@ -42,8 +42,8 @@ from raylora.planning.hardware import Hardware, hardware_of
 from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
 from raylora.training.gradients import MOST_GROUPS
-from raylora.training.loop import adapters_that_fit
 from raylora.training.pass_inputs import fixed_size, largest_size
+from raylora.training.slots import adapters_that_fit
 
 ADAPTER_BYTES = 16
 """Bytes of an adapter's parameter in training: itself, its gradient and AdamW's two moments, each in float32."""
