@@ -67,8 +67,8 @@ def attend_in_blocks(
     if varlen_attn is not None and query.is_cuda and query.element_size() == 2 and not kwargs.get("dropout"):
         return attend_at_once(varlen_attn, query, key, value, blocks, sliding_window, kwargs.get("scaling")), None
     if blocks.lengths is None:
-        mask = _blocks_mask(blocks.ends, query.shape[2], sliding_window)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0], None
+        over_row = _blocks_mask(blocks.ends, query.shape[2], sliding_window)
+        return sdpa_attention_forward(module, query, key, value, over_row, **kwargs)[0], None
     lengths = list(blocks.lengths)
     if query.shape[2] != sum(lengths):
         raise ValueError("this model's attention does not get all tokens of a row")

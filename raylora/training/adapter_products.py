@@ -46,11 +46,11 @@ class PartialInputError(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens ``start`` to ``stop`` of a minibatch: one example, for ``adapter``, with dropout by ``seed``."""
+    """Tokens ``start`` to ``stop`` of a minibatch: one example, for the adapter of ``slot``, dropout by ``seed``."""
 
     start: int
     stop: int
-    adapter: str
+    slot: int
     seed: int
     group: int = 0
     """Whose gradient the example adds to."""
@@ -69,7 +69,7 @@ class PassRows:
     adapter_ends: torch.Tensor
     """int32 (K,): where the tokens of each adapter end."""
     group_ends: torch.Tensor
-    """int32 (G,): where the tokens of each group end."""
+    """int32 (G,): where the tokens of each group end. Where they are on the host, products are made group by group."""
     drops: bool
     """Whether an adapter has dropout."""
     slices: tuple[tuple[int, int, int], ...] | None
@@ -80,7 +80,9 @@ class PassRows:
         """The same on another device, where the layers of a model lie on several."""
         if self.hashes.device == device:
             return self
-        names = ("hashes", "thresholds", "scales", "adapter_ends", "group_ends")
+        names = ["hashes", "thresholds", "scales"]
+        if self.group_ends.device == self.hashes.device:
+            names += ["adapter_ends", "group_ends"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def mask(self, module: int, width: int) -> torch.Tensor:
@@ -128,6 +130,17 @@ def check_may_share(loaded: LoadedModel, names: Sequence[str]) -> None:
 def _adapted(loaded: LoadedModel, names: Sequence[str]) -> list[Any]:
     """The modules that one of these adapters is on."""
     return [m for _, m in loaded.lora_modules() if any(n in m.lora_A or n in m.lora_embedding_A for n in names)]
+
+
+def _places_of_linear(model: Any) -> dict[int, int]:
+    """The place of each linear module among all of the model, by the module's id.
+
+    Dropout draws by it: a place among the adapted ones would depend on what else is adapted for others in the pass.
+    """
+    inside = (".base_layer", ".lora_")  # of PEFT's modules
+    named = [(name, m) for name, m in model.named_modules() if not any(part in name for part in inside)]
+    linear = (m for _, m in named if type(m).__name__ in LINEAR or isinstance(m, torch.nn.Linear))
+    return {id(module): place for place, module in enumerate(linear)}
 
 
 def _is_linear(module: Any) -> bool:
@@ -186,9 +199,8 @@ class AdapterProducts:
         is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]
         if is_new:
             self._rank = rank
-            self._matrices = [
-                _AdaptedMatrix(m, i, next(n for n in names if n in m.lora_A)) for i, m in enumerate(linear)
-            ]
+            places = _places_of_linear(self._loaded.model)
+            self._matrices = [_AdaptedMatrix(m, places[id(m)], next(n for n in names if n in m.lora_A)) for m in linear]
             self._allocate()
         self._link()
         return is_new
@@ -282,25 +294,25 @@ class AdapterProducts:
         thresholds, scales = torch.zeros_like(hashes), torch.zeros(num_tokens)
         adapter_ends, group_ends = torch.zeros(self.num_slots, dtype=torch.int32), torch.zeros(self.num_groups)
         slices: list[tuple[int, int, int]] = []
-        settings = {name: self._settings(name) for name in {span.adapter for span in spans}}
+        settings = [self._settings(name) for name in self._names]
         for span in spans:
             hashes[span.start : span.stop] = token_hashes(span.stop - span.start, span.seed)
-            thresholds[span.start : span.stop], scales[span.start : span.stop] = settings[span.adapter]
+            thresholds[span.start : span.stop], scales[span.start : span.stop] = settings[span.slot]
             is_last = span is spans[-1]
             stop = num_tokens if is_last else span.stop
-            adapter_ends[self.slot_of(span.adapter) :] = stop
+            adapter_ends[span.slot :] = stop
             group_ends[span.group :] = stop
-            threshold = settings[span.adapter][0]
+            threshold = settings[span.slot][0]
             if slices and slices[-1][2] == threshold:
                 slices[-1] = (slices[-1][0], stop, threshold)
             else:
                 slices.append((slices[-1][1] if slices else 0, stop, threshold))
-        drops = any(threshold for threshold, _ in settings.values())
+        drops = any(threshold for threshold, _ in settings)
         kept_slices = None if self.remakes_masks else tuple(slices)
         return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices)
 
-    def _settings(self, name: str) -> tuple[int, float]:
-        """An adapter's dropout, as a threshold, and its scale; the same in all its modules."""
+    def _settings(self, name: str | None) -> tuple[int, float]:
+        """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""
         for matrix in self._matrices:
             if name in matrix.module.lora_A:
                 threshold = threshold_of(getattr(matrix.module.lora_dropout[name], "p", 0.0))

@@ -20,12 +20,13 @@ import torch
 from raylora.config import Method
 from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_token_of, supervised_counts
 from raylora.model.adapters import LoadedModel
+from raylora.model.device import peak_memory_bytes
 from raylora.model.forward import head_is_plain, token_losses
 from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
 from raylora.model.packing import attention_in_blocks, may_pack
 from raylora.training.adapter_products import AdapterProducts, PartialInputError, check_may_share
 from raylora.training.dropout import mix
-from raylora.training.graphs import Capture, GraphedPasses, capture_of
+from raylora.training.graphs import Capture, GraphedPasses, capture_of, forget_captured, free_what_others_need
 from raylora.training.pass_inputs import (
     SMALLEST,
     Example,
@@ -147,6 +148,8 @@ class _Item:
     """Which of the job's examples it is."""
     seed: int
     """Of its dropout."""
+    slot: int
+    """Of its adapter."""
     group: int
     """Whose gradient it adds to: its adapter's slot, or the micro-batch of a probe."""
     weight: float
@@ -246,6 +249,12 @@ class GradientAccumulator:
         """Whether passes were replayed as CUDA graphs."""
         return self._num_replayed > 0
 
+    @property
+    def peak_bytes(self) -> int:
+        """See ``peak_memory_bytes``; with that of passes that were captured, in this training or before it."""
+        captured = self._passes.graphed.peak_bytes if self._passes and self.graphed else 0
+        return max(captured, peak_memory_bytes(self.loaded.device))
+
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Inside, the model serves ``backward`` alone: its attention and its adapters' products are replaced."""
@@ -325,7 +334,7 @@ class GradientAccumulator:
         job, counts = self.jobs[index], self._counts[index]
         weight = 1 / sum(counts[i] for i in examples)
         slot = self._running.products.slot_of(job.name)
-        return [_Item(index, i, mix(job.seed, k, place), slot, weight) for place, i in enumerate(examples)]
+        return [_Item(index, i, mix(job.seed, k, place), slot, slot, weight) for place, i in enumerate(examples)]
 
     def _backward_once(self, items: Mapping[int, list[_Item]]) -> dict[int, torch.Tensor]:
         """The step's loss of each job, by its index; memory may run out at any point.
@@ -374,13 +383,13 @@ class GradientAccumulator:
         job = self.jobs[item.job]
         example = job.examples[item.index]
         labels, num_labels = labels_of(example, job.method.train_on), self._num_supervised(item)
-        return Example(example.input_ids, labels, job.name, item.seed, item.group, item.weight, num_labels)
+        return Example(example.input_ids, labels, item.slot, item.seed, item.group, item.weight, num_labels)
 
     def _inputs_of(self, examples: list[Example], passes: _Passes) -> tuple[PassInputs, PassSize | None]:
         """A pass of these examples, and the fixed size that it is filled up to; None where it is as large as it is."""
         size = None
-        if self.packed and passes.products.num_groups > 1 and self._capture:
-            examples = align_groups(examples, GROUP_ALIGNMENT, self._pad)
+        if self.packed and passes.products.num_groups > 1 and (self._on_gpu or self._capture):
+            examples = align_groups(examples, passes.products, GROUP_ALIGNMENT, self._pad)
         if self.packed and passes.graphed.are_wanted and not self.budget.checkpointing:
             size = size_of(examples, any(job.method.lora_dropout for job in self.jobs.values()))
         return make_inputs(examples, passes.products, self._pad, self.packed, size), size
@@ -393,8 +402,7 @@ class GradientAccumulator:
 
     def use_less_memory(self) -> None:
         """Do what the budget has decided after memory ran out: gradient checkpointing, or smaller minibatches."""
-        if self._passes:
-            self._passes.graphed.forget()
+        forget_captured(self.loaded, self._passes.graphed if self._passes else None)
         if self.budget.checkpointing and not self.loaded.model.is_gradient_checkpointing:
             # use_reentrant=False: the reentrant kind gives no gradients where a segment's inputs need none, and the
             # embeddings, the first inputs, are frozen.
@@ -435,3 +443,5 @@ class GradientAccumulator:
         self._drop_gradients()
         if self.budget.checkpointing:
             self.loaded.model.gradient_checkpointing_disable()
+        if self._on_gpu and self.graphed:
+            free_what_others_need(self.loaded)

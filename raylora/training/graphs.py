@@ -62,6 +62,26 @@ def capture_of(loaded: LoadedModel) -> Capture | None:
     return capture
 
 
+def forget_captured(loaded: LoadedModel, running: GraphedPasses | None = None) -> None:
+    """Drop what was captured of a model's passes, in this training and before it."""
+    kept = [getattr(value, "graphed", None) for value in loaded.kept.values()]
+    for graphed in (*kept, running):
+        if isinstance(graphed, GraphedPasses):
+            graphed.forget()
+
+
+def free_what_others_need(loaded: LoadedModel) -> None:
+    """Keep captured passes for the next training only where as much memory is free as they hold.
+
+    The held-out losses of a probe and MMLU run beside them. To capture a size again takes four passes.
+    """
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    if free < torch.cuda.memory_reserved(loaded.device) - torch.cuda.memory_allocated(loaded.device):
+        forget_captured(loaded)
+        torch.cuda.empty_cache()
+
+
 class GraphedPasses:
     """Runs passes, captured where that is possible and comes to the same.
 
@@ -80,6 +100,8 @@ class GraphedPasses:
         self._most_tokens = 2**62
         self.num_replayed = 0
         """Passes that were replayed."""
+        self.peak_bytes = 0
+        """The most GPU memory that was held while a pass was captured: replays allocate nothing that is counted."""
 
     @property
     def are_wanted(self) -> bool:
@@ -123,6 +145,8 @@ class GraphedPasses:
             return  # a training that diverges says nothing about a capture
         try:
             replay = capture(lambda: self._run(inputs))
+            if inputs.weights.is_cuda:
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(inputs.weights.device))
             _restore(self._sums(), before)
             replay()
             if reason := _difference(before, expected, self._sums()):

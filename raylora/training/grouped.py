@@ -1,6 +1,7 @@
 """Products of tokens with the matrix of the group that each belongs to: one launch for all groups.
 
 T tokens, those of a group side by side; ``ends`` (G,), int32, says where each group's end. All T are in some group.
+Where ``ends`` is on the host and the tokens are not, products are made group by group.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def products(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torc
     """x (T, m) times each token's weight (n, m) of ``weights`` (G, n, m): (T, n), a new tensor."""
     if len(weights) == 1:
         return x @ weights[0].t()
-    if _may_group(x, weights):
+    if _may_group(x, weights, ends):
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
     return torch.cat([x[a:b] @ w.t() for (a, b), w in zip(_bounds(ends), weights, strict=True)])
 
@@ -34,7 +35,7 @@ def products_back(gradient: torch.Tensor, weights: torch.Tensor, ends: torch.Ten
     """The gradient of x (T, m) from that of ``products`` (T, n)."""
     if len(weights) == 1:
         return gradient @ weights[0]
-    if _may_group(gradient, weights):
+    if _may_group(gradient, weights, ends):
         return F.grouped_mm(gradient, weights, offs=ends)
     return torch.cat([gradient[a:b] @ w for (a, b), w in zip(_bounds(ends), weights, strict=True)])
 
@@ -49,7 +50,7 @@ def add_outer_products(total: torch.Tensor, left: torch.Tensor, right: torch.Ten
             total[0].addmm_(left.t(), right)
         else:
             total[0] += left.t() @ right
-    elif _may_group(left, total) and _may_group(right, total):
+    elif _may_group(left, total, ends) and _may_group(right, total, ends):
         sums = F.grouped_mm(left.t(), right, offs=ends)
         # Of a group without tokens some kernels leave the memory as it was.
         total += sums.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
@@ -62,10 +63,12 @@ def _bounds(ends: torch.Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends.tolist()]))
 
 
-def _may_group(x: torch.Tensor, weights: torch.Tensor) -> bool:
+def _may_group(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> bool:
     """Whether torch takes this as one grouped product: the widths are aligned, and it works on this device."""
     widths = (*x.shape[1:], *weights.shape[1:])
-    return not any(n * x.element_size() % ALIGNMENT for n in widths) and _is_right(x.dtype, x.device)
+    if x.device != ends.device or any(n * x.element_size() % ALIGNMENT for n in widths):
+        return False
+    return _is_right(x.dtype, x.device)
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from raylora.config import Method
 from raylora.data.encoding import EncodedExample, lengths_of
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.model.adapters import LoadedModel
-from raylora.model.device import peak_memory_bytes
 from raylora.model.memory import CPU_TOKEN_BUDGET
 from raylora.model.onednn import onednn_linears
 from raylora.records import ProgressCallback, ProgressStage, ignore_progress
@@ -317,7 +316,7 @@ def _summarize(trainee: _Trainee, accumulator: GradientAccumulator) -> TrainingM
         train_samples_per_second=trainee.num_examples / seconds,
         train_steps_per_second=len(steps) / seconds,
         train_tokens_per_second=num_tokens / seconds,
-        peak_memory_bytes=peak_memory_bytes(accumulator.loaded.device),
+        peak_memory_bytes=accumulator.peak_bytes,
         micro_batch_size=accumulator.fullest,
         num_oom_backoffs=accumulator.budget.num_backoffs - trainee.num_backoffs_before,
         packed=accumulator.packed,

@@ -9,7 +9,6 @@ It is made on the host, and sent to the device at once or copied into the tensor
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -38,7 +37,8 @@ class Example:
     input_ids: Sequence[int]
     labels: Sequence[int]
     """The token where its loss is wanted, else IGNORE_INDEX."""
-    adapter: str
+    slot: int
+    """Of its adapter."""
     seed: int
     """Of its dropout."""
     group: int
@@ -75,7 +75,12 @@ class PassInputs:
     rows: PassRows
 
     def to(self, device: torch.device) -> PassInputs:
-        return _with_tensors(self, lambda tensor: send(tensor, device))
+        moved = _with_tensors(self, lambda tensor: send(tensor, device))
+        if self.batch.blocks is not None:
+            return moved
+        # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
+        rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
+        return replace(moved, rows=rows)
 
     def fill(self, others: PassInputs) -> None:
         """Copy the numbers of ``others``, which has the same size, into these tensors."""
@@ -116,24 +121,26 @@ def size_of(examples: Sequence[Example], drops: bool) -> PassSize | None:
     return size if len(examples) + -(-(tokens - num_tokens) // size.longest) <= size.blocks else None
 
 
-def align_groups(examples: Sequence[Example], alignment: int, pad_token_id: int) -> list[Example]:
-    """The same examples, and behind each group one of padding, so that the next begins at a multiple of ``alignment``.
+def align_groups(
+    examples: Sequence[Example], products: AdapterProducts, alignment: int, pad_token_id: int
+) -> list[Example]:
+    """The same examples, and padding, so that each group has tokens, and begins at a multiple of ``alignment``.
 
-    On a GPU the gradients of groups are one product, whose kernel asks it of them.
+    On a GPU the gradients of groups are one product, whose kernel asks both of them.
     """
     found: list[Example] = []
-    for _, group in itertools.groupby(examples, key=lambda e: e.group):
-        found += group
-        missing = -sum(len(e.input_ids) for e in found) % alignment
-        if missing:
-            found.append(_filler(missing, pad_token_id, found[-1]))
+    for group in range(products.num_groups):
+        of_group = [e for e in examples if e.group == group]
+        missing = -sum(len(e.input_ids) for e in of_group) % alignment if of_group else alignment
+        slot = group if products.num_slots > 1 else 0
+        found += of_group + [_filler(missing, pad_token_id, slot, group)] * (missing > 0)
     return found
 
 
-def _filler(num_tokens: int, pad_token_id: int, last: Example) -> Example:
-    """Padding that has no label, in the group of the example before it."""
+def _filler(num_tokens: int, pad_token_id: int, slot: int, group: int) -> Example:
+    """Padding that has no label."""
     ids, labels = [pad_token_id] * num_tokens, [IGNORE_INDEX] * num_tokens
-    return Example(ids, labels, last.adapter, 0, last.group, 0.0, 0)
+    return Example(ids, labels, slot, 0, group, 0.0, 0)
 
 
 def make_inputs(
@@ -151,11 +158,9 @@ def make_inputs(
     """
     if size is not None:
         missing = size.tokens - sum(len(e.input_ids) for e in examples)
-        starts = range(0, missing, size.longest)
-        examples = [
-            *examples,
-            *(_filler(min(size.longest, missing - start), pad_token_id, examples[-1]) for start in starts),
-        ]
+        lengths = [min(size.longest, missing - start) for start in range(0, missing, size.longest)]
+        last = examples[-1]
+        examples = [*examples, *(_filler(n, pad_token_id, last.slot, last.group) for n in lengths)]
     rows, labels = [e.input_ids for e in examples], [e.labels for e in examples]
     batch = collate(rows, labels, pad_token_id, torch.device("cpu"), packed)
     spans = zip(batch.spans([len(row) for row in rows]), examples, strict=True)
@@ -163,7 +168,7 @@ def make_inputs(
         batch,
         torch.tensor([e.weight for e in examples for _ in range(e.num_labels)]),
         torch.tensor([e.group for e in examples for _ in range(e.num_labels)], dtype=torch.long),
-        products.rows_of([Span(*span, e.adapter, e.seed, e.group) for span, e in spans], batch.input_ids.numel()),
+        products.rows_of([Span(*span, e.slot, e.seed, e.group) for span, e in spans], batch.input_ids.numel()),
     )
     return inputs if size is None else _with_fixed_counts(inputs, size)
 

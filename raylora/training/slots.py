@@ -10,8 +10,8 @@ from raylora.training.gradients import Job
 from raylora.training.loop import count_tokens
 
 TRAINED_PARAMETER_BYTES = 18
-"""Of a parameter in training on a GPU: four each for itself, its gradient and AdamW's two moments, and two for the copy in half
-precision that products are computed with."""
+"""Of a parameter in training on a GPU: four each for itself, its gradient and AdamW's two moments, and two for the copy
+in half precision that is multiplied with."""
 
 
 def adapters_a_pass(loaded: LoadedModel, jobs: Sequence[Job], free_bytes: float) -> int:

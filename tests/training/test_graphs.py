@@ -160,7 +160,8 @@ def test_memory_that_runs_out_drops_what_was_captured_and_changes_no_number(load
         hook.remove()
         assert runner.budget.num_backoffs == 1
         if capture:
-            assert graphs.num_captures == 2 * refused[0] == 2, "once before memory ran out, once after"
+            assert runner.budget.checkpointing
+            assert graphs.num_captures == refused[0] == 1, "with gradient checkpointing passes are run as they are"
         runner.restore()
         loaded.detach(job.name)
     assert found[0] == pytest.approx(found[1], abs=1e-6)
