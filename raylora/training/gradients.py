@@ -171,6 +171,11 @@ class _Passes:
         if self.products.hold(names):
             self.graphed.forget()
 
+    def use_one_group(self) -> None:
+        """See ``AdapterProducts.use_one_group``."""
+        self.products.use_one_group()
+        self.graphed.forget()
+
     def begin(self) -> None:
         """Begin a step: no gradient, no loss."""
         self.products.begin()
@@ -276,10 +281,12 @@ class GradientAccumulator:
             kept = self.loaded.kept.get(key) if self._capture else None
             self._passes = kept or _Passes(self.loaded, num_slots, num_groups, self._capture)
             if self._capture:
+                for other in [k for k in self.loaded.kept if isinstance(k, tuple) and 1 < k[1] != num_slots]:
+                    del self.loaded.kept[other]  # the weights and gradients of many adapters: gigabytes
                 self.loaded.kept[key] = self._passes
         self._passes.hold([job.name for job in self.jobs.values()])
         if num_groups > num_slots and not self._passes.products.is_whole:
-            self._passes.products.use_one_group()
+            self._passes.use_one_group()
         return self._passes
 
     def backward(self, steps: Mapping[int, tuple[int, Sequence[int]]]) -> dict[int, StepGradient]:
@@ -306,7 +313,7 @@ class GradientAccumulator:
             try:
                 losses = self.budget.attempt(functools.partial(self._backward_once, items))
             except PartialInputError:
-                self._running.products.use_one_group()
+                self._running.use_one_group()
                 self._drop_gradients()
                 continue
             if losses is None:
