@@ -13,18 +13,21 @@ import torch
 
 from raylora.config import Method, ModelOptions
 from raylora.data.encoding import encode_example
+from raylora.data.minibatch import Blocks
 from raylora.model.kernels import drop
 from raylora.model.loading import load_model
 from raylora.model.memory import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, GPU_TOKEN_BUDGET, TokenBudget, tokens_that_fit
+from raylora.model.packing import attend_in_blocks
 from raylora.training.adapter_products import AdapterProducts, Span
 from raylora.training.gradients import GradientAccumulator, Job
-from raylora.training.loop import train_adapter
+from raylora.training.loop import train_adapter, train_adapters
 from raylora.training.losses import example_losses
-from tests.helpers.training import make_examples
+from tests.helpers.training import Recorder, make_examples
 
 METHOD = Method(lora_r=8, num_epochs=1, batch_size=4, gradient_accumulation=2, learning_rate=2e-3, lora_dropout=0.1)
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 QUANTIZATIONS = ["none", "8bit", "4bit"]
+ON_GPU = pytest.mark.parametrize("device", [GPU], indirect=True)
 
 
 @pytest.fixture(params=["cpu", GPU])
@@ -176,7 +179,7 @@ def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
     assert runner.budget.num_backoffs == 3
 
 
-@pytest.mark.parametrize("device", [GPU], indirect=True)
+@ON_GPU
 def test_memory_that_really_runs_out_makes_minibatches_smaller_and_changes_no_loss(load):
     loaded, encoded = load("none")
     many = encoded * 40
@@ -204,7 +207,7 @@ def test_memory_that_really_runs_out_makes_minibatches_smaller_and_changes_no_lo
     assert found == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("device", [GPU], indirect=True)
+@ON_GPU
 def test_what_a_token_takes_is_learnt_in_the_first_step(load):
     loaded, encoded = load("none")
     method = METHOD.model_copy(update={"batch_size": 64})
@@ -221,3 +224,70 @@ def test_a_cpu_learns_nothing(load, device):
     assert runner.budget.tokens == CPU_TOKEN_BUDGET
     train_adapter(loaded, parameters, encoded, METHOD, 0, 1)
     assert loaded.training_tokens is None
+
+
+def training_of(loaded, encoded, methods, graphs: bool):
+    """Losses of each adapter, trained together for six steps, and whether passes were replayed."""
+    loaded.graphs = graphs
+    jobs = [
+        Job(loaded.attach(method, i, f"a{i}"), encoded[i:], method, i, f"a{i}", 6) for i, method in enumerate(methods)
+    ]
+    results = train_adapters(loaded, jobs)
+    for job in jobs:
+        loaded.detach(job.name)
+    return [[step.loss for step in result.steps] for result in results], {r.metrics.graphed for r in results}
+
+
+@ON_GPU
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("num_adapters", [1, 3])
+def test_replays_of_cuda_graphs_train_as_passes_that_are_launched(load, quantization, num_adapters):
+    loaded, encoded = load(quantization)
+    methods = [METHOD, METHOD.model_copy(update={"lora_r": 3, "lora_dropout": 0.0}), METHOD][:num_adapters]
+    expected, launched = training_of(loaded, encoded, methods, graphs=False)
+    found, replayed = training_of(loaded, encoded, methods, graphs=True)
+    assert (launched, replayed) == ({False}, {True})
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-2)
+
+
+@ON_GPU
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_at_once_is_that_of_block_by_block(device, window):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 96, 64, device=device).bfloat16() for heads in (8, 2, 2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4
+    lengths = (40, 7, 49)
+    ends = torch.tensor([0, 40, 47, 96, 96], dtype=torch.int32, device=device)
+    options = {"sliding_window": window, "scaling": 0.1}
+    at_once, _ = attend_in_blocks(module, query, key, value, None, blocks=Blocks(ends, 64), **options)
+    halves = [t.float() for t in (query, key, value)]  # in float32, block by block
+    expected, _ = attend_in_blocks(module, *halves, None, blocks=Blocks(ends, 64, lengths), **options)
+    torch.testing.assert_close(at_once.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@ON_GPU
+def test_a_probe_is_captured_and_measures_what_a_cpu_measures(load):
+    gradients = []
+    for where in (torch.device("cuda"), torch.device("cpu")):
+        loaded, encoded = load("none", where)
+        parameters = loaded.attach(METHOD, 0)
+        observer = Recorder(loaded)
+        train_adapter(loaded, parameters, encoded, METHOD, 0, 4, observer)
+        gradients.append(torch.stack([g.cpu() for g in observer.gradients]))
+        loaded.detach()
+    difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert float(difference) < 0.1, "bfloat16 beside float32"
+
+
+@ON_GPU
+def test_fp8_trains_on_a_card_that_has_it(load):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU does not multiply fp8")
+    loaded, encoded = load("fp8")
+    before = loaded.logits_hash()
+    (losses,), graphed = training_of(loaded, encoded, [METHOD], graphs=True)
+    assert graphed == {True}
+    assert losses[-1] < losses[0]
+    assert loaded.logits_hash() == before
