@@ -171,8 +171,10 @@ class AdapterProducts:
         """Whether dropout's masks are made again in the backward pass, which a GPU does in no time, or kept."""
         self.gradients: list[torch.Tensor] = []
         """All gradients, those of a device in one tensor."""
+        self._gets_parts = False
         self.is_whole = True
-        """Whether these are the products of all adapted modules; others compute and keep their gradient themselves."""
+        """Whether these are the products of all adapted modules; others compute and keep their gradient themselves, as
+        no replay of a captured pass would."""
 
     def slot_of(self, name: str) -> int:
         """Where an adapter's matrices are among those of all."""
@@ -190,13 +192,14 @@ class AdapterProducts:
                 self._names[self._names.index(None)] = name
         adapted = _adapted(self._loaded, names)
         linear = [module for module in adapted if _is_linear(module)]
-        self.is_whole = len(linear) == len(adapted)
         ranks = [pair[0].shape[0] for m in linear for name in names if (pair := _parameters(m, name))]
         on_gpu = self._loaded.device.type == "cuda"
         self._dtype = compute_dtype(self._loaded.device) if on_gpu else torch.float32
         rank = max(ranks, default=0)
         rank = aligned(rank, self._dtype) if self.num_groups > 1 else rank
         is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]
+        self._gets_parts = self._gets_parts and not is_new
+        self.is_whole = len(linear) == len(adapted) and not self._gets_parts
         if is_new:
             self._rank = rank
             places = _places_of_linear(self._loaded.model)
@@ -213,8 +216,11 @@ class AdapterProducts:
 
     @property
     def _is_copied(self) -> bool:
-        """Whether products are with copies: not where one adapter's own parameters can be multiplied with."""
-        return self.num_groups > 1 or self._dtype != torch.float32
+        """Whether products are with copies: not where one adapter's own parameters can be multiplied with.
+
+        They are for captured passes, which masks that are made again come with: the next adapter's lie elsewhere.
+        """
+        return self.num_groups > 1 or self._dtype != torch.float32 or self.remakes_masks
 
     def _allocate(self) -> None:
         """Make the tensors that hold all weights and gradients: one for each device, of which matrices have parts."""
@@ -333,6 +339,7 @@ class AdapterProducts:
                 raise UserError(text, kind=ErrorKind.TARGET_MODULES)
             if self.num_groups > 1:
                 raise PartialInputError
+            self.is_whole, self._gets_parts = False, True
             output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return output
         layer = frozen_layer(module.base_layer)
