@@ -377,15 +377,15 @@ class _AdaptedProduct(torch.autograd.Function):
         else:
             assert base is not None
             out = base.reshape(-1, base.shape[-1]).clone()
-        # In the base's dtype: autocast would lower the precision of some of these products and not of others.
+        # In one dtype: autocast would lower the precision of some of these products and not of others.
         with torch.autocast(out.device.type, enabled=False):
-            dropped, mask = _drop(flat, matrix, rows, out.dtype)
+            dropped, mask = _drop(flat, matrix, rows, matrix.a.dtype)
             h = products(dropped, matrix.a, rows.adapter_ends)
             if not _is_scaled(rows):
                 h.mul_(rows.scales[:, None])
-            if len(matrix.b) == 1:
+            if len(matrix.b) == 1 and out.dtype == h.dtype:
                 out.addmm_(h, matrix.b[0].t())
-            else:
+            else:  # a base in half precision on a CPU has adapters in float32
                 out += products(h, matrix.b, rows.adapter_ends)
         ctx.save_for_backward(x, h, *([] if mask is None else [mask]))
         ctx.layer, ctx.matrix, ctx.rows = layer, matrix, rows
@@ -395,7 +395,8 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, h, *masks = ctx.saved_tensors
         layer, matrix, rows = ctx.layer, ctx.matrix, ctx.rows
-        flat, d_out = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1).to(h.dtype)
+        flat, d_base = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1)
+        d_out = d_base.to(h.dtype)
         d_h = products_back(d_out, matrix.b, rows.adapter_ends)
         if not _is_scaled(rows):
             d_h.mul_(rows.scales[:, None])
@@ -405,8 +406,8 @@ class _AdaptedProduct(torch.autograd.Function):
         matrix.has_gradient = True
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = layer.multiply_back(d_out) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
-            if not rows.drops and len(matrix.a) == 1:
+            d_x = layer.multiply_back(d_base) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
+            if not rows.drops and len(matrix.a) == 1 and d_x.dtype == h.dtype:
                 d_x.addmm_(d_h, matrix.a[0])
             else:
                 d_dropped = products_back(d_h, matrix.a, rows.adapter_ends)
