@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -30,3 +33,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 def cuda_devices() -> list[int]:
     """The GPU in use, as ``torch.random.fork_rng`` takes it; empty without one."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+@contextlib.contextmanager
+def waiting_is_refused() -> Iterator[None]:
+    """Inside, torch raises a RuntimeError where the CPU would wait for the GPU, which no capture can have."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -137,9 +137,16 @@ class TokenBudget:
     num_held: int = 0
     """Items of that minibatch."""
 
-    def cut(self, items: Iterable[T], length: Callable[[T], int], packed: bool = False) -> Iterator[list[T]]:
-        """Items as minibatches that the budget allows, those that take the most memory first."""
-        for part in (packs_by_budget if packed else batches_by_budget)(items, length, self.tokens):
+    def cut(
+        self, items: Iterable[T], length: Callable[[T], int], packed: bool = False, reserve: int = 0
+    ) -> Iterator[list[T]]:
+        """Items as minibatches that the budget allows, those that take the most memory first.
+
+        Args:
+            reserve: tokens of each that stay free, up to a quarter of them.
+        """
+        tokens = self.tokens - min(reserve, self.tokens // 4)
+        for part in (packs_by_budget if packed else batches_by_budget)(items, length, tokens):
             lengths = [length(item) for item in part]
             self.held, self.num_held = sum(lengths) if packed else len(part) * max(lengths), len(part)
             yield part

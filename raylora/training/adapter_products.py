@@ -34,7 +34,7 @@ from raylora.model.device import compute_dtype
 from raylora.model.frozen import FrozenLayer, frozen_layer
 from raylora.model.kernels import add_dropped, drop, kept
 from raylora.training.dropout import column_hashes, module_hash, threshold_of, token_hashes
-from raylora.training.grouped import add_outer_products, aligned, products, products_back
+from raylora.training.grouped import add_outer_products, aligned, may_group, products, products_back
 
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
 """PEFT's modules around a matrix, which compute base(x) + scaling * B A dropout(x)."""
@@ -75,6 +75,8 @@ class PassRows:
     slices: tuple[tuple[int, int, int], ...] | None
     """Start, end and threshold of runs of tokens with the same dropout, where the host makes masks and keeps them; None
     where masks are made again in the backward pass."""
+    by_group: bool = False
+    """Whether the ends stay on the host, as the device has no one product for all groups."""
 
     def on(self, device: torch.device) -> PassRows:
         """The same on another device, where the layers of a model lie on several."""
@@ -215,6 +217,11 @@ class AdapterProducts:
         self._link()
 
     @property
+    def by_group(self) -> bool:
+        """Whether products are made group by group: the host must know where groups end, as in no captured pass."""
+        return self.num_groups > 1 and not may_group(self._dtype, self._loaded.device)
+
+    @property
     def _is_copied(self) -> bool:
         """Whether products are with copies: not where one adapter's own parameters can be multiplied with.
 
@@ -315,7 +322,8 @@ class AdapterProducts:
                 slices.append((slices[-1][1] if slices else 0, stop, threshold))
         drops = any(threshold for threshold, _ in settings)
         kept_slices = None if self.remakes_masks else tuple(slices)
-        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices)
+        ends = adapter_ends, group_ends.int()
+        return PassRows(hashes, thresholds, scales, *ends, drops, kept_slices, self.by_group)
 
     def _settings(self, name: str | None) -> tuple[int, float]:
         """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from raylora.errors import one_line
 from raylora.model.adapters import LoadedModel
+from raylora.model.device import waiting_is_refused
 from raylora.model.memory import is_out_of_memory
 from raylora.model.packing import REFUSALS
 from raylora.training.pass_inputs import PassInputs, PassSize
@@ -53,7 +54,7 @@ class CudaCapture:
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         usual = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(usual)
-        with torch.cuda.stream(self._stream), _waiting_is_refused():
+        with torch.cuda.stream(self._stream), waiting_is_refused():
             for _ in range(WARM_UPS):
                 run()
         usual.wait_stream(self._stream)
@@ -88,17 +89,6 @@ class CudaCapture:
         generator.graphsafe_set_state(generator.clone_state())
         self._failed.append(graph)  # torch's allocators may still ask it whether it is the one that captures
         self._pool = torch.cuda.graph_pool_handle()
-
-
-@contextlib.contextmanager
-def _waiting_is_refused() -> Iterator[None]:
-    """Inside, torch raises a RuntimeError where the CPU would wait for the GPU, which no capture can have."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def capture_of(loaded: LoadedModel) -> Capture | None:

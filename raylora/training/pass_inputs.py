@@ -76,7 +76,7 @@ class PassInputs:
 
     def to(self, device: torch.device) -> PassInputs:
         moved = _with_tensors(self, lambda tensor: send(tensor, device))
-        if self.batch.blocks is not None:
+        if self.batch.blocks is not None and not self.rows.by_group:
             return moved
         # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
         rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)

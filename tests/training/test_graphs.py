@@ -13,6 +13,7 @@ import torch
 
 from raylora.model import memory
 from raylora.training.gradients import GradientAccumulator, Job
+from raylora.training.grouped import may_group
 from raylora.training.loop import train_adapters
 from tests.helpers.graphs import RecordedGraphs
 from tests.helpers.training import DROPOUT, METHOD, Recorder
@@ -181,6 +182,40 @@ def test_what_keeps_its_gradient_itself_is_not_captured(loaded, encoded, modules
         assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
         for mine, theirs in zip(gradients, others, strict=True):
             assert_equal(mine, theirs)
+
+
+def test_products_that_read_where_groups_end_are_not_captured(loaded, encoded, monkeypatch):
+    """As on GPUs that have no kernel for grouped products."""
+    expected, others, _ = steps_of(loaded, encoded, METHODS["several"], None)
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    may_group.cache_clear()
+    try:
+        losses, gradients, runner = steps_of(loaded, encoded, METHODS["several"], graphs := RecordedGraphs())
+    finally:
+        may_group.cache_clear()
+    assert (runner.graphed, graphs.num_captures) == (False, 0)
+    for mine, theirs in zip(losses, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    assert_equal(gradients[-1], others[-1])
+
+
+def test_aligned_groups_fit_into_a_pass_as_large_as_the_budget(loaded, encoded):
+    sizes = []
+
+    def note(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+
+    jobs = jobs_of(loaded, encoded, METHODS["several"])
+    runner = GradientAccumulator(loaded, jobs, None, RecordedGraphs())
+    assert runner.budget.tokens == memory.CPU_TOKEN_BUDGET
+    hook = loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    loaded.model.train()
+    with runner.ready():
+        runner.backward({i: (0, range(len(job.examples))) for i, job in enumerate(jobs)})
+    hook.remove()
+    runner.restore()
+    assert len(sizes) > 1
+    assert set(sizes) == {memory.CPU_TOKEN_BUDGET}
 
 
 def test_what_was_captured_is_gone_with_the_wrapper(loaded, encoded):
