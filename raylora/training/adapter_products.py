@@ -167,6 +167,7 @@ class AdapterProducts:
         self._rank, self._dtype = 0, torch.float32
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._rows: PassRows | None = None
+        self._rows_on: dict[torch.device, PassRows] = {}
         # Autograd runs a function's backward pass only where an input needs a gradient, and adapters are no inputs.
         self._anchor = torch.zeros((), requires_grad=True)
         self.remakes_masks = loaded.device.type == "cuda"
@@ -295,6 +296,7 @@ class AdapterProducts:
         finally:
             for module in modules:
                 del module.forward
+            self._copies = [], []  # ``hold`` finds them again: adapters that are detached are not kept alive
 
     def rows_of(self, spans: Sequence[Span], num_tokens: int) -> PassRows:
         """What a pass of ``num_tokens`` holds, with padding, on the host.
@@ -335,7 +337,7 @@ class AdapterProducts:
 
     def expect(self, rows: PassRows) -> None:
         """Say what the next forward pass holds; ``rows`` are on the device."""
-        self._rows = rows
+        self._rows, self._rows_on = rows, {}
 
     def _forward(self, matrix: _AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, module = self._rows, matrix.module
@@ -352,7 +354,9 @@ class AdapterProducts:
             return output
         layer = frozen_layer(module.base_layer)
         base = module.base_layer(x, *args, **kwargs) if layer is None else None
-        product: torch.Tensor = _AdaptedProduct.apply(x, base, self._anchor, layer, matrix, rows.on(x.device))
+        if x.device not in self._rows_on:
+            self._rows_on[x.device] = rows.on(x.device)
+        product: torch.Tensor = _AdaptedProduct.apply(x, base, self._anchor, layer, matrix, self._rows_on[x.device])
         return product
 
 

@@ -406,7 +406,8 @@ class GradientAccumulator:
             # number makes up too much.
             return
         bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / self._most_tokens
-        self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device))
+        captured = self._running.graphed.are_wanted
+        self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device), captured)
         self._round_budget()
         self.loaded.training_tokens = self.budget.tokens
         log.info("%.1f MB a token: minibatches of %d tokens", bytes_a_token / 1e6, self.budget.tokens)

@@ -146,6 +146,7 @@ def test_a_minibatch_on_a_gpu_is_what_memory_holds():
     assert tokens_that_fit(8e6, 60 * gigabyte) == int(0.8 * 60 * gigabyte / 8e6)
     assert tokens_that_fit(1e3, 60 * gigabyte) == GPU_TOKEN_BUDGET
     assert tokens_that_fit(1e12, gigabyte) == 256
+    assert tokens_that_fit(8e6, 60 * gigabyte, captured=True) == int(0.4 * 60 * gigabyte / 8e6)
 
 
 def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
