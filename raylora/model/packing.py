@@ -68,7 +68,12 @@ def attend_in_blocks(
         return attend_at_once(varlen_attn, query, key, value, blocks, sliding_window, kwargs.get("scaling")), None
     if blocks.lengths is None:
         over_row = _blocks_mask(blocks.ends, query.shape[2], sliding_window)
-        return sdpa_attention_forward(module, query, key, value, over_row, **kwargs)[0], None
+        # Another block counts 0 times. That would be NaN where it holds one, as those of an adapter that diverged do.
+        finite = [_finite(t) for t in (query, key, value)]
+        output = sdpa_attention_forward(module, *finite, over_row, **kwargs)[0]
+        if output.requires_grad:
+            output.register_hook(_finite)
+        return output, None
     lengths = list(blocks.lengths)
     if query.shape[2] != sum(lengths):
         raise ValueError("this model's attention does not get all tokens of a row")
@@ -126,6 +131,10 @@ def attend_at_once(
         q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
     output: torch.Tensor = varlen(q, k, v, blocks.ends, blocks.ends, blocks.longest, blocks.longest, **options)
     return output[None]
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.nan_to_num(0, 0, 0)
 
 
 def _blocks_mask(ends: torch.Tensor, num_tokens: int, window: int | None) -> torch.Tensor:

@@ -249,6 +249,34 @@ def test_a_loss_that_is_no_number_is_no_reason_to_give_captures_up(loaded, encod
     runner.restore()
 
 
+@pytest.mark.parametrize("ruined", range(3))
+def test_an_adapter_that_is_no_number_changes_no_other_in_replayed_passes(loaded, encoded, ruined):
+    """Not by a weight of 0 either: 0 times NaN is NaN."""
+    found = []
+    for value in (None, float("nan")):
+        jobs = jobs_of(loaded, encoded, METHODS["several"])
+        runner = GradientAccumulator(loaded, jobs, None, RecordedGraphs())
+        loaded.model.train()
+        with runner.ready():
+            for k in range(4):
+                if k == 3 and value is not None:
+                    for p in jobs[ruined].parameters:
+                        p.detach().fill_(value)
+                steps = runner.backward({i: (k, range(4)) for i in range(3)})
+            found.append(
+                {i: (float(steps[i].loss), torch.cat([p.grad.flatten() for p in jobs[i].parameters])) for i in range(3)}
+            )
+        assert runner.graphed
+        runner.restore()
+        for job in jobs:
+            loaded.detach(job.name)
+    (expected, seen) = found
+    assert not seen[ruined][1].isfinite().any()
+    for i in {0, 1, 2} - {ruined}:
+        assert seen[i][0] == expected[i][0]
+        assert torch.equal(seen[i][1], expected[i][1])
+
+
 def test_rows_say_whether_passes_were_captured(loaded, encoded):
     (result,) = train_adapters(loaded, jobs_of(loaded, encoded, [METHOD]))
     assert result.metrics.graphed is False
