@@ -3,7 +3,8 @@
 The parameters are PEFT's own and PEFT saves them. While a training runs, this replaces PEFT's forward pass:
 
     tokens   a a a a a a b b b b b       of adapters a and b, side by side: K = 2
-    groups   0 0 0 1 1 1 2 2 2 2 2       each with a gradient of its own: G = 3 (micro-batches of a probe)
+    groups   0 0 0 0 0 0 1 1 1 1 1       each with a gradient of its own: G = K, or, of one adapter alone, G
+                                         micro-batches of a probe
 
 - The base's product and the adapters' are one autograd function, whatever the base's weights are stored as. In the
   backward pass the adapters' part is added in place to the base's, and the gradient of a group to what other passes of

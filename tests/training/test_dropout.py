@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.training.adapter_products import AdapterProducts, PassRows, Span
@@ -40,6 +40,7 @@ EXAMPLES = st.lists(
 ).map(lambda examples: sorted(examples, key=lambda example: example[1]))
 
 
+@settings(deadline=None)
 @given(EXAMPLES, st.data(), st.integers(0, 300), st.integers(1, 33))
 def test_masks_do_not_depend_on_how_a_step_is_cut(products, examples, data, module, width):
     cut = data.draw(st.integers(0, len(examples)))
@@ -55,6 +56,7 @@ def test_masks_do_not_depend_on_how_a_step_is_cut(products, examples, data, modu
     assert torch.equal(torch.cat(parts), whole)
 
 
+@settings(deadline=None)
 @given(EXAMPLES, st.integers(0, 9))
 def test_padding_before_an_example_moves_its_mask_and_changes_no_number_of_it(products, examples, padding):
     spans = spans_of(examples)
@@ -79,6 +81,7 @@ def test_masks_differ_between_modules_examples_and_steps(products):
     assert len(masks) == len(seeds) * 4
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1), st.integers(0, 2**64 - 1))
 def test_the_share_that_is_dropped_is_the_adapters(products, slot, seed):
     mask = products.rows_of([Span(0, 200, slot, seed, slot)], 200).mask(5, 128).float()
@@ -86,11 +89,13 @@ def test_the_share_that_is_dropped_is_the_adapters(products, slot, seed):
     assert 1 - float(mask.mean()) == pytest.approx(dropout, abs=6 * (dropout * (1 - dropout) / mask.numel()) ** 0.5)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 0.999))
 def test_a_threshold_is_the_share_to_16_bits(dropout):
     assert abs(threshold_of(dropout) / 2**16 - dropout) <= 2**-17
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_hashes_of_tokens_and_columns_are_all_different_and_begin_alike(num, seed):
     hashes = token_hashes(num, seed)
@@ -102,6 +107,7 @@ def test_hashes_of_tokens_and_columns_are_all_different_and_begin_alike(num, see
     assert len(set(columns.tolist())) == len(columns)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 2**31))
 def test_hashes_of_modules_are_int32_and_differ(one, two):
     assert -(2**31) <= module_hash(one) < 2**31

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.training.grouped import ALIGNMENT, add_outer_products, aligned, products, products_back
@@ -37,6 +37,7 @@ def assert_near(found, expected, dtype) -> None:
     assert float((found.double() - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm())
 
 
+@settings(deadline=None)
 @given(groups())
 def test_each_token_is_multiplied_with_its_groups_matrix(given_):
     x, y, weights, ends, parts = given_
@@ -47,6 +48,7 @@ def test_each_token_is_multiplied_with_its_groups_matrix(given_):
         assert_near(found, expected, x.dtype)
 
 
+@settings(deadline=None)
 @given(groups())
 def test_gradients_of_groups_are_added_in_place(given_):
     x, y, weights, ends, parts = given_
@@ -60,6 +62,7 @@ def test_gradients_of_groups_are_added_in_place(given_):
         assert part.start < part.stop or bool((of_group == 1).all()), "a group without tokens has no gradient"
 
 
+@settings(deadline=None)
 @given(groups())
 def test_they_are_the_gradients_of_autograd(given_):
     x, y, weights, ends, _ = (t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given_)
@@ -75,6 +78,7 @@ def test_they_are_the_gradients_of_autograd(given_):
     assert_near(total, weights.grad.double(), torch.float32)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.sampled_from(list(TOLERANCE)))
 def test_a_rank_is_filled_up_to_whole_units_of_memory(rank, dtype):
     found = aligned(rank, dtype)

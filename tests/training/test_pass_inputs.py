@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.data.encoding import IGNORE_INDEX, labels_of
@@ -31,6 +31,7 @@ from tests.helpers.training import DROPOUT, METHOD
 PAD = 0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6))
 def test_a_fixed_size_is_the_least_that_holds_the_tokens(num_tokens):
     size = fixed_size(num_tokens)
@@ -40,6 +41,7 @@ def test_a_fixed_size_is_the_least_that_holds_the_tokens(num_tokens):
     assert size == SMALLEST or largest_size(size - 1) < num_tokens
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6))
 def test_the_largest_size_is_the_last_that_is_not_above(num_tokens):
     size = largest_size(num_tokens)
@@ -60,6 +62,7 @@ def example(num_tokens: int, num_labels: int, slot: int = 0, group: int = 0, see
     return Example(range(1, num_tokens + 1), labels, slot, seed, group, 0.5, num_labels)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3000), st.floats(0, 1)), min_size=1, max_size=40), st.booleans())
 def test_what_has_a_size_fits_into_it(shapes, drops):
     examples = [example(n, int(share * (n - 1))) for n, share in shapes]
