@@ -51,7 +51,8 @@ class PlainLinear:
         return F.linear(x.to(self._layer.weight.dtype), self._layer.weight, self._layer.bias)
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.to(self._layer.weight.dtype) @ self._layer.weight
+        # The gradient has the product's dtype, which is autocast's where that was on.
+        return gradient @ self._layer.weight.to(gradient.dtype)
 
 
 def frozen_layer(module: Any) -> FrozenLayer | None:

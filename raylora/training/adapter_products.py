@@ -172,8 +172,10 @@ class AdapterProducts:
         """Whether dropout's masks are made again in the backward pass, which a GPU does in no time, or kept."""
         self.gradients: list[torch.Tensor] = []
         """All gradients, those of a device in one tensor."""
+        self._gets_parts = False
         self.is_whole = True
-        """Whether these are the products of all adapted modules; others compute and keep their gradient themselves."""
+        """Whether these are the products of all adapted modules; others compute and keep their gradient themselves, as
+        no replay of a captured pass would."""
 
     def slot_of(self, name: str) -> int:
         """Where an adapter's matrices are among those of all."""
@@ -191,13 +193,14 @@ class AdapterProducts:
                 self._names[self._names.index(None)] = name
         adapted = _adapted(self._loaded, names)
         linear = [module for module in adapted if _is_linear(module)]
-        self.is_whole = len(linear) == len(adapted)
         ranks = [pair[0].shape[0] for m in linear for name in names if (pair := _parameters(m, name))]
         on_gpu = self._loaded.device.type == "cuda"
         self._dtype = compute_dtype(self._loaded.device) if on_gpu else torch.float32
         rank = max(ranks, default=0)
         rank = aligned(rank, self._dtype) if self.num_groups > 1 else rank
         is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]
+        self._gets_parts = self._gets_parts and not is_new
+        self.is_whole = len(linear) == len(adapted) and not self._gets_parts
         if is_new:
             self._rank = rank
             places = _places_of_linear(self._loaded.model)
@@ -214,8 +217,11 @@ class AdapterProducts:
 
     @property
     def _is_copied(self) -> bool:
-        """Whether products are with copies: not where one adapter's own parameters can be multiplied with."""
-        return self.num_groups > 1 or self._dtype != torch.float32
+        """Whether products are with copies: not where one adapter's own parameters can be multiplied with.
+
+        They are for captured passes, which masks that are made again come with: the next adapter's lie elsewhere.
+        """
+        return self.num_groups > 1 or self._dtype != torch.float32 or self.remakes_masks
 
     def _allocate(self) -> None:
         """Make the tensors that hold all weights and gradients: one for each device, of which matrices have parts."""
@@ -334,6 +340,7 @@ class AdapterProducts:
                 raise UserError(text, kind=ErrorKind.TARGET_MODULES)
             if self.num_groups > 1:
                 raise PartialInputError
+            self.is_whole, self._gets_parts = False, True
             output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return output
         layer = frozen_layer(module.base_layer)
@@ -371,15 +378,15 @@ class _AdaptedProduct(torch.autograd.Function):
         else:
             assert base is not None
             out = base.reshape(-1, base.shape[-1]).clone()
-        # In the base's dtype: autocast would lower the precision of some of these products and not of others.
+        # In one dtype: autocast would lower the precision of some of these products and not of others.
         with torch.autocast(out.device.type, enabled=False):
-            dropped, mask = _drop(flat, matrix, rows, out.dtype)
+            dropped, mask = _drop(flat, matrix, rows, matrix.a.dtype)
             h = products(dropped, matrix.a, rows.adapter_ends)
             if not _is_scaled(rows):
                 h.mul_(rows.scales[:, None])
-            if len(matrix.b) == 1:
+            if len(matrix.b) == 1 and out.dtype == h.dtype:
                 out.addmm_(h, matrix.b[0].t())
-            else:
+            else:  # a base in half precision on a CPU has adapters in float32
                 out += products(h, matrix.b, rows.adapter_ends)
         ctx.save_for_backward(x, h, *([] if mask is None else [mask]))
         ctx.layer, ctx.matrix, ctx.rows = layer, matrix, rows
@@ -389,7 +396,8 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, h, *masks = ctx.saved_tensors
         layer, matrix, rows = ctx.layer, ctx.matrix, ctx.rows
-        flat, d_out = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1).to(h.dtype)
+        flat, d_base = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1)
+        d_out = d_base.to(h.dtype)
         d_h = products_back(d_out, matrix.b, rows.adapter_ends)
         if not _is_scaled(rows):
             d_h.mul_(rows.scales[:, None])
@@ -399,8 +407,8 @@ class _AdaptedProduct(torch.autograd.Function):
         matrix.has_gradient = True
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = layer.multiply_back(d_out) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
-            if not rows.drops and len(matrix.a) == 1:
+            d_x = layer.multiply_back(d_base) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
+            if not rows.drops and len(matrix.a) == 1 and d_x.dtype == h.dtype:
                 d_x.addmm_(d_h, matrix.a[0])
             else:
                 d_dropped = products_back(d_h, matrix.a, rows.adapter_ends)

@@ -160,11 +160,13 @@ class _Passes:
     """Runs passes for a number of adapters; they add to gradients, and to the losses (G,) of groups, in float64."""
 
     def __init__(self, loaded: LoadedModel, num_slots: int, num_groups: int, capture: Capture | None) -> None:
-        self._loaded = loaded
-        self.products = AdapterProducts(loaded, num_slots, num_groups)
-        self.products.remakes_masks |= capture is not None  # a capture keeps no mask that is as long as its pass
-        self.losses = torch.zeros(num_groups, dtype=torch.float64, device=loaded.device)
-        self.graphed = GraphedPasses(self._run, capture, lambda: [*self.products.gradients, self.losses])
+        products = AdapterProducts(loaded, num_slots, num_groups)
+        products.remakes_masks |= capture is not None  # a capture keeps no mask that is as long as its pass
+        losses = torch.zeros(num_groups, dtype=torch.float64, device=loaded.device)
+        # Of what they use alone, without ``self``: a cycle would keep gigabytes until Python looks for cycles.
+        run = functools.partial(_run, loaded, products, losses)
+        self.graphed = GraphedPasses(run, capture, lambda: [*products.gradients, losses])
+        self.products, self.losses = products, losses
 
     def hold(self, names: Sequence[str]) -> None:
         """See ``AdapterProducts.hold``."""
@@ -181,13 +183,15 @@ class _Passes:
         self.products.begin()
         self.losses.zero_()
 
-    def _run(self, inputs: PassInputs) -> None:
-        self.products.expect(inputs.rows)
-        with self._loaded.autocast():
-            losses = token_losses(self._loaded, inputs.batch)
-        losses = losses * inputs.weights.to(losses.device)
-        losses.sum().backward()
-        self.losses.index_add_(0, inputs.groups, losses.detach().to(self.losses.device, torch.float64))
+
+def _run(loaded: LoadedModel, products: AdapterProducts, sums: torch.Tensor, inputs: PassInputs) -> None:
+    """Run a pass that is on the device; its losses are added to ``sums``, those of groups."""
+    products.expect(inputs.rows)
+    with loaded.autocast():
+        losses = token_losses(loaded, inputs.batch)
+    losses = losses * inputs.weights.to(losses.device)
+    losses.sum().backward()
+    sums.index_add_(0, inputs.groups, losses.detach().to(sums.device, torch.float64))
 
 
 class GradientAccumulator:
@@ -397,7 +401,8 @@ class GradientAccumulator:
         size = None
         if self.packed and passes.products.num_groups > 1 and (self._on_gpu or self._capture):
             examples = align_groups(examples, passes.products, GROUP_ALIGNMENT, self._pad)
-        if self.packed and passes.graphed.are_wanted and not self.budget.checkpointing:
+        may_capture = passes.graphed.are_wanted and passes.products.is_whole and not self.budget.checkpointing
+        if self.packed and may_capture:
             size = size_of(examples, any(job.method.lora_dropout for job in self.jobs.values()))
         return make_inputs(examples, passes.products, self._pad, self.packed, size), size
 

@@ -11,8 +11,10 @@ the same memory each time, so a pass is copied into tensors that stay where they
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -24,8 +26,9 @@ from raylora.training.pass_inputs import PassInputs, PassSize
 
 log = logging.getLogger("raylora")
 
-WARM_UPS = 3
-"""Passes before a capture, as libraries allocate and choose their kernels in the first ones."""
+WARM_UPS = 1
+"""Passes on the stream of a capture before it. Two passes of the size were run as they are by then, so that kernels are
+compiled and chosen; what is left is what libraries keep for each stream, as cuBLAS its workspace."""
 TOLERANCE = 2e-2
 """Relative difference of a replay from the pass as it is: kernels that add in another order each time differ in half
 precision."""
@@ -34,24 +37,68 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class CudaCapture:
-    """Captures on a GPU. The graphs of all sizes use the same memory, as none runs while another does."""
+    """Captures on a GPU. The graphs of all sizes use the same memory, as none runs while another does.
+
+    Warm-ups and captures are on one stream: a workspace that cuBLAS first made in a capture would lie in the graphs'
+    memory, and keep it from being freed.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        usual = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream), _waiting_is_refused():
             for _ in range(WARM_UPS):
                 run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        usual.wait_stream(self._stream)
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # torch takes none whose graphs are all gone
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
+        try:
+            # Of this thread alone: what others of the process do on the GPU meanwhile does not end the capture.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                run()
+        except REFUSALS as error:
+            self._clean_up(graph)
+            raise error.__context__ or error from None  # that of the end says only that there was one before it
+        finally:
+            torch.cuda.set_stream(usual)  # torch leaves its own where a capture ends in an error
+        self._graphs.add(graph)
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _clean_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what torch leaves behind where CUDA refuses the end of a capture.
+
+        Its allocator would go on as if one were under way, and free nothing when memory runs out; random numbers would
+        be refused.
+        """
+        index = self._stream.device.index
+        with contextlib.suppress(RuntimeError):  # it was ended by torch
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        graph.reset()
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        self._failed.append(graph)  # torch's allocators may still ask it whether it is the one that captures
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+@contextlib.contextmanager
+def _waiting_is_refused() -> Iterator[None]:
+    """Inside, torch raises a RuntimeError where the CPU would wait for the GPU, which no capture can have."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def capture_of(loaded: LoadedModel) -> Capture | None:
@@ -173,9 +220,10 @@ def _restore(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) ->
 
 
 def _difference(before: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> str:
-    """Why what was added to ``before`` is not what was expected; "" if it is."""
+    """Why what was added to ``before`` is not what was expected; "" if it is. ``before`` and ``found`` are changed."""
     for old, right, new in zip(before, expected, found, strict=True):
-        difference, size = float((new - right).norm()), float((right - old).norm())
+        # In place: gradients of 16 adapters of an 8B model are 2.7 GB. What is in ``found`` is overwritten anyway.
+        difference, size = float(new.sub_(right).norm()), float(old.sub_(right).norm())
         if not difference <= TOLERANCE * size:
             return f"its first replay gives other numbers (by {difference:.2g}, of {size:.2g})"
     return ""

@@ -27,7 +27,7 @@ def products(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torc
     if len(weights) == 1:
         return x @ weights[0].t()
     if _may_group(x, weights, ends):
-        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+        return F.grouped_mm(x.contiguous(), weights.transpose(1, 2), offs=ends)
     return torch.cat([x[a:b] @ w.t() for (a, b), w in zip(_bounds(ends), weights, strict=True)])
 
 
@@ -36,7 +36,7 @@ def products_back(gradient: torch.Tensor, weights: torch.Tensor, ends: torch.Ten
     if len(weights) == 1:
         return gradient @ weights[0]
     if _may_group(gradient, weights, ends):
-        return F.grouped_mm(gradient, weights, offs=ends)
+        return F.grouped_mm(gradient.contiguous(), weights, offs=ends)
     return torch.cat([gradient[a:b] @ w for (a, b), w in zip(_bounds(ends), weights, strict=True)])
 
 
@@ -51,7 +51,7 @@ def add_outer_products(total: torch.Tensor, left: torch.Tensor, right: torch.Ten
         else:
             total[0] += left.t() @ right
     elif _may_group(left, total, ends) and _may_group(right, total, ends):
-        sums = F.grouped_mm(left.t(), right, offs=ends)
+        sums = F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=ends)
         # Of a group without tokens some kernels leave the memory as it was.
         total += sums.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
     else:

@@ -66,3 +66,16 @@ def test_quantized_bases_are_trained_packed_and_however_a_step_is_cut(outlier_mo
     result = train_adapter(loaded, loaded.attach(DROPOUT, 0), encoded, DROPOUT, 0, 8)
     assert result.metrics.packed
     assert result.steps[-1].loss < result.steps[0].loss
+
+
+@pytest.mark.parametrize("method", [METHOD, DROPOUT], ids=["plain", "dropout"])
+def test_a_base_in_half_precision_is_trained_on_a_cpu(encoded, method):
+    """As a caller's model may be; its adapters are float32."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = make_model().to(dtype).requires_grad_(False)
+        loss, gradients, _ = gradient_of(LoadedModel(model, make_tokenizer(), "tiny", "none"), encoded, method, True)
+        found.append((loss, torch.cat([g.flatten() for g in gradients])))
+    (loss, ours), (expected, theirs) = found
+    assert loss == pytest.approx(expected, rel=1e-2)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05
