@@ -130,15 +130,7 @@ def test_groups_over_a_quantized_base(outlier_model_folder, monkeypatch, quantiz
     assert grouped < single
 
 
-NOT_ALIGNED = pytest.param(
-    3,
-    marks=pytest.mark.xfail(
-        strict=True, reason="one group's weights have their own rank, its gradients the aligned one"
-    ),
-)
-
-
-@pytest.mark.parametrize("rank", [NOT_ALIGNED, 8])
+@pytest.mark.parametrize("rank", [3, 8])
 def test_experts_do_not_say_whose_tokens_they_get_and_have_a_pass_for_each_micro_batch(monkeypatch, rank):
     targets = ("q_proj", "experts.0", "experts.1")
     grouped, single = assert_one_pass_changes_no_feature(
@@ -147,7 +139,7 @@ def test_experts_do_not_say_whose_tokens_they_get_and_have_a_pass_for_each_micro
     assert single <= grouped <= single + 1, "the first pass breaks off"
 
 
-@pytest.mark.parametrize("rank", [NOT_ALIGNED, 8])
+@pytest.mark.parametrize("rank", [3, 8])
 def test_embeddings_compute_their_gradient_themselves_and_have_a_pass_for_each_micro_batch(loaded, monkeypatch, rank):
     targets = ("q_proj", "embed_tokens")
     grouped, single = assert_one_pass_changes_no_feature(loaded, monkeypatch, lora_r=rank, target_modules=targets)

@@ -143,7 +143,6 @@ def test_micro_batches_of_a_probe_are_groups_of_captured_passes(loaded, encoded)
         assert_equal([mine], [theirs])
 
 
-@pytest.mark.xfail(strict=True, reason="passes are captured although some gradients are not among their sums")
 @pytest.mark.parametrize("observed", [False, True])
 @pytest.mark.parametrize("which", ["embeddings", "experts"])
 def test_modules_that_compute_their_gradient_themselves_have_it_once(encoded, which, observed):
