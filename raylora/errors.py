@@ -130,6 +130,10 @@ class BaseChangedError(RayloraError, RuntimeError):
     kind = ErrorKind.BASE_CHANGED
 
 
+class PartialInputError(RayloraError, RuntimeError):
+    """A module got a part of a pass's tokens only, as experts do: groups of tokens cannot be followed there."""
+
+
 class StoppedError(RayloraError, RuntimeError):
     """The run ended before every experiment had a row; what is finished is kept."""
 

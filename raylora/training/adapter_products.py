@@ -3,7 +3,8 @@
 The parameters are PEFT's own and PEFT saves them. While a training runs, this replaces PEFT's forward pass:
 
     tokens   a a a a a a b b b b b       of adapters a and b, side by side: K = 2
-    groups   0 0 0 1 1 1 2 2 2 2 2       each with a gradient of its own: G = 3 (micro-batches of a probe)
+    groups   0 0 0 0 0 0 1 1 1 1 1       each with a gradient of its own: G = K, or, of one adapter alone, G
+                                         micro-batches of a probe
 
 - The base's product and the adapters' are one autograd function, whatever the base's weights are stored as. In the
   backward pass the adapters' part is added in place to the base's, and the gradient of a group to what other passes of
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from raylora.errors import ErrorKind, UserError
+from raylora.errors import ErrorKind, PartialInputError, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.frozen import FrozenLayer, frozen_layer
@@ -38,10 +39,6 @@ from raylora.training.grouped import add_outer_products, aligned, may_group, pro
 
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
 """PEFT's modules around a matrix, which compute base(x) + scaling * B A dropout(x)."""
-
-
-class PartialInputError(Exception):
-    """A module got some of a pass's tokens only, as experts do: groups of tokens cannot be followed there."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,8 @@ class AdapterProducts:
         self._loaded, self.num_slots, self.num_groups = loaded, num_slots, num_groups
         self._names: list[str | None] = [None] * num_slots
         self._matrices: list[_AdaptedMatrix] = []
-        self._rank, self._dtype = 0, torch.float32
+        self._rank = self._largest_rank = 0
+        self._dtype = torch.float32
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._rows: PassRows | None = None
         self._rows_on: dict[torch.device, PassRows] = {}
@@ -198,8 +196,8 @@ class AdapterProducts:
         ranks = [pair[0].shape[0] for m in linear for name in names if (pair := _parameters(m, name))]
         on_gpu = self._loaded.device.type == "cuda"
         self._dtype = compute_dtype(self._loaded.device) if on_gpu else torch.float32
-        rank = max(ranks, default=0)
-        rank = aligned(rank, self._dtype) if self.num_groups > 1 else rank
+        self._largest_rank = max(ranks, default=0)
+        rank = self._fitting_rank()
         is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]
         self._gets_parts = self._gets_parts and not is_new
         self.is_whole = len(linear) == len(adapted) and not self._gets_parts
@@ -214,8 +212,13 @@ class AdapterProducts:
     def use_one_group(self) -> None:
         """From now on a pass has one group, as modules that get a part of the tokens do not say whose these are."""
         self.num_groups = 1
+        self._rank = self._fitting_rank()
         self._allocate()
         self._link()
+
+    def _fitting_rank(self) -> int:
+        """The least rank that holds those of all, and that products of several groups take."""
+        return aligned(self._largest_rank, self._dtype) if self.num_groups > 1 else self._largest_rank
 
     @property
     def by_group(self) -> bool:
@@ -324,8 +327,7 @@ class AdapterProducts:
                 slices.append((slices[-1][1] if slices else 0, stop, threshold))
         drops = any(threshold for threshold, _ in settings)
         kept_slices = None if self.remakes_masks else tuple(slices)
-        ends = adapter_ends, group_ends.int()
-        return PassRows(hashes, thresholds, scales, *ends, drops, kept_slices, self.by_group)
+        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices, self.by_group)
 
     def _settings(self, name: str | None) -> tuple[int, float]:
         """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""

@@ -19,12 +19,13 @@ import torch
 
 from raylora.config import Method
 from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_token_of, supervised_counts
+from raylora.errors import PartialInputError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import peak_memory_bytes
 from raylora.model.forward import head_is_plain
 from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
 from raylora.model.packing import attention_in_blocks, may_pack
-from raylora.training.adapter_products import PartialInputError, check_may_share
+from raylora.training.adapter_products import check_may_share
 from raylora.training.dropout import mix
 from raylora.training.graphs import Capture, capture_of, forget_captured, free_what_others_need
 from raylora.training.pass_inputs import (

@@ -23,14 +23,16 @@ from raylora.features.observer import ProbeObserver
 from raylora.features.pipeline import extract_features
 from raylora.features.probe import landscape_flatness
 from raylora.features.static import as_dataset, split_sample
+from raylora.model import memory
 from raylora.model.adapters import plain_weight
 from raylora.model.loading import load_model
 from raylora.rows import PROBE_NAMES
+from raylora.training import gradients as step_gradients
 from raylora.training.loop import train_adapter
 from raylora.training.losses import example_losses
 from tests.helpers.feature_rows import assert_same_row, features_of, make_records, token_losses
 from tests.helpers.formats import conversation
-from tests.helpers.tiny import make_model
+from tests.helpers.tiny import load, make_model, make_routed
 
 
 class KeepsAll(ProbeObserver):
@@ -78,6 +80,70 @@ def test_gradient_features_are_those_of_all_gradients_kept(loaded):
     norms = [math.sqrt(sum(float(g.double().square().sum()) for g in gs)) for gs in observer.steps]
     assert observer.grad_norms == pytest.approx(norms, rel=1e-5)
     assert max(norms) > method.max_grad_norm, "the norms should be seen before clipping"
+
+
+def assert_one_pass_changes_no_feature(loaded, monkeypatch, num_accumulated=4, **method):
+    """A probe of three steps with groups in a pass, and with a pass for each micro-batch: each is of two examples.
+
+    Returns:
+        Forward passes of the two trainings.
+    """
+    method = Method(
+        batch_size=2, gradient_accumulation=num_accumulated, lora_dropout=0.1, learning_rate=1e-3, max_length=256
+    ).model_copy(update=method)
+    records = as_dataset(make_records(4 * num_accumulated + 3)).examples
+    encoded = [encode_example(loaded.tokenizer, e, 256) for e in records]
+    before, num_passes, rows = example_losses(loaded, encoded[:3], "answer", 512), [], []
+    for most in (step_gradients.MOST_GROUPS, 1):
+        monkeypatch.setattr(step_gradients, "MOST_GROUPS", most)
+        passes = []
+        hook = loaded.model.register_forward_pre_hook(
+            lambda model, _, passes=passes: passes.append(1) if model.training else None
+        )
+        rows.append(probe.run_probe(loaded, encoded[:3], before, encoded[3:], method, 3, 0, 512).values)
+        hook.remove()
+        num_passes.append(len(passes))
+    assert set(rows[0]) == set(PROBE_NAMES)
+    for name in PROBE_NAMES:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5, abs=1e-7), name
+    return num_passes
+
+
+@pytest.mark.parametrize(("rank", "budget", "passes_a_step"), [(3, 4096, 1), (8, 4096, 1), (8, 512, 3)])
+def test_micro_batches_that_share_a_pass_have_the_features_of_a_pass_each(
+    loaded, monkeypatch, rank, budget, passes_a_step
+):
+    monkeypatch.setattr(memory, "CPU_TOKEN_BUDGET", budget)
+    num_passes = assert_one_pass_changes_no_feature(loaded, monkeypatch, lora_r=rank)
+    assert num_passes == [3 * passes_a_step, 3 * 4]
+
+
+def test_more_micro_batches_than_a_pass_has_groups(loaded, monkeypatch):
+    monkeypatch.setattr(memory, "CPU_TOKEN_BUDGET", 4096)
+    monkeypatch.setattr(step_gradients, "MOST_GROUPS", 3)
+    assert assert_one_pass_changes_no_feature(loaded, monkeypatch, num_accumulated=8) == [3 * 3, 3 * 8]
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_groups_over_a_quantized_base(outlier_model_folder, monkeypatch, quantization):
+    grouped, single = assert_one_pass_changes_no_feature(load(outlier_model_folder, quantization), monkeypatch)
+    assert grouped < single
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_experts_do_not_say_whose_tokens_they_get_and_have_a_pass_for_each_micro_batch(monkeypatch, rank):
+    targets = ("q_proj", "experts.0", "experts.1")
+    grouped, single = assert_one_pass_changes_no_feature(
+        make_routed(), monkeypatch, lora_r=rank, target_modules=targets
+    )
+    assert single <= grouped <= single + 1, "the first pass breaks off"
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_embeddings_compute_their_gradient_themselves_and_have_a_pass_for_each_micro_batch(loaded, monkeypatch, rank):
+    targets = ("q_proj", "embed_tokens")
+    grouped, single = assert_one_pass_changes_no_feature(loaded, monkeypatch, lora_r=rank, target_modules=targets)
+    assert grouped == single
 
 
 def test_watching_a_training_does_not_change_it(loaded):

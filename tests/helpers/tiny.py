@@ -78,6 +78,31 @@ def make_loaded() -> LoadedModel:
     return LoadedModel(make_model().requires_grad_(False), make_tokenizer(), "tiny", "none")
 
 
+class RoutedMLP(torch.nn.Module):
+    """Two experts, each of which gets the tokens whose first number has its sign: x (..., width), the result too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, -2)
+        out = torch.zeros_like(flat)
+        for is_positive, expert in zip((True, False), self.experts, strict=True):
+            places = ((flat[:, 0] > 0) == is_positive).nonzero()[:, 0]
+            out = out.index_add(0, places, expert(flat[places]))
+        return out.view_as(x)
+
+
+def make_routed() -> LoadedModel:
+    """The tiny model with experts, ``experts.0`` and ``experts.1``, in place of its MLPs."""
+    loaded = make_loaded()
+    torch.manual_seed(2)
+    for layer in loaded.model.model.layers:
+        layer.mlp = RoutedMLP(64).requires_grad_(False)
+    return loaded
+
+
 def save_model(folder: Path, **kwargs: int) -> Path:
     """The tiny model and its tokenizer as a model folder."""
     make_model(**kwargs).save_pretrained(folder)

@@ -16,6 +16,7 @@ from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.grouped import may_group
 from raylora.training.loop import train_adapters
 from tests.helpers.graphs import RecordedGraphs
+from tests.helpers.tiny import make_loaded, make_routed
 from tests.helpers.training import DROPOUT, METHOD, Recorder
 
 
@@ -141,6 +142,25 @@ def test_micro_batches_of_a_probe_are_groups_of_captured_passes(loaded, encoded)
     assert len(gradients) == len(others) == 2 * 6
     for mine, theirs in zip(gradients, others, strict=True):
         assert_equal([mine], [theirs])
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("which", ["embeddings", "experts"])
+def test_modules_that_compute_their_gradient_themselves_have_it_once(encoded, which, observed):
+    """A replay would leave it out of the parameters' ``grad``, and a trial of a capture count it twice."""
+    targets = ("q_proj", "embed_tokens") if which == "embeddings" else ("q_proj", "experts.0", "experts.1")
+    method = METHOD.model_copy(update={"batch_size": 2, "target_modules": targets})
+    loaded = make_loaded() if which == "embeddings" else make_routed()
+    for _ in range(2):  # the second training has what was captured of the first
+        found = []
+        for capture in (graphs := RecordedGraphs(), None):
+            observer = Recorder(loaded) if observed else None
+            losses, gradients, _ = steps_of(loaded, encoded, [method], capture, observer=observer)
+            found.append((losses, observer.gradients if observer else [g.flatten() for gs in gradients for g in gs]))
+        (losses, mine), (expected, theirs) = found
+        assert graphs.num_replays == 0
+        assert losses == [pytest.approx(step, abs=1e-6) for step in expected]
+        assert_equal(mine, theirs)
 
 
 def test_memory_that_runs_out_drops_what_was_captured_and_changes_no_number(loaded, encoded, monkeypatch):
