@@ -253,6 +253,30 @@ def test_replays_of_cuda_graphs_train_as_passes_that_are_launched(load, quantiza
 
 
 @ON_GPU
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_an_adapter_that_is_no_number_changes_no_other(load, quantization):
+    """As its passes are launched, and as a graph replays them: no kernel reads beyond an adapter's tokens."""
+    loaded, encoded = load(quantization)
+    losses = []
+    for ruined in (False, True):
+        jobs = [Job(loaded.attach(METHOD, i, f"a{i}"), encoded, METHOD, i, f"a{i}") for i in range(3)]
+        runner = GradientAccumulator(loaded, jobs, None)
+        loaded.model.train()
+        with torch.no_grad():
+            for p in jobs[1].parameters if ruined else ():
+                p.fill_(float("nan"))
+        with runner.ready():
+            for k in range(4):
+                steps = runner.backward({i: (k, range(8)) for i in range(3)})
+                norms = [float(torch.cat([p.grad.flatten() for p in jobs[i].parameters]).norm()) for i in (0, 2)]
+        losses.append([float(steps[i].loss) for i in (0, 2)] + norms)
+        runner.restore()
+        for job in jobs:
+            loaded.detach(job.name)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@ON_GPU
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_at_once_is_that_of_block_by_block(device, window):
     torch.manual_seed(0)
