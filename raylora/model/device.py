@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +40,9 @@ def cuda_devices() -> list[int]:
 def waiting_is_refused() -> Iterator[None]:
     """Inside, torch raises a RuntimeError where the CPU would wait for the GPU, which no capture can have."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch says that this does not see every operation that waits
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

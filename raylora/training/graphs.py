@@ -37,6 +37,10 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function does, and returns a function that does it again."""
 
 
+_FAILED: list[torch.cuda.CUDAGraph] = []
+"""Captures that CUDA refused, kept alive: torch's allocators may still ask one whether it is under way."""
+
+
 class CudaCapture:
     """Captures on a GPU. The graphs of all sizes use the same memory, as none runs while another does.
 
@@ -49,7 +53,6 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         usual = torch.cuda.current_stream(self._device)
@@ -87,7 +90,7 @@ class CudaCapture:
         graph.reset()
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
-        self._failed.append(graph)  # torch's allocators may still ask it whether it is the one that captures
+        _FAILED.append(graph)
         self._pool = torch.cuda.graph_pool_handle()
 
 
@@ -95,7 +98,9 @@ def capture_of(loaded: LoadedModel) -> Capture | None:
     """What captures the passes of a model; None on a CPU, on several devices, and where it is switched off."""
     if loaded.device.type != "cuda" or not loaded.graphs or len({p.device for p in loaded.model.parameters()}) > 1:
         return None
-    capture: Capture = loaded.kept.setdefault(CudaCapture, CudaCapture(loaded.device))
+    if CudaCapture not in loaded.kept:
+        loaded.kept[CudaCapture] = CudaCapture(loaded.device)
+    capture: Capture = loaded.kept[CudaCapture]
     return capture
 
 
