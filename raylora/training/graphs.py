@@ -57,10 +57,12 @@ class CudaCapture:
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         usual = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(usual)
-        with torch.cuda.stream(self._stream), waiting_is_refused():
-            for _ in range(WARM_UPS):
-                run()
-        usual.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), waiting_is_refused():
+                for _ in range(WARM_UPS):
+                    run()
+        finally:  # what it added to must be complete before it is put back
+            usual.wait_stream(self._stream)
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # torch takes none whose graphs are all gone
         graph = torch.cuda.CUDAGraph()
@@ -70,7 +72,9 @@ class CudaCapture:
                 run()
         except REFUSALS as error:
             self._clean_up(graph)
-            raise error.__context__ or error from None  # that of the end says only that there was one before it
+            if is_out_of_memory(error) or error.__context__ is None:
+                raise
+            raise error.__context__ from None  # that of the end says only that there was one before it
         finally:
             torch.cuda.set_stream(usual)  # torch leaves its own where a capture ends in an error
         self._graphs.add(graph)
@@ -87,11 +91,11 @@ class CudaCapture:
         with contextlib.suppress(RuntimeError):  # it was ended by torch
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+            _FAILED.append(graph)
         graph.reset()
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
-        _FAILED.append(graph)
-        self._pool = torch.cuda.graph_pool_handle()
 
 
 def capture_of(loaded: LoadedModel) -> Capture | None:
