@@ -169,8 +169,11 @@ class TokenBudget:
             self.held, self.num_held = sum(lengths) if packed else len(part) * max(lengths), len(part)
             yield part
 
-    def attempt(self, run: Callable[[], T]) -> T | None:
+    def attempt(self, run: Callable[[], T], make_room: Callable[[], bool] | None = None) -> T | None:
         """What ``run`` returns; None where memory ran out: the budget is then smaller, and the caller tries again.
+
+        Args:
+            make_room: frees what can be done without; where it returns True, the budget stays what it is.
 
         Raises:
             torch.OutOfMemoryError: nothing smaller can be tried (MemoryError or RuntimeError on a CPU).
@@ -178,7 +181,10 @@ class TokenBudget:
         try:
             return run()
         except (RuntimeError, MemoryError) as error:
-            smaller = self.smaller() if is_out_of_memory(error) else None
+            if not is_out_of_memory(error):
+                raise
+            has_room = make_room is not None and make_room()
+            smaller = Attempt(self.tokens, self.checkpointing) if has_room else self.smaller()
             if smaller is None:
                 raise
         # After the handler, not in it: the error's traceback keeps the failed minibatch's tensors alive until it ends.

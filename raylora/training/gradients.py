@@ -27,7 +27,7 @@ from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tok
 from raylora.model.packing import attention_in_blocks, may_pack
 from raylora.training.adapter_products import check_may_share
 from raylora.training.dropout import mix
-from raylora.training.graphs import Capture, capture_of, forget_captured, free_what_others_need
+from raylora.training.graphs import Capture, capture_of, free_what_others_need, make_room
 from raylora.training.pass_inputs import (
     SMALLEST,
     Example,
@@ -280,7 +280,8 @@ class GradientAccumulator:
             # Seeds the dropout that a model may have outside its adapters: a step that begins again draws the same.
             torch.manual_seed((self.jobs[first].seed + first_k) % 2**63)
             try:
-                losses = self.budget.attempt(functools.partial(self._backward_once, items))
+                may_drop = functools.partial(make_room, self.loaded, self._running.graphed)
+                losses = self.budget.attempt(functools.partial(self._backward_once, items), may_drop)
             except PartialInputError:
                 self._running.use_one_group()
                 self._drop_gradients()
@@ -386,14 +387,13 @@ class GradientAccumulator:
 
     def use_less_memory(self) -> None:
         """Do what the budget has decided after memory ran out: gradient checkpointing, or smaller minibatches."""
-        forget_captured(self.loaded, self._passes.graphed if self._passes else None)
         if self.budget.checkpointing and not self.loaded.model.is_gradient_checkpointing:
             # use_reentrant=False: the reentrant kind gives no gradients where a segment's inputs need none, and the
             # embeddings, the first inputs, are frozen.
             self.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
             return
         self.fullest = 0
-        if self._on_gpu:
+        if self._on_gpu and self.budget.tokens < self.loaded.training_token_budget:
             self.loaded.training_tokens = self.budget.tokens  # so that the next training begins with what fits
 
     def _measure_token_memory(self, bytes_before: int) -> None:

@@ -110,10 +110,23 @@ def capture_of(loaded: LoadedModel) -> Capture | None:
 
 def forget_captured(loaded: LoadedModel, running: GraphedPasses | None = None) -> None:
     """Drop what was captured of a model's passes, in this training and before it."""
-    kept = [getattr(value, "graphed", None) for value in loaded.kept.values()]
-    for graphed in (*kept, running):
-        if isinstance(graphed, GraphedPasses):
-            graphed.forget()
+    for graphed in _of(loaded):
+        graphed.forget()
+    if running is not None:
+        running.forget()
+
+
+def _of(loaded: LoadedModel) -> list[GraphedPasses]:
+    """The passes that are kept for the next trainings of a model."""
+    found = [getattr(value, "graphed", None) for value in loaded.kept.values()]
+    return [graphed for graphed in found if isinstance(graphed, GraphedPasses)]
+
+
+def make_room(loaded: LoadedModel, running: GraphedPasses) -> bool:
+    """Drop what was captured, as memory ran out, and capture no passes as large again; whether there was anything."""
+    had_any = running.capture_less() or any(graphed.holds_any for graphed in _of(loaded))
+    forget_captured(loaded, running)
+    return had_any
 
 
 def free_what_others_need(loaded: LoadedModel) -> None:
@@ -153,6 +166,17 @@ class GraphedPasses:
     def are_wanted(self) -> bool:
         """Whether passes should be made of fixed sizes."""
         return self._capture is not None
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether a pass is captured."""
+        return bool(self._captured)
+
+    def capture_less(self) -> bool:
+        """From now on capture passes of half the tokens of the largest that is captured; returns whether one is."""
+        largest = max((size.tokens for size in self._captured), default=0)
+        self._most_tokens = min(self._most_tokens, largest // 2) if largest else self._most_tokens
+        return largest > 0
 
     def forget(self, above: int = 0) -> None:
         """Drop the captured passes of more than so many tokens."""
