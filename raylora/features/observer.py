@@ -39,8 +39,7 @@ class ProbeObserver:
         self._num_step_units = torch.zeros_like(self._num_units)
 
     def begin_step(self) -> None:
-        for total in self._step_sum:
-            total.zero_()
+        torch._foreach_zero_(self._step_sum)
         self._num_step_units.zero_()
 
     def after_micro_batch(self) -> None:
@@ -50,14 +49,12 @@ class ProbeObserver:
         norm = norm_of(gradients)
         # Where it is infinite or NaN the training ends as diverged, one step later.
         scale = torch.where(norm > 0, 1 / norm, 0.0)
-        for total, p in zip(self._step_sum, self.parameters, strict=True):
-            if p.grad is not None:
-                total.add_(p.grad * scale.to(p.device, p.dtype))
+        totals = [t for t, p in zip(self._step_sum, self.parameters, strict=True) if p.grad is not None]
+        torch._foreach_add_(totals, _scaled(gradients, scale))
         self._num_step_units += (norm > 0).to(self._num_step_units.device)
 
     def before_clipping(self) -> None:
-        for total, step_total in zip(self._sum, self._step_sum, strict=True):
-            total += step_total
+        torch._foreach_add_(self._sum, self._step_sum)
         self._num_units += self._num_step_units
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             self._sparsities.append(gradient_sparsity(gradients))
@@ -95,7 +92,15 @@ def global_norm(tensors: Sequence[torch.Tensor]) -> float:
 
 def norm_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The same of at least one tensor, on its device: a tensor of one float64."""
-    return torch.linalg.vector_norm(_stack_scalars([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]))
+    return torch.linalg.vector_norm(_stack_scalars(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)))
+
+
+def _scaled(tensors: Sequence[torch.Tensor], scale: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors times one number; in one call where all are on its device."""
+    scale = scale.to(tensors[0].dtype)
+    if all(t.device == scale.device for t in tensors):
+        return list(torch._foreach_mul(list(tensors), scale))
+    return [t * scale.to(t.device) for t in tensors]
 
 
 def _stack_scalars(numbers: Sequence[torch.Tensor]) -> torch.Tensor:

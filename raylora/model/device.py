@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+
 import torch
 
 
@@ -30,3 +34,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 def cuda_devices() -> list[int]:
     """The GPU in use, as ``torch.random.fork_rng`` takes it; empty without one."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+@contextlib.contextmanager
+def waiting_is_refused() -> Iterator[None]:
+    """Inside, torch raises a RuntimeError where the CPU would wait for the GPU, which no capture can have."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # torch says that this does not see every operation that waits
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

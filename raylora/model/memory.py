@@ -36,6 +36,9 @@ slower on a GPU: from here down, gradient checkpointing is tried before halving.
 takes half as long again."""
 MINIBATCH_MEMORY_SHARE = 0.8
 """Share of a GPU's free memory that a minibatch may take."""
+CAPTURED_MEMORY_SHARE = 0.5
+"""What a minibatch may take of that where passes are captured as CUDA graphs: these keep the memory of the largest one,
+and beside them one of another size is run as it is."""
 COPIES_MEMORY_SHARE = 0.25
 """Share of a CPU's free memory that the copies of the weights in oneDNN's layout may take."""
 
@@ -53,16 +56,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_gpu_bytes(device: Any) -> int:
-    """Bytes that a minibatch can allocate on a GPU: free at the driver, plus reserved by torch but not in use."""
+    """Bytes that a minibatch can allocate on a GPU: free at the driver, plus reserved by torch but not in use.
+
+    Without the memory of captured CUDA graphs, which nothing else may use as long as there is one of them.
+    """
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    index = torch.device(device).index
+    of_graphs = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == (torch.cuda.current_device() if index is None else index)
+        and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - of_graphs
 
 
-def tokens_that_fit(bytes_a_token: float, free_bytes: float) -> int:
-    """Tokens that a minibatch on a GPU may have, between ``LEAST_GPU_TOKENS`` and ``GPU_TOKEN_BUDGET``."""
-    fitting = int(MINIBATCH_MEMORY_SHARE * free_bytes / max(1.0, bytes_a_token))
+def tokens_that_fit(bytes_a_token: float, free_bytes: float, captured: bool = False) -> int:
+    """Tokens that a minibatch on a GPU may have, between ``LEAST_GPU_TOKENS`` and ``GPU_TOKEN_BUDGET``.
+
+    Args:
+        captured: passes are captured as CUDA graphs.
+    """
+    share = MINIBATCH_MEMORY_SHARE * (CAPTURED_MEMORY_SHARE if captured else 1.0)
+    fitting = int(share * free_bytes / max(1.0, bytes_a_token))
     return max(LEAST_GPU_TOKENS, min(GPU_TOKEN_BUDGET, fitting))
 
 
@@ -137,9 +155,16 @@ class TokenBudget:
     num_held: int = 0
     """Items of that minibatch."""
 
-    def cut(self, items: Iterable[T], length: Callable[[T], int], packed: bool = False) -> Iterator[list[T]]:
-        """Items as minibatches that the budget allows, those that take the most memory first."""
-        for part in (packs_by_budget if packed else batches_by_budget)(items, length, self.tokens):
+    def cut(
+        self, items: Iterable[T], length: Callable[[T], int], packed: bool = False, reserve: int = 0
+    ) -> Iterator[list[T]]:
+        """Items as minibatches that the budget allows, those that take the most memory first.
+
+        Args:
+            reserve: tokens of each that stay free, up to a quarter of them.
+        """
+        tokens = self.tokens - min(reserve, self.tokens // 4)
+        for part in (packs_by_budget if packed else batches_by_budget)(items, length, tokens):
             lengths = [length(item) for item in part]
             self.held, self.num_held = sum(lengths) if packed else len(part) * max(lengths), len(part)
             yield part

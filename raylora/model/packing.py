@@ -64,11 +64,16 @@ def attend_in_blocks(
     """
     if blocks is None or attention_mask is not None:
         raise ValueError("this model's attention cannot be run in blocks")
-    if varlen_attn is not None and query.is_cuda and query.element_size() == 2 and not kwargs.get("dropout"):
+    if _is_flash(query, value) and not kwargs.get("dropout"):
         return attend_at_once(varlen_attn, query, key, value, blocks, sliding_window, kwargs.get("scaling")), None
     if blocks.lengths is None:
         over_row = _blocks_mask(blocks.ends, query.shape[2], sliding_window)
-        return sdpa_attention_forward(module, query, key, value, over_row, **kwargs)[0], None
+        # Another block counts 0 times. That would be NaN where it holds one, as those of an adapter that diverged do.
+        finite = [_finite(t) for t in (query, key, value)]
+        output = sdpa_attention_forward(module, *finite, over_row, **kwargs)[0]
+        if output.requires_grad:
+            output.register_hook(_finite)
+        return output, None
     lengths = list(blocks.lengths)
     if query.shape[2] != sum(lengths):
         raise ValueError("this model's attention does not get all tokens of a row")
@@ -79,6 +84,15 @@ def attend_in_blocks(
         mask = _window_mask(q.shape[2], sliding_window or 0, q.device) if is_longer else None
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(outputs, 1), None
+
+
+def _is_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's attention of packed rows takes these: flash attention, of half precision, from Ampere on."""
+    if varlen_attn is None or not query.is_cuda or query.element_size() != 2:
+        return False
+    width = query.shape[-1]
+    fits = width == value.shape[-1] and width % 8 == 0 and width <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def attend_at_once(
@@ -117,6 +131,10 @@ def attend_at_once(
         q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
     output: torch.Tensor = varlen(q, k, v, blocks.ends, blocks.ends, blocks.longest, blocks.longest, **options)
     return output[None]
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.nan_to_num(0, 0, 0)
 
 
 def _blocks_mask(ends: torch.Tensor, num_tokens: int, window: int | None) -> torch.Tensor:

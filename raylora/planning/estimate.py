@@ -327,7 +327,8 @@ def training_that_fits(
     budget = CPU_TOKEN_BUDGET
     if machine.on_gpu:
         fixed = base + training_bytes(shape, method, 0, machine, False) + LOGIT_BYTES * GPU_LOGITS
-        learnt = tokens_that_fit(activation_bytes(shape, method, machine, False), max(0, free_bytes - fixed))
+        a_token = activation_bytes(shape, method, machine, False)
+        learnt = tokens_that_fit(a_token, max(0, free_bytes - fixed), captured=True)
         budget = max(learnt, ENOUGH_TOKENS)  # and not less before gradient checkpointing is tried
     attempt = Attempt(max(sizes.longest, math.ceil(min(budget, num_tokens))))
     while base + training_bytes(shape, method, attempt.tokens, machine, attempt.checkpointing) / share > free_bytes:

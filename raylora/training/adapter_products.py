@@ -35,7 +35,7 @@ from raylora.model.device import compute_dtype
 from raylora.model.frozen import FrozenLayer, frozen_layer
 from raylora.model.kernels import add_dropped, drop, kept
 from raylora.training.dropout import column_hashes, module_hash, threshold_of, token_hashes
-from raylora.training.grouped import add_outer_products, aligned, products, products_back
+from raylora.training.grouped import add_outer_products, aligned, may_group, products, products_back
 
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
 """PEFT's modules around a matrix, which compute base(x) + scaling * B A dropout(x)."""
@@ -72,6 +72,8 @@ class PassRows:
     slices: tuple[tuple[int, int, int], ...] | None
     """Start, end and threshold of runs of tokens with the same dropout, where the host makes masks and keeps them; None
     where masks are made again in the backward pass."""
+    by_group: bool = False
+    """Whether the ends stay on the host, as the device has no one product for all groups."""
 
     def on(self, device: torch.device) -> PassRows:
         """The same on another device, where the layers of a model lie on several."""
@@ -163,6 +165,7 @@ class AdapterProducts:
         self._dtype = torch.float32
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._rows: PassRows | None = None
+        self._rows_on: dict[torch.device, PassRows] = {}
         # Autograd runs a function's backward pass only where an input needs a gradient, and adapters are no inputs.
         self._anchor = torch.zeros((), requires_grad=True)
         self.remakes_masks = loaded.device.type == "cuda"
@@ -216,6 +219,11 @@ class AdapterProducts:
     def _fitting_rank(self) -> int:
         """The least rank that holds those of all, and that products of several groups take."""
         return aligned(self._largest_rank, self._dtype) if self.num_groups > 1 else self._largest_rank
+
+    @property
+    def by_group(self) -> bool:
+        """Whether products are made group by group: the host must know where groups end, as in no captured pass."""
+        return self.num_groups > 1 and not may_group(self._dtype, self._loaded.device)
 
     @property
     def _is_copied(self) -> bool:
@@ -291,6 +299,7 @@ class AdapterProducts:
         finally:
             for module in modules:
                 del module.forward
+            self._copies = [], []  # ``hold`` finds them again: adapters that are detached are not kept alive
 
     def rows_of(self, spans: Sequence[Span], num_tokens: int) -> PassRows:
         """What a pass of ``num_tokens`` holds, with padding, on the host.
@@ -318,7 +327,7 @@ class AdapterProducts:
                 slices.append((slices[-1][1] if slices else 0, stop, threshold))
         drops = any(threshold for threshold, _ in settings)
         kept_slices = None if self.remakes_masks else tuple(slices)
-        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices)
+        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices, self.by_group)
 
     def _settings(self, name: str | None) -> tuple[int, float]:
         """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""
@@ -330,7 +339,7 @@ class AdapterProducts:
 
     def expect(self, rows: PassRows) -> None:
         """Say what the next forward pass holds; ``rows`` are on the device."""
-        self._rows = rows
+        self._rows, self._rows_on = rows, {}
 
     def _forward(self, matrix: _AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, module = self._rows, matrix.module
@@ -347,7 +356,9 @@ class AdapterProducts:
             return output
         layer = frozen_layer(module.base_layer)
         base = module.base_layer(x, *args, **kwargs) if layer is None else None
-        product: torch.Tensor = _AdaptedProduct.apply(x, base, self._anchor, layer, matrix, rows.on(x.device))
+        if x.device not in self._rows_on:
+            self._rows_on[x.device] = rows.on(x.device)
+        product: torch.Tensor = _AdaptedProduct.apply(x, base, self._anchor, layer, matrix, self._rows_on[x.device])
         return product
 
 

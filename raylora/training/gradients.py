@@ -22,12 +22,12 @@ from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_tok
 from raylora.errors import PartialInputError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import peak_memory_bytes
-from raylora.model.forward import head_is_plain, token_losses
+from raylora.model.forward import head_is_plain
 from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
 from raylora.model.packing import attention_in_blocks, may_pack
-from raylora.training.adapter_products import AdapterProducts, check_may_share
+from raylora.training.adapter_products import check_may_share
 from raylora.training.dropout import mix
-from raylora.training.graphs import Capture, GraphedPasses, capture_of, forget_captured, free_what_others_need
+from raylora.training.graphs import Capture, capture_of, forget_captured, free_what_others_need
 from raylora.training.pass_inputs import (
     SMALLEST,
     Example,
@@ -38,6 +38,7 @@ from raylora.training.pass_inputs import (
     make_inputs,
     size_of,
 )
+from raylora.training.passes import Passes
 
 log = logging.getLogger("raylora")
 MOST_GROUPS = 8
@@ -130,9 +131,10 @@ def separate_gradients(
     for run in passes:
         total += run().to(total.device)
         observer.after_micro_batch()
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            if parameter.grad is not None:
-                gradient += parameter.grad
+        found = [(s, p.grad) for s, p in zip(sums, parameters, strict=True) if p.grad is not None]
+        if found:  # one call: 448 matrices of an 8B model are as many launches otherwise
+            torch._foreach_add_([s for s, _ in found], [g for _, g in found])
+        for parameter in parameters:
             parameter.grad = None
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient
@@ -155,44 +157,6 @@ class _Item:
     """Whose gradient it adds to: its adapter's slot, or the micro-batch of a probe."""
     weight: float
     """Of each of its labels in its step's loss."""
-
-
-class _Passes:
-    """Runs passes for a number of adapters; they add to gradients, and to the losses (G,) of groups, in float64."""
-
-    def __init__(self, loaded: LoadedModel, num_slots: int, num_groups: int, capture: Capture | None) -> None:
-        products = AdapterProducts(loaded, num_slots, num_groups)
-        products.remakes_masks |= capture is not None  # a capture keeps no mask that is as long as its pass
-        losses = torch.zeros(num_groups, dtype=torch.float64, device=loaded.device)
-        # Of what they use alone, without ``self``: a cycle would keep gigabytes until Python looks for cycles.
-        run = functools.partial(_run, loaded, products, losses)
-        self.graphed = GraphedPasses(run, capture, lambda: [*products.gradients, losses])
-        self.products, self.losses = products, losses
-
-    def hold(self, names: Sequence[str]) -> None:
-        """See ``AdapterProducts.hold``."""
-        if self.products.hold(names):
-            self.graphed.forget()
-
-    def use_one_group(self) -> None:
-        """See ``AdapterProducts.use_one_group``."""
-        self.products.use_one_group()
-        self.graphed.forget()
-
-    def begin(self) -> None:
-        """Begin a step: no gradient, no loss."""
-        self.products.begin()
-        self.losses.zero_()
-
-
-def _run(loaded: LoadedModel, products: AdapterProducts, sums: torch.Tensor, inputs: PassInputs) -> None:
-    """Run a pass that is on the device; its losses are added to ``sums``, those of groups."""
-    products.expect(inputs.rows)
-    with loaded.autocast():
-        losses = token_losses(loaded, inputs.batch)
-    losses = losses * inputs.weights.to(losses.device)
-    losses.sum().backward()
-    sums.index_add_(0, inputs.groups, losses.detach().to(sums.device, torch.float64))
 
 
 class GradientAccumulator:
@@ -219,7 +183,7 @@ class GradientAccumulator:
         self.budget = TokenBudget(loaded.training_token_budget, may_checkpoint=True)
         self._round_budget()
         self.fullest = self._most_tokens = self._num_replayed = 0
-        self._passes: _Passes | None = None
+        self._passes: Passes | None = None
         self.packed = True
         for job in jobs:
             self.add(job)
@@ -275,16 +239,16 @@ class GradientAccumulator:
             yield
         self._num_replayed += passes.graphed.num_replayed - replayed_before
 
-    def _passes_of_jobs(self) -> _Passes:
+    def _passes_of_jobs(self) -> Passes:
         """Passes with room for all jobs. Those of earlier trainings are used again, with what was captured of them."""
         num_slots, num_groups = len(self.jobs), len(self.jobs)
         if self.observer:
             (method,) = (job.method for job in self.jobs.values())
             num_groups = min(MOST_GROUPS, method.gradient_accumulation)
         if self._passes is None or self._passes.products.num_slots < num_slots:
-            key = (_Passes, num_slots, num_groups)
+            key = (Passes, num_slots, num_groups)
             kept = self.loaded.kept.get(key) if self._capture else None
-            self._passes = kept or _Passes(self.loaded, num_slots, num_groups, self._capture)
+            self._passes = kept or Passes(self.loaded, num_slots, num_groups, self._capture)
             if self._capture:
                 for other in [k for k in self.loaded.kept if isinstance(k, tuple) and 1 < k[1] != num_slots]:
                     del self.loaded.kept[other]  # the weights and gradients of many adapters: gigabytes
@@ -337,7 +301,7 @@ class GradientAccumulator:
         }
 
     @property
-    def _running(self) -> _Passes:
+    def _running(self) -> Passes:
         assert self._passes is not None, "backward is called inside ready"
         return self._passes
 
@@ -384,7 +348,9 @@ class GradientAccumulator:
         """Compute what these examples contribute to the gradients and losses of their groups."""
         passes = self._running
         passes.begin()
-        for part in self.budget.cut(items, self._length, self.packed):
+        # Room for what aligns the groups: a pass that is a little too long would be filled up by a fifth.
+        reserve = GROUP_ALIGNMENT * passes.products.num_groups if self._aligns else 0
+        for part in self.budget.cut(items, self._length, self.packed, reserve):
             examples = [self._example(item) for item in sorted(part, key=lambda item: item.group)]
             inputs, size = self._inputs_of(examples, passes)
             passes.graphed.run(inputs, self.loaded.device, size)
@@ -397,15 +363,20 @@ class GradientAccumulator:
         labels, num_labels = labels_of(example, job.method.train_on), self._num_supervised(item)
         return Example(example.input_ids, labels, item.slot, item.seed, item.group, item.weight, num_labels)
 
-    def _inputs_of(self, examples: list[Example], passes: _Passes) -> tuple[PassInputs, PassSize | None]:
+    def _inputs_of(self, examples: list[Example], passes: Passes) -> tuple[PassInputs, PassSize | None]:
         """A pass of these examples, and the fixed size that it is filled up to; None where it is as large as it is."""
-        size = None
-        if self.packed and passes.products.num_groups > 1 and (self._on_gpu or self._capture):
-            examples = align_groups(examples, passes.products, GROUP_ALIGNMENT, self._pad)
-        may_capture = passes.graphed.are_wanted and passes.products.is_whole and not self.budget.checkpointing
-        if self.packed and may_capture:
+        size, products = None, passes.products
+        if self._aligns:
+            examples = align_groups(examples, products, GROUP_ALIGNMENT, self._pad)
+        may_capture = passes.graphed.are_wanted and products.is_whole and not products.by_group
+        if self.packed and may_capture and not self.budget.checkpointing:
             size = size_of(examples, any(job.method.lora_dropout for job in self.jobs.values()))
-        return make_inputs(examples, passes.products, self._pad, self.packed, size), size
+        return make_inputs(examples, products, self._pad, self.packed, size), size
+
+    @property
+    def _aligns(self) -> bool:
+        """Whether groups are aligned and never empty."""
+        return self.packed and self._running.products.num_groups > 1 and bool(self._on_gpu or self._capture)
 
     def _length(self, item: _Item) -> int:
         return len(self.jobs[item.job].examples[item.index])
@@ -437,7 +408,8 @@ class GradientAccumulator:
             # number makes up too much.
             return
         bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / self._most_tokens
-        self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device))
+        captured = self._running.graphed.are_wanted
+        self.budget.tokens = tokens_that_fit(bytes_a_token, free_gpu_bytes(device), captured)
         self._round_budget()
         self.loaded.training_tokens = self.budget.tokens
         log.info("%.1f MB a token: minibatches of %d tokens", bytes_a_token / 1e6, self.budget.tokens)

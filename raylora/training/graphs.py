@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from raylora.errors import one_line
 from raylora.model.adapters import LoadedModel
+from raylora.model.device import waiting_is_refused
 from raylora.model.memory import is_out_of_memory
 from raylora.model.packing import REFUSALS
 from raylora.training.pass_inputs import PassInputs, PassSize
@@ -36,6 +37,10 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function does, and returns a function that does it again."""
 
 
+_FAILED: list[torch.cuda.CUDAGraph] = []
+"""Captures that CUDA refused, kept alive: torch's allocators may still ask one whether it is under way."""
+
+
 class CudaCapture:
     """Captures on a GPU. The graphs of all sizes use the same memory, as none runs while another does.
 
@@ -48,15 +53,16 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         usual = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(usual)
-        with torch.cuda.stream(self._stream), _waiting_is_refused():
-            for _ in range(WARM_UPS):
-                run()
-        usual.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), waiting_is_refused():
+                for _ in range(WARM_UPS):
+                    run()
+        finally:  # what it added to must be complete before it is put back
+            usual.wait_stream(self._stream)
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # torch takes none whose graphs are all gone
         graph = torch.cuda.CUDAGraph()
@@ -66,7 +72,9 @@ class CudaCapture:
                 run()
         except REFUSALS as error:
             self._clean_up(graph)
-            raise error.__context__ or error from None  # that of the end says only that there was one before it
+            if is_out_of_memory(error) or error.__context__ is None:
+                raise
+            raise error.__context__ from None  # that of the end says only that there was one before it
         finally:
             torch.cuda.set_stream(usual)  # torch leaves its own where a capture ends in an error
         self._graphs.add(graph)
@@ -83,29 +91,20 @@ class CudaCapture:
         with contextlib.suppress(RuntimeError):  # it was ended by torch
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+            _FAILED.append(graph)
         graph.reset()
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
-        self._failed.append(graph)  # torch's allocators may still ask it whether it is the one that captures
-        self._pool = torch.cuda.graph_pool_handle()
-
-
-@contextlib.contextmanager
-def _waiting_is_refused() -> Iterator[None]:
-    """Inside, torch raises a RuntimeError where the CPU would wait for the GPU, which no capture can have."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def capture_of(loaded: LoadedModel) -> Capture | None:
     """What captures the passes of a model; None on a CPU, on several devices, and where it is switched off."""
     if loaded.device.type != "cuda" or not loaded.graphs or len({p.device for p in loaded.model.parameters()}) > 1:
         return None
-    capture: Capture = loaded.kept.setdefault(CudaCapture, CudaCapture(loaded.device))
+    if CudaCapture not in loaded.kept:
+        loaded.kept[CudaCapture] = CudaCapture(loaded.device)
+    capture: Capture = loaded.kept[CudaCapture]
     return capture
 
 

@@ -6,11 +6,14 @@ Where ``ends`` is on the host and the tokens are not, products are made group by
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
+
+from raylora.model.device import waiting_is_refused
 
 ALIGNMENT = 16
 """Bytes that rows of the matrices of a grouped product begin at multiples of."""
@@ -68,22 +71,27 @@ def _may_group(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> bo
     widths = (*x.shape[1:], *weights.shape[1:])
     if x.device != ends.device or any(n * x.element_size() % ALIGNMENT for n in widths):
         return False
-    return _is_right(x.dtype, x.device)
+    return may_group(x.dtype, x.device)
 
 
 @functools.cache
-def _is_right(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether grouped products of this type are, on this device, what single ones are; tried once."""
+def may_group(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether grouped products of this type are, on this device, what single ones are; tried once.
+
+    Not on a GPU that has no kernel for them: before compute capability 9 torch reads ``ends``, for which the CPU waits,
+    and multiplies group by group.
+    """
     if not hasattr(F, "grouped_mm") or dtype not in {torch.float32, torch.bfloat16}:
         return False
     generator = torch.Generator().manual_seed(0)
     x, y, w = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((48, 32), (48, 16), (3, 16, 32)))
     ends = torch.tensor([16, 32, 48], dtype=torch.int32, device=device)
     try:
-        found = [
-            F.grouped_mm(x, w.transpose(1, 2), offs=ends), F.grouped_mm(y, w, offs=ends),
-            F.grouped_mm(y.t(), x, offs=ends),
-        ]  # fmt: skip
+        with waiting_is_refused() if device.type == "cuda" else contextlib.nullcontext():
+            found = [
+                F.grouped_mm(x, w.transpose(1, 2), offs=ends), F.grouped_mm(y, w, offs=ends),
+                F.grouped_mm(y.t(), x, offs=ends),
+            ]  # fmt: skip
     except (RuntimeError, NotImplementedError):
         return False
     parts = [slice(a, b) for a, b in ((0, 16), (16, 32), (32, 48))]

@@ -76,7 +76,7 @@ class PassInputs:
 
     def to(self, device: torch.device) -> PassInputs:
         moved = _with_tensors(self, lambda tensor: send(tensor, device))
-        if self.batch.blocks is not None:
+        if self.batch.blocks is not None and not self.rows.by_group:
             return moved
         # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
         rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
@@ -180,10 +180,12 @@ def _with_fixed_counts(inputs: PassInputs, size: PassSize) -> PassInputs:
     assert batch.predicting is not None
     assert batch.blocks is not None
     ends = F.pad(batch.blocks.ends, (0, size.blocks + 1 - len(batch.blocks.ends)), value=size.tokens)
-    targets, predicting, weights, groups = (
-        F.pad(tensor, (0, size.labels - len(tensor)))
-        for tensor in (batch.targets, batch.predicting, inputs.weights, inputs.groups)
+    # The first label again: what another position came to, infinite perhaps, would be of another group.
+    targets, predicting, groups = (
+        torch.cat([tensor, tensor[:1].expand(size.labels - len(tensor))])
+        for tensor in (batch.targets, batch.predicting, inputs.groups)
     )
+    weights = F.pad(inputs.weights, (0, size.labels - len(inputs.weights)))
     batch = replace(batch, targets=targets, predicting=predicting, blocks=Blocks(ends, size.longest))
     return PassInputs(batch, weights, groups, inputs.rows)
 

@@ -202,7 +202,8 @@ def test_what_is_trained_together_fills_the_memory_and_no_more(of_8b):
         estimated(of_8b, "liger", "8bit", num_together=n, stages="train", num_epochs=1)[0] for n in (1, 1000)
     )
     assert alone.peak_memory_bytes < 30e9
-    assert 100e9 < together.peak_memory_bytes < 141e9
+    # Its passes take half of it: what is captured of one size stays beside those of others.
+    assert 50e9 < together.peak_memory_bytes < 80e9
     assert together.seconds < alone.seconds
 
 

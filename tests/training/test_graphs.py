@@ -13,6 +13,7 @@ import torch
 
 from raylora.model import memory
 from raylora.training.gradients import GradientAccumulator, Job
+from raylora.training.grouped import may_group
 from raylora.training.loop import train_adapters
 from tests.helpers.graphs import RecordedGraphs
 from tests.helpers.tiny import make_loaded, make_routed
@@ -203,6 +204,40 @@ def test_what_keeps_its_gradient_itself_is_not_captured(loaded, encoded, modules
             assert_equal(mine, theirs)
 
 
+def test_products_that_read_where_groups_end_are_not_captured(loaded, encoded, monkeypatch):
+    """As on GPUs that have no kernel for grouped products."""
+    expected, others, _ = steps_of(loaded, encoded, METHODS["several"], None)
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    may_group.cache_clear()
+    try:
+        losses, gradients, runner = steps_of(loaded, encoded, METHODS["several"], graphs := RecordedGraphs())
+    finally:
+        may_group.cache_clear()
+    assert (runner.graphed, graphs.num_captures) == (False, 0)
+    for mine, theirs in zip(losses, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    assert_equal(gradients[-1], others[-1])
+
+
+def test_aligned_groups_fit_into_a_pass_as_large_as_the_budget(loaded, encoded):
+    sizes = []
+
+    def note(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+
+    jobs = jobs_of(loaded, encoded, METHODS["several"])
+    runner = GradientAccumulator(loaded, jobs, None, RecordedGraphs())
+    assert runner.budget.tokens == memory.CPU_TOKEN_BUDGET
+    hook = loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    loaded.model.train()
+    with runner.ready():
+        runner.backward({i: (0, range(len(job.examples))) for i, job in enumerate(jobs)})
+    hook.remove()
+    runner.restore()
+    assert len(sizes) > 1
+    assert set(sizes) == {memory.CPU_TOKEN_BUDGET}
+
+
 def test_what_was_captured_is_gone_with_the_wrapper(loaded, encoded):
     """At once: it may be most of a GPU's memory, and Python looks for cycles when it pleases."""
     graphs = RecordedGraphs()
@@ -232,6 +267,34 @@ def test_a_loss_that_is_no_number_is_no_reason_to_give_captures_up(loaded, encod
                 runner.backward({0: (k, range(4))})
     assert not [r for r in caplog.records if "CUDA graph" in r.getMessage()]
     runner.restore()
+
+
+@pytest.mark.parametrize("ruined", range(3))
+def test_an_adapter_that_is_no_number_changes_no_other_in_replayed_passes(loaded, encoded, ruined):
+    """Not by a weight of 0 either: 0 times NaN is NaN."""
+    found = []
+    for value in (None, float("nan")):
+        jobs = jobs_of(loaded, encoded, METHODS["several"])
+        runner = GradientAccumulator(loaded, jobs, None, RecordedGraphs())
+        loaded.model.train()
+        with runner.ready():
+            for k in range(4):
+                if k == 3 and value is not None:
+                    for p in jobs[ruined].parameters:
+                        p.detach().fill_(value)
+                steps = runner.backward({i: (k, range(4)) for i in range(3)})
+            found.append(
+                {i: (float(steps[i].loss), torch.cat([p.grad.flatten() for p in jobs[i].parameters])) for i in range(3)}
+            )
+        assert runner.graphed
+        runner.restore()
+        for job in jobs:
+            loaded.detach(job.name)
+    (expected, seen) = found
+    assert not seen[ruined][1].isfinite().any()
+    for i in {0, 1, 2} - {ruined}:
+        assert seen[i][0] == expected[i][0]
+        assert torch.equal(seen[i][1], expected[i][1])
 
 
 def test_rows_say_whether_passes_were_captured(loaded, encoded):

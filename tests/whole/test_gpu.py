@@ -146,6 +146,7 @@ def test_a_minibatch_on_a_gpu_is_what_memory_holds():
     assert tokens_that_fit(8e6, 60 * gigabyte) == int(0.8 * 60 * gigabyte / 8e6)
     assert tokens_that_fit(1e3, 60 * gigabyte) == GPU_TOKEN_BUDGET
     assert tokens_that_fit(1e12, gigabyte) == 256
+    assert tokens_that_fit(8e6, 60 * gigabyte, captured=True) == int(0.4 * 60 * gigabyte / 8e6)
 
 
 def test_large_minibatches_are_halved_before_anything_is_computed_twice(load):
@@ -249,6 +250,30 @@ def test_replays_of_cuda_graphs_train_as_passes_that_are_launched(load, quantiza
     assert (launched, replayed) == ({False}, {True})
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-2)
+
+
+@ON_GPU
+@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_an_adapter_that_is_no_number_changes_no_other(load, quantization, when):
+    """Where its passes are launched, and in step 3, where a graph replays them."""
+    loaded, encoded = load(quantization)
+    losses = []
+    for ruined in (False, True):
+        jobs = [Job(loaded.attach(METHOD, i, f"a{i}"), encoded, METHOD, i, f"a{i}") for i in range(3)]
+        runner = GradientAccumulator(loaded, jobs, None)
+        loaded.model.train()
+        with runner.ready():
+            for k in range(4):
+                for p in jobs[1].parameters if ruined and k == when else ():
+                    p.detach().fill_(float("nan"))
+                steps = runner.backward({i: (k, range(8)) for i in range(3)})
+                norms = [float(torch.cat([p.grad.flatten() for p in jobs[i].parameters]).norm()) for i in (0, 2)]
+        losses.append([float(steps[i].loss) for i in (0, 2)] + norms)
+        runner.restore()
+        for job in jobs:
+            loaded.detach(job.name)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 @ON_GPU
