@@ -27,6 +27,7 @@ from raylora.features.words import words_of
 from raylora.model.adapters import LoadedModel
 from raylora.model.forward import Output, forward_rows, inference
 from raylora.model.memory import TokenBudget
+from raylora.model.packing import may_pack
 from raylora.records import Example, ProgressCallback, ProgressStage
 from raylora.training.losses import ExampleLoss
 
@@ -145,7 +146,7 @@ def measure_all(
     """Measure each item, in their order.
 
     Args:
-        token_budget: most padded tokens in a minibatch; where memory runs out, smaller ones are tried.
+        token_budget: most tokens in a minibatch, padding included; where memory runs out, smaller ones are tried.
         progress: called with the number of items that are measured after each minibatch.
 
     Raises:
@@ -168,8 +169,11 @@ def measure_all(
         ]
 
     results: dict[int, Measured] = {}
+    packed = may_pack(loaded, max(map(len, rows), default=0))
     with inference(loaded.model), activations.counted():
-        for part, measured in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, content):
+        for part, measured in forward_rows(
+            loaded, rows, labels, TokenBudget(token_budget), use, content, packed=packed
+        ):
             results.update(zip(part, measured, strict=True))
             progress(ProgressStage.FEATURES, len(results), len(items))
     return [results[i] for i in range(len(items))]
@@ -187,8 +191,9 @@ def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int)
         return [float(losses.double().mean()) for losses in output.losses.split(output.num_losses)]
 
     results: dict[int, float] = {}
+    packed = may_pack(loaded, max(map(len, rows), default=0))
     with inference(loaded.model):
-        for part, means in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use):
+        for part, means in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, packed=packed):
             results.update(zip(part, means, strict=True))
     return [results[i] for i in range(len(items))]
 
