@@ -47,6 +47,8 @@ def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tm
         ExperimentRunner(plan.config, plan.store).run(experiment)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_trainings_of_one_dataset_with_other_seeds_measure_its_features_once(options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     plan = planned(options, repeats=2)

@@ -24,6 +24,8 @@ from tests.helpers.feature_rows import TIMES, WORDS, assert_same_row, features_o
 from tests.helpers.tiny import make_model
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_column_is_there_within_its_range_and_none_is_another(loaded, monkeypatch):
     monkeypatch.setattr(static, "NUM_FORESTS", 1)
     rows = [features_of(loaded, make_records(50, seed), probe_steps=3) for seed in range(3)]
@@ -36,6 +38,8 @@ def test_every_column_is_there_within_its_range_and_none_is_another(loaded, monk
     assert len(set(values.values())) >= len(values) - 1, "two columns are equal"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_file_order_changes_nothing_and_twice_is_the_same(loaded):
     records = make_records(16)
     before = loaded.logits_hash()

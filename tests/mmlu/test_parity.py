@@ -48,6 +48,8 @@ def assert_agrees(score, reference: dict[str, list[float]]) -> None:
     assert different <= undecided
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_accuracies_and_standard_errors_are_the_harness_own(tiny_model, tokenizer, shared_data, tmp_path):
     """The harness's whole pipeline beside ours: prompts, log-likelihoods, subjects, groups, overall."""
     pytest.importorskip("lm_eval")

@@ -30,6 +30,8 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_row(
     options, tmp_path, capsys, monkeypatch
 ):
@@ -135,6 +137,8 @@ def test_a_grid_that_says_a_value_twice_runs_it_once(tmp_path, tiny_model_folder
     assert sorted(e.settings["lora_r"] for e in plan.experiments) == [4, 8]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_server_that_is_gone_is_one_line(objects, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     script = (

@@ -114,6 +114,8 @@ def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     assert "3 experiments, 3 done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_no_secret_is_in_anything_that_is_kept(ray_on_s3, objects, options):
     run(options, limit=1)
     kept = objects.everything()

@@ -54,6 +54,8 @@ def train(loaded, encoded, method=METHOD, seed=0, **options):
     return train_adapter(loaded, parameters, encoded, method, seed, **options), parameters
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_lora_learns_facts_that_its_base_does_not_know(tokenizer):
     """A tiny model trained on facts answers multiple-choice questions about them clearly better than its base."""
     options = ("red", "blue", "green", "white")

@@ -58,6 +58,8 @@ def test_names_that_look_alike_do_not_collide():
     assert len(names) == len(HOSTILE)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_hostile_file_names_stay_in_the_output_folder(tiny_model_folder, tmp_path):
     chunk = tmp_path / "data" / "chunk_1"
     outside = tmp_path / "outside"
@@ -138,6 +140,8 @@ def test_a_tokenizers_own_code_is_not_run(tmp_path, monkeypatch):
     assert flag.exists(), "nobody would have run it: the test shows nothing"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_secrets_are_in_no_file(tiny_model_folder, tmp_path):
     chunk = tmp_path / "data" / "chunk_1"
     write_dataset(chunk, "data")
