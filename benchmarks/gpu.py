@@ -191,9 +191,7 @@ class Trainings:
         finally:
             for name in names:
                 loaded.detach(name)
-        # Once it is a column of the row, whether passes were graphs is what the training says.
-        graphed = getattr(result.metrics, "graphed", case.graphed)
-        note = "" if bool(graphed) == case.graphed else "no graphs: see the log"
+        note = "" if result.metrics.graphed == case.graphed else "no graphs: see the log"
         self._add(loaded, case.name, [e for part in parts for e in part], seconds, peak, launches, note)
 
     def _add(

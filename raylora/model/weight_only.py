@@ -6,6 +6,7 @@ CPU; on an H200 6 ms for 8 billion weights, where a pass over 2,048 tokens takes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ class WeightOnly:
     bias: Any
     """A tensor (out,), or None."""
 
-    def float_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (out, in) that the stored numbers stand for, made anew at each call."""
-        raise NotImplementedError
+    float_weight: Callable[[torch.dtype], torch.Tensor]
+    """Of each subclass: the weight (out, in) that the stored numbers stand for, in a dtype, made anew at each call."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) times the weight (out, in), plus bias: (..., out). Only x gets a gradient."""

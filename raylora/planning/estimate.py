@@ -258,7 +258,8 @@ def estimate(
 def _estimate_on_gpu(
     shape: Shape, machine: Hardware, storage: str, method: Method, sizes: Sizes, work: Work, num_together: int
 ) -> Estimate:
-    # LLM.int8's rows depend on what shares their batch, so that it is never packed: rows are padded to the longest.
+    # A trial of each model says whether LLM.int8's rows, which depend on what shares their batch, may be packed. Those
+    # that were measured were not: rows are reckoned padded to the longest.
     padding = sizes.longest / sizes.mean_tokens if storage == LLM_INT8 else 1.0
     base, dropout = base_bytes(shape, storage, machine), method.lora_dropout > 0
     if machine.rate is None:  # a GPU elsewhere: how many its memory holds is not known

@@ -310,7 +310,7 @@ class AdapterProducts:
         """
         hashes = torch.zeros(num_tokens, dtype=torch.int32)
         thresholds, scales = torch.zeros_like(hashes), torch.zeros(num_tokens)
-        adapter_ends, group_ends = torch.zeros(self.num_slots, dtype=torch.int32), torch.zeros(self.num_groups)
+        adapter_ends, group_ends = (torch.zeros(n, dtype=torch.int32) for n in (self.num_slots, self.num_groups))
         slices: list[tuple[int, int, int]] = []
         settings = [self._settings(name) for name in self._names]
         for span in spans:
@@ -327,7 +327,7 @@ class AdapterProducts:
                 slices.append((slices[-1][1] if slices else 0, stop, threshold))
         drops = any(threshold for threshold, _ in settings)
         kept_slices = None if self.remakes_masks else tuple(slices)
-        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends.int(), drops, kept_slices, self.by_group)
+        return PassRows(hashes, thresholds, scales, adapter_ends, group_ends, drops, kept_slices, self.by_group)
 
     def _settings(self, name: str | None) -> tuple[int, float]:
         """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""

@@ -41,7 +41,7 @@ def column_hashes(width: int, device: torch.device) -> torch.Tensor:
 
 
 def module_hash(index: int) -> int:
-    """A hash of a module, as a signed int32, by its place among the adapted ones."""
+    """A hash of a module, as a signed int32, by its place among the linear ones of the model."""
     return signed(mix(index))
 
 
