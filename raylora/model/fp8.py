@@ -15,7 +15,8 @@ import torch
 
 from raylora.errors import ErrorKind, UserError
 from raylora.model.device import device_name
-from raylora.model.kernels import E4M3, quantize_rows
+from raylora.model.kernel_inputs import E4M3
+from raylora.model.kernels import quantize_rows
 from raylora.model.weight_only import WeightOnly
 
 MULTIPLE = 16

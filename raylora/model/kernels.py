@@ -22,13 +22,10 @@ from typing import Any
 import torch
 
 from raylora.errors import one_line
+from raylora.model.kernel_inputs import E4M3, E4M3_LARGEST, LEAST_SCALED, Dropout
 
 log = logging.getLogger("raylora")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-E4M3 = torch.float8_e4m3fn
-E4M3_LARGEST = 448.0
-LEAST_SCALED = 1e-30
-"""Stands for the largest absolute value of a row of zeros."""
 
 
 def signed(number: int) -> int:
@@ -72,30 +69,14 @@ def kept(
     return numbers >= (thresholds - 2**15).to(torch.int16)[:, None]
 
 
-def _plain_drop(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    module_hash: int,
-    thresholds: torch.Tensor,
-    factors: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    keep = kept(rows, columns, module_hash, thresholds, x.shape[1])
-    return torch.where(keep, x * factors[:, None], 0).to(dtype)
+def _plain_drop(x: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
+    keep = kept(*dropout[:4], x.shape[1])
+    return torch.where(keep, x * dropout.factors[:, None], 0).to(dtype)
 
 
-def _plain_add_dropped(
-    y: torch.Tensor,
-    g: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    module_hash: int,
-    thresholds: torch.Tensor,
-    factors: torch.Tensor,
-) -> torch.Tensor:
-    keep = kept(rows, columns, module_hash, thresholds, y.shape[1])
-    return y.add_(torch.where(keep, g * factors[:, None], 0))
+def _plain_add_dropped(y: torch.Tensor, g: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    keep = kept(*dropout[:4], y.shape[1])
+    return y.add_(torch.where(keep, g * dropout.factors[:, None], 0))
 
 
 def _plain_dequantize_int8(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -125,13 +106,14 @@ def _plain_quantize_rows(
 
 
 def _trials_of_dropout(device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """x (5, 1027), rows and columns as a training has them, module, thresholds and factors of each row."""
+    """x (5, 1027), and dropout by hashes as a training has them, with thresholds and factors of each row."""
     random = torch.Generator().manual_seed(0)
     thresholds, factors = torch.tensor([0, 6554, 32768, 65535, 6554], dtype=torch.int32), torch.rand(5) + 0.5
     hashes = scramble(spread_numbers(5)), scramble(spread_numbers(514))
     for dtype in FLOATS:
         x = torch.randn(5, 1027, generator=random).to(device, dtype)
-        yield x, *(h.to(device) for h in hashes), signed(0x9ABCDEF0), thresholds.to(device), factors.to(device)
+        rows, columns = (h.to(device) for h in hashes)
+        yield x, Dropout(rows, columns, signed(0x9ABCDEF0), thresholds.to(device), factors.to(device))
 
 
 def _trials_of_drop(device: torch.device) -> Iterator[tuple[Any, ...]]:
@@ -251,38 +233,17 @@ def check_kernels(device: torch.device, fp8: bool = False) -> None:
             holds(kernel, device)
 
 
-def drop(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    module_hash: int,
-    thresholds: torch.Tensor,
-    factors: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """x (N, width) after dropout, in ``dtype``: what ``kept`` keeps, times its row's factor, else 0.
-
-    Args:
-        rows: and ``columns``, ``module_hash``, ``thresholds``: see ``kept``.
-        factors: of each row, float32 (N,).
-    """
-    result: torch.Tensor = _DROP(x, rows, columns, module_hash, thresholds, factors, dtype)
+def drop(x: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
+    """x (N, width) after dropout, in ``dtype``: what it keeps, times its row's factor, else 0."""
+    result: torch.Tensor = _DROP(x, dropout, dtype)
     return result
 
 
-def add_dropped(
-    y: torch.Tensor,
-    g: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    module_hash: int,
-    thresholds: torch.Tensor,
-    factors: torch.Tensor,
-) -> None:
+def add_dropped(y: torch.Tensor, g: torch.Tensor, dropout: Dropout) -> None:
     """Add ``drop`` of g (N, width) to y (N, width, contiguous) in place. The sum is rounded to y's dtype once."""
     if not y.is_contiguous():
         raise ValueError("y is not contiguous")
-    _ADD_DROPPED(y, g, rows, columns, module_hash, thresholds, factors)
+    _ADD_DROPPED(y, g, dropout)
 
 
 def dequantize_int8(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from raylora.model.kernel_inputs import E4M3_LARGEST, LEAST_SCALED, Dropout
+
 BLOCK = 1024
 """Numbers, or packed bytes, that one program of a kernel handles at a time."""
-E4M3_LARGEST = 448.0
-LEAST_SCALED = 1e-30
-"""Stands for the largest absolute value of a row of zeros."""
 
 
 @triton.jit
@@ -126,32 +125,20 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
         tl.store(y_ptr + column, (x * shrink).to(y_ptr.dtype.element_ty), mask=column < width)
 
 
-def drop(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    module_hash: int,
-    thresholds: torch.Tensor,
-    factors: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def drop(x: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _for_rows(_drop, x, y, rows, columns, thresholds, factors, x.shape[1], module_hash)
+    _for_rows(_drop, x, y, *_given(dropout), x.shape[1], dropout.module_hash)
     return y
 
 
-def add_dropped(
-    y: torch.Tensor,
-    g: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    module_hash: int,
-    thresholds: torch.Tensor,
-    factors: torch.Tensor,
-) -> torch.Tensor:
-    _for_rows(_add_dropped, y, g.contiguous(), rows, columns, thresholds, factors, y.shape[1], module_hash)
+def add_dropped(y: torch.Tensor, g: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    _for_rows(_add_dropped, y, g.contiguous(), *_given(dropout), y.shape[1], dropout.module_hash)
     return y
+
+
+def _given(dropout: Dropout) -> tuple[torch.Tensor, ...]:
+    return dropout.rows, dropout.columns, dropout.thresholds, dropout.factors
 
 
 def dequantize_int8(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -33,6 +33,7 @@ from raylora.errors import ErrorKind, PartialInputError, UserError
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.frozen import FrozenLayer, frozen_layer
+from raylora.model.kernel_inputs import Dropout
 from raylora.model.kernels import add_dropped, drop, kept
 from raylora.training.dropout import column_hashes, module_hash, threshold_of, token_hashes
 from raylora.training.grouped import add_outer_products, aligned, may_group, products, products_back
@@ -93,10 +94,10 @@ class PassRows:
             masks.append(kept(self.hashes[start:stop], columns, module_hash(module), threshold, width))
         return (masks[0] if len(masks) == 1 else torch.cat(masks)).view(torch.uint8)
 
-    def of_module(self, module: int, width: int) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor]:
-        """What ``kernels.drop`` is told of a module's input."""
+    def dropout(self, module: int, width: int) -> Dropout:
+        """Of a module's input; what it keeps is multiplied with LoRA's scaling too."""
         columns = column_hashes(width, self.hashes.device)
-        return self.hashes, columns, module_hash(module), self.thresholds, self.scales
+        return Dropout(self.hashes, columns, module_hash(module), self.thresholds, self.scales)
 
 
 class _AdaptedMatrix:
@@ -426,7 +427,7 @@ class _AdaptedProduct(torch.autograd.Function):
             else:
                 d_dropped = products_back(d_h, matrix.a, rows.adapter_ends)
                 if _is_scaled(rows):
-                    add_dropped(d_x, d_dropped, *rows.of_module(matrix.index, flat.shape[1]))
+                    add_dropped(d_x, d_dropped, rows.dropout(matrix.index, flat.shape[1]))
                 else:
                     d_x += d_dropped.mul_(masks[0]) if masks else d_dropped
             d_x = d_x.to(x.dtype).view(x.shape)
@@ -445,6 +446,6 @@ def _drop(
     if not rows.drops:
         return x.to(dtype), None
     if _is_scaled(rows):
-        return drop(x, *rows.of_module(matrix.index, x.shape[1]), dtype), None
+        return drop(x, rows.dropout(matrix.index, x.shape[1]), dtype), None
     mask = rows.mask(matrix.index, x.shape[1])
     return x.to(dtype) * mask, mask

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.model import kernels
+from raylora.model.kernel_inputs import Dropout
 from raylora.model.kernels import KERNELS, Kernel, fault_of, holds, kept, scramble, signed, spread_numbers
 
 pytest.importorskip("triton")
@@ -62,12 +63,12 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_dropout_keeps_what_the_plain_code_keeps(width, module, thresholds, dtype, wanted, seed):
     count = len(thresholds)
     x, limits = numbers(count, width, seed=seed).to(dtype), torch.tensor(thresholds, dtype=torch.int32, device=DEVICE)
-    given_ = *hashes(count, width), module, limits, torch.ones(count, device=DEVICE)
+    given_ = Dropout(*hashes(count, width), module, limits, torch.ones(count, device=DEVICE))
     keep = kept(*given_[:4], width)
-    assert_same(triton_kernels.drop(x, *given_, wanted), torch.where(keep, x, 0).to(wanted))
+    assert_same(triton_kernels.drop(x, given_, wanted), torch.where(keep, x, 0).to(wanted))
     sums = numbers(count, width, seed=seed + 1).to(wanted)
     expected = sums.float() + torch.where(keep, x, 0).float()
-    triton_kernels.add_dropped(sums, x, *given_)
+    triton_kernels.add_dropped(sums, x, given_)
     assert_same(sums, expected.to(wanted))
 
 
@@ -76,7 +77,7 @@ def test_each_row_has_its_own_share_and_factor(width):
     x = torch.ones(3, width, device=DEVICE)
     shares = torch.tensor([0.0, 0.25, 0.5], device=DEVICE)
     thresholds, factors = (shares * 2**16).int(), 1 / (1 - shares)
-    y = triton_kernels.drop(x, *hashes(3, width), 7, thresholds, factors, torch.float32)
+    y = triton_kernels.drop(x, Dropout(*hashes(3, width), 7, thresholds, factors), torch.float32)
     assert torch.equal(y[0], x[0])
     for row in (1, 2):
         assert set(y[row].tolist()) <= {0.0, float(factors[row])}
@@ -86,10 +87,11 @@ def test_each_row_has_its_own_share_and_factor(width):
 
 def test_dropout_of_rows_that_are_no_neighbours_in_memory():
     x = numbers(64, 6).t()
-    given_ = *hashes(6, 64), 3, torch.full((6,), 6554, dtype=torch.int32, device=DEVICE), torch.ones(6, device=DEVICE)
-    assert torch.equal(triton_kernels.drop(x, *given_, x.dtype), triton_kernels.drop(x.contiguous(), *given_, x.dtype))
+    thresholds = torch.full((6,), 6554, dtype=torch.int32, device=DEVICE)
+    given_ = Dropout(*hashes(6, 64), 3, thresholds, torch.ones(6, device=DEVICE))
+    assert torch.equal(triton_kernels.drop(x, given_, x.dtype), triton_kernels.drop(x.contiguous(), given_, x.dtype))
     with pytest.raises(ValueError, match="not contiguous"):
-        kernels.add_dropped(x, x.contiguous(), *given_)
+        kernels.add_dropped(x, x.contiguous(), given_)
 
 
 def test_the_public_functions_run_the_plain_code_on_a_cpu():
@@ -98,10 +100,11 @@ def test_the_public_functions_run_the_plain_code_on_a_cpu():
     keep = kept(rows, columns, 11, thresholds, 9)
     assert bool(keep[0].all())
     assert 0 < int(keep[1].sum()) < 9
-    y = kernels.drop(x, rows, columns, 11, thresholds, factors, torch.bfloat16)
+    given_ = Dropout(rows, columns, 11, thresholds, factors)
+    y = kernels.drop(x, given_, torch.bfloat16)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y.float(), keep * factors[:, None])
-    kernels.add_dropped(y, x, rows, columns, 11, thresholds, factors)
+    kernels.add_dropped(y, x, given_)
     assert torch.equal(y.float(), 2 * keep * factors[:, None])
 
 
@@ -162,8 +165,9 @@ def test_a_row_of_zeros_and_no_rows_stay_what_they_are():
     assert not triton_kernels.quantize_rows(torch.zeros(2, 16, device=DEVICE), None, torch.float32)[0].any()
     assert kernels.quantize_rows(torch.zeros(0, 16))[0].shape == (0, 16)
     assert triton_kernels.quantize_rows(torch.zeros(0, 16, device=DEVICE), None, torch.float32)[0].shape == (0, 16)
-    given_ = *hashes(0, 16), 3, torch.zeros(0, dtype=torch.int32, device=DEVICE), torch.ones(0, device=DEVICE)
-    assert triton_kernels.drop(torch.zeros(0, 16, device=DEVICE), *given_, torch.float32).shape == (0, 16)
+    thresholds = torch.zeros(0, dtype=torch.int32, device=DEVICE)
+    given_ = Dropout(*hashes(0, 16), 3, thresholds, torch.ones(0, device=DEVICE))
+    assert triton_kernels.drop(torch.zeros(0, 16, device=DEVICE), given_, torch.float32).shape == (0, 16)
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"quantize_rows"}))
@@ -171,8 +175,8 @@ def test_a_kernel_that_computes_the_same_is_found_to_do_so(name):
     assert fault_of(BY_NAME[name], DEVICE) == ""
 
 
-def wrong_by_one_hash(x: torch.Tensor, rows: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return triton_kernels.drop(x, rows + 1, *rest)
+def wrong_by_one_hash(x: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
+    return triton_kernels.drop(x, Dropout(dropout.rows + 1, *dropout[1:]), dtype)
 
 
 def one_row_late(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -183,8 +187,8 @@ def of_another_type(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return triton_kernels.drop(x, *rest).double()
 
 
-def does_not_compile(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return triton_kernels.drop(x, None, *rest[1:])
+def does_not_compile(x: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> torch.Tensor:
+    return triton_kernels.drop(x, Dropout(None, *dropout[1:]), dtype)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def keep_of(loaded, seed: int) -> torch.Tensor:
         products.hold(["default"])
         spans = [Span(0, 7, 0, seed), Span(7, 12, 0, seed + 1)]
         rows = products.rows_of(spans, 12).on(loaded.device)
-        return (drop(torch.ones(12, 64, device=loaded.device), *rows.of_module(0, 64), torch.float32) != 0).cpu()
+        return (drop(torch.ones(12, 64, device=loaded.device), rows.dropout(0, 64), torch.float32) != 0).cpu()
     finally:
         loaded.detach()
 
