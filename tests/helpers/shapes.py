@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
+from raylora.config import load_config
 from raylora.planning.hardware import Hardware, Kernels
+from raylora.planning.shape import Shape, shape_of
 
 
 def llama_3_8b(folder: Path) -> str:
@@ -18,6 +20,13 @@ def llama_3_8b(folder: Path) -> str:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     return str(folder)
+
+
+def shape_of_8b(folder: Path) -> Shape:
+    """Its shape, with adapters on the default modules."""
+    found = shape_of(llama_3_8b(folder), load_config(model="x").target_modules)
+    assert found is not None
+    return found
 
 
 def h200(kernels: Kernels) -> Hardware:

@@ -11,9 +11,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
 from raylora.config import Method
-from raylora.model.adapters import plain_weight
 from raylora.model.frozen import frozen_layer
 from raylora.model.nf4 import WeightOnly4bit, dequantize, make_weight_only
+from tests.helpers.quantized import assert_is_float_model
 from tests.helpers.tiny import load
 
 
@@ -90,21 +90,7 @@ def test_layers_behind_accelerates_hooks_and_copies_and_saved_ones_are_the_same(
 
 
 def test_a_model_in_4_bits_is_the_float_model_of_the_stored_weights(tiny_model_folder):
-    ours, plain = load(tiny_model_folder, "4bit"), load(tiny_model_folder, "none")
-    layers = {name: m for name, m in ours.model.named_modules() if isinstance(m, WeightOnly4bit)}
-    assert len(layers) == 14
-    for name, layer in layers.items():
-        plain.model.get_submodule(name).weight.data = plain_weight(layer)
-    ids, results = torch.arange(3, 35).reshape(2, 16), []
-    for loaded in (ours, plain):
-        parameters = loaded.attach(Method(lora_dropout=0.0), 0)
-        torch.manual_seed(0)
-        for parameter in parameters:
-            torch.nn.init.normal_(parameter, std=0.02)
-        loss = loaded.model(input_ids=ids, labels=ids).loss
-        results.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert_is_float_model(tiny_model_folder, "4bit", WeightOnly4bit)
 
 
 def test_peft_merges_an_adapter_into_it(tiny_model_folder):

@@ -23,7 +23,7 @@ from raylora.planning.shape import LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
 from raylora.training.gradients import GradientAccumulator, Job
 from tests.helpers.chunks import OPTIONS, write_dataset
-from tests.helpers.shapes import h200, llama_3_8b
+from tests.helpers.shapes import h200, llama_3_8b, shape_of_8b
 from tests.helpers.tiny import make_tokenizer
 
 CPU = hardware.Hardware("cpu", 4, 24 * 10**9, 1e11)
@@ -131,10 +131,7 @@ def test_tokens_that_are_run_are_counted(tmp_path):
 
 @pytest.fixture(scope="module")
 def of_8b(tmp_path_factory) -> Shape:
-    source = llama_3_8b(tmp_path_factory.mktemp("llama-3-8b"))
-    found = shape_of(source, load_config(model="x").target_modules)
-    assert found is not None
-    return found
+    return shape_of_8b(tmp_path_factory.mktemp("llama-3-8b"))
 
 
 def estimated(shape, kernels, storage, num_examples=1600, mean=117.8, num_together=1, questions=0, **options):

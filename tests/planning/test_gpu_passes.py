@@ -6,18 +6,14 @@ import dataclasses
 
 import pytest
 
-from raylora.config import load_config
 from raylora.planning.gpu_passes import is_graphed, pass_seconds, run_seconds
-from raylora.planning.shape import LLM_INT8, Shape, shape_of
-from tests.helpers.shapes import h200, llama_3_8b
+from raylora.planning.shape import LLM_INT8, Shape
+from tests.helpers.shapes import h200, shape_of_8b
 
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory) -> Shape:
-    source = llama_3_8b(tmp_path_factory.mktemp("llama-3-8b"))
-    found = shape_of(source, load_config(model="x").target_modules)
-    assert found is not None
-    return found
+    return shape_of_8b(tmp_path_factory.mktemp("llama-3-8b"))
 
 
 @pytest.mark.parametrize(
