@@ -48,7 +48,7 @@ def choose(folder: Path, num_questions: int, num_fewshot: int) -> tuple[list[Que
 
 def ask_raylora(loaded: LoadedModel, questions: Sequence[Question], shots: dict) -> np.ndarray:
     encoded = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
-    return evaluate(loaded.model, loaded.tokenizer, encoded).questions[LOGPROBS].to_numpy()
+    return evaluate(loaded, encoded).questions[LOGPROBS].to_numpy()
 
 
 def ask_harness(lm: Any, questions: Sequence[Question], shots: dict) -> np.ndarray:

@@ -21,7 +21,7 @@ from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_base
 from raylora.model.adapters import LoadedModel
-from raylora.model.loading import as_loaded, context_window, load_model, note_llm_int8
+from raylora.model.loading import as_loaded, borrowed, context_window, load_model, note_llm_int8
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example
 from raylora.rows import load_results
@@ -246,7 +246,8 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
     encoded = encode_questions(
         tokenizer, question_set.questions, question_set.shots, config.prompt_style, context_window(model), thinking
     )
-    score = evaluate(model, tokenizer, encoded, config.scoring, config.token_budget, thinking=thinking)
+    with borrowed(model, tokenizer) as loaded:
+        score = evaluate(loaded, encoded, config.scoring, config.token_budget, thinking=thinking)
     return {**summarize(score), "thinking": thinking, "questions": score.questions}
 
 

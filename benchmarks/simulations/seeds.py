@@ -130,7 +130,7 @@ def trained(num_seeds: int, num_questions: int) -> tuple[np.ndarray, np.ndarray]
     encoded = encode_questions(loaded.tokenizer, asked, {}, "harness", 2048)
 
     def answers() -> np.ndarray:
-        return evaluate(loaded.model, loaded.tokenizer, encoded).questions["correct"].to_numpy().astype(bool)
+        return evaluate(loaded, encoded).questions["correct"].to_numpy().astype(bool)
 
     method = Method(num_epochs=2, learning_rate=1e-2, max_length=128)
     dataset = read_dataset(DEMO_FOLDER / DEMO_CHUNK / "grounded_final.json")

@@ -101,9 +101,16 @@ def _supervised(labels: torch.Tensor, device: torch.device | str) -> tuple[torch
 
 
 def pack_rows(
-    rows: Sequence[Sequence[int]], device: torch.device | str, labels: Sequence[Sequence[int]] | None = None
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str,
+    labels: Sequence[Sequence[int]] | None = None,
+    start: int = 0,
 ) -> Minibatch:
-    """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/packing.py``)."""
+    """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/attention.py``).
+
+    Args:
+        start: the position of each row's first token: tokens of a prefix that the rows stand behind.
+    """
     lengths = tuple(len(row) for row in rows)
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     blocks = Blocks(send(ends, device), max(lengths), lengths)
@@ -111,7 +118,7 @@ def pack_rows(
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
         return torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
 
-    ids, positions = join(rows), join(range(n) for n in lengths)
+    ids, positions = join(rows), join(range(start, start + n) for n in lengths)
     targets, predicting = _supervised(join(labels), device) if labels is not None else (None, None)
     return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, blocks)
 

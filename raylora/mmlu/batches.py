@@ -8,7 +8,7 @@ questions are asked together, longest first: if memory runs out, it does at the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from raylora.data.encoding import common_prefix_length
@@ -59,7 +59,7 @@ def common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
     """How many tokens all prompts have in common at their beginning.
 
     It is less than the shortest prompt's length, as each row needs a token of its own to compute logits at; and 0 where
-    a choice has more than one token, as ``choice_logprobs`` scores such questions without a prefix.
+    a choice has more than one token, as such questions are scored without a prefix.
     """
     if len(encoded) < 2 or not all(e.single_token for e in encoded):
         return 0
@@ -68,14 +68,27 @@ def common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
     return min(common_prefix_length(first, last), min(len(e) for e in encoded) - 1)
 
 
-def batches_of(encoded: Sequence[EncodedQuestion], part: Part, budget: int) -> Iterator[Part]:
-    """A part cut into batches of at most ``budget`` padded tokens, the prefix left out; of one question at least."""
-    remaining = part.indices
-    while remaining:
-        width = max(1, len(encoded[remaining[0]]) - part.prefix_length)
-        num_questions = max(1, budget // width)
-        yield Part(remaining[:num_questions], part.prefix_length)
-        remaining = remaining[num_questions:]
+def batches_of(
+    encoded: Sequence[EncodedQuestion], part: Part, budget: int, width: Callable[[EncodedQuestion], int], packed: bool
+) -> Iterator[Part]:
+    """A part cut into batches of at most ``budget`` tokens, the prefix left out; of one question at least.
+
+    Args:
+        width: tokens that a question takes.
+        packed: a batch takes what its questions do together; else as if all were as long as its first, which is the
+            longest.
+    """
+    batch: list[int] = []
+    used = 0
+    for index in part.indices:
+        of_this = max(1, width(encoded[index]) - part.prefix_length)
+        used += of_this if packed or not batch else used // len(batch)
+        if batch and used > budget:
+            yield Part(batch, part.prefix_length)
+            batch, used = [], of_this
+        batch.append(index)
+    if batch:
+        yield Part(batch, part.prefix_length)
 
 
 def in_turn(batches: Sequence[Part], journal: Journal) -> Iterator[Part]:
@@ -84,16 +97,17 @@ def in_turn(batches: Sequence[Part], journal: Journal) -> Iterator[Part]:
     First those that no process has begun. The owner then also asks those that a helper has begun and not finished, as
     that helper may have died.
     """
-    numbers = range(len(batches))
+    numbers, asked = range(len(batches)), set()  # the answers to a batch come while the next one is asked
     # Helpers begin at the end: they and the owner claim the same batches only when few are left.
     for number in reversed(numbers) if journal.is_helper else numbers:
         if not journal.knows(batches[number].indices) and journal.claim(number):
+            asked.add(number)
             yield batches[number]
     if journal.is_helper:
         return
     journal.read_others()
     for number in reversed(numbers):
-        if not journal.knows(batches[number].indices):
+        if number not in asked and not journal.knows(batches[number].indices):
             journal.read_others()  # again: a helper may have finished it while the batch before was asked
             if not journal.knows(batches[number].indices):
                 yield batches[number]

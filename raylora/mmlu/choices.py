@@ -1,119 +1,214 @@
-"""Log-likelihoods of a question's four choices, from one forward pass.
+"""Asks a model questions: for the log-likelihoods of their choices, or for a written answer.
 
-    prefix (once a subject)                  | question        | padding
-    description, solved questions ...        | c0 c1 ...    cn | 0 0 0
-    keys and values, shared by all batches   |              ^ the output head is applied to this position only
-
-Rows are padded on the right. A token's position is then its index in the cache, by which sliding windows are counted;
-and no padding mask is needed, as causal attention never looks to the right.
+LetterRows      a row a question, the four letters' tokens behind it (``model/candidates.py``)
+ChoiceRows      where a choice has several tokens: a row for each choice, the log-likelihoods of its tokens added up
+WrittenAnswers  a text for each question, read afterwards
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-import torch
-import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+import numpy as np
 
-from raylora.data.minibatch import pad_left
-from raylora.mmlu.prompts import EncodedQuestion
-from raylora.model.forward import at_output_head
+from raylora.data.encoding import IGNORE_INDEX, pad_token_of
+from raylora.errors import ErrorKind, UserError
+from raylora.mmlu.answers import max_new_tokens, parse_answer, write_answers
+from raylora.mmlu.journal import Answer
+from raylora.mmlu.prompts import EncodedQuestion, Thinking
+from raylora.model.adapters import LoadedModel
+from raylora.model.candidates import CandidatePasses, Row
+from raylora.model.forward import Output, forward_rows
+from raylora.model.graphs import capture_of, free_what_others_need, make_room
+from raylora.model.memory import TokenBudget
+from raylora.model.packing import may_pack, window_of
 
-
-class _SharedLayer(DynamicLayer):
-    """A layer's cache that holds the keys and values of a prefix, (1, heads, P, D), and never changes.
-
-    Each forward pass puts a copy of them before each row of its batch. The result is not stored in the cache, so that
-    memory holds one layer's copies at a time, not all layers'.
-    """
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of prefix and batch, (B, heads, P + T, D)."""
-        shape = (len(key_states), -1, -1, -1)
-        keys = torch.cat([self.keys.expand(shape), key_states], dim=-2)
-        return keys, torch.cat([self.values.expand(shape), value_states], dim=-2)
+Read = Callable[[], list[Answer]]
+"""Returns a batch's answers, in its order; before that the device may still be at them."""
 
 
-class SharedPrefix:
-    """The keys and values of tokens that many prompts begin with.
+@dataclass(frozen=True)
+class Asked:
+    """A question, and who is asked."""
 
-    They are those of the adapter that is active when they are computed: with another one they must be computed anew.
-    """
-
-    def __init__(self, model: Any, ids: Sequence[int]) -> None:
-        self.length = len(ids)
-        # Made without the model's configuration, a cache keeps all tokens in every layer, in those with a sliding
-        # window too: there the attention masks hide the tokens outside the window.
-        cache = DynamicCache()
-        with _head_at(model, torch.tensor([0])):  # one position, as the logits are not used
-            model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-        layers = []
-        for layer in cache.layers:
-            shared = _SharedLayer()
-            shared.lazy_initialization(layer.keys, layer.values)
-            shared.keys, shared.values = layer.keys, layer.values
-            layers.append(shared)
-        self.cache = Cache(layers=layers)
+    question: EncodedQuestion
+    adapter: str | None = None
+    """The name of an attached adapter; None: the base."""
 
 
-def why_no_prefix(model: Any) -> str:
-    """Why this model cannot share the keys and values of a prefix; empty where it can."""
-    if getattr(model, "_is_stateful", False):
-        return "the model keeps a running state instead of keys and values"
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except Exception as error:  # noqa: BLE001 - configurations of models that know no such cache fail in many ways
-        return f"the model's cache cannot be made ({type(error).__name__})"
-    kinds = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-    return f"the model's cache has layers of another kind ({', '.join(sorted(kinds))})" if kinds else ""
+class Asker(Protocol):
+    """Asks a model questions in one of the ways."""
+
+    packed: bool
+    """Whether a batch takes as many tokens as its questions have, or as if all were as long as the longest."""
+    no_prefix: str
+    """Why no prefix is shared; empty where prefixes may be."""
+
+    def width(self, question: EncodedQuestion) -> int:
+        """Tokens whose keys and values a question takes memory for."""
+
+    def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Inside, questions can be asked.
+
+        Args:
+            longest_prefix: tokens that no shared prefix has more of.
+        """
+
+    def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
+        """Ask a batch, whose prompts begin with the same ``prefix_length`` tokens.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit (MemoryError or RuntimeError on a CPU).
+        """
+
+    def make_room(self) -> bool:
+        """Free what can be done without, as memory ran out; whether there was anything."""
 
 
-def choice_logprobs(
-    model: Any, batch: Sequence[EncodedQuestion], pad: int, prefix: SharedPrefix | None = None
-) -> list[list[float]]:
-    """Log-likelihoods (B, 4), in nats, of the four choices of each question.
+def asker_of(
+    loaded: LoadedModel,
+    encoded: Sequence[EncodedQuestion],
+    adapters: Sequence[str | None],
+    scoring: Literal["logits", "generate"],
+    thinking: Thinking,
+) -> Asker:
+    """What asks these questions.
 
     Args:
-        prefix: tokens that all these prompts begin with; they are not run again.
+        adapters: who is asked: attached adapters by name, and None for the base. One alone is active in the model.
+
+    Raises:
+        UserError: several are asked, and they cannot share passes.
     """
-    if not all(e.single_token for e in batch):
-        return [_whole_logprobs(model, e, pad) for e in batch]
-    skip = prefix.length if prefix else 0
-    lengths = [len(e) - skip for e in batch]
-    width = max(lengths)
-    ids = torch.full((len(batch), width), pad, dtype=torch.long)
-    for row, e in enumerate(batch):
-        ids[row, : lengths[row]] = torch.tensor(e.context_ids[skip:], dtype=torch.long)
-    inputs: dict[str, Any] = {"input_ids": ids.to(model.device), "use_cache": False}
-    if prefix:
-        positions = torch.arange(skip, skip + width, device=model.device)
-        inputs |= {"past_key_values": prefix.cache, "use_cache": True, "position_ids": positions[None]}
-    last = torch.tensor(lengths) - 1
-    with _head_at(model, last) as selected:
-        logits = model(**inputs).logits
-    logits = logits[:, 0] if selected else logits[torch.arange(len(batch)), last]  # (B, V)
-    choices = torch.tensor([[c[0] for c in e.continuations] for e in batch], device=logits.device)
-    return F.log_softmax(logits.float(), dim=-1).gather(1, choices).tolist()
+    if scoring == "logits" and all(question.single_token for question in encoded):
+        return LetterRows(loaded, encoded, adapters)
+    if len(adapters) > 1:
+        raise UserError("only letters of one token can be asked of several adapters at once", kind=ErrorKind.ADAPTER)
+    return WrittenAnswers(loaded, thinking) if scoring == "generate" else ChoiceRows(loaded)
 
 
-def _head_at(model: Any, last: torch.Tensor) -> contextlib.AbstractContextManager[bool]:
-    """Inside, the output head is applied to one position of each row only, ``last`` (B,)."""
-    return at_output_head(model, lambda states: states[torch.arange(len(states)), last][:, None])
+class LetterRows:
+    """One row a question; the log-likelihoods of the letters are those of the token behind it."""
+
+    def __init__(self, loaded: LoadedModel, encoded: Sequence[EncodedQuestion], adapters: Sequence[str | None]) -> None:
+        longest = max(map(len, encoded), default=0)
+        self.packed = may_pack(loaded, longest)
+        self.no_prefix = ""
+        if not self.packed:
+            self.no_prefix = (
+                "the model's rows cannot be packed: its attention sees more, or less, than their own tokens"
+            )
+        elif loaded.device.type == "cuda" and longest > window_of(loaded.model):
+            self.no_prefix = "the model's attention has a window that is shorter than a prompt"
+        self._loaded, self._adapters = loaded, [name for name in adapters if name is not None]
+        replaced = self.packed and self._adapters and loaded.has_plain_adapters
+        num_slots = len(adapters) if replaced else 0
+        if len(adapters) > 1 and not num_slots:
+            raise UserError("these adapters cannot share a pass over this model", kind=ErrorKind.ADAPTER)
+        capture = capture_of(loaded) if self.packed else None
+        key = (CandidatePasses, num_slots)
+        self._passes = loaded.kept.get(key) or CandidatePasses(loaded, num_slots, capture)
+        if capture is not None:
+            loaded.kept[key] = self._passes
+
+    def width(self, question: EncodedQuestion) -> int:
+        """See ``Asker``."""
+        return len(question)
+
+    @contextlib.contextmanager
+    def ready(self, longest_prefix: int = 0) -> Iterator[None]:
+        """See ``Asker``."""
+        with self._passes.ready(self._adapters, self.packed, longest_prefix):
+            yield
+        if self._passes.graphed.are_wanted and self._loaded.device.type == "cuda":
+            free_what_others_need(self._loaded)
+
+    def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
+        """See ``Asker``."""
+        prefix = batch[0].question.context_ids[:prefix_length]
+        pending = self._passes.run([self._row(asked, prefix_length) for asked in batch], prefix)
+        return lambda: [Answer(logprobs, int(np.argmax(logprobs))) for logprobs in pending.read()]
+
+    def _row(self, asked: Asked, prefix_length: int) -> Row:
+        question = asked.question
+        candidates = [continuation[0] for continuation in question.continuations]
+        return Row(question.context_ids[prefix_length:], candidates, self._passes.slot_of(asked.adapter))
+
+    def make_room(self) -> bool:
+        """See ``Asker``."""
+        return make_room(self._loaded, self._passes.graphed)
 
 
-def _whole_logprobs(model: Any, encoded: EncodedQuestion, pad: int) -> list[float]:
-    """Log-likelihoods (4,) where a choice has several tokens: the sum over its tokens, from a row for each choice."""
-    rows = [encoded.context_ids + c[:-1] for c in encoded.continuations]
-    inputs = pad_left(rows, pad, model.device)
-    keep = max(len(c) for c in encoded.continuations)
-    logits = model(**inputs.model_inputs(), logits_to_keep=keep, use_cache=False).logits
-    logprobs = F.log_softmax(logits.float(), dim=-1)
-    return [
-        float(logprobs[i, -len(c) :].gather(1, torch.tensor(c, device=logits.device)[:, None]).sum())
-        for i, c in enumerate(encoded.continuations)
-    ]
+class ChoiceRows:
+    """A row for each choice."""
+
+    packed = False
+    no_prefix = "choices have several tokens"
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+
+    def width(self, question: EncodedQuestion) -> int:
+        """See ``Asker``."""
+        return len(question.continuations) * (len(question) + max(map(len, question.continuations)))
+
+    def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
+        """See ``Asker``."""
+        return self._loaded.autocast()
+
+    def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
+        """See ``Asker``."""
+        pairs = [(asked.question.context_ids, c) for asked in batch for c in asked.question.continuations]
+        rows = [context + continuation for context, continuation in pairs]
+        labels = [[IGNORE_INDEX] * len(context) + continuation for context, continuation in pairs]
+        packed = may_pack(self._loaded, max(map(len, rows)))
+        sums = [0.0] * len(rows)
+
+        def use(part: list[int], output: Output) -> list[float]:
+            return [-float(losses.double().sum()) for losses in output.losses.split(output.num_losses)]
+
+        # All rows in one minibatch: whoever asks has cut them to what memory holds.
+        whole = TokenBudget(len(rows) * max(map(len, rows)))
+        for part, found in forward_rows(self._loaded, rows, labels, whole, use, packed=packed):
+            for i, logprob in zip(part, found, strict=True):
+                sums[i] = logprob
+        of_questions = [sums[i : i + 4] for i in range(0, len(sums), 4)]
+        return lambda: [Answer(logprobs, int(np.argmax(logprobs))) for logprobs in of_questions]
+
+    def make_room(self) -> bool:
+        """See ``Asker``."""
+        return False
+
+
+class WrittenAnswers:
+    """Texts that the model writes."""
+
+    packed = False
+    no_prefix = "answers are written, not chosen"
+
+    def __init__(self, loaded: LoadedModel, thinking: Thinking) -> None:
+        self._loaded, self._thinking = loaded, thinking
+
+    def width(self, question: EncodedQuestion) -> int:
+        """See ``Asker``."""
+        # Thoughts are as long as many prompts; ten tokens of an answer are not counted.
+        return len(question) + (max_new_tokens(self._thinking) if self._thinking == "on" else 0)
+
+    def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
+        """See ``Asker``."""
+        return self._loaded.autocast()
+
+    def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
+        """See ``Asker``."""
+        loaded, questions = self._loaded, [asked.question for asked in batch]
+        pad = pad_token_of(loaded.tokenizer)
+        texts = write_answers(loaded.model, loaded.tokenizer, questions, pad, self._thinking)
+        return lambda: [Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
+
+    def make_room(self) -> bool:
+        """See ``Asker``."""
+        return False

@@ -172,8 +172,7 @@ class Evaluator:
         """
         journal = Journal(_journal_folder(path), key)
         score = evaluate(
-            self.loaded.model,
-            self.loaded.tokenizer,
+            self.loaded,
             self.questions(base_key),
             self.config.scoring,
             self.config.token_budget,
@@ -206,8 +205,7 @@ class Evaluator:
             return 0
         num_before = len(journal.answers)
         answer(
-            self.loaded.model,
-            self.loaded.tokenizer,
+            self.loaded,
             self.questions(base_key),
             journal,
             self.config.scoring,

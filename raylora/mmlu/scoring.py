@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from raylora.data.encoding import pad_token_of
-from raylora.mmlu.answers import max_new_tokens, parse_answer, write_answers
+from raylora.errors import one_line
 from raylora.mmlu.batches import Part, batches_of, divide, in_turn
-from raylora.mmlu.choices import SharedPrefix, choice_logprobs, why_no_prefix
+from raylora.mmlu.choices import Asked, Asker, Read, asker_of
 from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.mmlu.questions import LETTERS
+from raylora.model.adapters import LoadedModel
+from raylora.model.attention import REFUSALS
 from raylora.model.forward import inference
-from raylora.model.memory import CPU_TOKEN_BUDGET, TokenBudget, free_gpu_bytes, tokens_that_fit
+from raylora.model.graphs import capture_of
+from raylora.model.memory import CPU_TOKEN_BUDGET, TokenBudget, free_gpu_bytes, is_out_of_memory, tokens_that_fit
 from raylora.model.onednn import onednn_linears
 from raylora.model.packing import is_exact
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
@@ -42,8 +44,7 @@ _INFO_KEY = b"raylora"
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    loaded: LoadedModel,
     encoded: Sequence[EncodedQuestion],
     scoring: Literal["logits", "generate"] = "logits",
     token_budget: int | None = None,
@@ -51,12 +52,12 @@ def evaluate(
     journal: Journal | None = None,
     thinking: Thinking = "",
 ) -> Score:
-    """Evaluate ``model``, with the adapter that is active in it, on every question.
+    """Evaluate the model, with the adapter that is active in it, on every question.
 
     Args:
         scoring: ``logits``: the choice of the highest log-likelihood; ``generate``: the choice that a generated text
             names.
-        token_budget: padded tokens in a batch; None: 512 on a CPU, what the free memory holds on a GPU.
+        token_budget: tokens in a batch; None: 512 on a CPU, what the free memory holds on a GPU.
         journal: where answers are kept as they come; questions it has answers to are not asked again. The caller
             removes it.
         thinking: what the questions were encoded with.
@@ -69,7 +70,7 @@ def evaluate(
     """
     journal = journal or Journal(None, "")
     started, num_resumed = time.perf_counter(), len(journal.answers)
-    evaluation = answer(model, tokenizer, encoded, journal, scoring, token_budget, progress, thinking)
+    evaluation = answer(loaded, encoded, journal, scoring, token_budget, progress, thinking)
     seconds = time.perf_counter() - started
     rows = [_row(encoded[i], journal.answers[i], written=scoring == "generate") for i in range(len(encoded))]
     with_prefix = [part for part in evaluation.parts if part.prefix_length]
@@ -102,8 +103,7 @@ class _Evaluation:
 
 
 def answer(
-    model: Any,
-    tokenizer: Any,
+    loaded: LoadedModel,
     encoded: Sequence[EncodedQuestion],
     journal: Journal,
     scoring: Literal["logits", "generate"] = "logits",
@@ -118,116 +118,120 @@ def answer(
     Raises:
         torch.OutOfMemoryError: a single question does not fit (MemoryError or RuntimeError on a CPU).
     """
-    pad = pad_token_of(tokenizer)
-    with _for_questions(model):
+    asked = [Asked(question, loaded.serving) for question in encoded]
+    with _for_questions(loaded):
+        asker = asker_of(loaded, encoded, [loaded.serving], scoring, thinking)
         # Batches are always cut to the first budget: processes that share a journal, and a run that continues one, must
         # agree on them. Where memory runs out, a batch is asked in pieces of the reduced budget.
-        cut = journal.budget or token_budget or find_token_budget(model, encoded, pad)
+        cut = journal.budget or token_budget or find_token_budget(loaded, asker, asked)
         budget = TokenBudget(journal.reduced or cut)
         journal.open(cut, budget.tokens)
-        no_prefix = "answers are written, not chosen" if scoring == "generate" else why_no_prefix(model)
-        parts = divide(encoded, math.inf if no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
-        prefix = _LastPrefix(model, encoded)
-        if any(part.prefix_length for part in parts) and not _prefix_agrees(model, encoded, parts, pad, prefix):
-            no_prefix = "the model answers differently behind a shared prefix"
-            parts = divide(encoded, math.inf)
-        batches = [batch for part in parts for batch in batches_of(encoded, part, cut)]
-        for batch in in_turn(batches, journal):
-            for answers in _ask(model, tokenizer, encoded, batch, scoring, thinking, pad, budget, prefix):
+        parts, no_prefix = _parts(loaded, asker, asked, cut)
+        batches = [batch for part in parts for batch in batches_of(encoded, part, cut, asker.width, asker.packed)]
+        with asker.ready(max(part.prefix_length for part in parts) if parts else 0):
+            for answers in ask_all(asker, asked, in_turn(batches, journal), budget):
                 journal.add(answers)
                 work_counts.questions += len(answers)
                 progress(ProgressStage.MMLU, len(journal.answers), len(encoded))
-            if budget.tokens != journal.reduced:
-                journal.open(cut, budget.tokens)
+                if budget.tokens != journal.reduced:
+                    journal.open(cut, budget.tokens)
     return _Evaluation(parts, budget, no_prefix)
 
 
-class _LastPrefix:
-    """The shared prefix that was used last. One is enough, as all batches of a part are asked one after another."""
-
-    def __init__(self, model: Any, encoded: Sequence[EncodedQuestion]) -> None:
-        self._model, self._encoded = model, encoded
-        self._ids: Sequence[int] = ()
-        self._shared: SharedPrefix | None = None
-
-    def of(self, batch: Part) -> SharedPrefix | None:
-        """The keys and values of the batch's prefix; None where it has none."""
-        ids = self._encoded[batch.indices[0]].context_ids[: batch.prefix_length]
-        if ids != self._ids:
-            self._shared = None  # so that the old one's memory is free when the new one is computed
-            self._ids, self._shared = ids, SharedPrefix(self._model, ids) if ids else None
-        return self._shared if ids else None
-
-
-def _ask(
-    model: Any,
-    tokenizer: Any,
-    encoded: Sequence[EncodedQuestion],
-    batch: Part,
-    scoring: Literal["logits", "generate"],
-    thinking: Thinking,
-    pad: int,
-    budget: TokenBudget,
-    prefix: _LastPrefix,
+def ask_all(
+    asker: Asker, asked: Sequence[Asked], batches: Iterable[Part], budget: TokenBudget
 ) -> Iterator[dict[int, Answer]]:
-    """Answers of a batch, by question index: all at once, or piece by piece where memory does not hold the batch."""
-    # All questions count as long as the first, as in ``batches_of``: a batch is whole until memory runs out.
-    width = max(1, len(encoded[batch.indices[0]]) - batch.prefix_length)
-    if thinking == "on":
-        width += max_new_tokens(thinking)  # as much as many prompts: their keys and values need room, too
+    """Ask batches one after another; the answers to one are fetched while the device is at the next.
 
-    def run(indices: list[int]) -> list[Answer]:
-        questions = [encoded[i] for i in indices]
-        if scoring == "generate":
-            texts = write_answers(model, tokenizer, questions, pad, thinking)
-            return [Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
-        logprobs = choice_logprobs(model, questions, pad, prefix.of(batch))
-        return [Answer(of_choices, int(np.argmax(of_choices))) for of_choices in logprobs]
+    Yields:
+        Answers by index: of a whole batch, or of a piece of it where memory does not hold it.
+    """
+    late: list[tuple[list[int], Read]] = []
+    for batch in batches:
+        # All questions count as long as the first where rows are padded, as in ``batches_of``: a batch is whole until
+        # memory runs out.
+        longest = batch.indices[:1]
+        widths = {i: _width(asker, asked, i if asker.packed else longest[0], batch) for i in batch.indices}
 
-    for indices, answers in budget.pieces(batch.indices, lambda _: width, run):
-        yield dict(zip(indices, answers, strict=True))
+        def run(indices: list[int], prefix_length: int = batch.prefix_length) -> Read:
+            return asker.ask([asked[i] for i in indices], prefix_length)
+
+        for piece in budget.pieces(
+            batch.indices, widths.__getitem__, run, packed=asker.packed, make_room=asker.make_room
+        ):
+            late.append(piece)
+            if len(late) > 1:
+                yield _read(late.pop(0))
+    for piece in late:
+        yield _read(piece)
 
 
-def _prefix_agrees(
-    model: Any, encoded: Sequence[EncodedQuestion], parts: Sequence[Part], pad: int, prefix: _LastPrefix
-) -> bool:
+def _read(piece: tuple[list[int], Read]) -> dict[int, Answer]:
+    indices, read = piece
+    return dict(zip(indices, read(), strict=True))
+
+
+def _width(asker: Asker, asked: Sequence[Asked], index: int, batch: Part) -> int:
+    """Tokens that a question of a batch takes."""
+    return max(1, asker.width(asked[index].question) - batch.prefix_length)
+
+
+def _parts(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], cut: int) -> tuple[list[Part], str]:
+    """How questions are divided, and why no prefix is shared."""
+    encoded = [a.question for a in asked]
+    parts = divide(encoded, math.inf if asker.no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
+    with_prefix = [part for part in parts if part.prefix_length]
+    if not with_prefix:
+        return parts, asker.no_prefix
+    try:
+        if _prefix_agrees(loaded, asker, asked, with_prefix[0]):
+            return parts, ""
+        reason = "the model answers differently behind a shared prefix"
+    except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"the model's attention has no place for one ({one_line(error)})"
+    return divide(encoded, math.inf), reason
+
+
+def _prefix_agrees(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], part: Part) -> bool:
     """Whether a question gets the same log-likelihoods with and without a shared prefix.
 
-    Some models' code mishandles a cache that is filled before the batch, so it is tried: on the shortest question of
-    the first part with a prefix. The first batches need that prefix anyway, so it is not computed for the check alone.
+    Some models' code counts positions in another way behind one, so it is tried: on the shortest question of a part.
     """
-    part = next(p for p in parts if p.prefix_length)
-    question = [encoded[part.indices[-1]]]
-    (shared,), (alone,) = choice_logprobs(model, question, pad, prefix.of(part)), choice_logprobs(model, question, pad)
+    question = [asked[part.indices[-1]]]
+    with asker.ready(part.prefix_length):
+        (shared,), (alone,) = asker.ask(question, part.prefix_length)(), asker.ask(question)()
     # The numbers of LLM.int8 and of half precision change a little with a batch's shape; a wrong mask changes them by
     # several nats.
-    return bool(np.abs(np.subtract(shared, alone)).max() < (1e-3 if is_exact(model) else 0.5))
+    tolerance = 1e-3 if is_exact(loaded.model) else 0.5
+    return bool(np.abs(np.subtract(shared.logprobs, alone.logprobs)).max() < tolerance)
 
 
-def find_token_budget(model: Any, encoded: Sequence[EncodedQuestion], pad: int) -> int:
-    """How many padded tokens a batch may have: 512 on a CPU, on a GPU as many as its free memory holds.
+def find_token_budget(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked]) -> int:
+    """How many tokens a batch may have: 512 on a CPU, on a GPU as many as its free memory holds.
 
     On a GPU the longest prompt is run once, to measure the memory of a token. The result is rounded down to a power of
     two, so that machines of the same kind cut the same batches although their free memory differs a little: in half
     precision, and with LLM.int8, the log-likelihoods depend a little on the batch (benchmarks/NOTES.md).
     """
-    if model.device.type != "cuda" or not encoded:
+    device = loaded.device
+    if device.type != "cuda" or not asked:
         return CPU_TOKEN_BUDGET
-    longest = max(encoded, key=len)
-    device = model.device
+    longest = max(asked, key=lambda a: len(a.question))
     torch.cuda.reset_peak_memory_stats(device)
     bytes_before = torch.cuda.memory_allocated(device)
-    choice_logprobs(model, [longest], pad)
-    bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / len(longest)
-    return 1 << (tokens_that_fit(bytes_a_token, free_gpu_bytes(device)).bit_length() - 1)
+    with asker.ready():
+        asker.ask([longest])()
+    bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / asker.width(longest.question)
+    captured = capture_of(loaded) is not None
+    return 1 << (tokens_that_fit(bytes_a_token, free_gpu_bytes(device), captured).bit_length() - 1)
 
 
 @contextlib.contextmanager
-def _for_questions(model: Any) -> Iterator[None]:
-    """Inside, ``model`` is set up for questions: eval mode, mixed precision on a GPU, oneDNN on a CPU."""
-    # An adapter's float32 matrices are multiplied in bfloat16 on a GPU, as they were in training.
-    autocast = torch.autocast("cuda", dtype=model.dtype) if model.device.type == "cuda" else contextlib.nullcontext()
-    with inference(model), autocast, onednn_linears(model, CPU_TOKEN_BUDGET):
+def _for_questions(loaded: LoadedModel) -> Iterator[None]:
+    """Inside, the model is set up for questions: eval mode, and oneDNN on a CPU."""
+    with inference(loaded.model), onednn_linears(loaded.model, CPU_TOKEN_BUDGET):
         yield
 
 

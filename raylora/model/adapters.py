@@ -48,6 +48,8 @@ class LoadedModel:
     """The model before PEFT wrapped it; None where it is not wrapped."""
     _plain: bool = field(default=True, repr=False)
     """Whether the attached adapters are LoRA and nothing more."""
+    _is_base: bool = field(default=False, repr=False)
+    """Whether they are switched off."""
     _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
     """Frobenius norms of the adapted modules' frozen weights, by module name: they never change."""
     _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
@@ -199,6 +201,21 @@ class LoadedModel:
             raise UserError(f"{folder}: is {kind}: {ONLY_IN_LAYERS}")
 
     @property
+    def serving(self) -> str | None:
+        """The name of the adapter that the model computes with now; None: it computes as the base does.
+
+        A caller's own adapters are not known here.
+        """
+        if self._peft is None or not self._peft.peft_config or self._is_base:
+            return None
+        return self.active_adapter
+
+    @property
+    def has_plain_adapters(self) -> bool:
+        """Whether the attached adapters are LoRA and nothing more."""
+        return self._plain
+
+    @property
     def active_adapter(self) -> str:
         """The name of the adapter that the model computes with."""
         return str(self._peft.active_adapter)
@@ -280,9 +297,13 @@ class LoadedModel:
         """Inside, the attached adapters are switched off: the model computes as the base does."""
         if self._peft is None or not self._peft.peft_config:
             yield
-        else:
+            return
+        before, self._is_base = self._is_base, True
+        try:
             with self._peft.disable_adapter():
                 yield
+        finally:
+            self._is_base = before
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision on a GPU: an adapter's parameters are float32, its products bfloat16. Nothing on a CPU."""

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from raylora.data.encoding import IGNORE_INDEX, pad_token_of
 from raylora.data.minibatch import Minibatch, collate, send
 from raylora.model.adapters import LoadedModel
+from raylora.model.attention import REFUSALS, attention_in_blocks
 from raylora.model.memory import TokenBudget
-from raylora.model.packing import REFUSALS, attention_in_blocks
 
 T = TypeVar("T")
 CPU_LOGITS = 2**22

@@ -2,7 +2,7 @@
 
 A layer of quantized or reordered weights has two methods, ``multiply`` and ``multiply_back``, which know nothing of
 autograd: its forward pass is ``FrozenProduct``, and a training puts both into one autograd function with an adapter's
-products, whose gradient is then added in place (``training/adapter_products.py``).
+products, whose gradient is then added in place (``model/adapter_products.py``).
 
 N tokens; a matrix has ``in`` inputs and ``out`` outputs.
 """

@@ -1,6 +1,6 @@
 """What Triton's kernels compute on a GPU, each beside plain code that computes the same anywhere.
 
-Dropout is a hash of a number's row, column and module (``training/dropout.py``): nothing of it is kept for the
+Dropout is a hash of a number's row, column and module (``model/dropout.py``): nothing of it is kept for the
 backward pass, which makes it again. As torch's operations on int32 it was a third of the kernels of a training's pass,
 and 60 to 90 of its 227 ms on an H200; as one kernel, 8 ms.
 

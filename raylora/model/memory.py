@@ -212,6 +212,7 @@ class TokenBudget:
         run: Callable[[list[ItemT]], T],
         start_over: Callable[[], object] | None = None,
         packed: bool = False,
+        make_room: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[list[ItemT], T]]:
         """Run ``items`` in minibatches, longest first; where memory runs out, the rest is cut smaller and run.
 
@@ -219,6 +220,7 @@ class TokenBudget:
             run: called with the items of a minibatch; must not return None.
             start_over: for work that adds up over all minibatches, such as a gradient: called before the first one,
                 and again where memory ran out, after which every item is run again.
+            make_room: see ``attempt``.
 
         Yields:
             The items of each minibatch, and what ``run`` returned. With ``start_over``, a minibatch may come twice.
@@ -232,7 +234,7 @@ class TokenBudget:
             if start_over:
                 start_over()
             for part in self.cut(remaining, length, packed):
-                result = self.attempt(functools.partial(run, part))
+                result = self.attempt(functools.partial(run, part), make_room)
                 if result is None:
                     done = set() if start_over else done
                     break

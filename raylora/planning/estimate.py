@@ -24,6 +24,7 @@ from raylora.mmlu.prompts import harness_prompt
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.device import compute_dtype
 from raylora.model.forward import GPU_LOGITS
+from raylora.model.graphs import fixed_size, largest_size
 from raylora.model.loading import load_tokenizer
 from raylora.model.memory import (
     COPIES_MEMORY_SHARE,
@@ -42,7 +43,6 @@ from raylora.planning.hardware import Hardware, hardware_of
 from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
 from raylora.training.gradients import MOST_GROUPS
-from raylora.training.pass_inputs import fixed_size, largest_size
 from raylora.training.slots import adapters_that_fit
 
 ADAPTER_BYTES = 16

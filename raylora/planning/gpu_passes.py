@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from raylora.model.graphs import fixed_size
 from raylora.planning.hardware import Hardware, Kernels
 from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape
-from raylora.training.pass_inputs import fixed_size
 
 PRODUCTS_SHARE = 0.93
 """Share of the rate of an 8192-cubed product that the base's products reach: 298 ms of 320, in a pass of 8,166."""

@@ -20,24 +20,16 @@ import torch
 from raylora.config import Method
 from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_token_of, supervised_counts
 from raylora.errors import PartialInputError
+from raylora.model.adapter_products import check_may_share
 from raylora.model.adapters import LoadedModel
+from raylora.model.attention import attention_in_blocks
 from raylora.model.device import peak_memory_bytes
+from raylora.model.dropout import mix
 from raylora.model.forward import head_is_plain
+from raylora.model.graphs import SMALLEST, Capture, capture_of, free_what_others_need, largest_size, make_room
 from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
-from raylora.model.packing import attention_in_blocks, may_pack
-from raylora.training.adapter_products import check_may_share
-from raylora.training.dropout import mix
-from raylora.training.graphs import Capture, capture_of, free_what_others_need, make_room
-from raylora.training.pass_inputs import (
-    SMALLEST,
-    Example,
-    PassInputs,
-    PassSize,
-    align_groups,
-    largest_size,
-    make_inputs,
-    size_of,
-)
+from raylora.model.packing import may_pack
+from raylora.training.pass_inputs import Example, PassInputs, PassSize, align_groups, make_inputs, size_of
 from raylora.training.passes import Passes
 
 log = logging.getLogger("raylora")

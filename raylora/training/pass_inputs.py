@@ -9,25 +9,17 @@ It is made on the host, and sent to the device at once or copied into the tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from raylora.data.encoding import IGNORE_INDEX
-from raylora.data.minibatch import Blocks, Minibatch, collate, send
-from raylora.training.adapter_products import AdapterProducts, PassRows, Span
-
-T = TypeVar("T")
-SMALLEST = 512
-"""Tokens of the smallest pass that is captured."""
-LONGEST_BLOCKS = (512, 2048)
-"""What the longest block of a captured pass is rounded up to. The kernel of attention is launched for blocks of that
-length: of all 8,192 tokens, a million thread blocks would start in each layer to do nothing."""
-TOKENS_A_BLOCK = 32
-"""A captured pass has room for one block in so many tokens."""
+from raylora.data.minibatch import Blocks, Minibatch, collate
+from raylora.model.adapted_product import PassRows
+from raylora.model.adapter_products import AdapterProducts, Span
+from raylora.model.graphs import LONGEST_BLOCKS, TOKENS_A_BLOCK, TensorRecord, fixed_size
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ class PassSize:
 
 
 @dataclass(frozen=True)
-class PassInputs:
+class PassInputs(TensorRecord):
     """Tensors of one pass: T tokens, L labels, G groups."""
 
     batch: Minibatch
@@ -75,37 +67,13 @@ class PassInputs:
     rows: PassRows
 
     def to(self, device: torch.device) -> PassInputs:
-        moved = _with_tensors(self, lambda tensor: send(tensor, device))
+        """The same on a device; the ends of groups stay on the host where the device has no one product for them."""
+        moved = super().to(device)
         if self.batch.blocks is not None and not self.rows.by_group:
             return moved
         # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
         rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
         return replace(moved, rows=rows)
-
-    def fill(self, others: PassInputs) -> None:
-        """Copy the numbers of ``others``, which has the same size, into these tensors."""
-        for mine, theirs in zip(_tensors(self), _tensors(others), strict=True):
-            assert mine.shape == theirs.shape
-            mine.copy_(theirs.pin_memory() if mine.is_cuda else theirs, non_blocking=True)
-
-
-def fixed_size(num_tokens: int) -> int:
-    """The least fixed size of a pass that holds so many tokens: four sizes in each doubling, from 512 on.
-
-    A pass is then filled up by 10% on average. Each size is captured for itself.
-    """
-    base = SMALLEST
-    while 2 * base < num_tokens:
-        base *= 2
-    return next(size for k in (4, 5, 6, 7, 8) if (size := base * k // 4) >= num_tokens)
-
-
-def largest_size(num_tokens: int) -> int:
-    """The largest fixed size of at most so many tokens; the smallest one if there is none."""
-    size = SMALLEST
-    while fixed_size(size + 1) <= num_tokens:
-        size = fixed_size(size + 1)
-    return size
 
 
 def size_of(examples: Sequence[Example], drops: bool) -> PassSize | None:
@@ -188,22 +156,3 @@ def _with_fixed_counts(inputs: PassInputs, size: PassSize) -> PassInputs:
     weights = F.pad(inputs.weights, (0, size.labels - len(inputs.weights)))
     batch = replace(batch, targets=targets, predicting=predicting, blocks=Blocks(ends, size.longest))
     return PassInputs(batch, weights, groups, inputs.rows)
-
-
-def _tensors(record: Any) -> list[torch.Tensor]:
-    """All tensors of a dataclass, those of the dataclasses in it too."""
-    values = [getattr(record, field.name) for field in fields(record)]
-    found = [_tensors(value) if is_dataclass(value) else [value] for value in values]
-    return [value for part in found for value in part if isinstance(value, torch.Tensor)]
-
-
-def _with_tensors(record: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
-    """A dataclass with each of its tensors changed, those of the dataclasses in it too."""
-    changed: dict[str, Any] = {}
-    for field in fields(record):  # type: ignore[arg-type]
-        value = getattr(record, field.name)
-        if is_dataclass(value):
-            changed[field.name] = _with_tensors(value, change)
-        elif isinstance(value, torch.Tensor):
-            changed[field.name] = change(value)
-    return replace(record, **changed)  # type: ignore[type-var]

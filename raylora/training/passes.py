@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from raylora.model.adapter_products import AdapterProducts
 from raylora.model.adapters import LoadedModel
 from raylora.model.forward import token_losses
-from raylora.training.adapter_products import AdapterProducts
-from raylora.training.graphs import Capture, GraphedPasses
+from raylora.model.graphs import Capture, GraphedPasses
 from raylora.training.pass_inputs import PassInputs
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from raylora.mmlu.prompts import encode_questions
+from raylora.mmlu.scoring import evaluate
+from raylora.model.loading import borrowed
 from raylora.records import Question
 
 LOGPROBS = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
@@ -27,6 +29,12 @@ def as_dicts(questions: list[Question]) -> list[dict]:
         {"question": q.question, "choices": list(q.choices), "answer": q.answer, "subject": q.subject}
         for q in questions
     ]
+
+
+def ask(model, tokenizer, encoded, *args, **options):
+    """The score of a model that is not raylora's."""
+    with borrowed(model, tokenizer) as loaded:
+        return evaluate(loaded, encoded, *args, **options)
 
 
 def encode(tokenizer, questions=None, shots=None, style="harness", max_length=2048):

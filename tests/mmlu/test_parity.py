@@ -14,7 +14,7 @@ from raylora.mmlu.questions import load_questions
 from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from tests.helpers import harness
-from tests.helpers.questions import LOGPROBS
+from tests.helpers.questions import LOGPROBS, ask
 
 SETTINGS = [f"{who}/{style}/{n}" for who in ("base", "adapter") for style in ("harness", "chat") for n in harness.SHOTS]
 
@@ -29,10 +29,10 @@ def reference_set(shared_data):
     return harness.reference_questions(shared_data)
 
 
-def ask(loaded, questions, dev, style, n):
+def ask_smollm2(loaded, questions, dev, style, n):
     shots = {subject: group[:n] for subject, group in dev.items()}
     encoded = encode_questions(loaded.tokenizer, questions, shots, style, 8192)
-    return evaluate(loaded.model, loaded.tokenizer, encoded)
+    return evaluate(loaded, encoded)
 
 
 def assert_agrees(score, reference: dict[str, list[float]]) -> None:
@@ -62,7 +62,7 @@ def test_accuracies_and_standard_errors_are_the_harness_own(tiny_model, tokenize
     questions = [q for q in everything if q in questions]  # in the file's order, as the harness reads its own
     lm = harness.make_lm(tiny_model, tokenizer, batch_size=16)
     logprobs, results = harness.run_harness(lm, harness.write_tasks(tmp_path, questions, {}), 0)
-    score = evaluate(tiny_model, tokenizer, encode_questions(tokenizer, questions, {}, "harness", 2048))
+    score = ask(tiny_model, tokenizer, encode_questions(tokenizer, questions, {}, "harness", 2048))
     assert_agrees(score, logprobs)
     ours = summarize(score)
     pairs = {f"mmlu_{s}": v for s, v in ours["subjects"].items()} | {f"mmlu_{g}": v for g, v in ours["groups"].items()}
@@ -117,20 +117,20 @@ def test_a_prompt_longer_than_the_window_scores_as_in_the_harness(tiny_model, to
     found = harness.score_strings(lm, questions, [f"{harness_prompt(q, [])} " for q in questions])
     encoded = encode_questions(tokenizer, questions, {}, "harness", 60)
     assert sum(e.num_truncated > 0 for e in encoded) > 50
-    assert_agrees(evaluate(tiny_model, tokenizer, encoded), found)
+    assert_agrees(ask(tiny_model, tokenizer, encoded), found)
 
 
 @pytest.mark.slow
 def test_zero_shot_agrees_with_what_was_recorded(smollm2, recorded, reference_set):
     questions, dev = reference_set
-    score = ask(smollm2, questions, dev, "harness", 0)
+    score = ask_smollm2(smollm2, questions, dev, "harness", 0)
     assert len(score.questions) == 57
     assert_agrees(score, recorded["base/harness/0"])
 
 
 def test_five_shots_agree_with_what_was_recorded(smollm2, recorded, reference_set):
     questions, dev = reference_set
-    assert_agrees(ask(smollm2, questions[::12], dev, "harness", 5), recorded["base/harness/5"])
+    assert_agrees(ask_smollm2(smollm2, questions[::12], dev, "harness", 5), recorded["base/harness/5"])
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_every_setting_agrees_with_what_was_recorded(smollm2, recorded, referenc
     who, style, n = setting.split("/")
     questions, dev = reference_set
     with harness.fixed_adapter(smollm2) if who == "adapter" else nullcontext():
-        score = ask(smollm2, questions, dev, style, int(n))
+        score = ask_smollm2(smollm2, questions, dev, style, int(n))
     assert set(score.questions["question_id"]) == set(recorded[setting])
     assert_agrees(score, recorded[setting])
 

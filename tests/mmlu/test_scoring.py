@@ -9,7 +9,7 @@ import torch
 
 from raylora.mmlu.scoring import evaluate, find_token_budget, load_score, save_score
 from raylora.model.memory import GPU_TOKEN_BUDGET
-from tests.helpers.questions import LOGPROBS, encode
+from tests.helpers.questions import LOGPROBS, ask, encode
 from tests.helpers.tiny import load, make_model
 
 # Scores
@@ -27,7 +27,7 @@ def plain_logprob(model, context, continuation):
 @pytest.mark.parametrize("token_budget", [1, 300, 100_000])
 def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model, tokenizer, style, token_budget):
     encoded = encode(tokenizer, style=style)
-    score = evaluate(tiny_model, tokenizer, encoded, token_budget=token_budget)
+    score = ask(tiny_model, tokenizer, encoded, token_budget=token_budget)
     columns = ["logprob_a", "logprob_b", "logprob_c", "logprob_d"]
     expected = [[plain_logprob(tiny_model, e.context_ids, c) for c in e.continuations] for e in encoded]
     np.testing.assert_allclose(score.questions[columns].to_numpy(), expected, atol=1e-4)
@@ -37,7 +37,7 @@ def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model
 
 def of_budgets(loaded, encoded) -> list[np.ndarray]:
     """Log-likelihoods (N, 4) of all questions, for batches of 128, 512 and 2048 padded tokens."""
-    scores = [evaluate(loaded.model, loaded.tokenizer, encoded, token_budget=budget) for budget in (128, 512, 2048)]
+    scores = [evaluate(loaded, encoded, token_budget=budget) for budget in (128, 512, 2048)]
     return [score.questions[LOGPROBS].to_numpy() for score in scores]
 
 
@@ -58,7 +58,7 @@ def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
     from dataclasses import replace
 
     encoded = [replace(e, continuations=[[5, 6], [7], [5, 9, 11], [8]]) for e in encode(tokenizer)]
-    score = evaluate(tiny_model, tokenizer, encoded)
+    score = ask(tiny_model, tokenizer, encoded)
     for e, row in zip(encoded, score.questions.itertuples(), strict=True):
         expected = [plain_logprob(tiny_model, e.context_ids, c) for c in e.continuations]
         assert [row.logprob_a, row.logprob_b, row.logprob_c, row.logprob_d] == pytest.approx(expected, abs=1e-4)
@@ -66,18 +66,17 @@ def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("scoring", ["logits", "generate"])
 def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_model, tokenizer, scoring):
-    limit, calls = 1, []
+    encoded = encode(tokenizer)
+    limit = max(map(len, encoded))
 
     def refuse_large_batches(module, args, kwargs):
-        calls.append(len(kwargs["input_ids"]))
-        if calls[-1] > limit:
+        if kwargs["input_ids"].numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    encoded = encode(tokenizer)
-    expected = evaluate(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
+    expected = ask(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
     hook = tiny_model.register_forward_pre_hook(refuse_large_batches, with_kwargs=True)
     try:
-        score = evaluate(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
+        score = ask(tiny_model, tokenizer, encoded, scoring, token_budget=4096)
     finally:
         hook.remove()
     assert score.info["num_oom_backoffs"] >= 2
@@ -86,13 +85,13 @@ def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_mode
     hook = tiny_model.register_forward_pre_hook(refuse_large_batches, with_kwargs=True)
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            evaluate(tiny_model, tokenizer, encoded, scoring)
+            ask(tiny_model, tokenizer, encoded, scoring)
     finally:
         hook.remove()
 
 
 def test_generate_counts_what_it_cannot_read_as_wrong(tiny_model, tokenizer):
-    score = evaluate(tiny_model, tokenizer, encode(tokenizer), "generate")
+    score = ask(tiny_model, tokenizer, encode(tokenizer), "generate")
     unparsed = score.questions["prediction"] == ""
     assert score.info["num_unparsed"] == unparsed.sum()
     assert not score.questions.loc[unparsed, "correct"].any()
@@ -101,7 +100,7 @@ def test_generate_counts_what_it_cannot_read_as_wrong(tiny_model, tokenizer):
 
 def test_generate_writes_what_the_model_writes_alone(tiny_model, tokenizer):
     encoded = encode(tokenizer)
-    score = evaluate(tiny_model, tokenizer, encoded, "generate")
+    score = ask(tiny_model, tokenizer, encoded, "generate")
     for e, text in zip(encoded, score.questions["text"], strict=True):
         ids = list(e.context_ids)
         for _ in range(10):
@@ -113,7 +112,7 @@ def test_generate_writes_what_the_model_writes_alone(tiny_model, tokenizer):
 
 
 def test_scores_come_back_as_they_were(tiny_model, tokenizer, tmp_path):
-    score = evaluate(tiny_model, tokenizer, encode(tokenizer))
+    score = ask(tiny_model, tokenizer, encode(tokenizer))
     save_score(score, tmp_path / "scores.parquet")
     again = load_score(tmp_path / "scores.parquet")
     pd.testing.assert_frame_equal(again.questions, score.questions)
@@ -130,5 +129,5 @@ def test_the_token_budget_of_a_gpu_fits_its_memory(tokenizer, encoded):
         budget = find_token_budget(model, encoded, 0)
     assert 256 <= budget <= GPU_TOKEN_BUDGET
     assert budget & (budget - 1) == 0
-    score = evaluate(model, tokenizer, encoded)
+    score = ask(model, tokenizer, encoded)
     assert score.info["token_budget"] == budget

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from raylora.data.encoding import IGNORE_INDEX, labels_of
-from raylora.data.minibatch import Blocks, pack_rows, pad_left
-from raylora.model import packing
+from raylora.data.minibatch import pack_rows, pad_left
+from raylora.model import attention
 from raylora.model.adapters import LoadedModel
+from raylora.model.attention import attention_in_blocks
 from raylora.model.forward import Output, forward_rows, head_is_plain, inference, token_losses
 from raylora.model.memory import TokenBudget
-from raylora.model.packing import attention_in_blocks, can_pack, can_pack_beyond_window, may_pack, window_of
-from tests.helpers.tiny import make_loaded, make_model
+from raylora.model.packing import can_pack, can_pack_beyond_window, may_pack, window_of
+from tests.helpers.tiny import make_model
 from tests.helpers.training import METHOD
-
-
-@pytest.fixture
-def loaded():
-    return make_loaded()
 
 
 def test_losses_of_a_padded_batch_are_those_of_each_row_alone(loaded, encoded):
@@ -142,9 +135,9 @@ def test_a_mask_over_the_whole_row_forbids_packing(monkeypatch):
     """A block that sees the one before it: torch's attention over everything, in place of block by block."""
 
     def attend_to_everything(module, query, key, value, attention_mask, *, blocks=None, **kwargs):
-        return packing.sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)
+        return attention.sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)
 
-    monkeypatch.setitem(packing.AttentionInterface._global_mapping, packing.BLOCKS, attend_to_everything)
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.BLOCKS, attend_to_everything)
     assert not can_pack(make_model())
 
 
@@ -169,65 +162,12 @@ def test_a_window_that_attention_is_not_told_of_is_the_longest_example_that_is_p
     assert window_of(model) == 64
 
     def without_window(*args, sliding_window=None, **kwargs):
-        return packing.attend_in_blocks(*args, **kwargs)
+        return attention.attend_in_blocks(*args, **kwargs)
 
-    monkeypatch.setitem(packing.AttentionInterface._global_mapping, packing.BLOCKS, without_window)
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.BLOCKS, without_window)
     assert can_pack(model)
     assert not can_pack_beyond_window(model)
     assert [may_pack(loaded, longest) for longest in (64, 65)] == [True, False]
-
-
-def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), **options):
-    """What torch's ``varlen_attn`` computes on a GPU, plainly: query (T, heads, D), one block after another."""
-    if options.pop("enable_gqa", False):
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    assert not options
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    assert max_q == max_k >= int(cu_seq_q.diff().max())
-    outputs = []
-    for a, b in itertools.pairwise(cu_seq_q.tolist()):
-        scores = torch.einsum("qhd,khd->hqk", query[a:b], key[a:b]) * (scale or query.shape[-1] ** -0.5)
-        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)[None]
-        seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
-        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, value[a:b]))
-    return torch.cat(outputs)
-
-
-def varlen_with_gqa(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
-    """With the arguments of torch 2.13."""
-    return varlen(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=enable_gqa
-    )
-
-
-def varlen_of_old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-    """With the arguments of torch 2.10."""
-    assert is_causal
-    return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
-
-
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("kernel", [varlen, varlen_with_gqa, varlen_of_old])
-def test_attention_at_once_is_that_of_block_by_block(kernel, scale, window):
-    """With empty blocks, as captured passes have them; fewer heads of keys than of queries."""
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 20, 16) for heads in (4, 2, 2))
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2
-    ends = torch.tensor([0, 7, 7, 17, 20, 20], dtype=torch.int32)
-    expected, _ = packing.attend_in_blocks(
-        module, query, key, value, None, blocks=Blocks(ends, 10), sliding_window=window, scaling=scale
-    )
-    if kernel is varlen_of_old and window:
-        with pytest.raises(ValueError, match="window"):
-            packing.attend_at_once(kernel, query, key, value, Blocks(ends, 16), window, scale)
-        return
-    found = packing.attend_at_once(kernel, query, key, value, Blocks(ends, 16), window, scale)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 ROWS = [[5 + (7 * i + k) % 90 for k in range(n)] for i, n in enumerate((12, 3, 40, 7, 25))]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from raylora.data.minibatch import pack_rows, pad_left
-from raylora.model.packing import attention_in_blocks, can_pack, is_exact
+from raylora.model.attention import attention_in_blocks
+from raylora.model.packing import can_pack, is_exact
 from tests.helpers.tiny import load, make_model
 
 ROWS = [[(7919 * i + k) % 400 + 3 for i in range(n)] for k, n in enumerate((40, 17, 33, 8))]

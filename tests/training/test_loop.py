@@ -71,12 +71,12 @@ def test_a_lora_learns_facts_that_its_base_does_not_know(tokenizer):
     model = make_model().requires_grad_(False)
     model.get_input_embeddings().weight *= 10  # random weights are small: without this the head can prefer no token
     loaded = LoadedModel(model, tokenizer, "tiny", "none")
-    base = evaluate(loaded.model, tokenizer, prompts)
+    base = evaluate(loaded, prompts)
     method = METHOD.model_copy(
         update={"lora_r": 32, "lora_alpha": 64, "num_epochs": 150, "gradient_accumulation": 1, "learning_rate": 4e-3}
     )
     result, _ = train(loaded, [encode_example(tokenizer, e, 512) for e in examples], method)
-    adapted = evaluate(loaded.model, tokenizer, prompts)
+    adapted = evaluate(loaded, prompts)
     assert result.metrics.train_final_loss < result.metrics.train_initial_loss / 3
     comparison = compare(adapted, base)
     assert adapted.overall_accuracy > 0.8

@@ -13,48 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.data.encoding import IGNORE_INDEX, labels_of
+from raylora.model.adapter_products import AdapterProducts
+from raylora.model.attention import attention_in_blocks
 from raylora.model.forward import head_is_plain, token_losses
-from raylora.model.packing import attention_in_blocks
-from raylora.training.adapter_products import AdapterProducts
+from raylora.model.graphs import fixed_size
 from raylora.training.pass_inputs import (
-    SMALLEST,
     Example,
     PassSize,
     align_groups,
-    fixed_size,
-    largest_size,
     make_inputs,
     size_of,
 )
 from tests.helpers.training import DROPOUT, METHOD
 
 PAD = 0
-
-
-@settings(deadline=None)
-@given(st.integers(1, 10**6))
-def test_a_fixed_size_is_the_least_that_holds_the_tokens(num_tokens):
-    size = fixed_size(num_tokens)
-    assert size >= num_tokens
-    assert fixed_size(size) == size
-    assert size == SMALLEST or size <= num_tokens * 5 / 4, "filled up by a quarter at most"
-    assert size == SMALLEST or largest_size(size - 1) < num_tokens
-
-
-@settings(deadline=None)
-@given(st.integers(1, 10**6))
-def test_the_largest_size_is_the_last_that_is_not_above(num_tokens):
-    size = largest_size(num_tokens)
-    assert fixed_size(size) == size
-    assert size <= max(num_tokens, SMALLEST)
-    assert fixed_size(size + 1) > num_tokens
-    assert largest_size(fixed_size(num_tokens)) == fixed_size(num_tokens)
-
-
-def test_there_are_four_sizes_in_each_doubling():
-    assert sorted({fixed_size(n) for n in range(1, 4097)}) == [
-        512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096,
-    ]  # fmt: skip
 
 
 def example(num_tokens: int, num_labels: int, slot: int = 0, group: int = 0, seed: int = 7) -> Example:

@@ -14,11 +14,11 @@ import torch
 from raylora.config import Method, ModelOptions
 from raylora.data.encoding import encode_example
 from raylora.data.minibatch import Blocks
+from raylora.model.adapter_products import AdapterProducts, Span
+from raylora.model.attention import attend_in_blocks
 from raylora.model.kernels import drop
 from raylora.model.loading import load_model
 from raylora.model.memory import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, GPU_TOKEN_BUDGET, TokenBudget, tokens_that_fit
-from raylora.model.packing import attend_in_blocks
-from raylora.training.adapter_products import AdapterProducts, Span
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import train_adapter, train_adapters
 from raylora.training.losses import example_losses

@@ -1,6 +1,6 @@
-"""The matrix products of LoRA adapters in training: several adapters, and several gradients of one, in a pass.
+"""The matrix products of LoRA adapters: several adapters, and in training several gradients of one, in a pass.
 
-The parameters are PEFT's own and PEFT saves them. While a training runs, this replaces PEFT's forward pass:
+The parameters are PEFT's own and PEFT saves them. In training and in scoring this replaces PEFT's forward pass:
 
     tokens   a a a a a a b b b b b       of adapters a and b, side by side: K = 2
     groups   0 0 0 0 0 0 1 1 1 1 1       each with a gradient of its own: G = K, or, of one adapter alone, G
@@ -24,19 +24,18 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from raylora.errors import ErrorKind, PartialInputError, UserError
+from raylora.model.adapted_product import AdaptedMatrix, AdaptedProduct, PassRows, add_adapters
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
-from raylora.model.frozen import FrozenLayer, frozen_layer
-from raylora.model.kernel_inputs import Dropout
-from raylora.model.kernels import add_dropped, drop, kept
-from raylora.training.dropout import column_hashes, module_hash, threshold_of, token_hashes
-from raylora.training.grouped import add_outer_products, aligned, may_group, products, products_back
+from raylora.model.dropout import threshold_of, token_hashes
+from raylora.model.frozen import frozen_layer
+from raylora.model.grouped import aligned, may_group
 
 LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
 """PEFT's modules around a matrix, which compute base(x) + scaling * B A dropout(x)."""
@@ -52,68 +51,6 @@ class Span:
     seed: int
     group: int = 0
     """Whose gradient the example adds to."""
-
-
-@dataclass(frozen=True)
-class PassRows:
-    """Whose tokens a pass holds, T of them, those of an adapter side by side, and within it those of a group."""
-
-    hashes: torch.Tensor
-    """int32 (T,): of each token, for dropout."""
-    thresholds: torch.Tensor
-    """int32 (T,): dropout of each token's adapter, as ``threshold_of`` has it."""
-    scales: torch.Tensor
-    """float32 (T,): LoRA's scaling of each token's adapter, divided by the share of numbers that dropout keeps."""
-    adapter_ends: torch.Tensor
-    """int32 (K,): where the tokens of each adapter end."""
-    group_ends: torch.Tensor
-    """int32 (G,): where the tokens of each group end. Where they are on the host, products are made group by group."""
-    drops: bool
-    """Whether an adapter has dropout."""
-    slices: tuple[tuple[int, int, int], ...] | None
-    """Start, end and threshold of runs of tokens with the same dropout, where the host makes masks and keeps them; None
-    where masks are made again in the backward pass."""
-    by_group: bool = False
-    """Whether the ends stay on the host, as the device has no one product for all groups."""
-
-    def on(self, device: torch.device) -> PassRows:
-        """The same on another device, where the layers of a model lie on several."""
-        if self.hashes.device == device:
-            return self
-        names = ["hashes", "thresholds", "scales"]
-        if self.group_ends.device == self.hashes.device:
-            names += ["adapter_ends", "group_ends"]
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-    def mask(self, module: int, width: int) -> torch.Tensor:
-        """uint8 (T, width): 0 where dropout drops a number of a module's input, else 1."""
-        assert self.slices is not None
-        masks = []
-        for start, stop, threshold in self.slices:
-            columns = column_hashes(width, self.hashes.device)
-            masks.append(kept(self.hashes[start:stop], columns, module_hash(module), threshold, width))
-        return (masks[0] if len(masks) == 1 else torch.cat(masks)).view(torch.uint8)
-
-    def dropout(self, module: int, width: int) -> Dropout:
-        """Of a module's input; what it keeps is multiplied with LoRA's scaling too."""
-        columns = column_hashes(width, self.hashes.device)
-        return Dropout(self.hashes, columns, module_hash(module), self.thresholds, self.scales)
-
-
-class _AdaptedMatrix:
-    """One module's A (K, r, in) and B (K, out, r) of all adapters, and their gradients (G, ...) of all groups."""
-
-    def __init__(self, module: Any, index: int, example: str) -> None:
-        self.module, self.index = module, index
-        a, b = module.lora_A[example].weight, module.lora_B[example].weight
-        self.num_inputs, self.num_outputs, self.device = int(a.shape[1]), int(b.shape[0]), a.device
-        self.a = self.b = self.a_gradient = self.b_gradient = torch.zeros(0)
-        self.has_gradient = False
-        """Whether its gradient was ever computed here: replays of captured passes do not say so again."""
-
-    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of A and B."""
-        return (rank, self.num_inputs), (self.num_outputs, rank)
 
 
 def check_may_share(loaded: LoadedModel, names: Sequence[str]) -> None:
@@ -144,7 +81,9 @@ def _places_of_linear(model: Any) -> dict[int, int]:
 
 
 def _is_linear(module: Any) -> bool:
-    return type(module).__name__ in LINEAR and not module.lora_variant
+    """Whether all that its adapters add is scaling * B A dropout(x)."""
+    has_bias = any(b.bias is not None for b in getattr(module, "lora_B", {}).values())
+    return type(module).__name__ in LINEAR and not module.lora_variant and not has_bias
 
 
 class AdapterProducts:
@@ -154,17 +93,19 @@ class AdapterProducts:
     have changed since the last one.
 
     Args:
-        num_groups: gradients that a pass has at most; more than ``num_slots`` only where there is one slot.
+        num_groups: gradients that a pass has at most; more than ``num_slots`` only where there is one slot. 0: no
+            gradients and no dropout, for forward passes alone.
     """
 
     def __init__(self, loaded: LoadedModel, num_slots: int, num_groups: int) -> None:
-        assert num_slots in {1, num_groups}
+        assert num_slots in {1, num_groups} or num_groups == 0
         self._loaded, self.num_slots, self.num_groups = loaded, num_slots, num_groups
         self._names: list[str | None] = [None] * num_slots
-        self._matrices: list[_AdaptedMatrix] = []
+        self._matrices: list[AdaptedMatrix] = []
         self._rank = self._largest_rank = 0
         self._dtype = torch.float32
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._scalings: list[float] = []  # of each copy, without gradients: adapters of others scale by module
         self._rows: PassRows | None = None
         self._rows_on: dict[torch.device, PassRows] = {}
         # Autograd runs a function's backward pass only where an input needs a gradient, and adapters are no inputs.
@@ -178,8 +119,8 @@ class AdapterProducts:
         """Whether these are the products of all adapted modules; others compute and keep their gradient themselves, as
         no replay of a captured pass would."""
 
-    def slot_of(self, name: str) -> int:
-        """Where an adapter's matrices are among those of all."""
+    def slot_of(self, name: str | None) -> int:
+        """Where an adapter's matrices are among those of all; None: a free slot, whose tokens get the base alone."""
         return self._names.index(name)
 
     def hold(self, names: Sequence[str]) -> bool:
@@ -205,7 +146,7 @@ class AdapterProducts:
         if is_new:
             self._rank = rank
             places = _places_of_linear(self._loaded.model)
-            self._matrices = [_AdaptedMatrix(m, places[id(m)], next(n for n in names if n in m.lora_A)) for m in linear]
+            self._matrices = [AdaptedMatrix(m, places[id(m)], next(n for n in names if n in m.lora_A)) for m in linear]
             self._allocate()
         self._link()
         return is_new
@@ -219,12 +160,16 @@ class AdapterProducts:
 
     def _fitting_rank(self) -> int:
         """The least rank that holds those of all, and that products of several groups take."""
-        return aligned(self._largest_rank, self._dtype) if self.num_groups > 1 else self._largest_rank
+        return aligned(self._largest_rank, self._dtype) if self._is_grouped else self._largest_rank
+
+    @property
+    def _is_grouped(self) -> bool:
+        return max(self.num_slots, self.num_groups) > 1
 
     @property
     def by_group(self) -> bool:
         """Whether products are made group by group: the host must know where groups end, as in no captured pass."""
-        return self.num_groups > 1 and not may_group(self._dtype, self._loaded.device)
+        return self._is_grouped and not may_group(self._dtype, self._loaded.device)
 
     @property
     def _is_copied(self) -> bool:
@@ -232,7 +177,7 @@ class AdapterProducts:
 
         They are for captured passes, which masks that are made again come with: the next adapter's lie elsewhere.
         """
-        return self.num_groups > 1 or self._dtype != torch.float32 or self.remakes_masks
+        return self.num_groups != 1 or self._dtype != torch.float32 or self.remakes_masks
 
     def _allocate(self) -> None:
         """Make the tensors that hold all weights and gradients: one for each device, of which matrices have parts."""
@@ -257,6 +202,7 @@ class AdapterProducts:
         """Find each adapter's parameters, and their place among the weights of all."""
         places: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
+        self._scalings = []
         for matrix in self._matrices:
             for slot, name in enumerate(self._names):
                 pair = _parameters(matrix.module, name) if name is not None else None
@@ -269,12 +215,15 @@ class AdapterProducts:
                 if pair is not None:
                     places += [matrix.a[slot, :rank], matrix.b[slot, :, :rank]]
                     sources += [p.detach() for p in pair]
+                    self._scalings += [1.0, matrix.module.scaling[name]] * (self.num_groups == 0)
         self._copies = places, sources
 
     def begin(self) -> None:
         """Take over the adapters' parameters as they are now; all gradients are zero."""
         if self._copies[0]:
             torch._foreach_copy_(*self._copies)
+        if self._scalings:
+            torch._foreach_mul_(self._copies[0], self._scalings)
         for gradients in self.gradients:
             gradients.zero_()
 
@@ -332,7 +281,7 @@ class AdapterProducts:
 
     def _settings(self, name: str | None) -> tuple[int, float]:
         """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""
-        for matrix in self._matrices:
+        for matrix in self._matrices if self.num_groups else ():
             if name in matrix.module.lora_A:
                 threshold = threshold_of(getattr(matrix.module.lora_dropout[name], "p", 0.0))
                 return threshold, matrix.module.scaling[name] / (1 - threshold / 2**16)
@@ -342,7 +291,7 @@ class AdapterProducts:
         """Say what the next forward pass holds; ``rows`` are on the device."""
         self._rows, self._rows_on = rows, {}
 
-    def _forward(self, matrix: _AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward(self, matrix: AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, module = self._rows, matrix.module
         assert rows is not None
         if x.numel() != len(rows.hashes) * x.shape[-1]:
@@ -355,97 +304,24 @@ class AdapterProducts:
             self.is_whole, self._gets_parts = False, True
             output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return output
-        layer = frozen_layer(module.base_layer)
-        base = module.base_layer(x, *args, **kwargs) if layer is None else None
         if x.device not in self._rows_on:
             self._rows_on[x.device] = rows.on(x.device)
-        product: torch.Tensor = _AdaptedProduct.apply(x, base, self._anchor, layer, matrix, self._rows_on[x.device])
+        if self.num_groups == 0:
+            return self._add_to_base(matrix, x, *args, **kwargs)
+        layer = frozen_layer(module.base_layer)
+        base = module.base_layer(x, *args, **kwargs) if layer is None else None
+        product: torch.Tensor = AdaptedProduct.apply(x, base, self._anchor, layer, matrix, self._rows_on[x.device])
         return product
+
+    def _add_to_base(self, matrix: AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The product of the base's own forward pass, to which the adapters' are added in place."""
+        output: torch.Tensor = matrix.module.base_layer(x, *args, **kwargs)
+        flat = x.reshape(-1, x.shape[-1]).to(matrix.a.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            add_adapters(output.view(-1, output.shape[-1]), flat, matrix, self._rows_on[x.device])
+        return output
 
 
 def _parameters(module: Any, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter] | None:
     """A (r, in) and B (out, r) of an adapter in a linear module; None where it has none."""
     return (module.lora_A[name].weight, module.lora_B[name].weight) if name in module.lora_A else None
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """base(x) + scale * B A (mask * x), each token with its adapter's A and B: x (..., in), the result (..., out).
-
-    The base is that of ``layer``; where there is none, ``base`` is its product. The gradients of A and B are added to
-    those of the token's group. Saved for the backward pass are x, which other modules save as well, A x, and the mask
-    where it is not made again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        base: torch.Tensor | None,
-        anchor: torch.Tensor,
-        layer: FrozenLayer | None,
-        matrix: _AdaptedMatrix,
-        rows: PassRows,
-    ) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        if layer is not None:
-            out = layer.multiply(flat)
-        else:
-            assert base is not None
-            out = base.reshape(-1, base.shape[-1]).clone()
-        # In one dtype: autocast would lower the precision of some of these products and not of others.
-        with torch.autocast(out.device.type, enabled=False):
-            dropped, mask = _drop(flat, matrix, rows, matrix.a.dtype)
-            h = products(dropped, matrix.a, rows.adapter_ends)
-            if not _is_scaled(rows):
-                h.mul_(rows.scales[:, None])
-            if len(matrix.b) == 1 and out.dtype == h.dtype:
-                out.addmm_(h, matrix.b[0].t())
-            else:  # a base in half precision on a CPU has adapters in float32
-                out += products(h, matrix.b, rows.adapter_ends)
-        ctx.save_for_backward(x, h, *([] if mask is None else [mask]))
-        ctx.layer, ctx.matrix, ctx.rows = layer, matrix, rows
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        x, h, *masks = ctx.saved_tensors
-        layer, matrix, rows = ctx.layer, ctx.matrix, ctx.rows
-        flat, d_base = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1)
-        d_out = d_base.to(h.dtype)
-        d_h = products_back(d_out, matrix.b, rows.adapter_ends)
-        if not _is_scaled(rows):
-            d_h.mul_(rows.scales[:, None])
-        dropped = flat.to(h.dtype) * masks[0] if masks else _drop(flat, matrix, rows, h.dtype)[0]
-        add_outer_products(matrix.a_gradient, d_h, dropped, rows.group_ends)
-        add_outer_products(matrix.b_gradient, d_out, h, rows.group_ends)
-        matrix.has_gradient = True
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = layer.multiply_back(d_base) if layer is not None else torch.zeros_like(flat, dtype=h.dtype)
-            if not rows.drops and len(matrix.a) == 1 and d_x.dtype == h.dtype:
-                d_x.addmm_(d_h, matrix.a[0])
-            else:
-                d_dropped = products_back(d_h, matrix.a, rows.adapter_ends)
-                if _is_scaled(rows):
-                    add_dropped(d_x, d_dropped, rows.dropout(matrix.index, flat.shape[1]))
-                else:
-                    d_x += d_dropped.mul_(masks[0]) if masks else d_dropped
-            d_x = d_x.to(x.dtype).view(x.shape)
-        return d_x, gradients[0] if layer is None else None, None, None, None, None
-
-
-def _is_scaled(rows: PassRows) -> bool:
-    """Whether dropout scales what it keeps by LoRA's scaling too: it does where it is made again."""
-    return rows.drops and rows.slices is None
-
-
-def _drop(
-    x: torch.Tensor, matrix: _AdaptedMatrix, rows: PassRows, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x (T, in) after dropout, in ``dtype``, and the mask, uint8 (T, in), where it is kept."""
-    if not rows.drops:
-        return x.to(dtype), None
-    if _is_scaled(rows):
-        return drop(x, rows.dropout(matrix.index, x.shape[1]), dtype), None
-    mask = rows.mask(matrix.index, x.shape[1])
-    return x.to(dtype) * mask, mask

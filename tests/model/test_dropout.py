@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylora.training.adapter_products import AdapterProducts, PassRows, Span
-from raylora.training.dropout import column_hashes, mix, module_hash, threshold_of, token_hashes
+from raylora.model.adapted_product import PassRows
+from raylora.model.adapter_products import AdapterProducts, Span
+from raylora.model.dropout import column_hashes, mix, module_hash, threshold_of, token_hashes
 from tests.helpers.tiny import make_loaded
 from tests.helpers.training import DROPOUT
 

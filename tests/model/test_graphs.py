@@ -10,10 +10,13 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raylora.model import memory
+from raylora.model.graphs import SMALLEST, fixed_size, largest_size
+from raylora.model.grouped import may_group
 from raylora.training.gradients import GradientAccumulator, Job
-from raylora.training.grouped import may_group
 from raylora.training.loop import train_adapters
 from tests.helpers.graphs import RecordedGraphs
 from tests.helpers.tiny import make_loaded, make_routed
@@ -304,3 +307,32 @@ def test_an_adapter_that_is_no_number_changes_no_other_in_replayed_passes(loaded
 def test_rows_say_whether_passes_were_captured(loaded, encoded):
     (result,) = train_adapters(loaded, jobs_of(loaded, encoded, [METHOD]))
     assert result.metrics.graphed is False
+
+
+# Sizes
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**6))
+def test_a_fixed_size_is_the_least_that_holds_the_tokens(num_tokens):
+    size = fixed_size(num_tokens)
+    assert size >= num_tokens
+    assert fixed_size(size) == size
+    assert size == SMALLEST or size <= num_tokens * 5 / 4, "filled up by a quarter at most"
+    assert size == SMALLEST or largest_size(size - 1) < num_tokens
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**6))
+def test_the_largest_size_is_the_last_that_is_not_above(num_tokens):
+    size = largest_size(num_tokens)
+    assert fixed_size(size) == size
+    assert size <= max(num_tokens, SMALLEST)
+    assert fixed_size(size + 1) > num_tokens
+    assert largest_size(fixed_size(num_tokens)) == fixed_size(num_tokens)
+
+
+def test_there_are_four_sizes_in_each_doubling():
+    assert sorted({fixed_size(n) for n in range(1, 4097)}) == [
+        512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096,
+    ]  # fmt: skip

@@ -9,11 +9,11 @@ from raylora.config import ModelOptions
 from raylora.data.encoding import encode_example, labels_of
 from raylora.errors import TrainingDivergedError, UserError
 from raylora.model import memory
+from raylora.model.adapted_product import PassRows
 from raylora.model.adapters import LoadedModel
+from raylora.model.dropout import mix
 from raylora.model.loading import load_model
 from raylora.records import Example, Message
-from raylora.training.adapter_products import PassRows
-from raylora.training.dropout import mix
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import TrainingResult, train_adapter, train_adapters
 from raylora.training.slots import adapters_a_pass

@@ -14,16 +14,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from raylora.data.minibatch import send
 from raylora.errors import one_line
 from raylora.model.adapters import LoadedModel
+from raylora.model.attention import REFUSALS
 from raylora.model.device import waiting_is_refused
 from raylora.model.memory import is_out_of_memory
-from raylora.model.packing import REFUSALS
-from raylora.training.pass_inputs import PassInputs, PassSize
 
 log = logging.getLogger("raylora")
 
@@ -35,6 +37,54 @@ TOLERANCE = 2e-2
 precision."""
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function does, and returns a function that does it again."""
+SMALLEST = 512
+"""Tokens of the smallest pass that is captured."""
+LONGEST_BLOCKS = (512, 2048)
+"""What the longest block of a captured pass is rounded up to. The kernel of attention is launched for blocks of that
+length: of all 8,192 tokens, a million thread blocks would start in each layer to do nothing."""
+TOKENS_A_BLOCK = 32
+"""A captured pass has room for one block in so many tokens."""
+T = TypeVar("T")
+
+
+class Size(Hashable, Protocol):
+    """The fixed size of a captured pass: passes of equal sizes have tensors of equal shapes."""
+
+    @property
+    def tokens(self) -> int: ...
+
+
+class TensorRecord:
+    """Of dataclasses: the tensors of one pass, in the fields of the record and of the records in it."""
+
+    def to(self: T, device: torch.device) -> T:
+        """The same on a device."""
+        return _with_tensors(self, lambda tensor: send(tensor, device))
+
+    def fill(self, others: TensorRecord) -> None:
+        """Copy the numbers of ``others``, which has the same size, into these tensors."""
+        for mine, theirs in zip(_tensors(self), _tensors(others), strict=True):
+            assert mine.shape == theirs.shape
+            mine.copy_(theirs.pin_memory() if mine.is_cuda else theirs, non_blocking=True)
+
+
+def fixed_size(num_tokens: int) -> int:
+    """The least fixed size of a pass that holds so many tokens: four sizes in each doubling, from 512 on.
+
+    A pass is then filled up by 10% on average. Each size is captured for itself.
+    """
+    base = SMALLEST
+    while 2 * base < num_tokens:
+        base *= 2
+    return next(size for k in (4, 5, 6, 7, 8) if (size := base * k // 4) >= num_tokens)
+
+
+def largest_size(num_tokens: int) -> int:
+    """The largest fixed size of at most so many tokens; the smallest one if there is none."""
+    size = SMALLEST
+    while fixed_size(size + 1) <= num_tokens:
+        size = fixed_size(size + 1)
+    return size
 
 
 _FAILED: list[torch.cuda.CUDAGraph] = []
@@ -151,11 +201,11 @@ class GraphedPasses:
     """
 
     def __init__(
-        self, run: Callable[[PassInputs], None], capture: Capture | None, sums: Callable[[], Sequence[torch.Tensor]]
+        self, run: Callable[[Any], None], capture: Capture | None, sums: Callable[[], Sequence[torch.Tensor]]
     ) -> None:
         self._run, self._capture, self._sums = run, capture, sums
-        self._seen: set[PassSize] = set()
-        self._captured: dict[PassSize, tuple[PassInputs, Callable[[], None]]] = {}
+        self._seen: set[Size] = set()
+        self._captured: dict[Size, tuple[TensorRecord, Callable[[], None]]] = {}
         self._most_tokens = 2**62
         self.num_replayed = 0
         """Passes that were replayed."""
@@ -183,7 +233,7 @@ class GraphedPasses:
         self._captured = {size: held for size, held in self._captured.items() if size.tokens <= above}
         self._seen = {size for size in self._seen if size.tokens <= above}
 
-    def run(self, inputs: PassInputs, device: torch.device, size: PassSize | None) -> None:
+    def run(self, inputs: TensorRecord, device: torch.device, size: Size | None) -> None:
         """Run a pass that is on the host.
 
         Args:
@@ -206,7 +256,7 @@ class GraphedPasses:
             return
         self._capture_size(on_device, size, self._capture)
 
-    def _capture_size(self, inputs: PassInputs, size: PassSize, capture: Capture) -> None:
+    def _capture_size(self, inputs: TensorRecord, size: Size, capture: Capture) -> None:
         """Run a pass as it is, capture it, and keep the capture if its first replay adds the same."""
         before = [tensor.clone() for tensor in self._sums()]
         self._run(inputs)
@@ -215,8 +265,8 @@ class GraphedPasses:
             return  # a training that diverges says nothing about a capture
         try:
             replay = capture(lambda: self._run(inputs))
-            if inputs.weights.is_cuda:
-                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(inputs.weights.device))
+            if (device := expected[0].device).type == "cuda":
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
             _restore(self._sums(), before)
             replay()
             if reason := _difference(before, expected, self._sums()):
@@ -231,7 +281,7 @@ class GraphedPasses:
                 self._give_up(size, one_line(error))
         _restore(self._sums(), expected)
 
-    def _give_up(self, size: PassSize, reason: str) -> None:
+    def _give_up(self, size: Size, reason: str) -> None:
         log.warning("passes are not captured as CUDA graphs: of %d tokens, %s", size.tokens, reason)
         self._capture = None
         self.forget()
@@ -250,3 +300,22 @@ def _difference(before: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
         if not difference <= TOLERANCE * size:
             return f"its first replay gives other numbers (by {difference:.2g}, of {size:.2g})"
     return ""
+
+
+def _tensors(record: Any) -> list[torch.Tensor]:
+    """All tensors of a dataclass, those of the dataclasses in it too."""
+    values = [getattr(record, field.name) for field in fields(record)]
+    found = [_tensors(value) if is_dataclass(value) else [value] for value in values]
+    return [value for part in found for value in part if isinstance(value, torch.Tensor)]
+
+
+def _with_tensors(record: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """A dataclass with each of its tensors changed, those of the dataclasses in it too."""
+    changed: dict[str, Any] = {}
+    for field in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if is_dataclass(value):
+            changed[field.name] = _with_tensors(value, change)
+        elif isinstance(value, torch.Tensor):
+            changed[field.name] = change(value)
+    return replace(record, **changed)  # type: ignore[type-var]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylora.training.grouped import ALIGNMENT, add_outer_products, aligned, products, products_back
+from raylora.model.grouped import ALIGNMENT, add_outer_products, aligned, products, products_back
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Of a result's norm: bfloat16 rounds a number by up to 4e-3 of it."""

@@ -1,0 +1,385 @@
+"""Attention of packed rows: each row to its own tokens, and to those of the prefix that it stands behind.
+
+    tokens      a a a a a b b b c c c c         rows a and b stand behind prefix P, row c behind Q
+    positions   9 ...     9 ..  6 ...           counted from the beginning of the prefix
+    kept        P P P P P P P P P Q Q Q Q Q Q   keys and values of an earlier pass, of each layer
+
+Attention is computed for each block (row) by itself: no mask is needed, and no score between two rows is computed. One
+attention over the whole row, with a mask, takes 17 ms in place of 2.7 at 1024 tokens (benchmarks/NOTES.md). A GPU
+computes all blocks in one call, in half precision.
+
+A prefix that several rows begin with is run once, and its keys and values are kept. A row's attention to the prefix and
+that to its own tokens are computed apart and put together by the logarithms of their sums of exponentials (as
+FlashDecoding does, Dao et al. 2023): no key is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from raylora.data.minibatch import Blocks
+
+try:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = AuxRequest = None  # type: ignore[assignment,misc]
+
+FLASH_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""What torch's attention runs on a CPU; it alone returns the sums as well."""
+BLOCKS = "raylora_blocks"
+"""The name of this attention in transformers' registry."""
+REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
+"""What a model may raise that cannot be run in another way than its own code expects."""
+Varlen = Callable[..., Any]
+
+
+class KeptKeys:
+    """Keys and values (1, heads, P, D) of the tokens of prefixes, P in all, of each of a model's attention modules.
+
+    Args:
+        capacity: at least P. Keys and values then lie in tensors of this length, the same ones for each new prefix, as
+            captured passes need them; None: where the prefix's own pass put them.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self._of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._is_new: set[int] = set()
+
+    def begin(self) -> None:
+        """Expect the keys of other prefixes."""
+        self._is_new = set()
+
+    def put(self, module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep a module's keys and values.
+
+        Raises:
+            ValueError: it has put some already: layers share the module.
+        """
+        if id(module) in self._is_new:
+            raise ValueError("layers of this model share an attention module")
+        self._is_new.add(id(module))
+        if self.capacity is None:
+            self._of[id(module)] = key, value
+            return
+        if id(module) not in self._of:
+            shapes = ((*t.shape[:2], self.capacity, t.shape[3]) for t in (key, value))
+            first, second = (key.new_zeros(shape) for shape in shapes)
+            self._of[id(module)] = first, second
+        for mine, new in zip(self._of[id(module)], (key, value), strict=True):
+            mine[:, :, : new.shape[2]] = new
+
+    def of(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A module's keys and values."""
+        return self._of[id(module)]
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Which prefix each row of a packed pass stands behind: G prefixes, none empty, the rows of each side by side."""
+
+    keys: KeptKeys
+    prefix_ends: torch.Tensor
+    """int32 (G + 1,): 0, then where each prefix ends among the tokens that are kept."""
+    row_ends: torch.Tensor
+    """int32 (G + 1,): 0, then where the rows behind each prefix end."""
+    longest: int
+    """Tokens that no prefix has more of."""
+    longest_text: int
+    """Tokens that no row has more of, its prefix counted with it."""
+    prefixes: tuple[tuple[int, int], ...] | None
+    """Start and end, among the tokens that are kept, of the prefix of each row; None where only the device knows it."""
+
+
+def attend_in_blocks(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    blocks: Blocks | None = None,
+    keep: KeptKeys | None = None,
+    behind: Behind | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each block; its signature is that of transformers' attention functions.
+
+    Args:
+        query: (1, heads, T, D); ``key`` and ``value`` too, possibly with fewer heads.
+        blocks: of T tokens in all.
+        keep: where keys and values are kept, of rows that others will stand behind.
+        behind: the prefixes that the blocks stand behind.
+        sliding_window: how many tokens, itself included, a token attends to at most.
+
+    Returns:
+        (1, T, heads, D), and None in place of attention weights.
+
+    Raises:
+        ValueError: the model did not pass ``blocks`` on, or has a mask of its own.
+    """
+    if blocks is None or attention_mask is not None:
+        raise ValueError("this model's attention cannot be run in blocks")
+    if keep is not None:
+        keep.put(module, key, value)
+    if behind is not None and sliding_window is not None and behind.longest_text <= sliding_window:
+        sliding_window = None  # no window ends within a text
+    if _is_flash(query, value) and not kwargs.get("dropout") and (behind is None or sliding_window is None):
+        return attend_at_once(varlen_attn, module, query, key, value, blocks, behind, sliding_window, kwargs), None
+    if blocks.lengths is None:
+        return _attend_by_mask(module, query, key, value, blocks, behind, sliding_window, kwargs), None
+    lengths = list(blocks.lengths)
+    if query.shape[2] != sum(lengths):
+        raise ValueError("this model's attention does not get all tokens of a row")
+    parts = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
+    kwargs["is_causal"] = True
+    if behind is None:
+        outputs = [_attend_causally(module, q, k, v, sliding_window, kwargs) for q, k, v in parts]
+    elif sliding_window is None:
+        return _attend_behind(module, query, parts, behind, kwargs.get("scaling")), None
+    else:
+        outputs = []
+        kept = behind.keys.of(module)
+        for (start, end), (q, *own) in zip(behind.prefixes or (), parts, strict=True):
+            k, v = (torch.cat([before[:, :, start:end], new], 2) for before, new in zip(kept, own, strict=True))
+            outputs.append(_attend_causally(module, q, k, v, sliding_window, kwargs))
+    return torch.cat(outputs, 1), None
+
+
+def _attend_causally(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """The attention (1, T, heads, D) of one text's last T tokens to the text."""
+    num_keys, num_before = k.shape[2], k.shape[2] - q.shape[2]
+    mask = None
+    if num_before or (window is not None and num_keys > window):
+        mask = _window_mask(num_keys, window or num_keys, q.device)[:, :, num_before:]
+    output: torch.Tensor = sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+    return output
+
+
+# Of a GPU: all blocks in one call
+
+
+def _is_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's attention of packed rows takes these: flash attention, of half precision, from Ampere on."""
+    if varlen_attn is None or not query.is_cuda or query.element_size() != 2:
+        return False
+    width = query.shape[-1]
+    fits = width == value.shape[-1] and width % 8 == 0 and width <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def attend_at_once(
+    varlen: Varlen,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Blocks,
+    behind: Behind | None,
+    sliding_window: int | None,
+    kwargs: Mapping[str, Any],
+) -> torch.Tensor:
+    """The same by one call for all blocks: a loop over them launches several kernels for each, in every layer.
+
+    Args:
+        varlen: ``torch.nn.attention.varlen.varlen_attn``, of a torch from 2.10 on. The device alone reads ``blocks``'
+            ends, so that a captured pass can be run on others.
+
+    Returns:
+        (1, T, heads, D).
+    """
+    scale = kwargs.get("scaling")
+    # Tokens before and behind, itself not counted; -1: all.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    ends = (blocks.ends, blocks.ends, blocks.longest, blocks.longest)
+    own, of_own = _varlen(varlen, query, key, value, ends, window, scale, behind is not None)
+    if behind is None:
+        return own
+    ends = (behind.row_ends, behind.prefix_ends, query.shape[2], behind.longest)
+    before, of_before = _varlen(varlen, query, *behind.keys.of(module), ends, (-1, -1), scale, True)
+    return _join(own, of_own.t()[None], before, of_before.t()[None])
+
+
+def _varlen(
+    varlen: Varlen,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: tuple[torch.Tensor, torch.Tensor, int, int],
+    window: tuple[int, int],
+    scale: float | None,
+    with_sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call: (1, T, heads, D), and the logarithms (heads, T) of the sums; without ``with_sums`` none."""
+    known = inspect.signature(varlen).parameters
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
+    if "window_size" in known:
+        options["window_size"] = window
+    elif window[0] == -1:
+        options["is_causal"] = window[1] == 0
+    else:
+        raise ValueError("this version of torch has no sliding window for packed rows")
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    if scale is not None and "scale" not in known:
+        q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
+    if not with_sums:
+        output: torch.Tensor = varlen(q, k, v, *ends, **options)
+        return output[None], output.new_empty(0)
+    output, sums = varlen(q, k, v, *ends, return_aux=AuxRequest(lse=True), **options)
+    # torch 2.13 says (T, heads) in its documentation and returns (heads, T), as its kernels do.
+    return output[None], sums if sums.shape[0] == q.shape[1] else sums.t()
+
+
+def _join(a: torch.Tensor, of_a: torch.Tensor, b: torch.Tensor, of_b: torch.Tensor) -> torch.Tensor:
+    """Attention to two sets of keys, (..., T, D) each, as attention to both.
+
+    Args:
+        of_a: (..., T): the logarithm of the sum of the exponentials of a's scores.
+    """
+    return torch.lerp(b, a, torch.sigmoid(of_a - of_b)[..., None].to(a.dtype))
+
+
+# Of a captured pass without flash attention: one attention over the whole row
+
+
+def _attend_by_mask(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Blocks,
+    behind: Behind | None,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    mask = _blocks_mask(blocks.ends, query.shape[2], window)
+    if behind is not None:
+        if window is not None:
+            raise ValueError("a captured pass has no sliding windows behind a prefix")
+        kept = behind.keys.of(module)
+        mask = torch.cat([_prefix_mask(behind, kept[0].shape[2], query.shape[2]), mask], 3)
+        key, value = (torch.cat(pair, 2) for pair in zip(kept, (key, value), strict=True))
+    # Another block counts 0 times. That would be NaN where it holds one, as those of an adapter that diverged do.
+    finite = [_finite(t) for t in (query, key, value)]
+    output: torch.Tensor = sdpa_attention_forward(module, *finite, mask, **kwargs)[0]
+    if output.requires_grad:
+        output.register_hook(_finite)
+    return output
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.nan_to_num(0, 0, 0)
+
+
+def _blocks_mask(ends: torch.Tensor, num_tokens: int, window: int | None) -> torch.Tensor:
+    """bool (1, 1, T, T): True where a token attends, within its block; made by the device alone, for captured passes.
+
+    Args:
+        ends: as of ``Blocks``.
+    """
+    block = _parts(ends, num_tokens)
+    same = block[:, None] == block[None]
+    causal = torch.ones_like(same).tril()
+    return (same & (causal if window is None else causal.triu(1 - window)))[None, None]
+
+
+def _prefix_mask(behind: Behind, num_kept: int, num_tokens: int) -> torch.Tensor:
+    """bool (1, 1, T, num_kept): True where a token attends to one of its prefix; those behind all prefixes are none."""
+    of_kept, of_row = _parts(behind.prefix_ends, num_kept), _parts(behind.row_ends, num_tokens)
+    return (of_row[:, None] == of_kept[None])[None, None]
+
+
+def _parts(ends: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Which part each token is in, (T,), given where parts end, 0 before them."""
+    places = torch.arange(num_tokens, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, places, right=True)
+
+
+def _window_mask(num_tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool (1, 1, T, T): True where a token attends, to itself and to the ``window`` - 1 tokens before it."""
+    ones = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    return (ones.tril() & ones.triu(1 - window))[None, None]
+
+
+# Behind prefixes, block by block
+
+
+def _attend_behind(
+    module: Any,
+    query: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, ...]],
+    behind: Behind,
+    scale: float | None,
+) -> torch.Tensor:
+    """Rows side by side behind the same prefix attend to it together: (1, T, heads, D).
+
+    Args:
+        parts: query, key and value of each row.
+    """
+    own = [_with_sums(q, k, v, scale, is_causal=True) for q, k, v in parts]
+    keys, values = behind.keys.of(module)
+    before, start = [], 0
+    for (first, last), rows in itertools.groupby(zip(behind.prefixes or (), parts, strict=True), lambda pair: pair[0]):
+        end = start + sum(q.shape[2] for _, (q, *_) in rows)
+        prefix = keys[:, :, first:last], values[:, :, first:last]
+        before.append(_with_sums(query[:, :, start:end], *prefix, scale, is_causal=False))
+        start = end
+    outputs = _join(*(torch.cat([pair[i] for pair in pairs], 2) for pairs in (own, before) for i in (0, 1)))
+    return outputs.transpose(1, 2)
+
+
+def _with_sums(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (1, heads, T, D), and the logarithms (1, heads, T) of its sums of exponentials, float32."""
+    shape, repeats = q.shape, q.shape[1] // k.shape[1]
+    if repeats > 1 and is_causal:
+        k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
+    elif repeats > 1:  # heads that share a key are as good as more tokens
+        q = q.reshape(1, k.shape[1], -1, shape[3])
+    if FLASH_ON_CPU is not None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+        output, sums = FLASH_ON_CPU(q, k, v, is_causal=is_causal, scale=scale)
+    else:
+        scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            scores.masked_fill_(~_window_mask(k.shape[2], k.shape[2], q.device), -math.inf)
+        sums = scores.logsumexp(-1)
+        output = (scores - sums[..., None]).exp().to(v.dtype) @ v
+    return output.reshape(*shape[:3], v.shape[-1]), sums.reshape(shape[:3])
+
+
+# Without an entry in AttentionMaskInterface: transformers then makes no mask. With one it would look for packed rows in
+# the position ids before each pass, for which the CPU waits until the GPU has done all passes before.
+AttentionInterface.register(BLOCKS, attend_in_blocks)
+
+
+@contextlib.contextmanager
+def attention_in_blocks(model: Any) -> Iterator[None]:
+    """Inside, ``model`` takes packed minibatches and no others.
+
+    Backward passes must be inside too: with gradient checkpointing they run the forward pass again.
+    """
+    config, usual = model.config, model.config._attn_implementation
+    config._attn_implementation = BLOCKS
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
