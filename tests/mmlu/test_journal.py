@@ -15,7 +15,7 @@ from raylora.model.loading import borrowed
 from tests.helpers.questions import ask
 
 
-@pytest.mark.parametrize("num_batches", [1, 2, 4])
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
 def test_an_interrupted_evaluation_goes_on_where_it_was(tiny_model, tokenizer, encoded, tmp_path, num_batches):
     expected = ask(tiny_model, tokenizer, encoded, token_budget=200)
     journal = tmp_path / "scores.journal"
@@ -54,7 +54,7 @@ def test_a_journal_keeps_the_budget_that_memory_allowed(tiny_model, tokenizer, e
     journal = tmp_path / "scores.journal"
 
     def refuse(module, args, kwargs):
-        if kwargs["input_ids"].numel() > 100:
+        if kwargs["input_ids"].numel() > 200:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     hook = tiny_model.register_forward_pre_hook(refuse, with_kwargs=True)
