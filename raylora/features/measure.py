@@ -138,7 +138,7 @@ class _Activations:
         if not self._shares:
             return None
         mean = torch.stack([s.to(self._shares[0].device) for s in self._shares]).mean(0)
-        return mean[places.to(mean.device, non_blocking=True)]
+        return mean[places.to(mean.device)]
 
 
 def measure_all(
