@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 
 from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, encode_with_offsets, labels_of
+from raylora.data.minibatch import send
 from raylora.features.words import words_of
 from raylora.model.adapters import LoadedModel
+from raylora.model.fetching import Fetched, one_late
 from raylora.model.forward import Output, forward_rows, inference
+from raylora.model.kernels import near_zero_share
 from raylora.model.memory import TokenBudget
 from raylora.model.packing import may_pack
 from raylora.records import Example, ProgressCallback, ProgressStage
@@ -125,12 +128,10 @@ class _Activations:
         self._num_tokens, self._shares = kwargs["input_ids"].numel(), []
 
     def _count(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        magnitudes = args[0].float().abs()  # (B, T, I), in some models (B * T, I)
-        rms = magnitudes.square().mean(-1, keepdim=True).sqrt()
-        share = (magnitudes < SPARSE_ACTIVATION_BELOW * rms).float().mean(-1)
+        activations = args[0].reshape(-1, args[0].shape[-1])  # from (B, T, I), in some models (B * T, I)
         # In a mixture of experts a module gets some of the tokens only: it is not known which, so it is left out.
-        if share.numel() == self._num_tokens:
-            self._shares.append(share.flatten())
+        if len(activations) == self._num_tokens:
+            self._shares.append(near_zero_share(activations, SPARSE_ACTIVATION_BELOW))
 
     def shares(self, places: torch.Tensor) -> torch.Tensor | None:
         """Mean share of the layers at tokens ``places`` (K,) of the last forward pass; None where none was counted."""
@@ -157,24 +158,22 @@ def measure_all(
     content = [_content(item.encoded) for item in items]
     activations = _Activations(loaded.model)
 
-    def use(part: list[int], output: Output) -> list[Measured]:
+    def use(part: list[int], output: Output) -> list[Fetched]:
         assert output.states is not None
         assert output.places is not None
-        losses, states = output.losses.split(output.num_losses), output.states.split(output.num_states)
+        groups = [_groups(items[i], content[i]) for i in part]
+        directions = mean_directions(output.states, output.num_states, groups)
+        fetched = [Fetched(output.losses, output.num_losses), Fetched(directions, list(map(len, groups)))]
         shares = activations.shares(output.places)
-        sparsities = shares.split(output.num_states) if shares is not None else [None] * len(part)
-        return [
-            _measure(items[i], train_on, labels[i], content[i], *of_row)
-            for i, *of_row in zip(part, losses, states, sparsities, strict=True)
-        ]
+        return fetched if shares is None else [*fetched, Fetched(shares, output.num_states)]
 
     results: dict[int, Measured] = {}
     packed = may_pack(loaded, max(map(len, rows), default=0))
     with inference(loaded.model), activations.counted():
-        for part, measured in forward_rows(
-            loaded, rows, labels, TokenBudget(token_budget), use, content, packed=packed
-        ):
-            results.update(zip(part, measured, strict=True))
+        passes = forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, content, packed=packed)
+        for part, fetched in one_late(passes):
+            for i, *of_row in zip(part, *(f.rows() for f in fetched), strict=True):
+                results[i] = _measure(items[i], train_on, labels[i], content[i], *of_row)
             progress(ProgressStage.FEATURES, len(results), len(items))
     return [results[i] for i in range(len(items))]
 
@@ -187,14 +186,16 @@ def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int)
     answers = [list(itertools.compress(i.encoded.input_ids, i.encoded.is_answer_text)) for i in items]
     rows, labels = [[start, *answer] for answer in answers], [[IGNORE_INDEX, *answer] for answer in answers]
 
-    def use(part: list[int], output: Output) -> list[float]:
-        return [float(losses.double().mean()) for losses in output.losses.split(output.num_losses)]
+    def use(part: list[int], output: Output) -> Fetched:
+        return Fetched(output.losses, output.num_losses)
 
     results: dict[int, float] = {}
     packed = may_pack(loaded, max(map(len, rows), default=0))
     with inference(loaded.model):
-        for part, means in forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, packed=packed):
-            results.update(zip(part, means, strict=True))
+        for part, fetched in one_late(
+            forward_rows(loaded, rows, labels, TokenBudget(token_budget), use, packed=packed)
+        ):
+            results.update((i, float(losses.double().mean())) for i, losses in zip(part, fetched.rows(), strict=True))
     return [results[i] for i in range(len(items))]
 
 
@@ -210,31 +211,56 @@ def _labels(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
     return [IGNORE_INDEX, *labels[1:]]  # nothing comes before the first token to predict it
 
 
+def _groups(item: Item, content: Sequence[bool]) -> list[np.ndarray]:
+    """Groups of an item's content tokens, as their indices: all; the question's; the answer's; each sentence's."""
+    is_question, is_answer = (
+        np.array(list(itertools.compress(flags, content)), dtype=bool)
+        for flags in (item.encoded.is_question, item.encoded.is_answer_text)
+    )
+    answer = is_answer.nonzero()[0]
+    return [np.arange(len(is_answer)), is_question.nonzero()[0], answer, *(answer[a:b] for a, b in item.sentences)]
+
+
+def mean_directions(
+    states: torch.Tensor, num_states: Sequence[int], groups: Sequence[Sequence[np.ndarray]]
+) -> torch.Tensor:
+    """The mean state of each group of tokens, scaled to unit length: (G, H), one example's groups after another's.
+
+    The states are read where they lie: 12,000 of 4,096 float32 are 200 MB, and no group needs a copy of its own.
+
+    Args:
+        states: (K, H), those of one example after another's.
+        num_states: how many each example has; K in all.
+        groups: of each example, the indices among its own states; 0 everywhere is the mean of an empty one.
+    """
+    starts = itertools.accumulate(num_states, initial=0)
+    flat = [start + group for start, of_example in zip(starts, groups, strict=False) for group in of_example]
+    indices = send(torch.from_numpy(np.concatenate(flat)), states.device)
+    offsets = send(torch.tensor([0, *itertools.accumulate(map(len, flat))][:-1]), states.device)
+    return F.normalize(F.embedding_bag(indices, states, offsets, mode="mean"), dim=1)
+
+
 def _measure(
     item: Item,
     train_on: TrainOn,
     labels: Sequence[int],
     content: Sequence[bool],
     losses: torch.Tensor,
-    states: torch.Tensor,
-    sparsities: torch.Tensor | None,
+    directions: torch.Tensor,
+    sparsities: torch.Tensor | None = None,
 ) -> Measured:
-    """An item's measures, from the losses (N,) of its labels, and the states (K, H) and activation sparsities (K,) of
-    its content."""
+    """An item's measures, from the losses (N,) of its labels, the directions (G, H) of the mean states of its
+    ``_groups``, and the activation sparsities (K,) of its content, all on the CPU."""
     encoded = item.encoded
     wanted = [label != IGNORE_INDEX for label in labels]
     supervised = [label != IGNORE_INDEX for label in labels_of(encoded, train_on)]
     answer_loss = float(losses[_among(wanted, encoded.is_answer_text)].double().mean())
     label_losses = losses[_among(wanted, supervised)].double()
-    answer_states = states[_among(content, encoded.is_answer_text)]
-    similarity = None
-    if any(encoded.is_question):
-        question_states = states[_among(content, encoded.is_question)]
-        similarity = float(F.cosine_similarity(question_states.mean(0), answer_states.mean(0), dim=0))
+    embedding, question, answer, *sentences = directions.numpy()
     return Measured(
-        F.normalize(states.mean(0), dim=0).cpu().numpy(),
-        similarity,
-        _consistency(answer_states, item.sentences),
+        embedding.copy(),  # a view would keep the whole minibatch's
+        float(question @ answer) if any(encoded.is_question) else None,
+        mean_pairwise_cosine(np.stack(sentences)) if len(sentences) > 1 else None,
         float(losses[_among(wanted, content)].double().mean()),
         answer_loss,
         ExampleLoss(float(label_losses.sum()), len(label_losses), answer_loss),
@@ -245,14 +271,6 @@ def _measure(
 def _among(chosen: Sequence[bool], flags: Sequence[bool]) -> torch.Tensor:
     """The ``flags`` of the chosen positions alone, as a mask for a tensor that has only these positions."""
     return torch.tensor(list(itertools.compress(flags, chosen)), dtype=torch.bool)
-
-
-def _consistency(states: torch.Tensor, sentences: Sequence[tuple[int, int]]) -> float | None:
-    """Mean pairwise cosine of the sentences' mean states; None for fewer than two sentences."""
-    means = [states[a:b].mean(0) for a, b in sentences if a < len(states)]  # the others were truncated
-    if len(means) < 2:
-        return None
-    return mean_pairwise_cosine(F.normalize(torch.stack(means), dim=1).cpu().numpy())
 
 
 def mean_pairwise_cosine(unit: np.ndarray) -> float:

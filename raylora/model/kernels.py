@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,6 +98,12 @@ def _plain_dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype)
     return weight
 
 
+def _plain_near_zero_share(x: torch.Tensor, below: float) -> torch.Tensor:
+    magnitudes = x.abs().float()
+    limits = torch.linalg.vector_norm(magnitudes, dim=1, keepdim=True) * (below / math.sqrt(x.shape[1]))
+    return magnitudes.lt_(limits).mean(1)  # as floats, in place: a sum of bools takes four times as long on a CPU
+
+
 def _plain_quantize_rows(
     x: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,6 +142,13 @@ def _trials_of_4bit(device: torch.device) -> Iterator[tuple[Any, ...]]:
     weight = torch.randn(330, 64, generator=torch.Generator().manual_seed(0)).to(device)  # 330 scales, in two blocks
     packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     yield from ((packed, state, dtype) for dtype in FLOATS)
+
+
+def _trials_of_shares(device: torch.device) -> Iterator[tuple[Any, ...]]:
+    x = torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))
+    x[1] *= 1e-4
+    x[2] = 0
+    yield from ((x.to(device, dtype), 0.1) for dtype in FLOATS)
 
 
 def _trials_of_rows(device: torch.device) -> Iterator[tuple[Any, ...]]:
@@ -218,8 +232,9 @@ _DROP = Kernel("drop", _of_triton("drop"), _plain_drop, _trials_of_drop)
 _ADD_DROPPED = Kernel("add_dropped", _of_triton("add_dropped"), _plain_add_dropped, _trials_of_adding)
 _DEQUANTIZE_INT8 = Kernel("dequantize_int8", _of_triton("dequantize_int8"), _plain_dequantize_int8, _trials_of_int8)
 _DEQUANTIZE_4BIT = Kernel("dequantize_4bit", _of_triton("dequantize_4bit"), _plain_dequantize_4bit, _trials_of_4bit)
+_NEAR_ZERO_SHARE = Kernel("near_zero_share", _of_triton("near_zero_share"), _plain_near_zero_share, _trials_of_shares)
 _QUANTIZE_ROWS = Kernel("quantize_rows", _of_triton("quantize_rows"), _plain_quantize_rows, _trials_of_rows)
-KERNELS = (_DROP, _ADD_DROPPED, _DEQUANTIZE_INT8, _DEQUANTIZE_4BIT, _QUANTIZE_ROWS)
+KERNELS = (_DROP, _ADD_DROPPED, _DEQUANTIZE_INT8, _DEQUANTIZE_4BIT, _NEAR_ZERO_SHARE, _QUANTIZE_ROWS)
 
 
 def check_kernels(device: torch.device, fp8: bool = False) -> None:
@@ -262,6 +277,13 @@ def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
     """
     weight: torch.Tensor = _DEQUANTIZE_4BIT(packed, state, dtype)
     return weight
+
+
+def near_zero_share(x: torch.Tensor, below: float) -> torch.Tensor:
+    """float32 (N,): the share of the numbers of each row of x (N, width) that are smaller, in absolute value, than
+    ``below`` times the row's root mean square. 0 for a row of zeros."""
+    shares: torch.Tensor = _NEAR_ZERO_SHARE(x, below)
+    return shares
 
 
 def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

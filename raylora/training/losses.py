@@ -10,6 +10,7 @@ import torch
 
 from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, labels_of
 from raylora.model.adapters import LoadedModel
+from raylora.model.fetching import Fetched, one_late
 from raylora.model.forward import Output, forward_rows
 from raylora.model.memory import TokenBudget
 from raylora.model.packing import may_pack
@@ -46,11 +47,10 @@ def example_losses(
     rows, labels = [examples[i].input_ids for i in usable], [all_labels[i] for i in usable]
     num_supervised = sum(label != IGNORE_INDEX for row in labels for label in row)
 
-    def use(part: list[int], output: Output) -> list[ExampleLoss]:
+    def use(part: list[int], output: Output) -> Fetched:
         if with_gradient:
             (output.losses.sum() / num_supervised).backward()
-        losses = output.losses.detach().double().split(output.num_losses)
-        return [_example_loss(examples[usable[k]], labels[k], of_row) for k, of_row in zip(part, losses, strict=True)]
+        return Fetched(output.losses, output.num_losses)
 
     results = [ExampleLoss(0.0, 0, math.nan)] * len(examples)
     # Gradients add up over minibatches: from the first one again where a backward pass ended half-way, out of memory.
@@ -58,16 +58,15 @@ def example_losses(
     budget = TokenBudget(token_budget)
     packed = may_pack(loaded, max(map(len, rows), default=0))
     with torch.inference_mode(not with_gradient), loaded.autocast():
-        for part, losses_of_part in forward_rows(
-            loaded, rows, labels, budget, use, start_over=start_over, packed=packed
-        ):
-            for k, loss in zip(part, losses_of_part, strict=True):
-                results[usable[k]] = loss
+        passes = forward_rows(loaded, rows, labels, budget, use, start_over=start_over, packed=packed)
+        for part, fetched in one_late(passes):
+            for k, losses in zip(part, fetched.rows(), strict=True):
+                results[usable[k]] = _example_loss(examples[usable[k]], labels[k], losses.double())
     return results
 
 
 def _example_loss(encoded: EncodedExample, labels: Sequence[int], losses: torch.Tensor) -> ExampleLoss:
-    """The losses of one example from those of its labels, (N,)."""
+    """The losses of one example from those of its labels, (N,), on the CPU."""
     is_text = [a for a, label in zip(encoded.is_answer_text, labels, strict=True) if label != IGNORE_INDEX]
-    answer = losses[torch.tensor(is_text, device=losses.device)].mean()
+    answer = losses[torch.tensor(is_text)].mean()
     return ExampleLoss(float(losses.sum()), len(losses), float(answer))

@@ -9,6 +9,7 @@ import torch
 
 from raylora.config import Method
 from raylora.errors import TrainingDivergedError
+from raylora.model.fetching import Fetched
 from raylora.training.gradients import Observer, Step, StepGradient
 
 
@@ -19,12 +20,7 @@ class LaunchedStep:
         self, k: int, gradient: StepGradient, norm: torch.Tensor, learning_rate: float, observer: Observer | None
     ) -> None:
         self._k, self._gradient, self._rate, self._observer = k, gradient, learning_rate, observer
-        numbers = torch.stack([gradient.loss, norm.to(gradient.loss.device, gradient.loss.dtype)])
-        self._numbers, self._arrived = numbers, None
-        if numbers.device.type == "cuda":
-            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
+        self._numbers = Fetched(torch.stack([gradient.loss, norm.to(gradient.loss.device, gradient.loss.dtype)]))
 
     def read(self) -> Step:
         """Wait for the step's numbers. Call it when the next step is launched: the GPU then has work meanwhile.
@@ -32,9 +28,7 @@ class LaunchedStep:
         Raises:
             TrainingDivergedError: the loss or the gradient became infinite or NaN; the parameters are ruined.
         """
-        if self._arrived:
-            self._arrived.synchronize()
-        loss, norm = self._numbers.tolist()
+        loss, norm = self._numbers.read().tolist()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingDivergedError(f"the loss became {loss} at step {self._k + 1}: lower --learning-rate")
         gradient = self._gradient

@@ -158,6 +158,39 @@ def test_rows_are_scaled_to_the_largest_number_of_fp8(rows, width, dtype, with_f
     torch.testing.assert_close(plain.float(), found, rtol=2**-4, atol=2**-10)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 2100), dtypes, st.sampled_from([0.05, 0.1, 1.0]), st.floats(1e-6, 1e3),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_the_share_near_zero_is_counted_as_in_double_precision(rows, width, dtype, below, scale, seed):
+    x = (numbers(rows, width, seed=seed) * scale).to(dtype)
+    x[-1, ::2] *= 0.01
+    exact = x.double()
+    distance = exact.abs() - below * exact.square().mean(1, keepdim=True).sqrt()
+    expected = (distance < 0).double().mean(1).float()
+    # A number that lies on the limit but for float32's rounding may fall on either side.
+    doubtful = (distance.abs() <= 1e-5 * exact.abs()).double().mean(1).float()
+    for found in (triton_kernels.near_zero_share(x, below), kernels.near_zero_share(x, below)):
+        assert (found.dtype, found.shape) == (torch.float32, (rows,))
+        assert bool(((found - expected).abs() <= doubtful + 1e-6).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shares_near_zero_that_are_known(dtype):
+    x = torch.ones(6, 1500, device=DEVICE, dtype=dtype)
+    x[1, :300] = 0.05
+    x[2] = 0
+    x[3, 7], x[4, 7] = torch.nan, torch.inf
+    x[5] = 60000  # its square is beyond float16
+    expected = torch.tensor([0.0, 0.2, 0.0, 0.0, 1499 / 1500, 0.0], device=DEVICE)
+    for found in (triton_kernels.near_zero_share, kernels.near_zero_share):
+        torch.testing.assert_close(found(x, 0.1), expected)
+        torch.testing.assert_close(found(x.t().contiguous().t(), 0.1), expected)
+        assert found(x[:0], 0.1).shape == (0,)
+    assert bool((x[0] == 1).all()), "the numbers stay as they are"
+
+
 def test_a_row_of_zeros_and_no_rows_stay_what_they_are():
     plain, scales = kernels.quantize_rows(torch.zeros(2, 16))
     assert not plain.float().any()
@@ -183,6 +216,10 @@ def one_row_late(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtyp
     return triton_kernels.dequantize_int8(integers, scales.roll(1), dtype)
 
 
+def of_half_the_row(x: torch.Tensor, below: float) -> torch.Tensor:
+    return triton_kernels.near_zero_share(x[:, ::2], below)
+
+
 def of_another_type(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return triton_kernels.drop(x, *rest).double()
 
@@ -197,6 +234,7 @@ def does_not_compile(x: torch.Tensor, dropout: Dropout, dtype: torch.dtype) -> t
         ("drop", wrong_by_one_hash, "its results differ"),
         ("dequantize_int8", one_row_late, "its results differ"),
         ("drop", of_another_type, "its results differ"),
+        ("near_zero_share", of_half_the_row, "its results differ"),
         ("drop", does_not_compile, "."),
     ],
 )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from raylora.config import ModelOptions
 from raylora.data.encoding import encode_example
@@ -18,38 +15,9 @@ from raylora.model.loading import load_model
 from raylora.training.gradients import GradientAccumulator, Job, StepGradient
 from raylora.training.loop import train_adapter, train_adapters
 from raylora.training.optimizer_step import LaunchedStep, take_step
+from tests.helpers.reads import Reads
 from tests.helpers.tiny import load
 from tests.helpers.training import DROPOUT, METHOD, make_examples
-
-aten = torch.ops.aten
-READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
-BEFORE_SENDING = ("raylora/data/minibatch.py",)
-"""Where tensors are still on the CPU, whatever the model's device is."""
-ONLY_ON_A_CPU = ("torch/optim/",)
-"""The fused AdamW of a GPU keeps its counters there."""
-
-
-def frames() -> Iterator[str]:
-    frame = sys._getframe(2)
-    while frame is not None:
-        yield frame.f_code.co_filename
-        frame = frame.f_back
-
-
-class Reads(TorchDispatchMode):
-    """Notes where the CPU asks for the numbers in a tensor: on a GPU it would wait there."""
-
-    def __init__(self):
-        super().__init__()
-        self.places: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        by_mask = func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if func in READS or by_mask:
-            files = list(frames())
-            if not any(known in file for file in files for known in (*BEFORE_SENDING, *ONLY_ON_A_CPU)):
-                self.places.append(f"{func}: {files[:6]}")
-        return func(*args, **(kwargs or {}))
 
 
 def steps(loaded, jobs, observer=None, num_steps=3, before_step=lambda k: None) -> list[LaunchedStep]:
