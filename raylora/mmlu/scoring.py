@@ -26,6 +26,7 @@ from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.mmlu.questions import LETTERS
 from raylora.model.adapters import LoadedModel
 from raylora.model.attention import REFUSALS
+from raylora.model.fetching import one_late
 from raylora.model.forward import inference
 from raylora.model.graphs import capture_of
 from raylora.model.memory import CPU_TOKEN_BUDGET, TokenBudget, free_gpu_bytes, is_out_of_memory, tokens_that_fit
@@ -146,29 +147,22 @@ def ask_all(
     Yields:
         Answers by index: of a whole batch, or of a piece of it where memory does not hold it.
     """
-    late: list[tuple[list[int], Read]] = []
+    for indices, read in one_late(_launch(asker, asked, batches, budget)):
+        yield dict(zip(indices, read(), strict=True))
+
+
+def _launch(
+    asker: Asker, asked: Sequence[Asked], batches: Iterable[Part], budget: TokenBudget
+) -> Iterator[tuple[list[int], Read]]:
     for batch in batches:
-        # All questions count as long as the first where rows are padded, as in ``batches_of``: a batch is whole until
-        # memory runs out.
-        longest = batch.indices[:1]
-        widths = {i: _width(asker, asked, i if asker.packed else longest[0], batch) for i in batch.indices}
 
         def run(indices: list[int], prefix_length: int = batch.prefix_length) -> Read:
             return asker.ask([asked[i] for i in indices], prefix_length)
 
-        for piece in budget.pieces(
-            batch.indices, widths.__getitem__, run, packed=asker.packed, make_room=asker.make_room
-        ):
-            late.append(piece)
-            if len(late) > 1:
-                yield _read(late.pop(0))
-    for piece in late:
-        yield _read(piece)
-
-
-def _read(piece: tuple[list[int], Read]) -> dict[int, Answer]:
-    indices, read = piece
-    return dict(zip(indices, read(), strict=True))
+        # Where rows are padded, all questions count as long as the first, as in ``batches_of``: a batch is whole until
+        # memory runs out.
+        widths = {i: _width(asker, asked, i if asker.packed else batch.indices[0], batch) for i in batch.indices}
+        yield from budget.pieces(batch.indices, widths.__getitem__, run, packed=asker.packed, make_room=asker.make_room)
 
 
 def _width(asker: Asker, asked: Sequence[Asked], index: int, batch: Part) -> int:

@@ -30,6 +30,7 @@ from raylora.model.adapted_product import PassRows
 from raylora.model.adapter_products import AdapterProducts, Span, check_may_share
 from raylora.model.adapters import LoadedModel
 from raylora.model.attention import Behind, KeptKeys, attention_in_blocks
+from raylora.model.fetching import Fetched
 from raylora.model.forward import at_output_head
 from raylora.model.graphs import LONGEST_BLOCKS, TOKENS_A_BLOCK, Capture, GraphedPasses, TensorRecord, fixed_size
 from raylora.model.memory import GPU_TOKEN_BUDGET
@@ -97,18 +98,11 @@ class Pending:
     """
 
     def __init__(self, values: torch.Tensor, order: Sequence[int]) -> None:
-        self._values, self._order, self._event = values, order, None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._fetched, self._order = Fetched(values), order
 
     def read(self) -> list[list[float]]:
         """The numbers, in the order of the caller's rows; waits for the device until they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        by_row = dict(zip(self._order, self._values.tolist(), strict=True))
+        by_row = dict(zip(self._order, self._fetched.read().tolist(), strict=True))
         return [by_row[i] for i in range(len(self._order))]
 
 
@@ -196,7 +190,7 @@ class CandidatePasses:
             return Pending(_logprobs(self._loaded, self._products, inputs.to(self._loaded.device)), order)
         self._out.zero_()
         self.graphed.run(inputs, self._loaded.device, size)
-        return Pending(self._out[: len(rows)], order)
+        return Pending(self._out[: len(rows)].clone(), order)
 
     def _run_prefix(self, ids: Sequence[int]) -> None:
         """Keep the keys and values of a prefix, as each adapter has them."""
