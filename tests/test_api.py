@@ -9,6 +9,8 @@ from raylora.errors import UserError
 from tests.helpers.chunks import write_dataset
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_run_experiment_and_process_folder(ray_with_gpus, options, tmp_path):
     path = write_dataset(tmp_path / "data" / "chunk_1", "data")
     more = {k: v for k, v in options.items() if k != "max_samples"}

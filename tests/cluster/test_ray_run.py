@@ -118,6 +118,8 @@ class Run:
         return [e.dataset for e in self.experiments]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_rows_reach_the_tables_one_by_one_from_one_process_beside_the_command(ray_with_gpus, tmp_path):
     former = ResultRow(dict.fromkeys(ROW_COLUMNS) | {"dataset": "before", "experiment_id": "before-1"})
     run = Run(tmp_path, former=(former,))

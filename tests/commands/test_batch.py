@@ -43,6 +43,8 @@ KINDS = {
 """The others are ``data``."""
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_one_good_file_and_ten_bad_ones_make_eleven_rows(ray_with_gpus, options, tmp_path):
     folder = tmp_path / "data" / "chunk_1"
     write_dataset(folder, "good")
@@ -219,6 +221,8 @@ def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, 
     assert both["semantic_diversity"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("more", [["--dry-run"], []])
 def test_an_output_that_cannot_be_reached_is_one_line(objects, tiny_model_folder, more):
     objects.put("data/chunk_1/a.json", RECORDS)

