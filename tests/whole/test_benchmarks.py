@@ -92,8 +92,8 @@ def test_a_part_that_there_is_not_is_one_line(tmp_path):
     [
         ("tests", "| tests | ok |"),
         ("training", "TRL, "),
-        ("scoring", "lm-eval, batch 32, 5-shot"),
-        ("whole", "one experiment of it"),
+        ("scoring", "lm-eval, batch 4, 5-shot"),
+        ("whole", "mmlu adapter "),
     ],
 )
 def test_a_look_at_each_part_of_the_script(smollm2, shared_data, tmp_path, part, expected):
