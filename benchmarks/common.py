@@ -152,12 +152,12 @@ def random_adapters(loaded: LoadedModel, number: int) -> Iterator[list[str]]:
         Their names.
     """
     names = [f"adapter{i}" for i in range(number)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(loaded.device).manual_seed(0)
     try:
         for name in names:
             with torch.no_grad():
                 for p in loaded.attach(Method(), 0, name):
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+                    p.normal_(0, 0.02, generator=generator)
             loaded.activate(name)
         yield names
     finally:
