@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
+import gc
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raylora.config import ModelOptions
+from raylora.config import Method, ModelOptions
+from raylora.mmlu.prompts import EncodedQuestion
+from raylora.mmlu.scoring import evaluate
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.loading import load_model, load_tokenizer
 from raylora.model.sources import quiet_libraries, resolve_model
+from raylora.records import Score
 from raylora.storage.atomic import write_atomically
 from raylora.storage.places import cache_folder
 
@@ -42,6 +47,9 @@ SHAPES = {
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
     },
 }  # fmt: skip
+
+
+QUANTIZATIONS = ("none", "8bit", "4bit", "fp8")
 
 
 def load(name: str, quantization: str, shape: str | None) -> LoadedModel:
@@ -122,6 +130,41 @@ def shape_folder(shape: str, tokenizer_of: str = "demo") -> Path:
     return folder
 
 
+def score(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], token_budget: int | None = None) -> Score:
+    """The model's answers, with the adapter that is active in it: the one place where benchmarks ask questions."""
+    return evaluate(loaded, encoded, token_budget=token_budget)
+
+
+def score_adapters(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], names: Sequence[str]) -> list[Score]:
+    """The answers of each of the attached adapters."""
+    scores = []
+    for name in names:
+        loaded.activate(name)
+        scores.append(score(loaded, encoded))
+    return scores
+
+
+@contextlib.contextmanager
+def random_adapters(loaded: LoadedModel, number: int) -> Iterator[list[str]]:
+    """Inside, so many adapters are attached whose weights are random in A and in B; the last is active.
+
+    Yields:
+        Their names.
+    """
+    names = [f"adapter{i}" for i in range(number)]
+    generator = torch.Generator(loaded.device).manual_seed(0)
+    try:
+        for name in names:
+            with torch.no_grad():
+                for p in loaded.attach(Method(), 0, name):
+                    p.normal_(0, 0.02, generator=generator)
+            loaded.activate(name)
+        yield names
+    finally:
+        for name in names:
+            loaded.detach(name)
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds times two a second, of square matrices of this type: what the machine can do at best."""
     n = 8192 if device.type == "cuda" else 2048
@@ -135,6 +178,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         best = max(best, 3 * 2 * n**3 / (time.perf_counter() - started))
     return best
+
+
+def empty() -> None:
+    """Give the memory of a model back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,6 +208,8 @@ class Measured:
     cpu_seconds: float
     peak_bytes: int
     result: Any
+    reserved_bytes: int
+    """On a GPU what was held there: what graphs keep for their next replay is not counted as allocated."""
 
 
 def measure(run: Callable[[], Any], device: torch.device) -> Measured:
@@ -173,10 +225,11 @@ def measure(run: Callable[[], Any], device: torch.device) -> Measured:
     synchronize(device)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     if device.type == "cuda":
-        return Measured(seconds, cpu_seconds, torch.cuda.max_memory_allocated(device), result)
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return Measured(seconds, cpu_seconds, allocated, result, reserved)
     status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return Measured(seconds, cpu_seconds, peak * 1024, result)
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+    return Measured(seconds, cpu_seconds, peak, result, peak)
 
 
 def machine() -> dict[str, Any]:
@@ -191,11 +244,12 @@ def machine() -> dict[str, Any]:
 def report(title: str, rows: Sequence[dict[str, Any]], json_path: Path | None, extra: dict[str, Any]) -> None:
     """A table on the terminal, and everything as JSON."""
     table = Table(title=title, box=box.MARKDOWN)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name, justify="left" if isinstance(rows[0].get(name), str) else "right")
     for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=160).print(table)
+        table.add_row(*(f"{v:.4g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in names))
+    Console(width=200).print(table)
     for key, value in extra.items():
         print(f"{key}: {value}")
     if json_path:

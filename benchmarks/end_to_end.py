@@ -4,10 +4,14 @@
     python -m benchmarks.end_to_end --num-files 4           # a chunk: raylora loads and scores the base once
     python -m benchmarks.end_to_end --num-records 16 --probe-steps 4 --num-questions 57     # a quick look
     python -m benchmarks.end_to_end --num-files 2 --alone   # raylora only, beside what it had planned
+    python -m benchmarks.end_to_end --full --shape llama3-8b                    # on a GPU: the default experiment
+    python -m benchmarks.end_to_end --full --shape llama3-8b --num-files 8 --num-records 160    # and a chunk of 8
 
-For every dataset: features with a probe, one epoch of training, MMLU of the base and of the adapter. The research
-code's steps are done one after another with transformers, PEFT and ``generate``, the model loaded twice a dataset
-as it did. Start of the processes and loading are part of the seconds.
+For every dataset: features with a probe, training, MMLU of the base and of the adapter. The research code's steps are
+done one after another with transformers, PEFT and ``generate``, the model loaded twice a dataset as it did. Start of
+the processes and loading are part of the seconds. ``--full`` is an experiment of default settings: 8 bits, 1,000
+examples, 3 epochs, 20 probe steps, all 14,042 questions; the research code is then asked every 20th of them, and its
+MMLU's seconds are multiplied. Where more datasets are wanted than there are files, each file is cut into several.
 """
 
 from __future__ import annotations
@@ -15,36 +19,61 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from benchmarks import common
+from raylora.config import FeatureOptions, Method
 from raylora.mmlu.questions import load_questions, select_questions
+from raylora.mmlu.scoring import load_score
+
+STAGES = ("load", "static", "probe", "train", "mmlu base", "mmlu adapter", "rest")
+"""Of raylora. ``rest`` is what no stage counts: Python's start, reading data, stored files, for a chunk Ray's start."""
+SMALL = {
+    "quantization": "none", "num_records": 64, "num_epochs": 1.0, "max_length": 256, "probe_steps": 20,
+    "num_questions": 114, "research_step": 1,
+}  # fmt: skip
+FULL = {
+    "quantization": "8bit", "num_records": 1000, "num_epochs": Method().num_epochs, "max_length": Method().max_length,
+    "probe_steps": FeatureOptions().probe_steps, "num_questions": 14042, "research_step": 20,
+}  # fmt: skip
 
 
-def raylora_command(files: list[Path], folder: Path, options: argparse.Namespace) -> list[str]:
+def make_chunk(folder: Path, number: int) -> list[Path]:
+    """So many dataset files in ``folder``: those of chunk_001, or each cut into as many parts as that needs."""
+    folder.mkdir()
+    files = sorted((common.SHARED / "chunk_001").resolve().iterdir())
+    parts = -(-number // len(files))
+    made = []
+    for part in range(parts):
+        for file in files[: number - len(made)]:
+            records = json.loads(file.read_text(encoding="utf-8"))[part::parts]
+            made.append(folder / (f"{file.stem}_{part}{file.suffix}" if parts > 1 else file.name))
+            made[-1].write_text(json.dumps(records), encoding="utf-8")
+    return made
+
+
+def raylora_command(files: list[Path], output: Path, options: argparse.Namespace) -> list[str]:
     """One dataset by ``raylora.experiment``, several by ``raylora.batch``."""
-    chunk = folder / "chunk_001"
-    chunk.mkdir()
-    for file in files:
-        shutil.copy(file, chunk)
     shared = [
         "--model", options.model, "--quantization", options.quantization, "--mmlu", str(questions_file()),
         "--max-samples", str(options.num_questions), "--max-records", str(options.num_records),
-        "--probe-steps", str(options.probe_steps), "--num-epochs", "1", "--max-length", "256",
-        "--output", str(folder / "results"),
+        "--probe-steps", str(options.probe_steps), "--num-epochs", str(options.num_epochs),
+        "--max-length", str(options.max_length), "--output", str(output),
     ]  # fmt: skip
     if len(files) == 1:
-        return [sys.executable, "-m", "raylora.experiment", str(chunk / files[0].name), *shared]
-    return [sys.executable, "-m", "raylora.batch", "--data-root", str(folder), "--chunk", "chunk_001", *shared]
+        return [sys.executable, "-m", "raylora.experiment", str(files[0]), *shared]
+    chunk = files[0].parent
+    return [sys.executable, "-m", "raylora.batch", "--data-root", str(chunk.parent), "--chunk", chunk.name, *shared]
 
 
 def research_command(file: Path, options: argparse.Namespace) -> list[str]:
-    given = ("model", "quantization", "num_questions", "num_records", "probe_steps")
+    given = ("model", *SMALL)
     flags = [word for name in given for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     return [sys.executable, "-m", "benchmarks.end_to_end", "--research", str(file), *flags]
 
@@ -56,30 +85,30 @@ def questions_file() -> Path:
 def research(file: Path, options: argparse.Namespace) -> None:
     """The research code's steps on one dataset; prints the seconds of each."""
     from benchmarks.features import research_way
-    from benchmarks.mmlu import ask_by_writing
+    from benchmarks.mmlu import ask_by_writing, encode_for_writing
     from benchmarks.training import run_padded
-    from raylora.config import Method
     from raylora.data.datasets import read_dataset, sample_examples
     from raylora.data.encoding import encode_example
 
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
-    def done(stage: str) -> None:
+    def done(stage: str, times: int = 1) -> None:
         nonlocal started
         now = time.perf_counter()
-        seconds[stage] = round(now - started, 1)
+        seconds[stage] = round(times * (now - started), 1)
         started = now
 
     questions = select_questions(load_questions(questions_file()), options.num_questions, 0)
     dataset = read_dataset(file, limit=options.num_records)
     examples = sample_examples(dataset.examples, 0, dataset.seed)
     loaded = common.load(options.model, options.quantization, None)
-    encoded = [encode_example(loaded.tokenizer, e, 256) for e in examples]
+    method = Method(num_epochs=options.num_epochs, max_length=options.max_length)
+    encoded = [encode_example(loaded.tokenizer, e, method.max_length) for e in examples]
     done("load")
-    ask_by_writing(loaded, questions, {})
-    done("mmlu of the base")
-    method = Method(num_epochs=1, max_length=256)
+    asked = questions[:: options.research_step]
+    ask_by_writing(loaded, encode_for_writing(loaded, asked, {}))
+    done("mmlu base", options.research_step)
     research_way(loaded, encoded, method, options.probe_steps)
     done("features")
     del loaded
@@ -88,8 +117,8 @@ def research(file: Path, options: argparse.Namespace) -> None:
     run_padded(loaded, encoded, method, detach=False)
     done("train")
     loaded.activate("padded")
-    ask_by_writing(loaded, questions, {})
-    done("mmlu of the adapter")
+    ask_by_writing(loaded, encode_for_writing(loaded, asked, {}))
+    done("mmlu adapter", options.research_step)
     print(json.dumps(seconds))
 
 
@@ -103,11 +132,8 @@ def run(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - started, (done.stdout.strip().splitlines() or [""])[-1]
 
 
-def compare_with_the_plan(results: Path) -> list[dict[str, float]]:
+def compare_with_the_plan(table: pd.DataFrame) -> list[dict[str, float]]:
     """Of each experiment: seconds and gigabytes that were estimated, and those that it took."""
-    import pandas as pd
-
-    (table,) = (pd.read_csv(path) for path in results.glob("*/results.csv"))
     return [
         {
             "estimated seconds": round(row.estimated_seconds, 1),
@@ -119,40 +145,75 @@ def compare_with_the_plan(results: Path) -> list[dict[str, float]]:
     ]
 
 
+def seconds_by_stage(results: Path, table: pd.DataFrame, total: float) -> dict[str, float]:
+    """The seconds of ``STAGES``, all experiments together, from the rows and the scores of a run's folder."""
+    asked = {False: 0.0, True: 0.0}
+    for path in results.rglob("scores.parquet"):
+        asked["base" in path.relative_to(results).parts] += load_score(path).info["mmlu_seconds"]
+    static, probe, train = (float(table[f"{name}_seconds"].sum()) for name in ("static", "probe", "train"))
+    # The features are the first stage: their seconds have the model's loading in them.
+    found = [float(table["features_seconds"].sum()) - static - probe, static, probe, train, asked[True], asked[False]]
+    return dict(zip(STAGES, [*found, total - sum(found)], strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--quantization", default="none", choices=("none", "8bit", "4bit", "fp8"))
+    parser.add_argument(
+        "--shape", choices=sorted(common.SHAPES), help="random weights of this shape in place of the model"
+    )
+    parser.add_argument("--full", action="store_true", help="an experiment of default settings, on a GPU")
+    parser.add_argument("--quantization", choices=common.QUANTIZATIONS)
     parser.add_argument("--num-files", type=int, default=1)
-    parser.add_argument("--num-records", type=int, default=64)
-    parser.add_argument("--probe-steps", type=int, default=20)
-    parser.add_argument("--num-questions", type=int, default=114)
+    parser.add_argument("--num-records", type=int)
+    parser.add_argument("--num-epochs", type=float)
+    parser.add_argument("--max-length", type=int)
+    parser.add_argument("--probe-steps", type=int)
+    parser.add_argument("--num-questions", type=int)
+    parser.add_argument("--research-step", type=int, help="the research code is asked every n-th question")
     parser.add_argument("--alone", action="store_true", help="without the research code")
     parser.add_argument("--research", type=Path, help="only the research code's steps on this dataset")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    for name, value in (FULL if options.full else SMALL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.shape:  # in a process of its own, which gives the GPU's memory back
+        _, options.model = run([sys.executable, "-m", "benchmarks.common", options.shape])
     if options.research:
         research(options.research, options)
-        return
-    files = sorted((common.SHARED / "chunk_001").resolve().iterdir())[: options.num_files]
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ours, _ = run(raylora_command(files, Path(folder), options))
-        planned = compare_with_the_plan(Path(folder) / "results")
-    print(f"raylora: {ours:.1f} s", flush=True)
-    theirs, stages = 0.0, []
-    for file in [] if options.alone else files:
-        seconds, last = run(research_command(file, options))
-        theirs += seconds
-        stages.append(json.loads(last))
-        print(f"research code, {file.stem}: {seconds:.1f} s, {last}", flush=True)
-    rows = [{"way": "raylora", "seconds": ours, "times raylora": 1.0}]
-    if theirs:
-        rows.append({"way": "research code", "seconds": theirs, "times raylora": theirs / ours})
+        files = make_chunk(Path(folder) / "chunk_001", options.num_files)
+        results = Path(folder) / "results"
+        ours, _ = run(raylora_command(files, results, options))
+        (table,) = (pd.read_csv(path) for path in results.glob("*/results.csv"))
+        print(f"raylora: {ours:.1f} s", flush=True)
+        rows = [{"way": "raylora", "seconds": ours, "times raylora": 1.0, **seconds_by_stage(results, table, ours)}]
+        theirs, stages = 0.0, []
+        for file in [] if options.alone else files:
+            seconds, last = run(research_command(file, options))
+            stages.append(json.loads(last))
+            # MMLU of a part of the questions counts as of all.
+            asking = sum(stages[-1][name] for name in ("mmlu base", "mmlu adapter"))
+            theirs += seconds + asking * (1 - 1 / options.research_step)
+            print(f"research code, {file.stem}: {seconds:.1f} s, {last}", flush=True)
+    if stages:
+        together = {name: sum(stage[name] for stage in stages) for name in stages[0]}
+        rows.append({"way": "research code", "seconds": theirs, "times raylora": theirs / ours, **together})
     title = (
-        f"{len(files)} experiments, {options.num_records} examples, {options.probe_steps} probe steps, "
-        f"{options.num_questions} questions, {options.model}, {options.quantization}"
+        f"{len(files)} experiments, {options.num_records} examples, {options.num_epochs:g} epochs, "
+        f"{options.probe_steps} probe steps, {options.num_questions} questions, {options.shape or options.model}, "
+        f"{options.quantization}"
     )
-    extra = {"raylora, as planned and as it went": planned, "research code, seconds by stage": stages}
+    extra = {
+        "raylora, as planned and as it went": compare_with_the_plan(table),
+        "research code, seconds by stage": stages,
+    }
     common.report(title, rows, options.json, extra)
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu training FOLDER --shape llama3-8b --seconds 125
     python -m benchmarks.gpu scoring FOLDER --shape llama3-8b --seconds 125
     python -m benchmarks.gpu table FOLDER
+    python -m benchmarks.gpu scoring FOLDER --questions 14042 --seconds 3600    # all of MMLU
 
 What says most comes first, as the seconds are limited: what they did not allow is not in the table. Each row is written
 when it is there. Examples are those of the first file of chunk_001, cut to 256 tokens.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import logging
 import time
@@ -24,18 +24,18 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.mmlu import ask_harness, ask_raylora, choose
+from benchmarks.end_to_end import STAGES
+from benchmarks.mmlu import Shots, Way, best_harness, choose, encode, raylora_way
 from benchmarks.training import cost, fastest_of_trl, run_padded, run_trl
 from raylora.config import Method
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example, labels_of
 from raylora.errors import UserError, one_line
-from raylora.mmlu.prompts import encode_questions
 from raylora.model.adapters import LoadedModel
+from raylora.records import Question, Score
 from raylora.training.gradients import Job
 from raylora.training.loop import TrainingResult, train_adapters
 
-QUANTIZATIONS = ("none", "8bit", "4bit", "fp8")
 RIVALS: tuple[tuple[int, bool], ...] = ()
 ROUNDS: tuple[tuple[str, tuple[tuple[int, bool], ...]], ...] = (
     ("none", ((1, True), (1, False), (8, True), (16, True))),
@@ -98,13 +98,9 @@ class Results:
 
 
 def measured(run: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
-    """Seconds of ``run``, the most GB that torch held meanwhile, and what it returned.
-
-    On a GPU those that were reserved: what graphs keep for their next replay is not counted as allocated.
-    """
+    """Seconds of ``run``, the most GB that were held meanwhile, and what it returned."""
     found = common.measure(run, device)
-    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else found.peak_bytes
-    return found.seconds, peak / 1e9, found.result
+    return found.seconds, found.reserved_bytes / 1e9, found.result
 
 
 def count_launches(run: Callable[[int], Any], device: torch.device) -> int | None:
@@ -167,7 +163,7 @@ class Trainings:
                     with self.results.refusals(case.name, quantization):
                         self._measure(loaded, case)
             del loaded
-        empty()
+        common.empty()
 
     def _measure(self, loaded: LoadedModel, case: Case) -> None:
         loaded.graphs = case.graphed
@@ -239,58 +235,83 @@ class Trainings:
                     with self.results.refusals(name, quantization):
                         seconds, peak, _ = measured(run, self.device)
                         self._add(other, name, examples, seconds, peak)
-        empty()
+        common.empty()
 
 
-def score(options: argparse.Namespace, results: Results) -> None:
-    """Questions, 0-shot and 5-shot, of raylora in each quantization, and of lm-evaluation-harness in bfloat16."""
-    from tests.helpers.harness import make_lm
+class Scorings:
+    """The scoring part: raylora in each quantization, base and adapters, and lm-evaluation-harness in bfloat16."""
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = common.matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder = common.SHARED / "mmlu"
+    def __init__(self, options: argparse.Namespace, results: Results) -> None:
+        self.options, self.results = options, results
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.rate = common.matrix_rate(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        folder = common.SHARED / "mmlu"
+        self.chosen: dict[int, tuple[list[Question], Shots]] = {
+            0: choose(folder, options.questions, 0),
+            5: choose(folder, options.shot_questions, 5, options.shot_subjects),
+        }
 
-    def add(name: str, loaded: LoadedModel, num_shots: int, ask: Callable[..., Any], num_questions: int) -> None:
-        if results.is_over:
+    def run(self) -> None:
+        for quantization in self.options.quantizations:
+            self._on_a_model("raylora", quantization, self._ours)
+            if quantization == "none":
+                # A model of its own: beside what raylora keeps for its next passes, the peaks would be no rival's.
+                self._on_a_model("lm-eval", quantization, self._rivals)
+
+    def _on_a_model(self, name: str, quantization: str, measure: Callable[[LoadedModel], None]) -> None:
+        if not self.results.is_over:
+            with self.results.refusals(name, quantization):
+                measure(common.load("demo", quantization, self.options.shape))
+            common.empty()
+
+    def _ours(self, loaded: LoadedModel) -> None:
+        self._add(loaded, raylora_way(loaded, {}), 0)
+        for number in (1, self.options.adapters):
+            if not self.results.is_over:
+                with common.random_adapters(loaded, number) as names:
+                    self._add(loaded, adapters_way(loaded, names), 0, number)
+        self._add(loaded, raylora_way(loaded, self.chosen[5][1]), 5)
+
+    def _rivals(self, loaded: LoadedModel) -> None:
+        for num_shots, (questions, shots) in self.chosen.items():
+            if not self.results.is_over:
+                with self.results.refusals(f"lm-eval, {num_shots}-shot", loaded.quantization):
+                    way = best_harness(loaded, questions, shots, self.options.batch_sizes)
+                    step = 1 if num_shots == 0 else max(1, len(questions) // self.options.rival_shot_questions)
+                    self._add(loaded, way, num_shots, step=step)
+
+    def _add(self, loaded: LoadedModel, way: Way, num_shots: int, passes: int = 1, step: int = 1) -> None:
+        """A row of a way that is asked every ``step``-th question ``passes`` times: once by each of its adapters."""
+        if self.results.is_over:
             return
-        questions, shots = choose(folder, num_questions, num_shots)
-        with results.refusals(f"{name}, {num_shots}-shot", loaded.quantization):
-            ask(questions[:4], shots)  # warm
-            seconds, peak, _ = measured(lambda: ask(questions, shots), device)
-            prompts = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
-            num_tokens = sum(map(len, prompts))
-            results.add(
-                f"{name}, {num_shots}-shot, {len(questions)} questions",
+        questions, shots = self.chosen[num_shots]
+        questions = questions[:: step * passes]  # of several adapters each has its part of the questions' number
+        name = f"{way.name}, {num_shots}-shot"
+        with self.results.refusals(name, loaded.quantization):
+            inputs = way.encode(questions)
+            way.ask(way.encode(questions[::4]))  # warm, with sizes of batches that come again
+            seconds, peak, found = measured(lambda: way.ask(inputs), self.device)
+            num_tokens = passes * sum(map(len, encode(loaded, questions, shots)))
+            # What a shared prefix spares is in the tokens a second, and not in the share.
+            scores = found if isinstance(found, list) else [found]
+            spared = sum(s.info["num_tokens_spared"] for s in scores if isinstance(s, Score))
+            flops = common.forward_flops(loaded.model, num_tokens - spared, passes * len(questions))
+            self.results.add(
+                f"{name}, {len(questions)} questions{' each' * (passes > 1)}",
                 loaded.quantization,
                 **{
                     "tokens/s": num_tokens / seconds,
-                    "share": common.forward_flops(loaded.model, num_tokens, len(prompts)) / seconds / rate,
+                    "share": flops / seconds / self.rate,
                     "peak GB": peak,
                     "seconds": seconds,
                 },
             )
 
-    for quantization in options.quantizations:
-        with results.refusals("raylora", quantization):
-            loaded = common.load("demo", quantization, options.shape)
-            ours = lambda q, s, loaded=loaded: ask_raylora(loaded, q, s)  # noqa: E731
-            add("raylora", loaded, 0, ours, options.questions)
-            if quantization == "none":
-                lm = make_lm(loaded.model, loaded.tokenizer, 32)
-                theirs = lambda q, s, lm=lm: ask_harness(lm, q, s)  # noqa: E731
-                add("lm-eval, batch 32", loaded, 0, theirs, options.questions)
-                add("raylora", loaded, 5, ours, options.shot_questions)
-                add("lm-eval, batch 32", loaded, 5, theirs, options.shot_questions)
-                del lm, theirs
-            del loaded, ours
-        empty()
 
-
-def empty() -> None:
-    """Give the memory of the last model back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def adapters_way(loaded: LoadedModel, names: Sequence[str]) -> Way:
+    """Attached adapters, each of which is asked all the questions."""
+    name = f"raylora, {len(names)} adapter{'s' * (len(names) > 1)}"
+    return Way(name, lambda q: encode(loaded, q, {}), lambda encoded: common.score_adapters(loaded, encoded, names))
 
 
 def table(folder: Path) -> str:
@@ -321,7 +342,9 @@ def whole(folder: Path, found: Path) -> None:
     """A whole command's experiments, as ``benchmarks.end_to_end`` wrote them to ``found``, as rows of the table."""
     results = Results(folder / "whole.json", 0)
     told = json.loads(found.read_text())
-    results.add(f"whole command, {told['title']}", "", seconds=told["rows"][0]["seconds"])
+    command = told["rows"][0]
+    stages = ", ".join(f"{stage} {command[stage]:.1f} s" for stage in STAGES if command.get(stage) is not None)
+    results.add(f"whole command, {told['title']}", "", seconds=command["seconds"], note=stages)
     for row in told["raylora, as planned and as it went"]:
         planned = f"planned {row['estimated seconds']:.1f} s and {row['estimated peak GB']:.1f} GB"
         results.add("one experiment of it", "", seconds=row["seconds"], note=planned, **{"peak GB": row["peak GB"]})
@@ -333,13 +356,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=sorted(common.SHAPES), default="llama3-8b")
     parser.add_argument("--seconds", type=float, default=125)
-    parser.add_argument("--quantizations", nargs="*", default=QUANTIZATIONS, choices=QUANTIZATIONS)
+    parser.add_argument("--quantizations", nargs="*", default=common.QUANTIZATIONS, choices=common.QUANTIZATIONS)
     parser.add_argument("--most-adapters", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6, help="of a training of one adapter; more adapters have fewer")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=1140)
-    parser.add_argument("--shot-questions", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=1140, help="asked 0-shot")
+    parser.add_argument("--adapters", type=int, default=8, help="of scoring with several")
+    parser.add_argument("--shot-subjects", type=int, default=3, help="asked whole, 5-shot")
+    parser.add_argument("--shot-questions", type=int, default=40, help="with 0 subjects: so many, 20 a subject")
+    parser.add_argument("--rival-shot-questions", type=int, default=96, help="lm-eval's, 5-shot")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=(16, 32, 64), help="lm-eval's")
     parser.add_argument("--found", type=Path, help="whole: what benchmarks.end_to_end wrote")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -351,7 +378,7 @@ def main() -> None:
         whole(options.folder, options.found)
     else:
         results = Results(options.folder / f"{options.part}.json", options.seconds)
-        Trainings(options, results).run() if options.part == "training" else score(options, results)
+        (Trainings if options.part == "training" else Scorings)(options, results).run()
 
 
 if __name__ == "__main__":

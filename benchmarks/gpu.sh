@@ -16,7 +16,7 @@ export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SHAPE=${SHAPE:-llama3-8b}
 AMOUNT=() EXPERIMENTS=(--num-files 2 --num-records 160 --probe-steps 6 --num-questions 570 --quantization 8bit)
 if [ "${ANYWHERE:-}" ]; then
-    AMOUNT=(--most-adapters 2 --steps 1 --batch-size 2 --accumulation 1 --questions 57 --shot-questions 20)
+    AMOUNT=(--most-adapters 2 --steps 1 --batch-size 2 --accumulation 1 --questions 57 --shot-subjects 0 --shot-questions 20 --adapters 2 --batch-sizes 4)
     EXPERIMENTS=(--num-records 8 --probe-steps 1 --num-questions 57)
 fi
 

@@ -21,7 +21,6 @@ from raylora.config import Method, ModelOptions
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example
 from raylora.mmlu.prompts import encode_questions
-from raylora.mmlu.scoring import evaluate
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import load_model
 from raylora.model.packing import can_pack
@@ -45,7 +44,7 @@ def compare_answers(models: dict[str, LoadedModel], options: argparse.Namespace)
         encoded = encode_questions(loaded.tokenizer, questions, shots, "harness", 8192)
         found, taken = [], []
         for budget in budgets:
-            run = functools.partial(evaluate, loaded.model, loaded.tokenizer, encoded, token_budget=budget)
+            run = functools.partial(common.score, loaded, encoded, budget)
             taken.append(common.measure(run, loaded.device))
             found.append(taken[-1].result.questions[LOGPROBS].to_numpy())
             print(f"{way}, budget {budget}: {taken[-1].seconds:.1f} s", flush=True)

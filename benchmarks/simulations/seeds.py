@@ -17,7 +17,6 @@ from raylora.mmlu.paired import ALPHA, change_interval, mcnemar
 from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.mmlu.questions import load_questions, select_questions
-from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.seeds import change_over_seeds
 from raylora.planning.plan import DEMO_CHUNK, DEMO_FOLDER
 from raylora.training.loop import train_adapter
@@ -130,7 +129,7 @@ def trained(num_seeds: int, num_questions: int) -> tuple[np.ndarray, np.ndarray]
     encoded = encode_questions(loaded.tokenizer, asked, {}, "harness", 2048)
 
     def answers() -> np.ndarray:
-        return evaluate(loaded, encoded).questions["correct"].to_numpy().astype(bool)
+        return common.score(loaded, encoded).questions["correct"].to_numpy().astype(bool)
 
     method = Method(num_epochs=2, learning_rate=1e-2, max_length=128)
     dataset = read_dataset(DEMO_FOLDER / DEMO_CHUNK / "grounded_final.json")

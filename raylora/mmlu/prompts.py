@@ -7,7 +7,9 @@ ids     c0 c1 c2 ...              cn | a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,11 +103,13 @@ def encode_questions(
         if prompt_style == "chat":
             contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, []), thinking) for q in batch]
             with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
-            pairs = _tokenize_pairs(tokenizer, contexts, LETTERS, add_special_tokens=with_bos)
+            continuations = list(LETTERS)
         else:
             contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in batch]
-            pairs = _tokenize_pairs(tokenizer, contexts, [f" {letter}" for letter in LETTERS], add_special_tokens=True)
-        encoded += [_truncate(q, p, max_length) for q, p in zip(batch, pairs, strict=True)]
+            with_bos = True
+            continuations = [f" {letter}" for letter in LETTERS]
+        pairs = _tokenize_pairs(tokenizer, contexts, continuations, with_bos)
+        encoded += [_split(q, *pair, max_length) for q, pair in zip(batch, pairs, strict=True)]
     return encoded
 
 
@@ -163,18 +167,53 @@ def _chat_question(question: Question) -> str:
 
 def _tokenize_pairs(
     tokenizer: Any, contexts: Sequence[str], continuations: Sequence[str], add_special_tokens: bool
-) -> list[list[tuple[list[int], list[int]]]]:
-    """For each context its pairs (context ids, continuation ids), one for each continuation.
+) -> list[tuple[int, list[list[int]]]]:
+    """For each context the number of tokens it has alone, and the ids of it with each continuation behind it.
 
     As in lm-evaluation-harness, both are tokenized as one string, which is cut at the number of tokens that the context
     has alone. White space at the context's end goes to the continuation, since tokenizers join it with the next word.
     """
-    stripped = [context.rstrip() for context in contexts]
-    full_texts = [context + continuation for context in contexts for continuation in continuations]
-    lengths = [len(ids) for ids in tokenizer(stripped, add_special_tokens=add_special_tokens)["input_ids"]]
-    full_ids = tokenizer(full_texts, add_special_tokens=add_special_tokens)["input_ids"]
-    n = len(continuations)
-    return [[(ids[:length], ids[length:]) for ids in full_ids[i * n : (i + 1) * n]] for i, length in enumerate(lengths)]
+    alone = [context.rstrip() for context in contexts]
+    whole = [context + continuation for context in contexts for continuation in continuations]
+    ids = _token_ids(tokenizer, alone + whole, add_special_tokens)
+    n, of_whole = len(continuations), ids[len(alone) :]
+    return [(len(own), of_whole[i * n : (i + 1) * n]) for i, own in enumerate(ids[: len(alone)])]
+
+
+def _token_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """The ids of ``tokenizer(texts)``, computed by all cores where the tokenizer is a fast one.
+
+    Besides the ids, the call makes offsets, masks and dictionaries of each text, one text after another, which takes
+    longer than 16 cores take for the ids. So the texts go to the backend itself, unless the class has its own call.
+    """
+    with _on_all_cores():
+        if not _only_calls_backend(tokenizer):
+            return list(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"])
+        tokenizer(texts[0], add_special_tokens=add_special_tokens)  # sets the backend up: no truncation, no padding
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [encoding.ids for encoding in encodings]
+
+
+def _only_calls_backend(tokenizer: Any) -> bool:
+    """Whether a call of the tokenizer does nothing to a text but hand it to the ``tokenizers`` library."""
+    from transformers import PreTrainedTokenizerFast
+
+    own, inherited = type(tokenizer), PreTrainedTokenizerFast
+    return isinstance(tokenizer, inherited) and all(
+        hasattr(inherited, name) and getattr(own, name) is getattr(inherited, name)
+        for name in ("__call__", "_encode_plus")  # the second is private: without it the tokenizer's call is used
+    )
+
+
+@contextlib.contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Inside, fast tokenizers have a thread for each core. Not outside: in a forked process they would wait forever."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _begins_with_bos(tokenizer: Any, context: str) -> bool:
@@ -183,16 +222,20 @@ def _begins_with_bos(tokenizer: Any, context: str) -> bool:
     return first is not None and context.startswith(tokenizer.decode(first))
 
 
-def _truncate(question: Question, pairs: list[tuple[list[int], list[int]]], max_length: int) -> EncodedQuestion:
+def _split(question: Question, length: int, ids_of_choices: list[list[int]], max_length: int) -> EncodedQuestion:
     """The question with one context for all choices, cut at its front to fit the window.
+
+    Args:
+        length: tokens of the context alone.
+        ids_of_choices: of the context with each choice behind it.
 
     Contexts of the choices differ where a tokenizer joins a context's last characters with the letter: from the first
     such token on, ids belong to the continuations.
     """
-    context = pairs[0][0]
-    num_shared = min((common_prefix_length(context, ids) for ids, _ in pairs), default=0)
-    continuations = [ids[num_shared:] + continuation for ids, continuation in pairs]
-    context = context[:num_shared]
+    context = ids_of_choices[0][:length]
+    if any(ids[:length] != context for ids in ids_of_choices):  # token by token only then
+        context = context[: min(common_prefix_length(context, ids) for ids in ids_of_choices)]
+    continuations = [ids[len(context) :] for ids in ids_of_choices]
     # + 1: a continuation's last token is scored, but not fed in, so it takes no place in the window.
     max_context = max_length + 1 - max(len(c) for c in continuations)
     num_cut = max(0, len(context) - max_context)

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
+import os
+import string
+from typing import Any
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from raylora.data.encoding import common_prefix_length
 from raylora.errors import UserError
 from raylora.mmlu.prompts import (
     THINKING_TOKENS,
@@ -18,6 +28,43 @@ from raylora.mmlu.prompts import (
 from raylora.records import Question
 from tests.helpers.questions import SUBJECTS, encode, make_questions
 from tests.helpers.thinking import thinking_tokenizer
+from tests.helpers.tiny import CHAT_TEMPLATE, make_tokenizer
+
+
+class OwnCall(PreTrainedTokenizerFast):
+    """Does something to texts before they reach the backend, as some models' tokenizers do."""
+
+    parallelism = ""
+
+    def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
+        self.parallelism = os.environ["TOKENIZERS_PARALLELISM"]
+        text = text.lower() if isinstance(text, str) else [t.lower() for t in text]
+        return super()._encode_plus(text, *args, **options)
+
+
+def joining_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows no words: it joins a colon or a line break with some of the letters behind it."""
+    pieces = [("<unk>", 0.0), *((c, -9.0) for c in string.printable), (": B", -1.0), (":", -8.0), (" C", -1.0)]
+    pieces += [("\nD", -1.0), ("assistant\nA", -1.0)]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(list(dict(pieces).items()), 0)))
+
+
+def cutting_tokenizer() -> PreTrainedTokenizerFast:
+    """Its file says to cut and to pad texts, which a call does only when it is told to."""
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=16)
+    return tokenizer
+
+
+KINDS = {
+    "words": make_tokenizer,
+    "joining": joining_tokenizer,
+    "cutting": cutting_tokenizer,
+    "own call": lambda: OwnCall(tokenizer_object=copy.deepcopy(make_tokenizer().backend_tokenizer)),
+    "slow": ByT5Tokenizer,
+}
+TEXTS = st.text(string.ascii_letters + string.digits + " \n:.'é", max_size=30)
 
 
 def test_harness_prompt_is_the_reference_text():
@@ -35,6 +82,42 @@ def test_context_and_continuation_are_the_ids_of_the_whole_string(tokenizer):
         text = harness_prompt(encoded.question, [])
         for letter, continuation in zip("ABCD", encoded.continuations, strict=True):
             assert encoded.context_ids + continuation == tokenizer.encode(f"{text} {letter}")
+
+
+@pytest.mark.parametrize("style", ["harness", "chat"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(asked=st.lists(st.tuples(TEXTS, st.tuples(*[TEXTS] * 4)), min_size=1, max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_ids_are_those_of_the_tokenizers_own_calls(kind, style, asked):
+    """A choice's ids are those of the whole string; the context ends where all choices still agree, at the latest where
+    it ends alone."""
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    questions = [Question("anatomy", text, choices, 0, "x") for text, choices in asked]
+    for e in encode_questions(tokenizer, questions, {}, style, 10**6):
+        text = chat_prompt(tokenizer, e.question, []) if style == "chat" else harness_prompt(e.question, [])
+        letters = "ABCD" if style == "chat" else (" A", " B", " C", " D")
+        whole = [tokenizer(text + letter)["input_ids"] for letter in letters]
+        assert [e.context_ids + c for c in e.continuations] == whole
+        alone = len(tokenizer(text.rstrip())["input_ids"])
+        assert len(e) == min(alone, min(common_prefix_length(whole[0], ids) for ids in whole))
+
+
+def test_a_tokenizer_that_joins_the_colon_with_a_letter_gives_the_colon_to_the_choices():
+    (encoded,) = encode(joining_tokenizer(), make_questions(1)[:1])
+    assert [len(c) for c in encoded.continuations] == [3, 1, 2, 3]  # ":", " ", "A"; ": B"; ":", " C"; ":", " ", "D"
+
+
+@pytest.mark.parametrize("before", ["false", "true", None])
+def test_all_cores_tokenize_and_what_forks_later_is_safe(before, monkeypatch):
+    if before is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    else:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    tokenizer = KINDS["own call"]()
+    encode(tokenizer)
+    assert tokenizer.parallelism == "true"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == (before or "false")
 
 
 def test_chat_uses_the_tokenizers_own_template(tokenizer):
