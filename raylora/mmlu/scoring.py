@@ -127,9 +127,12 @@ def answer(
         cut = journal.budget or token_budget or find_token_budget(loaded, asker, asked)
         budget = TokenBudget(journal.reduced or cut)
         journal.open(cut, budget.tokens)
-        parts, no_prefix = _parts(loaded, asker, asked, cut)
-        batches = [batch for part in parts for batch in batches_of(encoded, part, cut, asker.width, asker.packed)]
-        with asker.ready(max(part.prefix_length for part in parts) if parts else 0):
+        parts = divide(encoded, math.inf if asker.no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
+        with asker.ready(max((part.prefix_length for part in parts), default=0)):
+            no_prefix = asker.no_prefix or _why_no_prefix(loaded, asker, asked, parts)
+            if no_prefix:
+                parts = divide(encoded, math.inf)
+            batches = [batch for part in parts for batch in batches_of(encoded, part, cut, asker.width, asker.packed)]
             for answers in ask_all(asker, asked, in_turn(batches, journal), budget):
                 journal.add(answers)
                 work_counts.questions += len(answers)
@@ -170,36 +173,27 @@ def _width(asker: Asker, asked: Sequence[Asked], index: int, batch: Part) -> int
     return max(1, asker.width(asked[index].question) - batch.prefix_length)
 
 
-def _parts(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], cut: int) -> tuple[list[Part], str]:
-    """How questions are divided, and why no prefix is shared."""
-    encoded = [a.question for a in asked]
-    parts = divide(encoded, math.inf if asker.no_prefix else max(cut / 2, MIN_TOKENS_SPARED))
-    with_prefix = [part for part in parts if part.prefix_length]
-    if not with_prefix:
-        return parts, asker.no_prefix
+def _why_no_prefix(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], parts: Sequence[Part]) -> str:
+    """Why the prefixes of these parts cannot be shared; empty where they can.
+
+    Some models' code counts positions in another way behind one, so it is tried, on the shortest question of the first
+    part with a prefix. The first batches need that prefix anyway, so it is not computed for the trial alone.
+    """
+    part = next((part for part in parts if part.prefix_length), None)
+    if part is None:
+        return ""
+    question = [asked[part.indices[-1]]]
     try:
-        if _prefix_agrees(loaded, asker, asked, with_prefix[0]):
-            return parts, ""
-        reason = "the model answers differently behind a shared prefix"
+        (shared,), (alone,) = asker.ask(question, part.prefix_length)(), asker.ask(question)()
     except REFUSALS as error:
         if is_out_of_memory(error):
             raise
-        reason = f"the model's attention has no place for one ({one_line(error)})"
-    return divide(encoded, math.inf), reason
-
-
-def _prefix_agrees(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], part: Part) -> bool:
-    """Whether a question gets the same log-likelihoods with and without a shared prefix.
-
-    Some models' code counts positions in another way behind one, so it is tried: on the shortest question of a part.
-    """
-    question = [asked[part.indices[-1]]]
-    with asker.ready(part.prefix_length):
-        (shared,), (alone,) = asker.ask(question, part.prefix_length)(), asker.ask(question)()
+        return f"the model's attention has no place for one ({one_line(error)})"
     # The numbers of LLM.int8 and of half precision change a little with a batch's shape; a wrong mask changes them by
     # several nats.
     tolerance = 1e-3 if is_exact(loaded.model) else 0.5
-    return bool(np.abs(np.subtract(shared.logprobs, alone.logprobs)).max() < tolerance)
+    agrees = np.abs(np.subtract(shared.logprobs, alone.logprobs)).max() < tolerance
+    return "" if agrees else "the model answers differently behind a shared prefix"
 
 
 def find_token_budget(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked]) -> int:
