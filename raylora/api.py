@@ -242,11 +242,17 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
         raise UserError(f"{model.active_peft_config.peft_type.value}: {ONLY_IN_LAYERS}", kind=ErrorKind.ADAPTER)
     question_set = load_question_set(config)
     thinking = thinking_of(tokenizer, config.prompt_style, config.scoring)
-    encoded = encode_questions(
-        tokenizer, question_set.questions, question_set.shots, config.prompt_style, context_window(model), thinking
-    )
+    asked, shots, window = question_set.questions, question_set.shots, context_window(model)
+    encoded = encode_questions(tokenizer, asked, shots, config.prompt_style, window, thinking, config.scoring)
     with borrowed(model, tokenizer) as loaded:
-        score = evaluate(loaded, encoded, config.scoring, config.token_budget, thinking=thinking)
+        score = evaluate(
+            loaded,
+            encoded,
+            config.scoring,
+            config.token_budget,
+            thinking=thinking,
+            cloze_per=config.cloze_per,
+        )
     return {**summarize(score), "thinking": thinking, "questions": score.questions}
 
 

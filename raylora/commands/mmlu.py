@@ -205,7 +205,7 @@ def print_tables(evaluated: list[Evaluated], console: Console) -> None:
         for what, key in (("unparsed", "num_unparsed"), ("with a cut prompt", "num_truncated")):
             if counts[key]:
                 console.print(f"{e.name}: {counts[key]} of {counts['total_questions']} {what}")
-        if info.get("no_prefix_because") and info["scoring"] == "logits":
+        if info.get("no_prefix_because") and info["scoring"] != "generate":
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
     print_letters(summary, console)
     for e in evaluated[1:]:

@@ -101,6 +101,22 @@ class Behind:
     """Start and end, among the tokens that are kept, of the prefix of each row; None where only the device knows it."""
 
 
+@dataclass(frozen=True)
+class Within:
+    """Texts of a packed pass that others of it stand behind: R texts, then behind each the blocks of its branches."""
+
+    start: int
+    """Where the branches begin: tokens of all texts before them."""
+    text_ends: torch.Tensor
+    """int32 (R + 1,): 0, then where each text ends."""
+    branch_ends: torch.Tensor
+    """int32 (R + 1,): 0, then where the branches of each text end, counted from ``start``. A text may have none."""
+    longest: int
+    """Tokens that no text has more of."""
+    longest_text: int
+    """Tokens that no text has more of, its prefix and a branch counted with it."""
+
+
 def attend_in_blocks(
     module: Any,
     query: torch.Tensor,
@@ -111,6 +127,7 @@ def attend_in_blocks(
     blocks: Blocks | None = None,
     keep: KeptKeys | None = None,
     behind: Behind | None = None,
+    within: Within | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -121,6 +138,7 @@ def attend_in_blocks(
         blocks: of T tokens in all.
         keep: where keys and values are kept, of rows that others will stand behind.
         behind: the prefixes that the blocks stand behind.
+        within: the blocks of this pass that others of it stand behind.
         sliding_window: how many tokens, itself included, a token attends to at most.
 
     Returns:
@@ -133,10 +151,15 @@ def attend_in_blocks(
         raise ValueError("this model's attention cannot be run in blocks")
     if keep is not None:
         keep.put(module, key, value)
-    if behind is not None and sliding_window is not None and behind.longest_text <= sliding_window:
+    longest = max((texts.longest_text for texts in (behind, within) if texts is not None), default=0)
+    if sliding_window is not None and 0 < longest <= sliding_window:
         sliding_window = None  # no window ends within a text
-    if _is_flash(query, value) and not kwargs.get("dropout") and (behind is None or sliding_window is None):
-        return attend_at_once(varlen_attn, module, query, key, value, blocks, behind, sliding_window, kwargs), None
+    is_plain = behind is None and within is None
+    if _is_flash(query, value) and not kwargs.get("dropout") and (is_plain or sliding_window is None):
+        given = module, query, key, value, blocks, behind, within, sliding_window, kwargs
+        return attend_at_once(varlen_attn, *given), None
+    if within is not None and (blocks.lengths is None or sliding_window is not None):
+        raise ValueError("texts behind others of a pass have no sliding window, and are not captured")
     if blocks.lengths is None:
         return _attend_by_mask(module, query, key, value, blocks, behind, sliding_window, kwargs), None
     lengths = list(blocks.lengths)
@@ -144,11 +167,12 @@ def attend_in_blocks(
         raise ValueError("this model's attention does not get all tokens of a row")
     parts = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
     kwargs["is_causal"] = True
-    if behind is None:
+    if is_plain:
         outputs = [_attend_causally(module, q, k, v, sliding_window, kwargs) for q, k, v in parts]
     elif sliding_window is None:
-        return _attend_behind(module, query, parts, behind, kwargs.get("scaling")), None
+        return _attend_behind(module, query, key, value, parts, behind, within, kwargs.get("scaling")), None
     else:
+        assert behind is not None
         outputs = []
         kept = behind.keys.of(module)
         for (start, end), (q, *own) in zip(behind.prefixes or (), parts, strict=True):
@@ -189,6 +213,7 @@ def attend_at_once(
     value: torch.Tensor,
     blocks: Blocks,
     behind: Behind | None,
+    within: Within | None,
     sliding_window: int | None,
     kwargs: Mapping[str, Any],
 ) -> torch.Tensor:
@@ -205,12 +230,17 @@ def attend_at_once(
     # Tokens before and behind, itself not counted; -1: all.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     ends = (blocks.ends, blocks.ends, blocks.longest, blocks.longest)
-    own, of_own = _varlen(varlen, query, key, value, ends, window, scale, behind is not None)
-    if behind is None:
-        return own
-    ends = (behind.row_ends, behind.prefix_ends, query.shape[2], behind.longest)
-    before, of_before = _varlen(varlen, query, *behind.keys.of(module), ends, (-1, -1), scale, True)
-    return _join(own, of_own.t()[None], before, of_before.t()[None])
+    own = _varlen(varlen, query, key, value, ends, window, scale, behind is not None or within is not None)
+    before = texts = None
+    if behind is not None:
+        ends = (behind.row_ends, behind.prefix_ends, query.shape[2], behind.longest)
+        before = _varlen(varlen, query, *behind.keys.of(module), ends, (-1, -1), scale, True)
+    if within is not None:
+        start = within.start
+        ends = (within.branch_ends, within.text_ends, query.shape[2] - start, within.longest)
+        given = query[:, :, start:], key[:, :, :start], value[:, :, :start]
+        texts = _varlen(varlen, *given, ends, (-1, -1), scale, True)
+    return _put_together(own, before, texts, within)
 
 
 def _varlen(
@@ -223,7 +253,7 @@ def _varlen(
     scale: float | None,
     with_sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call: (1, T, heads, D), and the logarithms (heads, T) of the sums; without ``with_sums`` none."""
+    """One call: (1, heads, T, D), and the logarithms (1, heads, T) of the sums; without ``with_sums`` none."""
     known = inspect.signature(varlen).parameters
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
@@ -241,20 +271,34 @@ def _varlen(
     if scale is not None and "scale" not in known:
         q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
     if not with_sums:
-        output: torch.Tensor = varlen(q, k, v, *ends, **options)
-        return output[None], output.new_empty(0)
+        output = varlen(q, k, v, *ends, **options)
+        return output.transpose(0, 1)[None], output.new_empty(0)
     output, sums = varlen(q, k, v, *ends, return_aux=AuxRequest(lse=True), **options)
     # torch 2.13 says (T, heads) in its documentation and returns (heads, T), as its kernels do.
-    return output[None], sums if sums.shape[0] == q.shape[1] else sums.t()
+    return output.transpose(0, 1)[None], (sums if sums.shape[0] == q.shape[1] else sums.t())[None]
 
 
-def _join(a: torch.Tensor, of_a: torch.Tensor, b: torch.Tensor, of_b: torch.Tensor) -> torch.Tensor:
-    """Attention to two sets of keys, (..., T, D) each, as attention to both.
+def _put_together(
+    own: tuple[torch.Tensor, torch.Tensor],
+    before: tuple[torch.Tensor, torch.Tensor] | None,
+    texts: tuple[torch.Tensor, torch.Tensor] | None,
+    within: Within | None,
+) -> torch.Tensor:
+    """Attention to a row's own tokens, to its prefix, and of branches to their text, as one: (1, T, heads, D)."""
+    output, sums = own if before is None else _join(own, before)
+    if texts is not None and within is not None:
+        joined, _ = _join((output[:, :, within.start :], sums[..., within.start :]), texts)
+        output = torch.cat([output[:, :, : within.start], joined], 2)
+    return output.transpose(1, 2)
 
-    Args:
-        of_a: (..., T): the logarithm of the sum of the exponentials of a's scores.
-    """
-    return torch.lerp(b, a, torch.sigmoid(of_a - of_b)[..., None].to(a.dtype))
+
+def _join(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to two sets of keys as attention to both: (..., T, D), and logarithms of sums, (..., T), each."""
+    (of_a, sums_a), (of_b, sums_b) = a, b
+    weights = torch.sigmoid(sums_a - sums_b)[..., None].to(of_a.dtype)
+    return torch.lerp(of_b, of_a, weights), torch.logaddexp(sums_a, sums_b)
 
 
 # Of a captured pass without flash attention: one attention over the whole row
@@ -325,8 +369,11 @@ def _window_mask(num_tokens: int, window: int, device: torch.device) -> torch.Te
 def _attend_behind(
     module: Any,
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     parts: Sequence[tuple[torch.Tensor, ...]],
-    behind: Behind,
+    behind: Behind | None,
+    within: Within | None,
     scale: float | None,
 ) -> torch.Tensor:
     """Rows side by side behind the same prefix attend to it together: (1, T, heads, D).
@@ -334,16 +381,36 @@ def _attend_behind(
     Args:
         parts: query, key and value of each row.
     """
-    own = [_with_sums(q, k, v, scale, is_causal=True) for q, k, v in parts]
-    keys, values = behind.keys.of(module)
-    before, start = [], 0
-    for (first, last), rows in itertools.groupby(zip(behind.prefixes or (), parts, strict=True), lambda pair: pair[0]):
-        end = start + sum(q.shape[2] for _, (q, *_) in rows)
-        prefix = keys[:, :, first:last], values[:, :, first:last]
-        before.append(_with_sums(query[:, :, start:end], *prefix, scale, is_causal=False))
-        start = end
-    outputs = _join(*(torch.cat([pair[i] for pair in pairs], 2) for pairs in (own, before) for i in (0, 1)))
-    return outputs.transpose(1, 2)
+    own = _cat([_with_sums(q, k, v, scale, is_causal=True) for q, k, v in parts])
+    before = texts = None
+    if behind is not None:
+        keys, values = behind.keys.of(module)
+        found, start = [], 0
+        pairs = zip(behind.prefixes or (), parts, strict=True)
+        for (first, last), rows in itertools.groupby(pairs, lambda pair: pair[0]):
+            end = start + sum(q.shape[2] for _, (q, *_) in rows)
+            prefix = keys[:, :, first:last], values[:, :, first:last]
+            found.append(_with_sums(query[:, :, start:end], *prefix, scale, is_causal=False))
+            start = end
+        before = _cat(found)
+    if within is not None:
+        ends = zip(
+            itertools.pairwise(within.text_ends.tolist()), itertools.pairwise(within.branch_ends.tolist()), strict=True
+        )
+        branches = query[:, :, within.start :]
+        texts = _cat(
+            [
+                _with_sums(branches[:, :, c:d], key[:, :, a:b], value[:, :, a:b], scale, is_causal=False)
+                for (a, b), (c, d) in ends
+                if c < d
+            ]
+        )
+    return _put_together(own, before, texts, within)
+
+
+def _cat(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of rows one after another, and their sums."""
+    return torch.cat([output for output, _ in pairs], 2), torch.cat([sums for _, sums in pairs], 2)
 
 
 def _with_sums(

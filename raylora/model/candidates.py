@@ -29,9 +29,9 @@ from raylora.data.minibatch import Blocks, Minibatch, pack_rows
 from raylora.model.adapted_product import PassRows
 from raylora.model.adapter_products import AdapterProducts, Span, check_may_share
 from raylora.model.adapters import LoadedModel
-from raylora.model.attention import Behind, KeptKeys, attention_in_blocks
+from raylora.model.attention import Behind, KeptKeys, Within, attention_in_blocks
 from raylora.model.fetching import Fetched
-from raylora.model.forward import at_output_head
+from raylora.model.forward import at_output_head, token_losses
 from raylora.model.graphs import LONGEST_BLOCKS, TOKENS_A_BLOCK, Capture, GraphedPasses, TensorRecord, fixed_size
 from raylora.model.memory import GPU_TOKEN_BUDGET
 
@@ -51,6 +51,15 @@ class Row:
     """Tokens that may stand behind it, ``CANDIDATES`` of them."""
     slot: int = 0
     """Of its adapter."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A row of token ids, and texts of which each may stand behind it."""
+
+    ids: Sequence[int]
+    """Without those of the prefix."""
+    texts: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,18 @@ class CandidateInputs(TensorRecord):
             return moved
         rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
         return replace(moved, rows=rows)
+
+
+@dataclass(frozen=True)
+class BranchInputs(TensorRecord):
+    """Tensors of a pass of rows and their texts."""
+
+    batch: Minibatch
+    rows: PassRows | None
+    behind: Behind | None
+    within: Within | None
+    texts: torch.Tensor
+    """int64 (N,): whose token each label is."""
 
 
 class Pending:
@@ -192,6 +213,53 @@ class CandidatePasses:
         self.graphed.run(inputs, self._loaded.device, size)
         return Pending(self._out[: len(rows)].clone(), order)
 
+    def run_branches(self, rows: Sequence[Branches], prefix: Sequence[int] = ()) -> Fetched:
+        """Run rows and, behind each, its texts, which share its keys and values: packed rows of one adapter.
+
+        Returns:
+            float64, (texts of all rows,): the log-likelihood of each text behind its row, in nats.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit (MemoryError or RuntimeError on a CPU).
+        """
+        if prefix and prefix != self._prefix:
+            self._run_prefix(prefix)
+        loaded, num_before = self._loaded, len(prefix)
+        contexts = [row.ids for row in rows]
+        texts = [(k, text) for k, row in enumerate(rows) for text in row.texts]
+        fed = [(k, text[:-1]) for k, text in texts]  # the last token is predicted, and predicts none
+        blocks = [*contexts, *(text for _, text in fed if text)]
+        starts = [num_before] * len(rows) + [num_before + len(contexts[k]) for k, text in fed if text]
+        text_ends = [0, *itertools.accumulate(map(len, contexts))]
+        of_row = [sum(len(text) for k, text in fed if k == row) for row in range(len(rows))]
+        predicting, first = [], text_ends[-1]
+        for k, text in fed:
+            predicting += [text_ends[k + 1] - 1, *range(first, first + len(text))]
+            first += len(text)
+        targets = [token for _, text in texts for token in text]
+        batch = pack_rows(blocks, "cpu", starts=starts)
+        batch = replace(batch, targets=torch.tensor(targets), predicting=torch.tensor(predicting))
+        longest_text = num_before + max(len(row.ids) + max(map(len, row.texts)) for row in rows)
+        within = Within(
+            text_ends[-1],
+            torch.tensor(text_ends, dtype=torch.int32),
+            torch.tensor([0, *itertools.accumulate(of_row)], dtype=torch.int32),
+            max(map(len, contexts)),
+            longest_text,
+        )
+        num_tokens = batch.input_ids.shape[1]
+        of_adapter = self._products.rows_of([Span(0, num_tokens, 0, 0)], num_tokens) if self._products else None
+        behind = None
+        if num_before:
+            row_ends, prefix_ends = (torch.tensor([0, n], dtype=torch.int32) for n in (num_tokens, num_before))
+            kept = ((0, num_before),) * len(blocks)
+            behind = Behind(self._keys, prefix_ends, row_ends, num_before, longest_text, kept)
+        inputs = BranchInputs(
+            batch, of_adapter, behind, within if any(of_row) else None,
+            torch.tensor([i for i, (_, text) in enumerate(texts) for _ in text]),
+        ).to(loaded.device)  # fmt: skip
+        return Fetched(_sums_of_texts(loaded, self._products, inputs, len(texts)))
+
     def _run_prefix(self, ids: Sequence[int]) -> None:
         """Keep the keys and values of a prefix, as each adapter has them."""
         self._prefix = ()
@@ -224,7 +292,7 @@ class CandidatePasses:
         if size is not None:
             missing = size.tokens - num_tokens
             parts += [[self._pad] * min(size.longest, missing - i) for i in range(0, missing, size.longest)]
-        batch = pack_rows(parts, "cpu", start=num_before)
+        batch = pack_rows(parts, "cpu", starts=[num_before] * len(parts))
         assert batch.blocks is not None
         ends = batch.blocks.ends
         last, candidates = ends[1 : len(rows) + 1].long() - 1, torch.tensor([row.candidates for row in rows])
@@ -298,3 +366,15 @@ def _add_logprobs(
     """Run a pass, and add its log-likelihoods to the first of ``out``."""
     found = _logprobs(loaded, products, inputs)
     out[: len(found)] += found.to(out.device)
+
+
+def _sums_of_texts(
+    loaded: LoadedModel, products: AdapterProducts | None, inputs: BranchInputs, num_texts: int
+) -> torch.Tensor:
+    """Run a pass that is on the device: the log-likelihood of each text, float64."""
+    if products is not None and inputs.rows is not None:
+        products.expect(inputs.rows)
+    with loaded.autocast():
+        losses = token_losses(loaded, inputs.batch, behind=inputs.behind, within=inputs.within)
+    sums = torch.zeros(num_texts, dtype=torch.float64, device=losses.device)
+    return sums.index_add_(0, inputs.texts.to(losses.device), -losses.double())

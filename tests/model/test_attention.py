@@ -84,9 +84,9 @@ def test_attention_at_once_is_that_of_block_by_block(kernel, scale, window):
     )
     if kernel is varlen_of_old and window:
         with pytest.raises(ValueError, match="window"):
-            attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, window, kwargs)
+            attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, None, window, kwargs)
         return
-    found = attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, window, kwargs)
+    found = attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, None, window, kwargs)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_rows_behind_prefixes_attend_as_if_each_were_one_text_with_its_own(group
     torch.testing.assert_close(texts.attend(blocks, behind, scaling=scale), expected, atol=2e-5, rtol=1e-4)
     for kernel in KERNELS:
         found = attend_at_once(
-            kernel, texts.module, texts.query, texts.key, texts.value, blocks, behind, None, {"scaling": scale}
+            kernel, texts.module, texts.query, texts.key, texts.value, blocks, behind, None, None, {"scaling": scale}
         )
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raylora.errors import UserError
-from raylora.model.candidates import CandidatePasses, Row
+from raylora.model.candidates import Branches, CandidatePasses, Row
 from raylora.model.forward import inference
 from tests.helpers.adapters import attach_random
 from tests.helpers.graphs import RecordedGraphs
@@ -164,3 +164,34 @@ def test_each_module_may_scale_its_adapter_in_its_own_way(tmp_path):
         with inference(loaded.model), passes.ready(["a"], packed=True, longest_prefix=len(PREFIX)):
             for _ in range(3):
                 np.testing.assert_allclose(run(passes, ["a"], PREFIX)[0], expected, atol=2e-5)
+
+
+# Texts behind rows
+
+BRANCHES = [[[5, 9, 11], [8], [70, 3]], [[10], [11], [12]], [[4, 4, 4, 4, 4, 4], [5, 6]], [[9], [20, 21, 22]]]
+
+
+@pytest.mark.parametrize("prefix", [[], PREFIX])
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_each_text_behind_a_row_gets_what_it_gets_alone(adapter, prefix):
+    """Different numbers of texts, of one token and of several."""
+    loaded = make_loaded()
+    attach_random(loaded, 1, "a")
+    base = loaded.base() if adapter is None else contextlib.nullcontext()
+    rows = [Branches(text, branches) for text, branches in zip(TEXTS, BRANCHES, strict=True)]
+    with inference(loaded.model), base:
+        expected = []
+        for row in rows:
+            for text in row.texts:
+                ids = [*prefix, *row.ids, *text]
+                logprobs = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+                first = len(ids) - len(text)
+                expected.append(sum(float(logprobs[first + i - 1, token]) for i, token in enumerate(text)))
+        passes = CandidatePasses(loaded, 0 if adapter is None else 1, None)
+        with passes.ready([] if adapter is None else [adapter], packed=True):
+            for order in ([0, 1, 2, 3], [1], [3, 2]):
+                found = iter(passes.run_branches([rows[i] for i in order], prefix).read().tolist())
+                of_rows = {i: [next(found) for _ in rows[i].texts] for i in order}
+                starts = [0, 3, 6, 8, 10]
+                for i, values in of_rows.items():
+                    np.testing.assert_allclose(values, expected[starts[i] : starts[i + 1]], atol=3e-5)
