@@ -141,8 +141,8 @@ RESULT_COLUMNS = (
     "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
-    "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "thinking", "num_fewshot",
-    "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records",
+    "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
+    "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records",
     "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds",
     "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
     "estimated_peak_memory_bytes", "num_attempts",
@@ -192,8 +192,8 @@ COUNTS = frozenset(
 """Columns of integers."""
 CATEGORIES = frozenset(
     {
-        "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "target_modules", "lr_scheduler",
-        "train_on",
+        "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "cloze_per", "target_modules",
+        "lr_scheduler", "train_on",
     }
 )  # fmt: skip
 """Columns of texts with few different values."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from raylora.mmlu.cloze import accuracies
 from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, verdicts
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
 from raylora.records import Score
@@ -34,8 +35,8 @@ def summarize(score: Score) -> dict[str, Any]:
         ``overall_accuracy``, ``overall_stderr``, ``total_questions``, ``correct_questions``, ``macro_accuracy``,
         ``balanced_accuracy``, ``prediction_share_a`` to ``_d`` (of all questions, how many were answered with the
         letter, 0 to 1), ``groups`` and ``subjects`` (by name: ``accuracy``, ``stderr``, ``num_questions``),
-        ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the context
-        window).
+        ``accuracy_per_choice``, ``_character``, ``_byte`` and ``_token`` (of cloze alone), ``num_unparsed`` (generated
+        answers that name no letter) and ``num_truncated`` (prompts cut to fit the context window).
     """
     table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
@@ -57,6 +58,7 @@ def summarize(score: Score) -> dict[str, Any]:
             for name in SUBJECT_GROUP_NAMES
         },
         "subjects": subjects,
+        **accuracies(score.questions),
         "num_unparsed": int((table["prediction"] == "").sum()),
         "num_truncated": score.info.get("num_truncated", 0),
     }

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,41 +224,47 @@ class CandidatePasses:
         """
         if prefix and prefix != self._prefix:
             self._run_prefix(prefix)
-        loaded, num_before = self._loaded, len(prefix)
+        inputs = self._branched(rows, len(prefix)).to(self._loaded.device)
+        return Fetched(_sums_of_texts(self._loaded, self._products, inputs, sum(len(row.texts) for row in rows)))
+
+    def _branched(self, rows: Sequence[Branches], num_before: int) -> BranchInputs:
+        """A packed pass on the host: all rows, then the texts of each, whose last tokens predict none and are left out.
+
+        Args:
+            num_before: tokens of the prefix.
+        """
         contexts = [row.ids for row in rows]
         texts = [(k, text) for k, row in enumerate(rows) for text in row.texts]
-        fed = [(k, text[:-1]) for k, text in texts]  # the last token is predicted, and predicts none
+        fed = [(k, text[:-1]) for k, text in texts]
         blocks = [*contexts, *(text for _, text in fed if text)]
         starts = [num_before] * len(rows) + [num_before + len(contexts[k]) for k, text in fed if text]
         text_ends = [0, *itertools.accumulate(map(len, contexts))]
-        of_row = [sum(len(text) for k, text in fed if k == row) for row in range(len(rows))]
-        predicting, first = [], text_ends[-1]
+        of_row, predicting, first = [0] * len(rows), [], text_ends[-1]
         for k, text in fed:
+            of_row[k] += len(text)
             predicting += [text_ends[k + 1] - 1, *range(first, first + len(text))]
             first += len(text)
-        targets = [token for _, text in texts for token in text]
-        batch = pack_rows(blocks, "cpu", starts=starts)
-        batch = replace(batch, targets=torch.tensor(targets), predicting=torch.tensor(predicting))
-        longest_text = num_before + max(len(row.ids) + max(map(len, row.texts)) for row in rows)
-        within = Within(
-            text_ends[-1],
-            torch.tensor(text_ends, dtype=torch.int32),
-            torch.tensor([0, *itertools.accumulate(of_row)], dtype=torch.int32),
-            max(map(len, contexts)),
-            longest_text,
+        batch = replace(
+            pack_rows(blocks, "cpu", starts=starts),
+            targets=torch.tensor([token for _, text in texts for token in text]),
+            predicting=torch.tensor(predicting),
         )
         num_tokens = batch.input_ids.shape[1]
-        of_adapter = self._products.rows_of([Span(0, num_tokens, 0, 0)], num_tokens) if self._products else None
+        longest_text = num_before + max(len(row.ids) + max(map(len, row.texts)) for row in rows)
+        within = Within(
+            text_ends[-1], _ends_of(map(len, contexts)), _ends_of(of_row), max(map(len, contexts)), longest_text
+        )
         behind = None
         if num_before:
-            row_ends, prefix_ends = (torch.tensor([0, n], dtype=torch.int32) for n in (num_tokens, num_before))
-            kept = ((0, num_before),) * len(blocks)
-            behind = Behind(self._keys, prefix_ends, row_ends, num_before, longest_text, kept)
-        inputs = BranchInputs(
-            batch, of_adapter, behind, within if any(of_row) else None,
+            spans = ((0, num_before),) * len(blocks)
+            behind = Behind(self._keys, _ends_of([num_before]), _ends_of([num_tokens]), num_before, longest_text, spans)
+        return BranchInputs(
+            batch,
+            self._products.rows_of([Span(0, num_tokens, 0, 0)], num_tokens) if self._products else None,
+            behind,
+            within if any(of_row) else None,
             torch.tensor([i for i, (_, text) in enumerate(texts) for _ in text]),
-        ).to(loaded.device)  # fmt: skip
-        return Fetched(_sums_of_texts(loaded, self._products, inputs, len(texts)))
+        )
 
     def _run_prefix(self, ids: Sequence[int]) -> None:
         """Keep the keys and values of a prefix, as each adapter has them."""
@@ -331,6 +337,10 @@ class CandidatePasses:
             size.kept + size.longest if size is not None else longest,
             tuple((row.slot * num_before, (row.slot + 1) * num_before) for row in rows) if size is None else None,
         )
+
+
+def _ends_of(lengths: Iterable[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def _padded(rows: Sequence[Row], pad_token_id: int) -> CandidateInputs:
