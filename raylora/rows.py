@@ -142,9 +142,9 @@ RESULT_COLUMNS = (
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
-    "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records",
-    "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds",
-    "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
+    "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
+    "num_bad_records", "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds",
+    "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
     "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
