@@ -95,8 +95,7 @@ class CandidateInputs(TensorRecord):
         moved = super().to(device)
         if self.rows is None or moved.rows is None or not self.rows.by_group:
             return moved
-        rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
-        return replace(moved, rows=rows)
+        return replace(moved, rows=moved.rows.with_ends_of(self.rows))
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ class PassInputs(TensorRecord):
         if self.batch.blocks is not None and not self.rows.by_group:
             return moved
         # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
-        rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
-        return replace(moved, rows=rows)
+        return replace(moved, rows=moved.rows.with_ends_of(self.rows))
 
 
 def size_of(examples: Sequence[Example], drops: bool) -> PassSize | None:
