@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from rich import box
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from raylora.config import Method, ModelOptions
 from raylora.mmlu.prompts import EncodedQuestion
-from raylora.mmlu.scoring import evaluate
+from raylora.mmlu.scoring import answer_together, evaluate
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype
 from raylora.model.loading import load_model, load_tokenizer
@@ -135,13 +136,10 @@ def score(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], token_budget:
     return evaluate(loaded, encoded, token_budget=token_budget)
 
 
-def score_adapters(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], names: Sequence[str]) -> list[Score]:
-    """The answers of each of the attached adapters."""
-    scores = []
-    for name in names:
-        loaded.activate(name)
-        scores.append(score(loaded, encoded))
-    return scores
+def score_adapters(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], names: Sequence[str]) -> list[np.ndarray]:
+    """Log-likelihoods (N, 4) of each of the attached adapters, which are asked in the same passes."""
+    found, _ = answer_together(loaded, encoded, names)
+    return [np.array([found[name][i].logprobs for i in range(len(encoded))]) for name in names]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_base
 from raylora.model.adapters import LoadedModel
-from raylora.model.loading import as_loaded, borrowed, context_window, load_model, note_llm_int8
+from raylora.model.loading import as_loaded, borrowed, context_window, load_model
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example
 from raylora.rows import load_results
@@ -227,7 +227,6 @@ def evaluate_mmlu_with_model(
         UserError: the questions cannot be used, the prompt style is ``chat`` and the tokenizer has no template, or the
             model is PEFT's with an adapter that does its work outside of the model's layers.
     """
-    note_llm_int8(model)
     return _evaluate_with(_evaluation_config(dataset_path, max_samples, options), model, tokenizer)
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from raylora.commands.options import MmluConfig
 from raylora.console import make_console
 from raylora.errors import ErrorKind, UserError, one_line
-from raylora.mmlu.evaluator import Evaluator, check_prompt_style, note_on_thinking
+from raylora.mmlu.evaluator import Evaluator, Unscored, check_prompt_style, note_on_thinking
 from raylora.mmlu.paired import ALPHA, LETTER_MOVED, holm, verdicts
 from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
 from raylora.mmlu.questions import LETTERS, SHORT_GROUPS
@@ -103,22 +103,25 @@ def _evaluate_all(
 
     evaluator = Evaluator(config, store)
     base_key = score_key(model_values, question_values)
+    adapters = {}
+    for folder in (folder for folder in config.adapter if folder not in failures):
+        key = score_key(model_values, question_values, adapter_hash(folder))
+        adapters[folder] = Unscored(key, store.base_file(base_key, f"adapter-{key[:16]}.parquet"), folder)
+        store.fetch(adapters[folder].path)
+    everybody = [Unscored(base_key, store.base_file(base_key, "scores.parquet"), None), *adapters.values()]
+    if len(unscored := [one for one in everybody if not one.path.is_file()]) > 1:
+        evaluator.answer_together(base_key, unscored)
     base = evaluator.base_score(base_key, wait=True, progress=progress("base"))
     assert base is not None
     evaluated = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
-    for folder in config.adapter:
-        if folder in failures:
-            continue
-        key = score_key(model_values, question_values, adapter_hash(folder))
-        name = _adapter_name(folder)
-        path = store.base_file(base_key, f"adapter-{key[:16]}.parquet")
-        store.fetch(path)
+    for folder, one in adapters.items():
+        name, path = _adapter_name(folder), one.path
         if note := note_on_base(folder, source):
             bar.console.print(f"Note: {name}: {note}", soft_wrap=True)
         if not path.is_file():
             try:
                 with evaluator.adapter(folder):
-                    evaluator.score(base_key, key, path, progress(name))
+                    evaluator.score(base_key, one.key, path, progress(name))
             except (UserError, RuntimeError, MemoryError) as error:
                 failures[folder] = str(error) if isinstance(error, UserError) else f"{folder}: {one_line(error)}"
                 continue

@@ -1,4 +1,4 @@
-"""Train the adapters of several experiments over the same forward and backward passes of the base."""
+"""Train the adapters of several experiments over the same passes of the base, and ask them over the same passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from types import TracebackType
 import torch
 
 from raylora.errors import MachineError, UserError
+from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
+from raylora.mmlu.evaluator import Unscored
 from raylora.model.memory import free_gpu_bytes
 from raylora.records import Experiment, ProgressCallback, ignore_progress
 from raylora.storage.store import LOG
@@ -54,6 +56,35 @@ def _slots(bench: Workbench, num_wanted: int | None) -> Slots:
     device = bench.loaded.device
     free_bytes = free_gpu_bytes(device) if device.type == "cuda" else 0
     return functools.partial(adapters_a_pass, bench.loaded, free_bytes=free_bytes)
+
+
+def ask_together(bench: Workbench, experiments: Sequence[Experiment]) -> int:
+    """Ask MMLU's questions of trained adapters of several experiments, and the base, where one would not fill a pass.
+
+    The answers are kept; each experiment's own run finds them, and makes the score.
+
+    Returns:
+        How many were asked, the base among them.
+    """
+    ready = [e for e in experiments if not e.error and bench.store.read_stage(e, "train") is not None]
+    ready = [e for e in ready if bench.store.read_stage(e, "mmlu") is None]
+    if "mmlu" not in bench.config.stages or not ready:
+        return 0
+    base_key = ready[0].base_key
+    path = bench.store.base_file(base_key, "scores.parquet")
+    with contextlib.ExitStack() as stack, contextlib.suppress(UserError, MachineError):
+        unscored = []
+        with contextlib.suppress(TimeoutError):  # another worker is at the base
+            stack.enter_context(bench.store.base_lock(base_key, "scores").acquire(timeout=0))
+            bench.store.fetch(path)
+            unscored += [] if path.is_file() else [Unscored(base_key, path, None)]
+        for experiment in ready:
+            stack.enter_context(at_hand(bench.store, experiment))
+            bench.check_model(experiment)
+            folder = bench.store.adapter_folder(experiment)
+            unscored.append(Unscored(score_key_of(bench, experiment), bench.store.scores_path(experiment), folder))
+        return bench.answer_together(base_key, unscored)
+    return 0
 
 
 class _Queue:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from raylora.config import EvaluationConfig, ModelOptions
-from raylora.errors import ErrorKind, MachineError, UserError
+from raylora.errors import ErrorKind, MachineError, UserError, one_line
 from raylora.mmlu.answers import max_new_tokens
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion, Thinking, encode_questions, load_encoded, save_encoded, thinking_of
@@ -25,15 +26,19 @@ from raylora.mmlu.question_set import (
     questions_key,
     score_key,
 )
-from raylora.mmlu.scoring import answer, evaluate, load_score, save_score
+from raylora.mmlu.scoring import answer, answer_together, evaluate, load_score, save_score
+from raylora.model.adapter_files import is_plain_lora
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import context_window, load_model, load_tokenizer
+from raylora.model.memory import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.storage.atomic import write_atomically
 from raylora.storage.store import Store
 
 T = TypeVar("T")
 log = logging.getLogger("raylora")
+MOST_TOGETHER = 8
+"""Adapters that are asked in the same passes, at most: each takes memory, 250 MB for an 8B model and rank 16."""
 
 
 def check_prompt_style(config: EvaluationConfig, source: str) -> Thinking:
@@ -61,6 +66,18 @@ def note_on_thinking(thinking: Thinking) -> str:
         "closed": "the chat template begins a thinking part, which the prompts end at once (thinking: closed)",
         "on": f"thoughts and answer have room for {max_new_tokens('on')} tokens (thinking: on)",
     }[thinking]
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A score that is to be made."""
+
+    key: str
+    """Its identity, as of ``Evaluator.score``."""
+    path: Path
+    """Its Parquet file."""
+    adapter: Path | None
+    """A PEFT folder; None: it is the base's score."""
 
 
 class Evaluator:
@@ -183,6 +200,57 @@ class Evaluator:
         write_atomically(path, lambda partial: save_score(score, partial))
         journal.remove()
         return score
+
+    def answer_together(self, base_key: str, unscored: Sequence[Unscored]) -> int:
+        """Ask the base and adapters of it in passes that they share, where the questions of one would not fill a pass.
+
+        The answers are kept in their journals: ``score`` and ``base_score`` then find them there. Adapters that are
+        more than LoRA are left out, and all are where they cannot share passes: ``score`` asks them one by one.
+
+        Returns:
+            How many were asked.
+
+        Raises:
+            MachineError: see ``questions``.
+        """
+        encoded = self.questions(base_key)
+        wanted = [one for one in unscored if one.adapter is None or is_plain_lora(one.adapter)]
+        wanted = wanted[: self._most_together(encoded)]
+        if len(wanted) < 2 or self.config.scoring != "logits":
+            return 0
+        before = self.loaded.logits_hash()
+        names: dict[str | None, Unscored] = {}
+        try:
+            for number, one in enumerate(wanted):
+                name = None if one.adapter is None else f"asked_{number}"
+                # One that is no adapter of this model is said to be none where it is asked by itself.
+                with contextlib.suppress(UserError):
+                    if one.adapter is not None:
+                        self.loaded.attach_saved(one.adapter, str(name))
+                    names[name] = one
+            answers, cut = answer_together(self.loaded, encoded, list(names), self.config.token_budget)
+        except (UserError, RuntimeError, MemoryError) as error:  # where it is one adapter's, it will be said again
+            log.info("adapters are asked one by one: %s", one_line(error))
+            return 0
+        finally:
+            for name in names:
+                if name is not None:
+                    self.loaded.detach(name)
+        if self.loaded.logits_hash() != before:
+            log.warning("adapters that were asked together have changed the base model, which is loaded again")
+            self._load_again()
+            return 0
+        for name, one in names.items():
+            journal = Journal(_journal_folder(one.path), one.key)
+            journal.open(cut, cut)
+            journal.add(answers[name])
+        return len(names)
+
+    def _most_together(self, encoded: Sequence[EncodedQuestion]) -> int:
+        """How many adapters' questions fill a pass; 1 where those of one do."""
+        budget = GPU_TOKEN_BUDGET if self.loaded.device.type == "cuda" else CPU_TOKEN_BUDGET
+        num_tokens = sum(map(len, encoded))
+        return min(MOST_TOGETHER, -(-(self.config.token_budget or budget) // max(1, num_tokens)))
 
     def is_being_scored(self, key: str, path: Path) -> bool:
         """Whether the evaluation of ``key`` has begun and is not finished: there is something to help with."""

@@ -120,8 +120,50 @@ def answer(
         torch.OutOfMemoryError: a single question does not fit (MemoryError or RuntimeError on a CPU).
     """
     asked = [Asked(question, loaded.serving) for question in encoded]
+    return _answer(loaded, asked, [loaded.serving], journal, scoring, token_budget, progress, thinking)
+
+
+def answer_together(
+    loaded: LoadedModel,
+    encoded: Sequence[EncodedQuestion],
+    adapters: Sequence[str | None],
+    token_budget: int | None = None,
+) -> tuple[dict[str | None, dict[int, Answer]], int]:
+    """Answers of several adapters to the same questions, in passes that they share: by adapter and question index.
+
+    Args:
+        adapters: the names of attached ones, and None for the base.
+
+    Returns:
+        The answers, and the tokens that a batch had at most.
+
+    Raises:
+        UserError: they cannot share passes: the questions' choices have several tokens, or the adapters are not linear.
+        torch.OutOfMemoryError: a single question does not fit (MemoryError or RuntimeError on a CPU).
+    """
+    pairs = [(i, name) for i in range(len(encoded)) for name in adapters]
+    asked = [Asked(encoded[i], name) for i, name in pairs]
+    journal = Journal(None, "")
+    evaluation = _answer(loaded, asked, adapters, journal, "logits", token_budget, ignore_progress, "")
+    found: dict[str | None, dict[int, Answer]] = {name: {} for name in adapters}
+    for number, (i, name) in enumerate(pairs):
+        found[name][i] = journal.answers[number]
+    return found, evaluation.budget.tokens
+
+
+def _answer(
+    loaded: LoadedModel,
+    asked: Sequence[Asked],
+    adapters: Sequence[str | None],
+    journal: Journal,
+    scoring: Literal["logits", "generate"],
+    token_budget: int | None,
+    progress: ProgressCallback,
+    thinking: Thinking,
+) -> _Evaluation:
+    encoded = [a.question for a in asked]
     with _for_questions(loaded):
-        asker = asker_of(loaded, encoded, [loaded.serving], scoring, thinking)
+        asker = asker_of(loaded, encoded, adapters, scoring, thinking)
         # Batches are always cut to the first budget: processes that share a journal, and a run that continues one, must
         # agree on them. Where memory runs out, a batch is asked in pieces of the reduced budget.
         cut = journal.budget or token_budget or find_token_budget(loaded, asker, asked)

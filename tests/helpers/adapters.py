@@ -10,6 +10,8 @@ import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from raylora.config import Method
+from raylora.model.adapters import LoadedModel
 from tests.helpers.tiny import tiny_config
 
 TWO = ["q_proj", "v_proj"]
@@ -81,3 +83,13 @@ def parts(model: Any) -> list[Any]:
     modules = [(name, id(module), len(module._forward_hooks)) for name, module in model.named_modules()]
     parameters = [(name, id(p), p.data_ptr()) for name, p in model.named_parameters(remove_duplicate=False)]
     return [modules, parameters, model.config.to_dict(), hasattr(model, "peft_config")]
+
+
+def attach_random(loaded: LoadedModel, seed: int, name: str, **settings: Any) -> None:
+    """Attach an adapter whose weights are random, and move logits by much."""
+    parameters = loaded.attach(Method(lora_dropout=0.3, **settings), seed, name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    loaded.activate(name)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from raylora.mmlu.scoring import evaluate, find_token_budget, load_score, save_score
+from raylora.errors import UserError
+from raylora.mmlu.scoring import answer_together, evaluate, find_token_budget, load_score, save_score
 from raylora.model.memory import GPU_TOKEN_BUDGET
+from tests.helpers.adapters import attach_random
 from tests.helpers.questions import LOGPROBS, ask, encode
-from tests.helpers.tiny import load, make_model
+from tests.helpers.tiny import load, make_loaded, make_model
 
 # Scores
 
@@ -54,9 +58,31 @@ def test_those_of_llm_int8_do(outlier_model_folder, tokenizer):
     assert np.abs(large - middle).max() > 1e-3
 
 
-def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
-    from dataclasses import replace
+def test_several_adapters_and_the_base_are_asked_in_the_same_passes(tokenizer, encoded):
+    """Behind shared prefixes; whatever memory holds."""
+    loaded = make_loaded()
+    attach_random(loaded, 1, "a", lora_r=4)
+    attach_random(loaded, 2, "b", lora_r=8, target_modules=("q_proj", "up_proj"))
+    expected = {}
+    for name in ("a", "b"):
+        loaded.activate(name)
+        expected[name] = evaluate(loaded, encoded).questions[LOGPROBS].to_numpy()
+    with loaded.base():
+        expected[None] = evaluate(loaded, encoded).questions[LOGPROBS].to_numpy()
+    for budget in (100, 1000, None):
+        found, cut = answer_together(loaded, encoded, ["b", None, "a"], budget)
+        assert cut == (budget or 512)
+        for name, answers in found.items():
+            logprobs = [answers[i].logprobs for i in range(len(encoded))]
+            np.testing.assert_allclose(logprobs, expected[name], atol=2e-5)
+    spread = np.abs(expected["a"] - expected[None]).max(), np.abs(expected["a"] - expected["b"]).max()
+    assert min(spread) > 0.01
+    whole = [replace(e, continuations=[[5, 6], [7], [5, 9, 11], [8]]) for e in encoded]
+    with pytest.raises(UserError, match="one token"):
+        answer_together(loaded, whole, ["a", "b"])
 
+
+def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
     encoded = [replace(e, continuations=[[5, 6], [7], [5, 9, 11], [8]]) for e in encode(tokenizer)]
     score = ask(tiny_model, tokenizer, encoded)
     for e, row in zip(encoded, score.questions.itertuples(), strict=True):

@@ -8,25 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from raylora.config import Method
 from raylora.errors import UserError
 from raylora.model.candidates import CandidatePasses, Row
 from raylora.model.forward import inference
+from tests.helpers.adapters import attach_random
 from tests.helpers.graphs import RecordedGraphs
 from tests.helpers.tiny import load, make_loaded, make_model
 
 PREFIX = [3 + 7 * i % 90 for i in range(23)]
 TEXTS = [[5 + (7 * i + k) % 90 for k in range(n)] for i, n in enumerate((12, 3, 40, 25))]
 CANDIDATES = [[10 + i, 30 + i, 50, 70] for i in range(len(TEXTS))]
-
-
-def attach(loaded, seed: int, name: str, **settings) -> None:
-    """A fresh adapter whose weights are random, and move logits by much."""
-    parameters = loaded.attach(Method(lora_dropout=0.3, **settings), seed, name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in parameters:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
 def alone(loaded, prefix, adapter: str | None) -> np.ndarray:
@@ -55,8 +46,8 @@ def run(passes: CandidatePasses, adapters, prefix, order=(0, 1, 2, 3)) -> list[n
 def test_each_row_gets_what_its_text_gets_alone(adapters, captured, prefix):
     """Ranks differ; passes come again with other rows, so that captured ones are replayed."""
     loaded = make_loaded()
-    attach(loaded, 1, "a", lora_r=4, lora_alpha=16)
-    attach(loaded, 2, "b", lora_r=8, lora_alpha=8, target_modules=("q_proj", "down_proj"))
+    attach_random(loaded, 1, "a", lora_r=4, lora_alpha=16)
+    attach_random(loaded, 2, "b", lora_r=8, lora_alpha=8, target_modules=("q_proj", "down_proj"))
     expected = [alone(loaded, prefix, adapter) for adapter in adapters]
     graphs = RecordedGraphs() if captured else None
     passes = CandidatePasses(loaded, 0 if adapters == [None] else len(adapters), graphs)
@@ -75,8 +66,8 @@ def test_each_row_gets_what_its_text_gets_alone(adapters, captured, prefix):
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_over_a_quantized_base(outlier_model_folder, quantization):
     loaded = load(outlier_model_folder, quantization)
-    attach(loaded, 1, "a")
-    attach(loaded, 2, "b")
+    attach_random(loaded, 1, "a")
+    attach_random(loaded, 2, "b")
     passes = CandidatePasses(loaded, 3, None)
     with inference(loaded.model), passes.ready(["a", "b"], packed=True):
         found = run(passes, ["a", None, "b"], PREFIX)
@@ -89,7 +80,7 @@ def test_the_next_prefix_and_the_next_adapter_are_replayed():
     graphs = RecordedGraphs()
     passes = CandidatePasses(loaded, 1, graphs)
     for number, name in enumerate(("a", "b", "c")):
-        attach(loaded, number, name)
+        attach_random(loaded, number, name)
         with inference(loaded.model), passes.ready([name], packed=True, longest_prefix=30):
             for prefix in (PREFIX, PREFIX[:9], [], PREFIX[3:]):
                 (found,) = run(passes, [name], prefix)
@@ -102,7 +93,7 @@ def test_the_next_prefix_and_the_next_adapter_are_replayed():
 def alone_beside(loaded, passes, prefix, name) -> np.ndarray:
     """As ``alone``, of a copy of the model: ``loaded`` serves passes."""
     other = make_loaded()
-    attach(other, "abc".index(name), name)
+    attach_random(other, "abc".index(name), name)
     return alone(other, prefix, name)
 
 
@@ -119,7 +110,7 @@ def test_a_longer_prefix_than_there_is_room_for_is_captured_anew():
 
 def test_rows_of_a_model_that_cannot_be_packed_are_padded():
     loaded = make_loaded()
-    attach(loaded, 1, "a")
+    attach_random(loaded, 1, "a")
     passes = CandidatePasses(loaded, 0, None)
     with inference(loaded.model), passes.ready([], packed=False):
         (found,) = run(passes, [None], [])
@@ -137,8 +128,8 @@ def test_a_head_without_a_name_is_run_as_it_is(monkeypatch):
 
 def test_adapters_that_are_no_matrices_cannot_share_a_pass():
     loaded = make_loaded()
-    attach(loaded, 1, "a", target_modules=("embed_tokens",))
-    attach(loaded, 2, "b")
+    attach_random(loaded, 1, "a", target_modules=("embed_tokens",))
+    attach_random(loaded, 2, "b")
     passes = CandidatePasses(loaded, 2, None)
     with pytest.raises(UserError, match="cannot share a pass"), passes.ready(["a", "b"], packed=True):
         pass

@@ -94,7 +94,7 @@ def test_random_adapters_change_the_answers_each_in_its_own_way_and_are_gone_beh
     encoded = encode_questions(loaded.tokenizer, make_questions(2), {}, "harness", 2048)
     before = mmlu.logprobs_of(common.score(loaded, encoded))
     with common.random_adapters(loaded, 2) as names:
-        of_adapters = [mmlu.logprobs_of(score) for score in common.score_adapters(loaded, encoded, names)]
+        of_adapters = common.score_adapters(loaded, encoded, names)
     everything = [before, *of_adapters]
     assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(everything) for b in everything[:i])
     np.testing.assert_array_equal(mmlu.logprobs_of(common.score(loaded, encoded)), before)
