@@ -353,7 +353,7 @@ def main() -> None:
     )
     parser.add_argument("--flips", action="store_true", help="raylora alone, by token budget and quantization")
     parser.add_argument("--quantizations", nargs="*", default=common.QUANTIZATIONS, choices=common.QUANTIZATIONS)
-    parser.add_argument("--budgets", type=int, nargs="*", default=(), help="padded tokens in a batch")
+    parser.add_argument("--budgets", type=int, nargs="*", default=(), help="tokens in a batch")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()

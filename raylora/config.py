@@ -127,7 +127,7 @@ class MmluOptions(BaseModel):
     token_budget: int | None = Field(
         None,
         ge=64,
-        description="padded tokens in a batch of questions (without one: what fits a GPU's memory, 512 on a CPU)",
+        description="tokens in a batch of questions (without one: what fits a GPU's memory, 512 on a CPU)",
     )
 
 

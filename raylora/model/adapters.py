@@ -69,7 +69,7 @@ class LoadedModel:
 
     @property
     def feature_token_budget(self) -> int:
-        """Padded tokens in a minibatch whose features are measured."""
+        """Tokens in a minibatch whose features are measured."""
         return memory.GPU_FEATURE_TOKENS if self.device.type == "cuda" else memory.CPU_TOKEN_BUDGET
 
     @property

@@ -40,7 +40,7 @@ def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model
 
 
 def of_budgets(loaded, encoded) -> list[np.ndarray]:
-    """Log-likelihoods (N, 4) of all questions, for batches of 128, 512 and 2048 padded tokens."""
+    """Log-likelihoods (N, 4) of all questions, for batches of 128, 512 and 2048 tokens."""
     scores = [evaluate(loaded, encoded, token_budget=budget) for budget in (128, 512, 2048)]
     return [score.questions[LOGPROBS].to_numpy() for score in scores]
 
