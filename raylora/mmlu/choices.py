@@ -175,8 +175,8 @@ class BranchRows(LetterRows):
         loaded.allows(head_is_plain)  # tried before attention is replaced
 
     def width(self, question: EncodedQuestion) -> int:
-        """See ``Asker``. The last token of a choice is not fed in."""
-        return len(question) + sum(len(c) - 1 for c in question.continuations)
+        """See ``Asker``."""
+        return len(question) + question.num_choice_tokens
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""

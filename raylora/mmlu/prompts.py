@@ -53,6 +53,11 @@ class EncodedQuestion:
         """Whether the logits at the prompt's last position score all choices: each is one token, and they differ."""
         return len({tuple(c) for c in self.continuations}) == 4 and all(len(c) == 1 for c in self.continuations)
 
+    @property
+    def num_choice_tokens(self) -> int:
+        """Tokens of the choices that run behind the prompt: all but the last of each, which is only predicted."""
+        return sum(len(continuation) - 1 for continuation in self.continuations)
+
     def __len__(self) -> int:
         return len(self.context_ids)
 

@@ -86,7 +86,7 @@ def evaluate(
         "mmlu_seconds": seconds,
         "questions_per_second": (len(rows) - num_resumed) / seconds,
         "num_resumed": num_resumed,
-        "num_tokens": sum(len(e) for e in encoded),
+        "num_tokens": sum(len(e) + (e.num_choice_tokens if scoring == "cloze" else 0) for e in encoded),
         "num_tokens_spared": sum(p.prefix_length * (len(p.indices) - 1) for p in with_prefix),
         "num_shared_prefixes": len(with_prefix),
         "no_prefix_because": evaluation.no_prefix,

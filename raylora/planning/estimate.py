@@ -175,8 +175,8 @@ class Estimator:
         free_bytes = max(0, machine.memory_bytes - CUDA_CONTEXT_BYTES - base_bytes(shape, storage, machine))
         in_batch = self._config.token_budget or tokens_in_batch(shape, machine, storage, free_bytes)
         # A prefix needs packed rows, which LLM.int8 refused where it was measured.
-        may_share = self._config.scoring == "logits" and storage != LLM_INT8
-        return count_question_tokens(self._tokenizer, asked, in_batch, may_share)
+        may_share = self._config.scoring != "generate" and storage != LLM_INT8
+        return count_question_tokens(self._tokenizer, asked, in_batch, may_share, self._config.scoring)
 
 
 @dataclass(frozen=True)

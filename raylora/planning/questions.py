@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylora.config import Scoring
 from raylora.data.encoding import common_prefix_length
-from raylora.mmlu.prompts import harness_prompt
+from raylora.mmlu.prompts import cloze_prompt, harness_prompt
 from raylora.mmlu.question_set import QuestionSet
 from raylora.mmlu.scoring import MIN_TOKENS_SPARED
 from raylora.model.graphs import fixed_size
@@ -40,18 +41,26 @@ class QuestionTokens:
 
 
 def count_question_tokens(
-    tokenizer: Any, asked: QuestionSet, in_batch: int = GPU_TOKEN_BUDGET, may_share: bool = True
+    tokenizer: Any,
+    asked: QuestionSet,
+    in_batch: int = GPU_TOKEN_BUDGET,
+    may_share: bool = True,
+    scoring: Scoring = "letters",
 ) -> QuestionTokens:
     """Tokens of all prompts, estimated from a sample of them, and from the first and the last one of each subject.
 
     Args:
         in_batch: most tokens in a batch: a prefix must spare half of them.
+        scoring: what the prompts are of.
         may_share: whether what a subject's prompts begin with is run once at all.
     """
 
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
     def encode(questions: Sequence[Question]) -> list[list[int]]:
-        prompts = [harness_prompt(q, asked.shots.get(q.subject, [])) for q in questions]
-        return list(tokenizer(prompts, add_special_tokens=False)["input_ids"])
+        prompt = cloze_prompt if scoring == "cloze" else harness_prompt
+        return tokenize([prompt(q, asked.shots.get(q.subject, [])) for q in questions])
 
     by_subject: dict[str, list[Question]] = defaultdict(list)
     for question in asked.questions:
@@ -63,6 +72,9 @@ def count_question_tokens(
             prefixes[subject] = length
     sample = asked.questions[:: max(1, len(asked.questions) // SAMPLED_QUESTIONS)]
     lengths = [len(ids) - prefixes.get(q.subject, 0) for q, ids in zip(sample, encode(sample), strict=True)]
+    if scoring == "cloze":  # the choices run behind the prompt, all but their last tokens
+        texts = tokenize([f" {choice}" for q in sample for choice in q.choices])
+        lengths.append(sum(len(ids) - 1 for ids in texts))
     return QuestionTokens(sum(lengths) / len(sample) * len(asked.questions), tuple(prefixes.values()), in_batch)
 
 

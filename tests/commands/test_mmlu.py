@@ -72,7 +72,7 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
 def test_a_favourite_letter_that_moved_is_named(tmp_path):
     evaluated = []
     for name, score in zip(("base", "only_letters", "knowledge"), letter_scores(), strict=True):
-        info = {**score.info, "scoring": "logits"}
+        info = {**score.info, "scoring": "letters"}
         evaluated.append(Evaluated(name, Score(score.questions, info), tmp_path / f"{name}.parquet"))
     summary = summary_of(evaluated).set_index("model")
     assert summary["verdict"].to_dict() == {"base": "", "only_letters": "letter", "knowledge": "gain"}

@@ -90,7 +90,7 @@ def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
         assert [row.logprob_a, row.logprob_b, row.logprob_c, row.logprob_d] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("scoring", ["logits", "generate"])
+@pytest.mark.parametrize("scoring", ["letters", "cloze", "generate"])
 def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_model, tokenizer, scoring):
     encoded = encode(tokenizer)
     limit = max(map(len, encoded))

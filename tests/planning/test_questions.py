@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raylora.config import load_config
+from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.graphs import fixed_size
 from raylora.planning import questions
@@ -33,6 +34,16 @@ def test_tokens_are_those_that_an_evaluation_runs(in_batch, num_shots):
     assert found.total == pytest.approx(info["num_tokens"] - info["num_tokens_spared"], rel=0.05)
     assert len(found.prefixes) == (2 if num_shots and in_batch == 512 else 0)
     assert (info["num_shared_prefixes"] > 0) == bool(found.prefixes)
+
+
+@pytest.mark.parametrize("num_shots", [0, 3])
+def test_tokens_of_cloze_are_those_of_prompts_and_choices(num_shots):
+    asked, tokenizer = questions_of_two_subjects(), make_tokenizer()
+    shots = {s: [q for q in asked if q.subject == s][:num_shots] for s in ("anatomy", "virology")}
+    encoded = encode_questions(tokenizer, asked, shots, "harness", 2048, scoring="cloze")
+    info = ask(make_model(), tokenizer, encoded, "cloze", 512).info
+    found = count_question_tokens(tokenizer, QuestionSet(asked, shots, []), 512, scoring="cloze")
+    assert found.total == pytest.approx(info["num_tokens"] - info["num_tokens_spared"], rel=0.05)
 
 
 def test_where_nothing_is_shared_each_question_is_whole():
