@@ -6,6 +6,7 @@ raylora questions mmlu    # mmlu_dataset/test_all_subjects.json, and dev_all_sub
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ def run_mmlu(config: QuestionsConfig) -> int:
         UserError: the hub cannot be reached, or what it gives is not what is expected.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it says each of its retries
     with tempfile.TemporaryDirectory() as folder:
         for split in SPLITS:
             found = load_questions(_download(f"all/{split}-00000-of-00001.parquet", config.revision, folder))

@@ -85,7 +85,7 @@ def test_both_splits_lie_where_they_are_looked_for(hub, tmp_path):
     assert sorted(path.name for path in (tmp_path / "mmlu_dataset").iterdir()) == [dev.name, test.name]
 
 
-@pytest.mark.parametrize("what", ["no server", "no revision"])
+@pytest.mark.parametrize("what", [pytest.param("no server", marks=pytest.mark.slow), "no revision"])
 def test_a_hub_that_has_nothing_is_one_line(hub, tmp_path, what):
     endpoint, revision = ("http://127.0.0.1:9", "main") if what == "no server" else (hub, "nowhere")
     result = run(tmp_path, endpoint, "--revision", revision)
