@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,9 +26,10 @@ from raylora.mmlu.cloze import predict
 from raylora.mmlu.journal import Answer
 from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.model.adapters import LoadedModel
+from raylora.model.attention import has_flash
 from raylora.model.candidates import Branches, CandidatePasses, Row
 from raylora.model.forward import Output, forward_rows, head_is_plain
-from raylora.model.graphs import capture_of, free_what_others_need, make_room
+from raylora.model.graphs import capture_of, free_what_others_need, keep_passes, kept_passes, make_room
 from raylora.model.memory import TokenBudget
 from raylora.model.packing import may_pack, window_of
 
@@ -126,11 +127,13 @@ class LetterRows:
         num_slots = len(adapters) if replaced else 0
         if len(adapters) > 1 and not num_slots:
             raise UserError("these adapters cannot share a pass over this model", kind=ErrorKind.ADAPTER)
-        capture = capture_of(loaded) if self.packed else None
-        key = (CandidatePasses, num_slots)
-        self._passes = loaded.kept.get(key) or CandidatePasses(loaded, num_slots, capture)
-        if capture is not None:
-            loaded.kept[key] = self._passes
+        # Without flash attention a captured pass has one attention over all its tokens, with a mask: slower than to
+        # launch those of each row, where passes are as long as memory allows.
+        capture = capture_of(loaded) if self.packed and has_flash(loaded.device, loaded.forward_dtype) else None
+        # A capture of PEFT's own forward pass has the adapter of that time in it.
+        self._is_kept = capture is not None and (num_slots > 0 or not _has_active_adapters(loaded.model))
+        kept = kept_passes(loaded, CandidatePasses, num_slots, 0) if self._is_kept else None
+        self._passes, self._num_slots = kept or CandidatePasses(loaded, num_slots, capture), num_slots
 
     def width(self, question: EncodedQuestion) -> int:
         """See ``Asker``."""
@@ -139,10 +142,12 @@ class LetterRows:
     @contextlib.contextmanager
     def ready(self, longest_prefix: int = 0) -> Iterator[None]:
         """See ``Asker``."""
+        if self._is_kept:
+            keep_passes(self._loaded, CandidatePasses, self._num_slots, 0, self._passes)
         with self._passes.ready(self._adapters, self.packed, longest_prefix):
             yield
-        if self._passes.graphed.are_wanted and self._loaded.device.type == "cuda":
-            free_what_others_need(self._loaded)
+            if self._passes.graphed.are_wanted and self._loaded.device.type == "cuda":
+                free_what_others_need(self._loaded)
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""
@@ -158,6 +163,11 @@ class LetterRows:
     def make_room(self) -> bool:
         """See ``Asker``."""
         return make_room(self._loaded, self._passes.graphed)
+
+
+def _has_active_adapters(model: Any) -> bool:
+    """Whether adapters act in PEFT's own forward pass, raylora's or a caller's."""
+    return any(getattr(module, "disable_adapters", True) is False for module in model.modules())
 
 
 class BranchRows(LetterRows):
@@ -213,7 +223,7 @@ class ChoiceRows:
 
     def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
         """See ``Asker``."""
-        return self._loaded.autocast()
+        return self._loaded.forward_autocast()
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""
@@ -257,7 +267,7 @@ class WrittenAnswers:
 
     def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
         """See ``Asker``."""
-        return self._loaded.autocast()
+        return self._loaded.forward_autocast()
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""

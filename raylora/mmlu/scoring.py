@@ -231,9 +231,9 @@ def _why_no_prefix(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], pa
     part = next((part for part in parts if part.prefix_length), None)
     if part is None:
         return ""
-    question = [asked[part.indices[-1]]]
+    question = asked[part.indices[-1]]
     try:
-        (shared,), (alone,) = asker.ask(question, part.prefix_length)(), asker.ask(question)()
+        shared, alone = _ask_one(asker, question, part.prefix_length), _ask_one(asker, question)
     except REFUSALS as error:
         if is_out_of_memory(error):
             raise
@@ -243,6 +243,18 @@ def _why_no_prefix(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], pa
     tolerance = 1e-3 if is_exact(loaded.model) else 0.5
     agrees = np.abs(np.subtract(shared.logprobs, alone.logprobs)).max() < tolerance
     return "" if agrees else "the model answers differently behind a shared prefix"
+
+
+def _ask_one(asker: Asker, asked: Asked, prefix_length: int = 0) -> Answer:
+    """Ask one question and wait for the answer; again, where memory runs out and something can be done without.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit (MemoryError or RuntimeError on a CPU).
+    """
+    budget, found = TokenBudget(asker.width(asked.question)), None
+    while found is None:
+        found = budget.attempt(lambda: asker.ask([asked], prefix_length)(), asker.make_room)
+    return found[0]
 
 
 def find_token_budget(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked]) -> int:
@@ -255,12 +267,13 @@ def find_token_budget(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked])
     device = loaded.device
     if device.type != "cuda" or not asked:
         return CPU_TOKEN_BUDGET
-    longest = max(asked, key=lambda a: len(a.question))
-    torch.cuda.reset_peak_memory_stats(device)
-    bytes_before = torch.cuda.memory_allocated(device)
-    with asker.ready():
-        asker.ask([longest])()
-    bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / asker.width(longest.question)
+    longest = max(asked, key=lambda a: asker.width(a.question))
+    with asker.ready():  # the weights of adapters are no token's
+        torch.cuda.reset_peak_memory_stats(device)
+        bytes_before = torch.cuda.memory_allocated(device)
+        _ask_one(asker, longest)
+        bytes_taken = torch.cuda.max_memory_allocated(device) - bytes_before
+    bytes_a_token = bytes_taken / asker.width(longest.question)
     captured = capture_of(loaded) is not None
     return 1 << (tokens_that_fit(bytes_a_token, free_gpu_bytes(device), captured).bit_length() - 1)
 

@@ -16,11 +16,11 @@ FlashDecoding does, Dao et al. 2023): no key is copied.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raylora.data.minibatch import Blocks
+from raylora.model.kept_keys import Behind, KeptKeys, Within
 
 try:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -40,81 +41,9 @@ BLOCKS = "raylora_blocks"
 """The name of this attention in transformers' registry."""
 REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
 """What a model may raise that cannot be run in another way than its own code expects."""
+MOST_SCORES = 2**26
+"""Scores that are in memory at once where plain products make them: 256 MB in float32."""
 Varlen = Callable[..., Any]
-
-
-class KeptKeys:
-    """Keys and values (1, heads, P, D) of the tokens of prefixes, P in all, of each of a model's attention modules.
-
-    Args:
-        capacity: at least P. Keys and values then lie in tensors of this length, the same ones for each new prefix, as
-            captured passes need them; None: where the prefix's own pass put them.
-    """
-
-    def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity
-        self._of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._is_new: set[int] = set()
-
-    def begin(self) -> None:
-        """Expect the keys of other prefixes."""
-        self._is_new = set()
-
-    def put(self, module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep a module's keys and values.
-
-        Raises:
-            ValueError: it has put some already: layers share the module.
-        """
-        if id(module) in self._is_new:
-            raise ValueError("layers of this model share an attention module")
-        self._is_new.add(id(module))
-        if self.capacity is None:
-            self._of[id(module)] = key, value
-            return
-        if id(module) not in self._of:
-            shapes = ((*t.shape[:2], self.capacity, t.shape[3]) for t in (key, value))
-            first, second = (key.new_zeros(shape) for shape in shapes)
-            self._of[id(module)] = first, second
-        for mine, new in zip(self._of[id(module)], (key, value), strict=True):
-            mine[:, :, : new.shape[2]] = new
-
-    def of(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A module's keys and values."""
-        return self._of[id(module)]
-
-
-@dataclass(frozen=True)
-class Behind:
-    """Which prefix each row of a packed pass stands behind: G prefixes, none empty, the rows of each side by side."""
-
-    keys: KeptKeys
-    prefix_ends: torch.Tensor
-    """int32 (G + 1,): 0, then where each prefix ends among the tokens that are kept."""
-    row_ends: torch.Tensor
-    """int32 (G + 1,): 0, then where the rows behind each prefix end."""
-    longest: int
-    """Tokens that no prefix has more of."""
-    longest_text: int
-    """Tokens that no row has more of, its prefix counted with it."""
-    prefixes: tuple[tuple[int, int], ...] | None
-    """Start and end, among the tokens that are kept, of the prefix of each row; None where only the device knows it."""
-
-
-@dataclass(frozen=True)
-class Within:
-    """Texts of a packed pass that others of it stand behind: R texts, then behind each the blocks of its branches."""
-
-    start: int
-    """Where the branches begin: tokens of all texts before them."""
-    text_ends: torch.Tensor
-    """int32 (R + 1,): 0, then where each text ends."""
-    branch_ends: torch.Tensor
-    """int32 (R + 1,): 0, then where the branches of each text end, counted from ``start``. A text may have none."""
-    longest: int
-    """Tokens that no text has more of."""
-    longest_text: int
-    """Tokens that no text has more of, its prefix and a branch counted with it."""
 
 
 def attend_in_blocks(
@@ -155,7 +84,11 @@ def attend_in_blocks(
     if sliding_window is not None and 0 < longest <= sliding_window:
         sliding_window = None  # no window ends within a text
     is_plain = behind is None and within is None
-    if _is_flash(query, value) and not kwargs.get("dropout") and (is_plain or sliding_window is None):
+    if sliding_window is None or (is_plain and _knows(varlen_attn, "window_size")):
+        is_at_once = _is_flash(query, value) and not kwargs.get("dropout")
+    else:
+        is_at_once = False
+    if is_at_once:
         given = module, query, key, value, blocks, behind, within, sliding_window, kwargs
         return attend_at_once(varlen_attn, *given), None
     if within is not None and (blocks.lengths is None or sliding_window is not None):
@@ -196,13 +129,28 @@ def _attend_causally(
 # Of a GPU: all blocks in one call
 
 
-def _is_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's attention of packed rows takes these: flash attention, of half precision, from Ampere on."""
-    if varlen_attn is None or not query.is_cuda or query.element_size() != 2:
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's attention of packed rows runs there: flash attention, of half precision, from Ampere on."""
+    if varlen_attn is None or device.type != "cuda" or dtype.itemsize != 2:
         return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's attention of packed rows takes these."""
     width = query.shape[-1]
     fits = width == value.shape[-1] and width % 8 == 0 and width <= 256
-    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return fits and has_flash(query.device, query.dtype)
+
+
+@functools.cache
+def _parameters_of(varlen: Varlen) -> frozenset[str]:
+    return frozenset(inspect.signature(varlen).parameters)
+
+
+def _knows(varlen: Varlen | None, option: str) -> bool:
+    """Whether this version of torch's attention of packed rows has a parameter."""
+    return varlen is not None and option in _parameters_of(varlen)
 
 
 def attend_at_once(
@@ -232,12 +180,14 @@ def attend_at_once(
     ends = (blocks.ends, blocks.ends, blocks.longest, blocks.longest)
     own = _varlen(varlen, query, key, value, ends, window, scale, behind is not None or within is not None)
     before = texts = None
+    # From here on some rows may be empty. Where no row has more than one token, torch's kernel takes each to have one:
+    # hence 2.
     if behind is not None:
-        ends = (behind.row_ends, behind.prefix_ends, query.shape[2], behind.longest)
+        ends = (behind.row_ends, behind.prefix_ends, max(2, query.shape[2]), behind.longest)
         before = _varlen(varlen, query, *behind.keys.of(module), ends, (-1, -1), scale, True)
     if within is not None:
         start = within.start
-        ends = (within.branch_ends, within.text_ends, query.shape[2] - start, within.longest)
+        ends = (within.branch_ends, within.text_ends, max(2, query.shape[2] - start), within.longest)
         given = query[:, :, start:], key[:, :, :start], value[:, :, :start]
         texts = _varlen(varlen, *given, ends, (-1, -1), scale, True)
     return _put_together(own, before, texts, within)
@@ -254,8 +204,10 @@ def _varlen(
     with_sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One call: (1, heads, T, D), and the logarithms (1, heads, T) of the sums; without ``with_sums`` none."""
-    known = inspect.signature(varlen).parameters
+    known = _parameters_of(varlen)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    of_queries, of_keys, *longest = ends
+    ends_there = of_queries.to(q.device), of_keys.to(q.device)  # another, where a model lies on several
     options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
     if "window_size" in known:
         options["window_size"] = window
@@ -271,9 +223,9 @@ def _varlen(
     if scale is not None and "scale" not in known:
         q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
     if not with_sums:
-        output = varlen(q, k, v, *ends, **options)
+        output = varlen(q, k, v, *ends_there, *longest, **options)
         return output.transpose(0, 1)[None], output.new_empty(0)
-    output, sums = varlen(q, k, v, *ends, return_aux=AuxRequest(lse=True), **options)
+    output, sums = varlen(q, k, v, *ends_there, *longest, return_aux=AuxRequest(lse=True), **options)
     # torch 2.13 says (T, heads) in its documentation and returns (heads, T), as its kernels do.
     return output.transpose(0, 1)[None], (sums if sums.shape[0] == q.shape[1] else sums.t())[None]
 
@@ -314,12 +266,12 @@ def _attend_by_mask(
     window: int | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    mask = _blocks_mask(blocks.ends, query.shape[2], window)
+    mask = _blocks_mask(blocks.ends.to(query.device), query.shape[2], window)
     if behind is not None:
         if window is not None:
             raise ValueError("a captured pass has no sliding windows behind a prefix")
         kept = behind.keys.of(module)
-        mask = torch.cat([_prefix_mask(behind, kept[0].shape[2], query.shape[2]), mask], 3)
+        mask = torch.cat([_prefix_mask(behind, kept[0].shape[2], query.shape[2]).to(query.device), mask], 3)
         key, value = (torch.cat(pair, 2) for pair in zip(kept, (key, value), strict=True))
     # Another block counts 0 times. That would be NaN where it holds one, as those of an adapter that diverged do.
     finite = [_finite(t) for t in (query, key, value)]
@@ -394,15 +346,11 @@ def _attend_behind(
             start = end
         before = _cat(found)
     if within is not None:
-        ends = zip(
-            itertools.pairwise(within.text_ends.tolist()), itertools.pairwise(within.branch_ends.tolist()), strict=True
-        )
         branches = query[:, :, within.start :]
         texts = _cat(
             [
                 _with_sums(branches[:, :, c:d], key[:, :, a:b], value[:, :, a:b], scale, is_causal=False)
-                for (a, b), (c, d) in ends
-                if c < d
+                for a, b, c, d in within.spans
             ]
         )
     return _put_together(own, before, texts, within)
@@ -425,12 +373,26 @@ def _with_sums(
     if FLASH_ON_CPU is not None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         output, sums = FLASH_ON_CPU(q, k, v, is_causal=is_causal, scale=scale)
     else:
-        scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            scores.masked_fill_(~_window_mask(k.shape[2], k.shape[2], q.device), -math.inf)
-        sums = scores.logsumexp(-1)
-        output = (scores - sums[..., None]).exp().to(v.dtype) @ v
+        output, sums = _plainly(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, is_causal)
     return output.reshape(*shape[:3], v.shape[-1]), sums.reshape(shape[:3])
+
+
+def _plainly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_with_sums`` of as many heads of keys as of queries, some tokens at a time."""
+    outputs, sums = [], []
+    step = max(1, MOST_SCORES // (q.shape[1] * k.shape[2]))
+    places = torch.arange(k.shape[2], device=q.device)
+    with torch.autocast(q.device.type, enabled=False):  # it would lower float32
+        for start, part in zip(itertools.count(0, step), q.split(step, 2), strict=False):
+            # Scaled first: in float16 the products of some models, as Qwen2's, are infinite without.
+            scores = (part * scale @ k.transpose(2, 3)).float()
+            if is_causal:
+                scores.masked_fill_(places > places[start : start + step, None], -math.inf)
+            sums.append(scores.logsumexp(-1))
+            outputs.append(scores.sub_(sums[-1][..., None]).exp_().to(v.dtype) @ v)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
 # Without an entry in AttentionMaskInterface: transformers then makes no mask. With one it would look for packed rows in

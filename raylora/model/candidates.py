@@ -29,11 +29,13 @@ from raylora.data.minibatch import Blocks, Minibatch, pack_rows
 from raylora.model.adapted_product import PassRows
 from raylora.model.adapter_products import AdapterProducts, Span, check_may_share
 from raylora.model.adapters import LoadedModel
-from raylora.model.attention import Behind, KeptKeys, Within, attention_in_blocks
+from raylora.model.attention import attention_in_blocks
 from raylora.model.fetching import Fetched
 from raylora.model.forward import at_output_head, token_losses
 from raylora.model.graphs import LONGEST_BLOCKS, TOKENS_A_BLOCK, Capture, GraphedPasses, TensorRecord, fixed_size
+from raylora.model.kept_keys import Behind, KeptKeys, Within
 from raylora.model.memory import GPU_TOKEN_BUDGET
+from raylora.model.packing import window_of
 
 CANDIDATES = 4
 """Of each row, the choices of a question."""
@@ -138,7 +140,7 @@ class CandidatePasses:
     def __init__(self, loaded: LoadedModel, num_slots: int, capture: Capture | None) -> None:
         self._loaded, self._pad = loaded, pad_token_of(loaded.tokenizer)
         self._products = AdapterProducts(loaded, num_slots, 0) if num_slots else None
-        self._num_slots = max(1, num_slots)
+        self._num_slots, self._window = max(1, num_slots), window_of(loaded.model)
         self._keys = KeptKeys()
         self._prefix: Sequence[int] = ()
         self._is_packed = True
@@ -168,7 +170,7 @@ class CandidatePasses:
         self._make_room(longest_prefix)
         with contextlib.ExitStack() as stack:
             if self._products is not None:
-                check_may_share(self._loaded, adapters)
+                check_may_share(self._loaded, adapters, self._num_slots)
                 if self._products.hold(adapters):
                     self.graphed.forget()
                 self._products.begin()
@@ -176,11 +178,13 @@ class CandidatePasses:
             if packed:
                 stack.enter_context(attention_in_blocks(self._loaded.model))
             yield
-        if self._keys.capacity is None:
+        if not self.graphed.holds_any:  # no captured pass reads them
             self._keys = KeptKeys()
 
     def _make_room(self, longest_prefix: int) -> None:
         """Have room for the keys of a prefix of each slot: of a fixed size, where captured passes read them."""
+        if not self.graphed.are_wanted:
+            self._keys = KeptKeys()
         if not longest_prefix or not self.graphed.are_wanted:
             return
         capacity = fixed_size(longest_prefix * self._num_slots)
@@ -250,13 +254,17 @@ class CandidatePasses:
         )
         num_tokens = batch.input_ids.shape[1]
         longest_text = num_before + max(len(row.ids) + max(map(len, row.texts)) for row in rows)
+        branch_ends = [0, *itertools.accumulate(of_row)]
+        spans = zip(*(itertools.pairwise(ends) for ends in (text_ends, branch_ends)), strict=True)
         within = Within(
-            text_ends[-1], _ends_of(map(len, contexts)), _ends_of(of_row), max(map(len, contexts)), longest_text
-        )
+            text_ends[-1], _ends_of(map(len, contexts)), _ends_of(of_row), max(map(len, contexts)), longest_text,
+            tuple((*text, *branches) for text, branches in spans if branches[0] < branches[1]),
+        )  # fmt: skip
         behind = None
         if num_before:
-            spans = ((0, num_before),) * len(blocks)
-            behind = Behind(self._keys, _ends_of([num_before]), _ends_of([num_tokens]), num_before, longest_text, spans)
+            of_all = ((0, num_before),) * len(blocks)
+            ends = _ends_of([num_before]), _ends_of([num_tokens])
+            behind = Behind(self._keys, *ends, num_before, longest_text, of_all)
         return BranchInputs(
             batch,
             self._products.rows_of([Span(0, num_tokens, 0, 0)], num_tokens) if self._products else None,
@@ -281,6 +289,8 @@ class CandidatePasses:
             return None
         num_tokens, longest = sum(len(row.ids) for row in rows), max(len(row.ids) for row in rows)
         tokens = fixed_size(num_tokens)
+        if num_before and (self._keys.capacity is None or num_before + longest > self._window):
+            return None  # the keys lie elsewhere each time, or a window ends within them
         longest = next((n for n in LONGEST_BLOCKS if longest <= n <= tokens), tokens)
         size = CandidateSize(tokens, longest, (self._keys.capacity or 0) if num_before else 0)
         num_blocks = len(rows) + -(-(tokens - num_tokens) // longest)
@@ -299,6 +309,8 @@ class CandidatePasses:
             parts += [[self._pad] * min(size.longest, missing - i) for i in range(0, missing, size.longest)]
         batch = pack_rows(parts, "cpu", starts=[num_before] * len(parts))
         assert batch.blocks is not None
+        # Fillers may be longer than any row: further positions may be beyond those that the model has.
+        batch.position_ids[:, num_tokens:] = num_before
         ends = batch.blocks.ends
         last, candidates = ends[1 : len(rows) + 1].long() - 1, torch.tensor([row.candidates for row in rows])
         spans = [
@@ -333,7 +345,7 @@ class CandidatePasses:
             prefix_ends,
             F.pad(row_ends.to(torch.int32), (1, 0)),
             size.kept if size is not None else num_before,
-            size.kept + size.longest if size is not None else longest,
+            self._window if size is not None else longest,
             tuple((row.slot * num_before, (row.slot + 1) * num_before) for row in rows) if size is None else None,
         )
 
@@ -363,9 +375,13 @@ def _logprobs(
     if batch.blocks is not None:
         options |= {"position_ids": batch.position_ids, "blocks": batch.blocks}
         options |= {"behind": inputs.behind, "keep": keep}
-    with loaded.autocast(), at_output_head(model, lambda states: states.flatten(0, 1)[inputs.last][None]) as named:
+
+    def last_of(states: torch.Tensor) -> torch.Tensor:
+        return states.flatten(0, 1)[inputs.last.to(states.device)][None]
+
+    with loaded.forward_autocast(), at_output_head(model, last_of) as named:
         logits = model(**options).logits
-    logits = (logits if named else logits.flatten(0, 1)[inputs.last][None])[0].float()  # (R, V)
+    logits = (logits if named else last_of(logits))[0].float()  # (R, V)
     return logits.gather(1, inputs.candidates.to(logits.device)) - logits.logsumexp(-1, keepdim=True)
 
 
@@ -383,7 +399,7 @@ def _sums_of_texts(
     """Run a pass that is on the device: the log-likelihood of each text, float64."""
     if products is not None and inputs.rows is not None:
         products.expect(inputs.rows)
-    with loaded.autocast():
+    with loaded.forward_autocast():
         losses = token_losses(loaded, inputs.batch, behind=inputs.behind, within=inputs.within)
     sums = torch.zeros(num_texts, dtype=torch.float64, device=losses.device)
     return sums.index_add_(0, inputs.texts.to(losses.device), -losses.double())
