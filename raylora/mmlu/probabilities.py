@@ -24,7 +24,7 @@ def choice_logprobs(score: Score) -> pd.DataFrame:
 
     NaN where a question has no such choice, and everywhere for written answers.
     """
-    columns = {name: name[-1].upper() for name in score.questions if re.fullmatch("logprob_[a-z]", str(name))}
+    columns = {name: name[-1].upper() for name in map(str, score.questions) if re.fullmatch("logprob_[a-z]", name)}
     return score.questions[list(columns)].rename(columns=columns).astype(float)
 
 

@@ -162,7 +162,7 @@ def test_a_moved_preference_for_a_letter_is_no_change_of_probability():
     rng = np.random.default_rng(0)
     logprobs = rng.normal(-2, 1, (40, 4))
     base = make_score([True] * 40)
-    moved = with_logprobs(base, logprobs + [0, 0, 0, 5])
+    moved = with_logprobs(base, logprobs + np.array([0, 0, 0, 5]))
     result = compare(moved, with_logprobs(base, logprobs))
     assert result["correct_probability_change"] == pytest.approx(0, abs=1e-12)
     assert result["correct_probability_p_value"] == 1
