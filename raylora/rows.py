@@ -135,9 +135,11 @@ RESULT_COLUMNS = (
     "base_balanced_accuracy", "balanced_accuracy_change", "balanced_accuracy_change_low",
     "balanced_accuracy_change_high", "prediction_share_a", "prediction_share_b", "prediction_share_c",
     "prediction_share_d", "base_prediction_share_a", "base_prediction_share_b", "base_prediction_share_c",
-    "base_prediction_share_d", "total_questions", "correct_questions", "base_correct_questions", "overall_stderr",
-    "base_overall_stderr", "macro_accuracy", "base_macro_accuracy", "accuracy_stem", "accuracy_humanities",
-    "accuracy_social_sciences", "accuracy_other",
+    "base_prediction_share_d", "correct_probability", "base_correct_probability", "correct_probability_change",
+    "correct_probability_change_low", "correct_probability_change_high", "correct_probability_p_value", "brier",
+    "base_brier", "brier_change", "mmlu_note", "total_questions", "correct_questions", "base_correct_questions",
+    "overall_stderr", "base_overall_stderr", "macro_accuracy", "base_macro_accuracy", "accuracy_stem",
+    "accuracy_humanities", "accuracy_social_sciences", "accuracy_other",
     "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
@@ -199,7 +201,8 @@ CATEGORIES = frozenset(
 """Columns of texts with few different values."""
 TEXTS = frozenset(
     {
-        "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "dataset_name",
+        "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "mmlu_note",
+        "dataset_name",
     }
 )  # fmt: skip
 """Columns of names and notes."""

@@ -29,7 +29,15 @@ from raylora.mmlu.paired import ALPHA, LETTER_MOVED, holm, verdicts
 from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
 from raylora.mmlu.questions import LETTERS, SHORT_GROUPS
 from raylora.mmlu.scoring import load_score
-from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, compare, compare_subjects, summarize
+from raylora.mmlu.statistics import (
+    BALANCED_CHANGES,
+    PREDICTION_SHARES,
+    PROBABILITY_CHANGES,
+    compare,
+    compare_subjects,
+    note_on_constant_answers,
+    summarize,
+)
 from raylora.model.adapter_files import adapter_hash, check_adapter, note_on_base
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.records import Score
@@ -137,9 +145,9 @@ def _adapter_name(folder: Path) -> str:
 
 
 def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
-    """A model's row of ``summary.csv``: accuracies and standard errors from 0 to 1, and the change from the base.
+    """A model's row of ``summary.csv``: accuracies, probabilities, standard errors, and the change from the base.
 
-    In the base's own row there is no change: its values are None.
+    In the base's own row there is no change: its values are None. ``mmlu_note`` says so where answers are constant.
     """
     summary = summarize(evaluated.score)
     groups: dict[str, Any] = {}
@@ -149,11 +157,14 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     if evaluated.score is base:
         change = dict.fromkeys(change)
     info = evaluated.score.info
+    shares = [summary[name] for name in PREDICTION_SHARES]
+    note = note_on_constant_answers(shares, summary["total_questions"], info.get("scoring", ""))
     return {
         "model": evaluated.name,
         **{key: value for key, value in summary.items() if key not in {"groups", "subjects"}},
         **groups,
         **{f"change_{key}" if key == "difference" else key: value for key, value in change.items()},
+        "mmlu_note": f"the model {note}" if note else "",
         "thinking": info.get("thinking"),
         **{key: info.get(key) for key in ("token_budget", "num_shared_prefixes", "no_prefix_because", "mmlu_seconds")},
         "scores": str(evaluated.path),
@@ -208,6 +219,7 @@ def print_tables(evaluated: list[Evaluated], console: Console) -> None:
         if info.get("no_prefix_because") and info["scoring"] != "generate":
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
     print_letters(summary, console)
+    print_probabilities(summary, console)
     for e in evaluated[1:]:
         if is_same(e.score, base):
             console.print(f"{e.name}: it is the base: every log-likelihood is the base's", soft_wrap=True)
@@ -235,6 +247,20 @@ def print_letters(summary: pd.DataFrame, console: Console) -> None:
         shares = [f"{letter} {v[name]:.0%}" for letter, name in zip(LETTERS, PREDICTION_SHARES, strict=True)]
         text += f"; answers {', '.join(shares)}"
         console.print(text + (f": {LETTER_MOVED}" if v["verdict"] == "letter" else ""), soft_wrap=True)
+
+
+def print_probabilities(summary: pd.DataFrame, console: Console) -> None:
+    """Print each model's probability of the right choice, where there are log-likelihoods, and constant answers."""
+    for v in summary.to_dict("records"):
+        if not pd.isna(v["correct_probability"]):
+            text = f"{v['model']}: probability of the right choice {v['correct_probability']:.4f}"
+            change, low, high, p_value = (v[name] for name in PROBABILITY_CHANGES)
+            text += "" if pd.isna(change) else f", change {change:+.4f}"
+            text += "" if pd.isna(low) else f" ({low:+.4f} {high:+.4f}), p {p_value:.2g}"
+            console.print(f"{text}; Brier score {v['brier']:.4f}", soft_wrap=True)
+    for v in summary.to_dict("records"):
+        if v["mmlu_note"]:
+            console.print(f"{v['model']}: {v['mmlu_note']}", soft_wrap=True)
 
 
 def print_changed_subjects(evaluated: Evaluated, base: Score, console: Console) -> None:

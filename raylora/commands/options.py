@@ -66,8 +66,8 @@ class FitConfig(Settings):
     """Fit a predictor to a table of finished runs, and measure it on rows it has not seen."""
 
     table: CliPositionalArg[LocalPath] = Field(description="folder of a run, its results.csv, or any such table")
-    target: Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change"] = Field(
-        "overall_accuracy", description="what is predicted"
+    target: Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change"] = (
+        Field("overall_accuracy", description="what is predicted")
     )
     group: str | None = Field(
         None, description="column whose rows stay together in validation (none: no such; default: the dataset's)"

@@ -15,7 +15,14 @@ from raylora.errors import ErrorKind, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.features.pipeline import extract_features
-from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, compare, summarize
+from raylora.mmlu.statistics import (
+    BALANCED_CHANGES,
+    PREDICTION_SHARES,
+    PROBABILITY_CHANGES,
+    compare,
+    note_on_constant_answers,
+    summarize,
+)
 from raylora.model.device import device_name
 from raylora.records import (
     Dataset,
@@ -172,8 +179,10 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
     columns_of_both = (
         "overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed",
-        "balanced_accuracy", *PREDICTION_SHARES,
+        "balanced_accuracy", *PREDICTION_SHARES, "correct_probability", "brier",
     )  # fmt: skip
+    shares = [summary[name] for name in PREDICTION_SHARES]
+    note = note_on_constant_answers(shares, score.total_questions, score.info.get("scoring", ""))
     return {
         **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},
         **{f"base_{name}": base_summary[name] for name in columns_of_both},
@@ -181,7 +190,8 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change": change["difference"],
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
-        **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES)},
+        **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES, *PROBABILITY_CHANGES, "brier_change")},
+        "mmlu_note": f"the model {note}" if note else "",
         "thinking": score.info.get("thinking", ""),
         "token_budget": score.info["token_budget"],
         "mmlu_oom_backoffs": score.info["num_oom_backoffs"],

@@ -1,7 +1,7 @@
 """Two models' answers to the same questions: intervals and p-values of a change, and whether it is more than a letter.
 
-Everything is computed elementwise from counts: ``gained``, questions that only the new model has right; ``lost``, those
-that only the old one has right; ``num``, all questions.
+What is said of right answers is computed elementwise from counts: ``gained``, questions that only the new model has
+right; ``lost``, those that only the old one has right; ``num``, all questions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, norm
+from scipy.stats import binom, norm, ttest_1samp
 
 ALPHA = 0.05
 """The level of every test: an adjusted p-value below it counts. Intervals have 1 - ALPHA, 95%."""
@@ -19,6 +19,8 @@ LETTER_MOVED = "its favourite letter moved"
 """What a significant change of accuracy is called that goes away under balanced accuracy."""
 NUM_HALVINGS = 45
 """Of the range of a limit, -1 to 1: it is then known to 6e-14."""
+SAME = 1e-12
+"""Probabilities that differ by less are equal: float64 rounds a softmax to 1e-16."""
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.ArrayLike
@@ -85,6 +87,36 @@ def balanced_change(gained: Counts, lost: Counts, num: Counts) -> tuple[Floats, 
     change = (weights * changes).sum(axis=-1)
     below, above = (np.sqrt(((weights * gap) ** 2).sum(axis=-1)) for gap in (changes - lows, highs - changes))
     return change, np.maximum(change - below, -1), np.minimum(change + above, 1)
+
+
+def mean_change(differences: npt.ArrayLike) -> tuple[float | None, float | None, float | None, float | None]:
+    """The mean of the differences of two models' probabilities, question by question, by the paired t-test.
+
+    Student's t and not a bootstrap: its p-values go below the 1 / resamples at which a bootstrap's end, which an
+    adjustment over hundreds of datasets needs; it has no seed; and the differences lie between -1 and 1, so that their
+    mean is close to normal. Simulated, with letters calibrated by the same questions, the interval covers 95%
+    (benchmarks/NOTES.md).
+
+    Args:
+        differences: (N,), new - old.
+
+    Returns:
+        The mean, the low and the high limit of its 95% interval, -1 to 1, and the two-sided p-value. Where all
+        differences are 0, the models are the same: no width, and a p-value of 1. Where they are equal and not 0, and
+        for one question, nothing says how far the mean may be off: limits and p-value are None. NaN among the
+        differences, a model without log-likelihoods, or no question: all four are None.
+    """
+    values = np.asarray(differences, dtype=float)
+    if not len(values) or np.isnan(values).any():
+        return None, None, None, None
+    mean = float(values.mean())
+    if np.abs(values).max() < SAME:
+        return mean, mean, mean, 1.0
+    if np.ptp(values) < SAME:
+        return mean, None, None, None
+    result = ttest_1samp(values, 0)
+    low, high = result.confidence_interval(1 - ALPHA)
+    return mean, max(-1.0, float(low)), min(1.0, float(high)), float(result.pvalue)
 
 
 def mcnemar(gained: Counts, lost: Counts) -> Floats:

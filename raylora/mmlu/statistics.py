@@ -1,20 +1,29 @@
-"""Accuracy with its standard error, and the difference to the base model with interval and p-value."""
+"""Accuracy with its standard error, probability of the right choice, and their changes from the base model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from raylora.mmlu.cloze import accuracies
-from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, verdicts
+from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, mean_change, verdicts
+from raylora.mmlu.probabilities import LETTER_SCORINGS, question_probabilities
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
 from raylora.records import Score
 
 PREDICTION_SHARES = tuple(f"prediction_share_{letter.lower()}" for letter in LETTERS)
 BALANCED_CHANGES = tuple(f"balanced_accuracy_change{side}" for side in ("", "_low", "_high"))
+PROBABILITY_CHANGES = (
+    *(f"correct_probability_change{side}" for side in ("", "_low", "_high")),
+    "correct_probability_p_value",
+)
+MIN_CONSTANT_SHARE, MIN_CONSTANT_QUESTIONS = 0.95, 20
+"""Answers are called constant where so many of so many questions are answered with one letter. If the right letters of
+20 questions are drawn evenly, one of them is right for 19 in 2e-10 of the cases."""
 MIN_DEGREES_OF_FREEDOM = 30
 """Questions less subjects, of which fewer do not estimate the variance within subjects. Simulated, 57 subjects: with 5,
 every tenth estimate is 0; with 10, it lies between half and 1.4 times the true standard error in 95% of cases; with 30,
@@ -34,14 +43,17 @@ def summarize(score: Score) -> dict[str, Any]:
     Returns:
         ``overall_accuracy``, ``overall_stderr``, ``total_questions``, ``correct_questions``, ``macro_accuracy``,
         ``balanced_accuracy``, ``prediction_share_a`` to ``_d`` (of all questions, how many were answered with the
-        letter, 0 to 1), ``groups`` and ``subjects`` (by name: ``accuracy``, ``stderr``, ``num_questions``),
-        ``accuracy_per_choice``, ``_character``, ``_byte`` and ``_token`` (of cloze alone), ``num_unparsed`` (generated
-        answers that name no letter) and ``num_truncated`` (prompts cut to fit the context window).
+        letter, 0 to 1), ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None without
+        log-likelihoods (``probabilities.question_probabilities``), ``groups`` and ``subjects`` (by name: ``accuracy``,
+        ``stderr``, ``num_questions``), ``accuracy_per_choice``, ``_character``, ``_byte`` and ``_token`` (of cloze
+        alone), ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the
+        context window).
     """
     table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
     groups = {str(name): _pooled(part) for name, part in table.groupby("group")}
     overall = _pooled(table)
+    probabilities = question_probabilities(score)
     return {
         "overall_accuracy": overall["accuracy"],
         "overall_stderr": overall["stderr"],
@@ -53,6 +65,7 @@ def summarize(score: Score) -> dict[str, Any]:
             name: float((table["prediction"] == letter).mean())
             for name, letter in zip(PREDICTION_SHARES, LETTERS, strict=True)
         },
+        **{str(name): _mean_or_none(values) for name, values in probabilities.items()},
         "groups": {
             name: groups.get(name, {"accuracy": None, "stderr": None, "num_questions": 0})
             for name in SUBJECT_GROUP_NAMES
@@ -62,6 +75,11 @@ def summarize(score: Score) -> dict[str, Any]:
         "num_unparsed": int((table["prediction"] == "").sum()),
         "num_truncated": score.info.get("num_truncated", 0),
     }
+
+
+def _mean_or_none(values: pd.Series[float]) -> float | None:
+    """None where a value is missing, or all are."""
+    return float(values.mean()) if len(values) and values.notna().all() else None
 
 
 def _accuracy(correct: pd.Series[bool]) -> dict[str, Any]:
@@ -90,17 +108,27 @@ def compare(score: Score, base: Score) -> dict[str, Any]:
         ``difference`` of accuracies, -1 to 1; ``ci_low`` and ``ci_high``, its 95% interval
         (``paired.change_interval``); ``mcnemar_p_value``, of the exact test; ``num_gained`` and ``num_lost``, questions
         that only this model, or only the base, has right; ``balanced_accuracy_change``, with ``_low`` and ``_high``,
-        its 95% interval (``paired.balanced_change``). p-value and ``difference`` are those of accuracy.
+        its 95% interval (``paired.balanced_change``); ``correct_probability_change``, with ``_low``, ``_high`` and
+        ``correct_probability_p_value`` (``paired.mean_change``), and ``brier_change``, None where one of them has no
+        log-likelihoods. ``mcnemar_p_value`` and ``difference`` are those of accuracy.
 
     Raises:
         ValueError: the questions are not the same.
     """
     counts = _paired_counts(score, base)
-    return {name: values.item() for name, values in _changes(*(c.sum(axis=0, keepdims=True) for c in counts)).items()}
+    of_counts = _changes(*(c.sum(axis=0, keepdims=True) for c in counts))
+    ours, theirs = (question_probabilities(s) for s in (score, base))
+    differences = (ours - theirs).sort_index()  # question by question, as pandas pairs them by their ids
+    of_probability = mean_change(differences["correct_probability"])
+    return {
+        **{name: values.item() for name, values in of_counts.items()},
+        **dict(zip(PROBABILITY_CHANGES, of_probability, strict=True)),
+        "brier_change": _mean_or_none(differences["brier"]),
+    }
 
 
 def compare_subjects(score: Score, base: Score) -> pd.DataFrame:
-    """``compare`` for every subject, a row each, with ``holm_p_value`` and ``verdict``.
+    """``compare`` for every subject, but for probabilities: a row each, with ``holm_p_value`` and ``verdict``.
 
     ``holm_p_value`` is McNemar's p-value, adjusted over subjects: to call those below 0.05 significant is wrong about
     even one subject with a probability of at most 5%. ``verdict``: see ``paired.verdicts``.
@@ -135,7 +163,7 @@ def _paired_counts(score: Score, base: Score) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _changes(gained: np.ndarray, lost: np.ndarray, num: np.ndarray) -> dict[str, np.ndarray]:
-    """What ``compare`` returns, as arrays (m,), of counts (m, letters)."""
+    """What ``compare`` says of right answers, as arrays (m,), of counts (m, letters)."""
     balanced = dict(zip(BALANCED_CHANGES, balanced_change(gained, lost, num), strict=True))
     gained, lost, num = gained.sum(axis=1), lost.sum(axis=1), num.sum(axis=1)
     low, high = change_interval(gained, lost, num)
@@ -148,3 +176,24 @@ def _changes(gained: np.ndarray, lost: np.ndarray, num: np.ndarray) -> dict[str,
         "num_lost": lost,
         **balanced,
     }
+
+
+def note_on_constant_answers(shares: Sequence[float | None], num_questions: float, scoring: str) -> str:
+    """What to say of a model that answers (nearly) all questions with one letter; empty where it does not.
+
+    Such as ``answers A to 57 of 57 questions: letters cannot show a change; try --scoring cloze``. The caller puts the
+    model before it.
+
+    Args:
+        shares: of all questions, how many were answered with each letter, 0 to 1; None or NaN: not known.
+        num_questions: may be NaN, where it is not known.
+        scoring: how it was scored: of anything but letters nothing is said.
+    """
+    known = [(share, letter) for share, letter in zip(shares, LETTERS, strict=False) if share is not None]
+    share, letter = max((pair for pair in known if not math.isnan(pair[0])), default=(0.0, ""))
+    is_constant = share > MIN_CONSTANT_SHARE - 1e-9 and num_questions >= MIN_CONSTANT_QUESTIONS
+    if scoring not in LETTER_SCORINGS or not is_constant:
+        return ""
+    num = round(share * num_questions)
+    what = f"letters {'cannot' if num == num_questions else 'can hardly'} show a change"
+    return f"answers {letter} to {num} of {num_questions:.0f} questions: {what}; try --scoring cloze"

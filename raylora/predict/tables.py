@@ -15,7 +15,7 @@ from raylora.config import Method
 from raylora.errors import UserError
 from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES
 
-Target = Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change"]
+Target = Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change"]
 TARGETS: tuple[str, ...] = get_args(Target)
 HYPERPARAMETERS = tuple(
     name

@@ -12,7 +12,7 @@ from scipy.stats import false_discovery_control, rankdata, spearmanr
 from raylora.errors import ErrorKind
 from raylora.mmlu.paired import ALPHA, LETTER_MOVED, balanced_change, holm, mcnemar, verdicts
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
-from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES
+from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, note_on_constant_answers
 from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
 from raylora.report.repeats import SeedLine, a_a_pairs, seed_lines
 from raylora.rows import FEATURE_COLUMNS
@@ -333,7 +333,7 @@ def oddities(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
     }
     columns = {name: run.numbers(name) for name in counts}
     reasons, notes = run.texts("bad_records"), {name: run.texts(name) for name in ("train_notes", "feature_notes")}
-    moved = favourite_letters(run, ranked)
+    moved, constant = favourite_letters(run, ranked), constant_answers(run)
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
             value = columns[name][row]
@@ -347,11 +347,49 @@ def oddities(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
             entries.append({"row": row, "what": f"{unparsed[row]:.0f} answers ({share:.1%}) name no letter: wrong"})
         if row in moved:
             entries.append({"row": row, "what": moved[row]})
+        if row in constant:
+            entries.append({"row": row, "what": f"the model {constant[row]}"})
         if notes["train_notes"][row]:
             entries.append({"row": row, "what": notes["train_notes"][row]})
         if notes["feature_notes"][row]:
             entries.append({"row": row, "what": f"features: {notes['feature_notes'][row]}"})
     return entries
+
+
+def constant_answers(run: FinishedRun, prefix: str = "") -> dict[int, str]:
+    """By good row whose model answers (nearly) all questions with one letter: ``note_on_constant_answers``.
+
+    Args:
+        prefix: ``base_`` for the base, empty for the adapter.
+    """
+    shares = [run.numbers(f"{prefix}{name}") for name in PREDICTION_SHARES]
+    num_questions, scorings = run.numbers("total_questions"), run.texts("scoring")
+    notes = {
+        row: note_on_constant_answers([values[row] for values in shares], num_questions[row], scorings[row])
+        for row in np.flatnonzero(run.ok).tolist()
+    }
+    return {row: note for row, note in notes.items() if note}
+
+
+def notes_on_constant_answers(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
+    """Lines for a run in which letters show little: the base, and how many adapters, answer with one letter.
+
+    Of the base alone nothing is said: where adapters answer with several letters, letters do show a change.
+
+    Args:
+        ranked: from ``ranking``.
+    """
+    asked = np.flatnonzero(run.numbers("accuracy_change").notna() & run.ok).tolist()
+    adapters = {row: note for row, note in constant_answers(run).items() if row in asked}
+    if not ranked["rows"] or not adapters:
+        return []
+    of_base = constant_answers(run, "base_").get(ranked["rows"][0])
+    lines = [f"The base {of_base}."] if of_base else []
+    if len(adapters) == 1:
+        ((row, note),) = adapters.items()
+        return [*lines, f"{run.labels[row]}: the model {note}."]
+    what = f"{len(adapters)} of {len(asked)} adapters answer one letter to nearly all questions"
+    return [*lines, f"{what}: letters cannot show a change; try --scoring cloze."]
 
 
 def favourite_letters(run: FinishedRun, ranked: dict[str, Any]) -> dict[int, str]:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from raylora.config import Config
 from raylora.report import findings
+from raylora.report.outcomes import outcomes
 from raylora.report.read_run import FinishedRun, load_run
 from raylora.storage.atomic import write_text
 from raylora.storage.store import Store
@@ -103,6 +104,8 @@ def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
             "values": [run.table[name].tolist() for name in run.table.columns],
         },
         "ranking": ranked,
+        "outcomes": outcomes(run, ranked),
+        "constant": findings.notes_on_constant_answers(run, ranked),
         "subjects": findings.subjects(run),
         "curves": findings.curves(run),
         "features": findings.features(run),

@@ -14,7 +14,7 @@ from raylora.mmlu.paired import LETTER_MOVED
 from raylora.mmlu.questions import LETTERS
 from raylora.mmlu.statistics import PREDICTION_SHARES
 from raylora.records import ResultRow
-from raylora.report.findings import favourite_letters, ranking
+from raylora.report.findings import favourite_letters, notes_on_constant_answers, ranking
 from raylora.report.read_run import FinishedRun, load_run
 from raylora.storage.store import Store
 
@@ -30,7 +30,7 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
     good = sorted((r for r in rows if r.ok), key=lambda r: -(r.values.get("accuracy_change") or 0))
     failed = [r for r in rows if not r.ok]
     if good:
-        console.print(_ranking(good))
+        console.print(_ranking(good, console.width))
         run = load_run(store.root)
         ranked = ranking(run)
         for note in [*letter_notes(run, ranked), *seed_notes(ranked)]:
@@ -55,7 +55,9 @@ def letter_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
         return []
     shares = [run.numbers(f"base_{name}")[ranked["rows"][0]] for name in PREDICTION_SHARES]
     most = max(shares)
-    notes = [f"The base answers {LETTERS[shares.index(most)]} to {most:.0%} of the questions."] if most > 0.5 else []
+    notes = notes_on_constant_answers(run, ranked)
+    if most > 0.5 and not any(note.startswith("The base") for note in notes):
+        notes = [f"The base answers {LETTERS[shares.index(most)]} to {most:.0%} of the questions.", *notes]
     return [*notes, *(f"{run.labels[row]}: {text}" for row, text in favourite_letters(run, ranked).items())]
 
 
@@ -77,7 +79,11 @@ def seed_notes(ranked: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _ranking(rows: Sequence[ResultRow]) -> Table:
+MIN_WIDTH = 95
+"""Characters in a line from which the table has room for the probability of the right choice beside accuracy."""
+
+
+def _ranking(rows: Sequence[ResultRow], width: int) -> Table:
     """A line for each row; hyperparameters have columns where a grid varies them."""
     table = Table(title="MMLU accuracy against the base model", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     columns: dict[str, Any] = {
@@ -92,6 +98,8 @@ def _ranking(rows: Sequence[ResultRow]) -> Table:
         "dup.": lambda v: _number(v["approximate_duplicates"], ".0%"),
         "ppl": lambda v: _number(v["base_model_perplexity"], ".1f"),
     }
+    if width >= MIN_WIDTH and any(row.values.get("correct_probability_change") is not None for row in rows):
+        columns["p(right)"] = lambda v: _number(v.get("correct_probability_change"), "+.4f")
     varied = [
         name
         for name in ("lora_r", "learning_rate", "num_epochs", "batch_size", "seed")

@@ -127,6 +127,8 @@ def describe(row: ResultRow) -> str:
         parts.append(f"accuracy {v['overall_accuracy']:.3f} ({v['accuracy_change']:+.3f})")
     if v.get("balanced_accuracy_change") is not None:
         parts.append(f"balanced {v['balanced_accuracy_change']:+.3f}")
+    if v.get("correct_probability_change") is not None:
+        parts.append(f"probability of the right choice {v['correct_probability_change']:+.4f}")
     if v.get("train_final_loss") is not None:
         parts.append(f"loss {v['train_initial_loss']:.2f} to {v['train_final_loss']:.2f}")
     if v.get("total_seconds") is not None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import binomtest, multinomial, norm
+from scipy.stats import binomtest, multinomial, norm, t, ttest_rel
 
-from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, verdicts
+from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, mean_change, verdicts
 from raylora.mmlu.questions import LETTERS
 
 COUNTS = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 60)).filter(any)
@@ -202,3 +202,55 @@ def test_holm_by_hand():
     assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
     assert holm([0.02, NAN, 0.01]) == pytest.approx([0.02, NAN, 0.02], nan_ok=True)
     assert holm([]).tolist() == []
+
+
+def test_the_change_of_a_mean_by_hand():
+    """Differences 0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / root 3."""
+    change, low, high, p_value = mean_change([0.1, 0.2, 0.3])
+    stderr = 0.1 / np.sqrt(3)
+    assert change == pytest.approx(0.2)
+    assert (low, high) == pytest.approx((0.2 - t.ppf(0.975, 2) * stderr, 0.2 + t.ppf(0.975, 2) * stderr))
+    assert p_value == pytest.approx(2 * t.sf(0.2 / stderr, 2))
+
+
+def test_the_change_of_a_mean_is_a_paired_test():
+    rng = np.random.default_rng(1)
+    ours, base = rng.random(60), rng.random(60)
+    _, low, high, p_value = mean_change(ours - base)
+    wanted = ttest_rel(ours, base)
+    assert p_value == pytest.approx(wanted.pvalue)
+    assert (low, high) == pytest.approx(tuple(wanted.confidence_interval()))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("differences", "wanted"),
+    [
+        ([0.0] * 5, (0, 0, 0, 1)),
+        ([0.0], (0, 0, 0, 1)),
+        ([0.25] * 4, (0.25, None, None, None)),
+        ([0.1 + 1e-16, 0.1, 0.1], (0.1, None, None, None)),
+        ([0.5], (0.5, None, None, None)),
+        ([], (None,) * 4),
+        ([0.1, np.nan], (None,) * 4),
+    ],
+)
+def test_differences_that_are_all_equal_claim_nothing(differences, wanted):
+    found = mean_change(differences)
+    assert [v is None for v in found] == [v is None for v in wanted]
+    assert [v for v in found if v is not None] == pytest.approx([v for v in wanted if v is not None])
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=40))
+def test_the_interval_of_a_mean_agrees_with_its_p_value(differences):
+    change, low, high, p_value = mean_change(differences)
+    if p_value is None:
+        assert np.ptp(differences) < 1e-9
+        return
+    assert -1 <= low <= change <= high <= 1
+    mirrored = mean_change([-d for d in differences])
+    assert mirrored == pytest.approx((-change, -high, -low, p_value))
+    if abs(p_value - 0.05) > 1e-6 and p_value < 1:
+        assert (low > 0 or high < 0) == (p_value < 0.05)

@@ -78,14 +78,31 @@ def test_the_ranking_sorts_and_searches(open_page, forty):
     assert "Nothing fits" in page.locator("#ranking tbody").inner_text()
 
 
+def test_the_ranking_goes_by_any_outcome(open_page, forty):
+    page = open_page(forty)
+    table = load_run(forty).table
+    for title, column in (
+        ("probability of the right choice", "correct_probability"),
+        ("balanced accuracy", "balanced_accuracy"),
+    ):
+        page.get_by_label("Rank by").select_option(label=f"by {title}")
+        ranked = table.dropna(subset=[f"{column}_change"]).sort_values(f"{column}_change", ascending=False)
+        assert names_of(page, "ranking") == list(ranked["dataset"])
+        assert f"Change in {title}" in page.locator("#ranking").inner_text()
+    page.get_by_label("Rank by").select_option(label="by accuracy")
+    assert "McNemar's exact test" in page.locator("#ranking").inner_text()
+
+
 def test_a_favourite_letter_that_moved_is_not_called_real(open_page, letters_run):
     page = open_page(letters_run)
     assert names_of(page, "ranking") == ["knowledge", "only_letters"]
     rows = page.locator("#ranking tbody tr.row")
     assert "its favourite letter moved" in rows.nth(1).inner_text()
     assert "gain" in rows.nth(0).inner_text().split()
-    assert "1 of 2 changes is real" in page.locator("#ranking .note").first.inner_text()
-    assert "In 1, only McNemar's passes" in page.locator("#ranking .note").first.inner_text()
+    about = page.locator("#ranking .note", has_text="95% intervals").inner_text()
+    assert "1 of 2 changes is real" in about
+    assert "In 1, only McNemar's passes" in about
+    assert "only_letters: the model answers D to 600 of 600 questions" in page.locator("#ranking").inner_text()
     assert "answers A to 100%" in page.locator("#tiles").inner_text()
     assert "A 100% to 0%" in page.locator("#failures table[aria-label=oddities]").inner_text()
 

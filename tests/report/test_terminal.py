@@ -20,7 +20,9 @@ def printed(rows, root) -> str:
 def test_favourite_letters_are_said_where_changes_are_shown(tmp_path):
     rows = write_run(tmp_path / "chunk", ["only_letters", "knowledge"], scores=letter_scores())
     text = printed(rows, tmp_path / "chunk")
-    assert "The base answers A to 100% of the questions." in text
+    assert "The base answers A to 600 of 600 questions: letters cannot show a change; try --scoring cloze." in text
+    assert "only_letters: the model answers D to 600 of 600 questions: letters cannot show a change" in text
+    assert "knowledge: the model" not in text
     assert "only_letters: its favourite letter moved: A 100% to 0%" in text
     assert "knowledge: its" not in text
 
@@ -46,3 +48,23 @@ def test_a_change_of_nothing_has_an_interval(tmp_path):
     rows = write_run(tmp_path / "chunk", ["same", "knowledge"], scores=(base, base, knowledge))
     assert rows[0].values["accuracy_change"] == 0
     assert "+0.000 -0.009 +0.009" in " ".join(printed(rows, tmp_path / "chunk").split())
+
+
+def test_a_base_that_adapters_move_away_from_is_shown_by_letters(tmp_path):
+    base, _, knowledge = letter_scores()
+    rows = write_run(tmp_path / "chunk", ["knowledge"], scores=(base, knowledge))
+    text = printed(rows, tmp_path / "chunk")
+    assert "The base answers A to 100% of the questions." in text
+    assert "cloze" not in text
+
+
+def test_many_constant_adapters_are_one_line(tmp_path):
+    base, letters, knowledge = letter_scores()
+    rows = write_run(tmp_path / "chunk", ["a", "b", "c"], scores=(base, letters, knowledge, base))
+    text = " ".join(printed(rows, tmp_path / "chunk").split())
+    assert "2 of 3 adapters answer one letter to nearly all questions: letters cannot show a change" in text
+    assert [row.values["mmlu_note"] for row in rows] == [
+        "the model answers D to 600 of 600 questions: letters cannot show a change; try --scoring cloze",
+        "",
+        "the model answers A to 600 of 600 questions: letters cannot show a change; try --scoring cloze",
+    ]

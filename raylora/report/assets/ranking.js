@@ -53,14 +53,29 @@ function aboutPairs() {
   return `${one}By the interval over seeds, each training in turn taken for the base of the others, ${real} of ${heldOut} (${percent(real / heldOut, 0)}) count as changed; 5% are to be expected.`;
 }
 
+/** What can be ranked by: accuracy, which decides what is real on the rest of the page, and other outcomes. */
+const BY_ACCURACY = { title: "accuracy", column: "accuracy_change", line: lineOf, holm: HOLM, verdicts: VERDICT, digits: 1 };
+const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.name === "correct_probability" ? 2 : 1 }))];
+
 function drawRanking() {
   const host = body("ranking");
   if (!RANKED.length) {
     host.append(note(NUM_ROWS ? "No good row has an MMLU accuracy: without the mmlu stage there is no change to rank." : "The table has no rows yet."));
     return;
   }
+  const figure = el("div");
+  const by = el("select", { "aria-label": "Rank by" }, ...RANKINGS.map((r, k) => el("option", { value: k }, `by ${r.title}`)));
+  const draw = () => { figure.replaceChildren(); drawRankingBy(figure, RANKINGS[Number(by.value)]); };
+  by.addEventListener("change", draw);
+  host.append(...DATA.constant.map((text) => note(el("b", {}, text))));
+  if (RANKINGS.length > 1) host.append(el("div", { class: "tools" }, by));
+  host.append(figure);
+  draw();
+}
+
+function aboutAccuracy() {
   const { num_gains: gains, num_losses: losses, num_letters: letters, num_raw: raw } = DATA.ranking;
-  host.append(
+  return [
     note(
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals ",
       SEEDS ? "that hold what a training with a fresh seed would change, on all questions like these: they count the noise of the seeds and that of the questions. Small dots are the seeds, large ones their mean. " : "(Tango's score interval, corrected for continuity). ",
@@ -70,45 +85,72 @@ function drawRanking() {
       `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
     ),
     note(SEEDS ? aboutPairs() : "Each was trained with one seed. The intervals and p-values know the noise of the questions, and not what another seed would have given: that another training on the same data would be as good, or better at all, they cannot say (--repeats 5 measures it)."),
-  );
+  ];
+}
+
+function aboutOutcome({ name, title, verdicts }) {
+  const real = RANKED.filter((i) => ["gain", "loss"].includes(verdicts[i])).length;
+  const test = name === "correct_probability" ? "the paired t-test over questions" : "the change's interval";
+  return [
+    note(
+      `Change in ${title} in percentage points, adapter minus base on the same questions, with 95% intervals. `,
+      name === "correct_probability" ? "It is the mean over questions of the probability among a question's choices; of letters, the model's mean preference for each is taken off before. It moves where the highest choice stays the same. " : "It is the mean over the right letters: a preference for a letter does not move it. ",
+      el("b", {}, `${real} of ${count(RANKED.length, "change")} ${real === 1 ? "is" : "are"} real`),
+      ` (filled): the p-value of ${test} is below ${ALPHA}, Holm-adjusted over all ${RANKED.length}.`,
+      SEEDS && name === "correct_probability" ? " Of datasets with several seeds only the mean is shown, without an interval." : "",
+    ),
+    note("The rest of the page goes by accuracy. Whoever looks at several outcomes and takes the best one finds more by chance than 5%."),
+  ];
+}
+
+function drawRankingBy(host, { title, column, line, holm, verdicts, digits }) {
+  const isAccuracy = column === "accuracy_change";
+  const letters = isAccuracy ? DATA.ranking.num_letters : 0;
+  const own = numbers(column);
+  const isReal = (i) => verdicts[i] === "gain" || verdicts[i] === "loss";
+  const tone = (i) => (isReal(i) ? verdicts[i] : "none");
+  const verdict = (i) => (verdicts[i] === "letter" ? "its favourite letter moved" : verdicts[i]);
+  const order = RANKED.slice().sort((a, b) => (line(b).change ?? -Infinity) - (line(a).change ?? -Infinity));
+  host.append(...(isAccuracy ? aboutAccuracy() : aboutOutcome({ name: column.replace("_change", ""), title, verdicts })));
   const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "undecided", false]];
   host.append(el("div", { class: "keys" }, ...keys.map(([name, text, filled]) => el("span", { class: "key" }, el("i", { style: { borderColor: `var(--${name})`, background: filled ? `var(--${name})` : "none" } }), text))));
 
-  const known = (name) => RANKED.map((i) => lineOf(i)[name]).filter((v) => v !== null);
-  let [low, high] = extent([0, ...ASKED.map((i) => CHANGE[i]), ...known("low"), ...known("high")]);
+  const known = (name) => RANKED.map((i) => line(i)[name]).filter((v) => v !== null);
+  let [low, high] = extent([0, ...ASKED.map((i) => own[i]).filter((v) => v !== null), ...known("low"), ...known("high")]);
   const margin = 0.06 * (high - low || 0.02);
   [low, high] = [low - margin, high + margin];
   const scale = cellScale(low, high);
   const marks = ticks(100 * low, 100 * high, 5);
   const plot = (i) => {
     const paint = `var(--${tone(i)})`;
-    const { rows, change, low: least, high: most } = lineOf(i);
+    const { rows, change, low: least, high: most } = line(i);
+    if (change === null) return el("div", { class: "plot" });
     const left = least === null ? null : scale.at(least);
     const width = least === null || most === null ? null : Math.max(0, scale.at(most) - left);
-    return el("div", { class: "plot", role: "img", "aria-label": `${points(change)} points, ${verdict(i)}` },
+    return el("div", { class: "plot", role: "img", "aria-label": `${points(change, digits)} points, ${verdict(i)}` },
       ...marks.map((m) => el("i", { class: m === 0 ? "zero" : "grid", style: { left: scale.left(m / 100) } })),
       width === null ? null : el("i", { class: "whisker", style: { left: `${left}%`, width: `${width}%`, background: paint } }),
-      ...(rows.length > 1 ? rows : []).map((row) => el("i", { class: "seed", style: { left: scale.left(CHANGE[row]), background: paint } })),
+      ...(rows.length > 1 ? rows : []).map((row) => el("i", { class: "seed", style: { left: scale.left(own[row]), background: paint } })),
       el("i", { class: "dot", style: { left: scale.left(change), borderColor: paint, background: isReal(i) ? paint : "var(--panel)" } }));
   };
   const axis = () => {
     const edge = (m) => (scale.at(m / 100) < 4 ? "start" : scale.at(m / 100) > 96 ? "end" : null);
     return el("div", { class: "axis", "aria-hidden": "true" }, ...marks.map((m) => el("span", { class: edge(m), style: { left: scale.left(m / 100) } }, m > 0 ? `+${m}` : signed(String(m)))));
   };
-  const rank = new Map(RANKED.map((i, k) => [i, k + 1]));
+  const rank = new Map(order.map((i, k) => [i, k + 1]));
   const accuracies = numbers("overall_accuracy");
-  const accuracy = (i) => lineOf(i).rows.reduce((sum, row) => sum + accuracies[row], 0) / lineOf(i).rows.length;
+  const accuracy = (i) => line(i).rows.reduce((sum, row) => sum + accuracies[row], 0) / line(i).rows.length;
   new Table(host, [
     { key: "rank", title: "#", hint: "Rank by change", value: (i) => rank.get(i), text: (i) => String(rank.get(i)), num: true, width: 44, from: 560, first: "ascending" },
-    { key: "name", title: "Dataset", value: (i) => lineOf(i).label, draw: (i) => nameCell(lineOf(i).label), width: nameWidth(0.36) },
-    ...(SEEDS ? [{ key: "seeds", title: "Seeds", hint: "Trainings with a seed of their own", value: (i) => lineOf(i).rows.length, text: (i) => String(lineOf(i).rows.length), num: true, width: 62, from: 700 }] : []),
-    { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => lineOf(i).change, draw: plot, head: axis, first: "descending" },
-    { key: "change", title: "Change", hint: "Percentage points", value: (i) => lineOf(i).change, text: (i) => points(lineOf(i).change), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
-    { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => lineOf(i).low, text: (i) => (lineOf(i).low === null ? "–" : `${points(lineOf(i).low)} to ${points(lineOf(i).high)}`), num: true, width: 120, from: 760 },
-    { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => lineOf(i).balanced, text: (i) => points(lineOf(i).balanced), num: true, width: 86, from: 900 },
-    { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : "McNemar's exact test of accuracy, unadjusted", value: (i) => lineOf(i).p_value, text: (i) => pValue(lineOf(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
-    { key: "holm", title: "Holm p", hint: `${SEEDS ? "That p" : "McNemar's p of accuracy"}, adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
+    { key: "name", title: "Dataset", value: (i) => line(i).label, draw: (i) => nameCell(line(i).label), width: nameWidth(0.36) },
+    ...(SEEDS ? [{ key: "seeds", title: "Seeds", hint: "Trainings with a seed of their own", value: (i) => line(i).rows.length, text: (i) => String(line(i).rows.length), num: true, width: 62, from: 700 }] : []),
+    { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => line(i).change, draw: plot, head: axis, first: "descending" },
+    { key: "change", title: "Change", hint: "Percentage points", value: (i) => line(i).change, text: (i) => points(line(i).change, digits), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
+    { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => line(i).low, text: (i) => (line(i).low === null ? "–" : `${points(line(i).low, digits)} to ${points(line(i).high, digits)}`), num: true, width: 120, from: 760 },
+    { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => line(i).balanced, text: (i) => points(line(i).balanced), num: true, width: 86, from: 900 },
+    { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : isAccuracy ? "McNemar's exact test of accuracy, unadjusted" : `Of ${title}, unadjusted`, value: (i) => line(i).p_value, text: (i) => pValue(line(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
+    { key: "holm", title: "Holm p", hint: `${SEEDS || !isAccuracy ? "That p" : "McNemar's p of accuracy"}, adjusted over ${RANKED.length} changes`, value: (i) => holm[i], text: (i) => pValue(holm[i]), num: true, width: 74, from: 640, first: "ascending" },
     { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
     { key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 },
-  ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${lineOf(i).label} ${verdict(i)}`, height: 760 });
+  ], { name: "ranking", rows: order, sort: "plot", search: (i) => `${line(i).label} ${verdict(i)}`, height: 760 });
 }

@@ -1,0 +1,52 @@
+"""What the page can rank by beside accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from raylora.mmlu.paired import holm
+from raylora.report.findings import ranking
+from raylora.report.outcomes import interval_p_value, outcomes
+from raylora.report.read_run import load_run
+
+
+def test_lines_are_the_rows_own_changes_adjusted_together(forty):
+    run = load_run(forty)
+    ranked = ranking(run)
+    balanced, probability = outcomes(run, ranked)
+    assert [o["name"] for o in (balanced, probability)] == ["balanced_accuracy", "correct_probability"]
+    for outcome in (balanced, probability):
+        assert list(outcome["lines"]) == ranked["rows"]
+        for row, line in outcome["lines"].items():
+            for key, column in (("change", "change"), ("low", "change_low"), ("high", "change_high")):
+                assert line[key] == run.table[f"{outcome['name']}_{column}"][row]
+        p_values = [line["p_value"] for line in outcome["lines"].values()]
+        np.testing.assert_allclose([outcome["holm"][row] for row in ranked["rows"]], holm(p_values))
+        for row, line in outcome["lines"].items():
+            side = "gain" if line["change"] > 0 else "loss"
+            assert outcome["verdicts"][row] == (side if outcome["holm"][row] < 0.05 else "undecided")
+    rows = ranked["rows"]
+    assert [probability["lines"][r]["p_value"] for r in rows] == run.table["correct_probability_p_value"][rows].tolist()
+
+
+def test_an_older_run_has_what_its_table_has(forty):
+    run = load_run(forty)
+    for name in list(run.table):
+        if "probability" in name or "brier" in name or name == "mmlu_note":
+            del run.table[name]
+    assert [o["name"] for o in outcomes(run, ranking(run))] == ["balanced_accuracy"]
+    for name in list(run.table):
+        if "balanced" in name:
+            del run.table[name]
+    assert outcomes(run, ranking(run)) == []
+
+
+@pytest.mark.parametrize("change", [0.03, -0.03])
+def test_a_p_value_is_that_of_its_interval(change):
+    stderr = 0.01
+    low, high = (change + sign * norm.ppf(0.975) * stderr for sign in (-1, 1))
+    assert interval_p_value(change, low, high) == pytest.approx(2 * norm.sf(3))
+    assert interval_p_value(change, min(0, change * 2), max(0, change * 2)) == pytest.approx(0.05)
+    assert interval_p_value(0.0, -0.1, 0.1) == 1
