@@ -219,8 +219,9 @@ def evaluate_mmlu_with_model(
 
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
-        ``macro_accuracy``, ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the
-        answers), ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
+        ``overall_stderr_clustered`` (for other questions like these, of subjects like these), ``macro_accuracy``,
+        ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the answers),
+        ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
         ``off``, ``closed`` or ``on``: docs/mmlu.md), and ``questions``, a DataFrame with a row for each question.
 
     Raises:

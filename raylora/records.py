@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Part of every experiment's identity. Raise it when products that older versions stored must not be reused."""
 
 

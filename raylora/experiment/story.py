@@ -171,8 +171,8 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
     summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
     columns_of_both = (
-        "overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed",
-        "balanced_accuracy", *PREDICTION_SHARES,
+        "overall_accuracy", "correct_questions", "overall_stderr", "overall_stderr_clustered", "macro_accuracy",
+        "num_unparsed", "balanced_accuracy", *PREDICTION_SHARES,
     )  # fmt: skip
     return {
         **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},
@@ -181,7 +181,7 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change": change["difference"],
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
-        **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES)},
+        **{name: change[name] for name in ("mcnemar_p_value", "num_gained", "num_lost", *BALANCED_CHANGES)},
         "thinking": score.info.get("thinking", ""),
         "token_budget": score.info["token_budget"],
         "mmlu_oom_backoffs": score.info["num_oom_backoffs"],

@@ -31,9 +31,10 @@ def summarize(score: Score) -> dict[str, Any]:
     Where all answers are right, or all wrong, a standard error is None: nothing says how far the accuracy may be off.
 
     Returns:
-        ``overall_accuracy``, ``overall_stderr``, ``total_questions``, ``correct_questions``, ``macro_accuracy``,
-        ``balanced_accuracy``, ``prediction_share_a`` to ``_d`` (of all questions, how many were answered with the
-        letter, 0 to 1), ``groups`` and ``subjects`` (by name: ``accuracy``, ``stderr``, ``num_questions``),
+        ``overall_accuracy``, ``overall_stderr``, ``overall_stderr_clustered`` (see ``clustered_stderr``),
+        ``total_questions``, ``correct_questions``, ``macro_accuracy``, ``balanced_accuracy``, ``prediction_share_a`` to
+        ``_d`` (of all questions, how many were answered with the letter, 0 to 1), ``groups`` and ``subjects`` (by name:
+        ``accuracy``, ``stderr``, ``num_questions``),
         ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the context
         window).
     """
@@ -44,6 +45,7 @@ def summarize(score: Score) -> dict[str, Any]:
     return {
         "overall_accuracy": overall["accuracy"],
         "overall_stderr": overall["stderr"],
+        "overall_stderr_clustered": clustered_stderr(table["correct"], table["subject"]),
         "total_questions": score.total_questions,
         "correct_questions": score.correct_questions,
         "macro_accuracy": float(np.mean([s["accuracy"] for s in subjects.values()])),
@@ -60,6 +62,27 @@ def summarize(score: Score) -> dict[str, Any]:
         "num_unparsed": int((table["prediction"] == "").sum()),
         "num_truncated": score.info.get("num_truncated", 0),
     }
+
+
+def clustered_stderr(correct: pd.Series[bool], subjects: pd.Series[str]) -> float | None:
+    """The standard error of an accuracy for other questions like these, of other subjects like these.
+
+    Questions of a subject are right or wrong together, so they say less than as many independent ones. It adds their
+    products within subjects (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, equation 4). With few
+    subjects it is uncertain, and too small on average: of G, by about the root of (G - 1) / G.
+
+    Args:
+        correct, subjects: of each question, (N,).
+
+    Returns:
+        0 to 1; None with fewer than two subjects, and where all answers are right, or all wrong.
+    """
+    num, errors = len(correct), correct - correct.mean()
+    squares = float((errors**2).sum())
+    if subjects.nunique() < 2 or correct.nunique() < 2:
+        return None
+    products = float((errors.groupby(subjects).sum() ** 2).sum()) - squares
+    return math.sqrt(squares / (num * (num - 1)) + products / num**2)
 
 
 def _accuracy(correct: pd.Series[bool]) -> dict[str, Any]:

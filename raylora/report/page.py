@@ -23,6 +23,7 @@ from rich.console import Console
 
 from raylora.config import Config
 from raylora.report import findings
+from raylora.report.power import power_of_run
 from raylora.report.read_run import FinishedRun, load_run
 from raylora.storage.atomic import write_text
 from raylora.storage.store import Store
@@ -103,6 +104,7 @@ def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
             "values": [run.table[name].tolist() for name in run.table.columns],
         },
         "ranking": ranked,
+        "power": power_of_run(run, ranked),
         "subjects": findings.subjects(run),
         "curves": findings.curves(run),
         "features": findings.features(run),
