@@ -58,8 +58,9 @@ def test_the_share_of_differing_answers_is_the_median_of_those_known():
 def test_what_can_be_shown_is_one_line():
     alone, adjusted = (100 * smallest_change(14_042, TYPICAL_SHARE, num) for num in (1, 40))
     assert power_line(14_042, 40, None) == (
-        f"14,042 questions can show changes of accuracy from {alone:.1f} points on; from {adjusted:.1f} after Holm over "
-        "40 datasets (at 5%, found in 80% of cases; an assumed 15% of the answers become right or wrong)"
+        f"14,042 questions can show changes of accuracy from {alone:.1f} points on; "
+        f"from {adjusted:.1f} after Holm over 40 datasets "
+        "(at 5%, found in 80% of cases; an assumed 15% of the answers become right or wrong)"
     )
     line = power_line(114, 1, 0.088)
     assert "Holm" not in line
