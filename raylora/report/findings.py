@@ -85,7 +85,7 @@ def ranking(run: FinishedRun) -> dict[str, Any]:
         "rows": np.flatnonzero(raw.notna()).tolist(),
         "holm": holm(raw).tolist(),
         "fdr": false_discovery(raw).tolist(),
-        "accuracy_change_shrunk": shrunk(change, stderrs).tolist(),
+        "accuracy_change_shrunk": shrunk(change.where(raw.notna()), stderrs).tolist(),
         "verdicts": found,
         "num_gains": found.count("gain"),
         "num_losses": found.count("loss"),

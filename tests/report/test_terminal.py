@@ -54,7 +54,7 @@ def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path
     text = " ".join(printed(rows, tmp_path / "chunk").split())
     assert re.search(r"Real: \d of 3 by Holm at 5%; \d at a false-discovery rate of 5%\.", text)
     best = max(rows, key=lambda row: row.values["accuracy_change"]).values
-    start = f"The best change is partly luck: {best['dataset']} {best['accuracy_change']:+.3f}; shrunk towards"
+    start = f"best of 3 noisy changes is partly luck: {best['dataset']} {best['accuracy_change']:+.3f}, shrunk towards"
     assert start in text
     two = write_run(tmp_path / "two", ["a", "b"])
     assert "partly luck" not in printed(two, tmp_path / "two")
@@ -62,4 +62,4 @@ def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path
 
 def test_lines_over_seeds_are_shrunk_too(tmp_path):
     rows = write_run(tmp_path / "chunk", ["a", "b", "c"], grid={"seed": [0, 1, 2]})
-    assert "The best change is partly luck: " in printed(rows, tmp_path / "chunk")
+    assert "The best of 3 noisy changes is partly luck: " in printed(rows, tmp_path / "chunk")

@@ -110,12 +110,12 @@ function drawRanking() {
     { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => lineOf(i).change, draw: plot, head: axis, first: "descending" },
     { key: "change", title: "Change", hint: "Percentage points", value: (i) => lineOf(i).change, text: (i) => points(lineOf(i).change), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
     { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => lineOf(i).low, text: (i) => (lineOf(i).low === null ? "–" : `${points(lineOf(i).low)} to ${points(lineOf(i).high)}`), num: true, width: 120, from: 760 },
-    ...(hasShrunk ? [{ key: "shrunk", title: "Shrunk", hint: "Change shrunk towards the mean of all, percentage points", value: (i) => SHRUNK[i], text: (i) => points(SHRUNK[i]), num: true, width: 76, from: 820 }] : []),
+    ...(hasShrunk ? [{ key: "shrunk", title: "Shrunk", hint: "Change shrunk towards the mean of all, percentage points", value: (i) => SHRUNK[i], text: (i) => points(SHRUNK[i]), num: true, width: 70, from: 820 }] : []),
     { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => lineOf(i).balanced, text: (i) => points(lineOf(i).balanced), num: true, width: 86, from: 900 },
     { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : "McNemar's exact test of accuracy, unadjusted", value: (i) => lineOf(i).p_value, text: (i) => pValue(lineOf(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
     { key: "holm", title: "Holm p", hint: `${SEEDS ? "That p" : "McNemar's p of accuracy"}, adjusted over ${RANKED.length} changes`, value: (i) => HOLM[i], text: (i) => pValue(HOLM[i]), num: true, width: 74, from: 640, first: "ascending" },
-    ...(RANKED.length > 1 ? [{ key: "fdr", title: "FDR p", hint: "That p, adjusted by Benjamini and Hochberg: of those below 5%, 5% are false on average", value: (i) => FDR[i], text: (i) => pValue(FDR[i]), num: true, width: 70, from: 1080, first: "ascending" }] : []),
+    ...(RANKED.length > 1 ? [{ key: "fdr", title: "FDR p", hint: "That p, adjusted by Benjamini and Hochberg: of those below 5%, 5% are false on average", value: (i) => FDR[i], text: (i) => pValue(FDR[i]), num: true, width: 64, from: 1080, first: "ascending" }] : []),
     { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
-    { key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 },
+    ...(hasShrunk ? [] : [{ key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 }]), // no room beside the others; the table of all columns has it
   ], { name: "ranking", rows: RANKED, sort: "plot", search: (i) => `${lineOf(i).label} ${verdict(i)}`, height: 760 });
 }
