@@ -84,15 +84,18 @@ def measured_share(gained: npt.ArrayLike, lost: npt.ArrayLike, num: npt.ArrayLik
     return float(np.median(shares)) if len(shares) else None
 
 
-def power_line(num: int, num_tests: int, share: float | None, tested: str = "datasets") -> str:
-    """What ``num`` questions can show, in one line: alone, and after Holm over ``num_tests``.
+def power_line(num: int, num_datasets: int, share: float | None, num_tests: int | None = None) -> str:
+    """What ``num`` questions can show, in one line: alone, and after Holm over all datasets.
 
     Args:
         share: from ``measured_share``; None: ``TYPICAL_SHARE`` is taken.
-        tested: what the tests are of, in the plural.
+        num_tests: with several sets of hyperparameters a dataset, how many changes are tested (default: one a dataset).
     """
     taken = TYPICAL_SHARE if share is None else share
-    alone, adjusted = (smallest_change(num, taken, tests) for tests in (1, max(1, num_tests)))
+    num_tests = num_tests or num_datasets
+    tested = f"{num_datasets:,} dataset{'' if num_datasets == 1 else 's'}"
+    tested = tested if num_tests == num_datasets else f"{num_tests:,} changes of {tested}"
+    alone, adjusted = (smallest_change(num, taken, tests) for tests in (1, num_tests))
     questions = f"{num:,} question{'' if num == 1 else 's'}"
     differing = f"an assumed {taken:.0%}" if share is None else f"{taken:.1%}, as measured,"
     about = f"(at 5%, found in {POWER:.0%} of cases; {differing} of the answers become right or wrong)"
@@ -101,5 +104,5 @@ def power_line(num: int, num_tests: int, share: float | None, tested: str = "dat
     text = f"{questions} can show changes of accuracy from {100 * alone:.1f} points on"
     if num_tests > 1:
         text += "; none" if adjusted is None else f"; from {100 * adjusted:.1f}"
-        text += f" after Holm over {num_tests:,} {tested}"
+        text += f" after Holm over {tested}"
     return f"{text} {about}"

@@ -20,6 +20,5 @@ def power_of_run(run: FinishedRun, ranked: dict[str, Any]) -> str | None:
     # Rows of an older raylora lack the counts.
     share = measured_share(*(run.numbers(name)[run.ok] for name in ("num_gained", "num_lost", "total_questions")))
     hashes, names = run.texts("data_hash"), run.texts("dataset")
-    num_datasets = len({(names[row], hashes[row]) for row in rows})
-    tested = "datasets" if num_datasets == len(rows) else f"trainings of {num_datasets:,} datasets"
-    return power_line(int(sizes[rows[0]]), len(rows), share, tested)
+    datasets = {(names[row], hashes[row]) for row in rows}
+    return power_line(int(sizes[rows[0]]), len(datasets), share, len(rows))
