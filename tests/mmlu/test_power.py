@@ -65,7 +65,5 @@ def test_what_can_be_shown_is_one_line():
     line = power_line(114, 1, 0.088)
     assert "Holm" not in line
     assert "8.8%, as measured, of the answers" in line
-    assert "; none after Holm over 500 trainings of 50 datasets (" in power_line(
-        10, 500, 0.1, "trainings of 50 datasets"
-    )
+    assert "; none after Holm over 500 changes of 1 dataset (" in power_line(10, 1, 0.1, num_tests=500)
     assert power_line(1, 4, None).startswith("1 question can show no change of accuracy, however large (")
