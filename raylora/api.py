@@ -219,9 +219,10 @@ def evaluate_mmlu_with_model(
 
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
-        ``macro_accuracy``, ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the
-        answers), ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None for written
-        answers, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
+        ``overall_stderr_clustered`` (for other questions like these, of subjects like these), ``macro_accuracy``,
+        ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the answers),
+        ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None for written answers,
+        ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
         ``off``, ``closed`` or ``on``: docs/mmlu.md), and ``questions``, a DataFrame with a row for each question.
 
     Raises:
