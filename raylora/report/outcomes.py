@@ -50,12 +50,12 @@ def outcomes(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
 def _line(run: FinishedRun, ranked: dict[str, Any], name: str, row: int) -> dict[str, float]:
     names = {"change": "change", "low": "change_low", "high": "change_high", "p_value": "p_value"}
     columns = {key: run.numbers(f"{name}_{column}") for key, column in names.items()}
-    seeds = ranked["seeds"]["lines"][row] if ranked["seeds"] else {"rows": [row]}
+    seeds: dict[str, Any] = ranked["seeds"]["lines"][row] if ranked["seeds"] else {"rows": [row]}
     if len(seeds["rows"]) > 1:
-        values = dict.fromkeys(columns, np.nan) | {"change": float(columns["change"][seeds["rows"]].mean())}
+        values: dict[str, float] = dict.fromkeys(columns, np.nan) | {"change": float(columns["change"][seeds["rows"]].mean())}
         if name == "balanced_accuracy":
             known = {"low": "balanced_low", "high": "balanced_high", "p_value": "balanced_p_value"}
-            values |= {key: np.nan if seeds[of] is None else seeds[of] for key, of in known.items()}
+            values |= {key: np.nan if seeds[of] is None else float(seeds[of]) for key, of in known.items()}
         return values
     values = {key: float(column[row]) for key, column in columns.items()}
     if name == "balanced_accuracy":
