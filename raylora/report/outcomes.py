@@ -52,7 +52,9 @@ def _line(run: FinishedRun, ranked: dict[str, Any], name: str, row: int) -> dict
     columns = {key: run.numbers(f"{name}_{column}") for key, column in names.items()}
     seeds: dict[str, Any] = ranked["seeds"]["lines"][row] if ranked["seeds"] else {"rows": [row]}
     if len(seeds["rows"]) > 1:
-        values = dict.fromkeys(columns, np.nan) | {"change": float(columns["change"][seeds["rows"]].mean())}
+        values: dict[str, float] = dict.fromkeys(columns, np.nan) | {
+            "change": float(columns["change"][seeds["rows"]].mean())
+        }
         if name == "balanced_accuracy":
             known = {"low": "balanced_low", "high": "balanced_high", "p_value": "balanced_p_value"}
             values |= {key: np.nan if seeds[of] is None else float(seeds[of]) for key, of in known.items()}
