@@ -238,8 +238,11 @@ def test_products_that_float16_does_not_hold_are_scaled_before(monkeypatch):
 def test_one_token_behind_several_prefixes_is_no_row_of_each():
     """Where no row has two tokens, torch's kernel takes each row to have one; most rows here have none."""
 
-    def strict(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+    def strict(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
         assert max_q > 1 or len(query) == len(cu_seq_q) - 1
+        options = {"return_aux": return_aux, "scale": scale, "window_size": window_size}
         return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
 
     texts = Texts([5, 8], [[], [1]])

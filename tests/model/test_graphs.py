@@ -285,8 +285,9 @@ def test_what_fills_a_training_pass_up_has_no_positions_that_the_model_lacks(loa
     """GPT-2's positions are a table of as many rows as its context is long: here 200, and a pass has 512 tokens."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=len(loaded.tokenizer), n_positions=200, n_embd=64, n_layer=2, n_head=4, pad_token_id=0
-    )
+        vocab_size=len(loaded.tokenizer), n_positions=200, n_embd=64, n_layer=2, n_head=4, pad_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     method = METHOD.model_copy(update={"target_modules": ("c_attn",)})
     found = []
