@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raylora.config import Method, ModelOptions
+from raylora.config import Method, ModelOptions, Scoring
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.scoring import answer_together, evaluate
 from raylora.model.adapters import LoadedModel
@@ -131,9 +131,14 @@ def shape_folder(shape: str, tokenizer_of: str = "demo") -> Path:
     return folder
 
 
-def score(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], token_budget: int | None = None) -> Score:
+def score(
+    loaded: LoadedModel,
+    encoded: Sequence[EncodedQuestion],
+    token_budget: int | None = None,
+    scoring: Scoring = "letters",
+) -> Score:
     """The model's answers, with the adapter that is active in it: the one place where benchmarks ask questions."""
-    return evaluate(loaded, encoded, token_budget=token_budget)
+    return evaluate(loaded, encoded, scoring, token_budget)
 
 
 def score_adapters(loaded: LoadedModel, encoded: Sequence[EncodedQuestion], names: Sequence[str]) -> list[np.ndarray]:

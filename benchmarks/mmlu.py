@@ -2,6 +2,7 @@
 
     python -m benchmarks.mmlu                                   # 0-shot, 228 questions; on a GPU all 14,042
     python -m benchmarks.mmlu --num-fewshot 5                   # 120 of 6 subjects; on a GPU 10 whole subjects
+    python -m benchmarks.mmlu --scoring cloze --ways lm_eval    # texts of choices in place of letters
     python -m benchmarks.mmlu --shape llama3-8b --quantization 8bit         # random weights on a GPU
     python -m benchmarks.mmlu --shape llama3-8b --flips         # predictions that batches and quantizations change
 
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from raylora.config import Scoring
 from raylora.errors import UserError, one_line
-from raylora.mmlu.prompts import EncodedQuestion, build_shots, encode_questions, harness_prompt
+from raylora.mmlu.prompts import EncodedQuestion, build_shots, cloze_prompt, encode_questions, harness_prompt
 from raylora.mmlu.questions import load_questions, select_questions
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import context_window
@@ -65,8 +67,11 @@ def choose(folder: Path, num_questions: int, num_fewshot: int, whole_subjects: i
     return chosen, build_shots(dev, set(wanted), num_fewshot)
 
 
-def encode(loaded: LoadedModel, questions: Sequence[Question], shots: Shots) -> list[EncodedQuestion]:
-    return encode_questions(loaded.tokenizer, questions, shots, "harness", context_window(loaded.model))
+def encode(
+    loaded: LoadedModel, questions: Sequence[Question], shots: Shots, scoring: Scoring = "letters"
+) -> list[EncodedQuestion]:
+    window = context_window(loaded.model)
+    return encode_questions(loaded.tokenizer, questions, shots, "harness", window, scoring=scoring)
 
 
 def logprobs_of(score: Score) -> np.ndarray:
@@ -74,9 +79,12 @@ def logprobs_of(score: Score) -> np.ndarray:
     return score.questions[LOGPROBS].to_numpy()
 
 
-def encode_for_harness(lm: Any, questions: Sequence[Question], shots: Shots) -> list[Any]:
+def encode_for_harness(lm: Any, questions: Sequence[Question], shots: Shots, scoring: Scoring = "letters") -> list[Any]:
     """Four requests a question, tokenized by the harness itself."""
-    pairs = [(harness_prompt(q, shots.get(q.subject, [])), f" {letter}") for q in questions for letter in "ABCD"]
+    prompt = cloze_prompt if scoring == "cloze" else harness_prompt
+    answers = [q.choices if scoring == "cloze" else "ABCD" for q in questions]
+    contexts = [prompt(q, shots.get(q.subject, [])) for q in questions]
+    pairs = [(context, f" {a}") for context, own in zip(contexts, answers, strict=True) for a in own]
     return [(pair, *lm._encode_pair(*pair)) for pair in pairs]
 
 
@@ -115,8 +123,12 @@ class Way:
     ask: Callable[[Any], Any]
 
 
-def raylora_way(loaded: LoadedModel, shots: Shots) -> Way:
-    return Way("raylora", lambda q: encode(loaded, q, shots), lambda encoded: common.score(loaded, encoded))
+def raylora_way(loaded: LoadedModel, shots: Shots, scoring: Scoring = "letters") -> Way:
+    return Way(
+        "raylora",
+        lambda q: encode(loaded, q, shots, scoring),
+        lambda encoded: common.score(loaded, encoded, scoring=scoring),
+    )
 
 
 def writing_way(loaded: LoadedModel, shots: Shots) -> Way:
@@ -127,7 +139,13 @@ def writing_way(loaded: LoadedModel, shots: Shots) -> Way:
     )
 
 
-def best_harness(loaded: LoadedModel, questions: Sequence[Question], shots: Shots, sizes: Sequence[int] = ()) -> Way:
+def best_harness(
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    shots: Shots,
+    sizes: Sequence[int] = (),
+    scoring: Scoring = "letters",
+) -> Way:
     """The harness at the batch size that is fastest on a sample of the questions, and does not run out of memory."""
     from tests.helpers.harness import make_lm
 
@@ -137,7 +155,7 @@ def best_harness(loaded: LoadedModel, questions: Sequence[Question], shots: Shot
     seconds: dict[int, float] = {}
     for size in sizes if len(sizes) > 1 else ():
         lm = make_lm(loaded.model, loaded.tokenizer, size)
-        requests = encode_for_harness(lm, few, shots)
+        requests = encode_for_harness(lm, few, shots, scoring)
         try:
             ask_harness(lm, requests[: 4 * size])  # warm
             seconds[size] = common.measure(lambda lm=lm, r=requests: ask_harness(lm, r), loaded.device).seconds
@@ -150,7 +168,7 @@ def best_harness(loaded: LoadedModel, questions: Sequence[Question], shots: Shot
     lm = make_lm(loaded.model, loaded.tokenizer, best)
     return Way(
         f"lm-eval, batch {best}",
-        lambda q: encode_for_harness(lm, q, shots),
+        lambda q: encode_for_harness(lm, q, shots, scoring),
         lambda requests: ask_harness(lm, requests),
     )
 
@@ -168,10 +186,10 @@ def compare_ways(loaded: LoadedModel, questions: list[Question], shots: Shots, o
     """Each way on all questions, or every n-th. The others come first: their peaks hold nothing that raylora keeps."""
     rivals = []
     if "lm_eval" in options.ways:
-        rivals.append(best_harness(loaded, questions, shots, options.batch_sizes))
+        rivals.append(best_harness(loaded, questions, shots, options.batch_sizes, options.scoring))
     if "generate" in options.ways:
         rivals.append(writing_way(loaded, shots))
-    ours = raylora_way(loaded, shots)
+    ours = raylora_way(loaded, shots, options.scoring)
     steps = [*(step_within(way, questions, options.rival_seconds, loaded.device) for way in rivals), 1]
     runs = [Runs(way, questions[::step]) for way, step in zip([*rivals, ours], steps, strict=True)]
     for turn in range(options.rounds):
@@ -326,6 +344,7 @@ def main() -> None:
     parser.add_argument(
         "--subjects", type=int, help="with shots: all questions of so many subjects; 0: twenty of each (on a CPU)"
     )
+    parser.add_argument("--scoring", choices=("letters", "cloze"), default="letters")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="", help="what raylora is held against: lm_eval,generate (GPU: lm_eval)")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=(), help="lm-eval's, the fastest is taken")
@@ -334,13 +353,13 @@ def main() -> None:
     )
     parser.add_argument("--flips", action="store_true", help="raylora alone, by token budget and quantization")
     parser.add_argument("--quantizations", nargs="*", default=common.QUANTIZATIONS, choices=common.QUANTIZATIONS)
-    parser.add_argument("--budgets", type=int, nargs="*", default=(), help="padded tokens in a batch")
+    parser.add_argument("--budgets", type=int, nargs="*", default=(), help="tokens in a batch")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     number = options.num_questions or (10**6 if on_gpu else 228 if options.num_fewshot == 0 else 120)
     subjects = options.subjects if options.subjects is not None else 10 if on_gpu and not options.num_questions else 0
-    options.ways = options.ways or ("lm_eval" if on_gpu else "lm_eval,generate")
+    options.ways = options.ways or ("lm_eval" if on_gpu or options.scoring == "cloze" else "lm_eval,generate")
     options.rival_seconds = options.rival_seconds or (300 if on_gpu else math.inf)
     questions, shots = choose(options.questions, number, options.num_fewshot, subjects)
     if options.flips:

@@ -219,9 +219,10 @@ def evaluate_mmlu_with_model(
 
     Returns:
         ``overall_accuracy`` (0 to 1), ``total_questions``, ``correct_questions``, ``overall_stderr``,
-        ``macro_accuracy``, ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the
-        answers), ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None for written
-        answers, ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
+        ``overall_stderr_clustered`` (for other questions like these, of subjects like these), ``macro_accuracy``,
+        ``balanced_accuracy`` (mean over right letters), ``prediction_share_a`` to ``_d`` (of the answers),
+        ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None for written answers,
+        ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
         ``off``, ``closed`` or ``on``: docs/mmlu.md), and ``questions``, a DataFrame with a row for each question.
 
     Raises:
@@ -243,11 +244,17 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
         raise UserError(f"{model.active_peft_config.peft_type.value}: {ONLY_IN_LAYERS}", kind=ErrorKind.ADAPTER)
     question_set = load_question_set(config)
     thinking = thinking_of(tokenizer, config.prompt_style, config.scoring)
-    encoded = encode_questions(
-        tokenizer, question_set.questions, question_set.shots, config.prompt_style, context_window(model), thinking
-    )
+    asked, shots, window = question_set.questions, question_set.shots, context_window(model)
+    encoded = encode_questions(tokenizer, asked, shots, config.prompt_style, window, thinking, config.scoring)
     with borrowed(model, tokenizer) as loaded:
-        score = evaluate(loaded, encoded, config.scoring, config.token_budget, thinking=thinking)
+        score = evaluate(
+            loaded,
+            encoded,
+            config.scoring,
+            config.token_budget,
+            thinking=thinking,
+            cloze_per=config.cloze_per,
+        )
     return {**summarize(score), "thinking": thinking, "questions": score.questions}
 
 

@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from raylora.config_sources import SETTINGS, Settings, load_settings, split_commas
@@ -103,6 +103,10 @@ class ModelOptions(BaseModel):
         return int8_activations
 
 
+Scoring = Literal["letters", "cloze", "generate"]
+ClozePer = Literal["character", "byte", "token", "choice"]
+
+
 class MmluOptions(BaseModel):
     """Which questions are asked, and how."""
 
@@ -115,11 +119,15 @@ class MmluOptions(BaseModel):
     question_seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the sample of questions: another one, others")
     num_fewshot: int = Field(0, ge=0, le=100, description="solved questions shown before each one")
     prompt_style: Literal["harness", "chat"] = Field("harness", description="lm-evaluation-harness' prompt, or a chat")
-    scoring: Literal["logits", "generate"] = Field("logits", description="how an answer is read from the model")
+    scoring: Annotated[Scoring, BeforeValidator(lambda v: "letters" if v == "logits" else v)] = Field(
+        "letters",
+        description="how an answer is read: the likeliest letter, the likeliest text of a choice (cloze), or generated",
+    )
+    cloze_per: ClozePer = Field("character", description="what a choice's log-likelihood is divided by, with cloze")
     token_budget: int | None = Field(
         None,
         ge=64,
-        description="padded tokens in a batch of questions (without one: what fits a GPU's memory, 512 on a CPU)",
+        description="tokens in a batch of questions (without one: what fits a GPU's memory, 512 on a CPU)",
     )
 
 

@@ -131,22 +131,24 @@ class TrainingMetrics:
 
 RESULT_COLUMNS = (
     "dataset", "experiment_id", "status", "error", "error_kind", "overall_accuracy", "base_overall_accuracy",
-    "accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", "balanced_accuracy",
+    "accuracy_change", "accuracy_change_low", "accuracy_change_high", "mcnemar_p_value", "num_gained", "num_lost",
+    "balanced_accuracy",
     "base_balanced_accuracy", "balanced_accuracy_change", "balanced_accuracy_change_low",
     "balanced_accuracy_change_high", "prediction_share_a", "prediction_share_b", "prediction_share_c",
     "prediction_share_d", "base_prediction_share_a", "base_prediction_share_b", "base_prediction_share_c",
     "base_prediction_share_d", "correct_probability", "base_correct_probability", "correct_probability_change",
     "correct_probability_change_low", "correct_probability_change_high", "correct_probability_p_value", "brier",
     "base_brier", "brier_change", "mmlu_note", "total_questions", "correct_questions", "base_correct_questions",
-    "overall_stderr", "base_overall_stderr", "macro_accuracy", "base_macro_accuracy", "accuracy_stem",
-    "accuracy_humanities", "accuracy_social_sciences", "accuracy_other",
+    "overall_stderr", "base_overall_stderr", "overall_stderr_clustered", "base_overall_stderr_clustered",
+    "macro_accuracy", "base_macro_accuracy", "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences",
+    "accuracy_other",
     "num_unparsed", "base_num_unparsed", "num_truncated",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
-    "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "thinking", "num_fewshot",
-    "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples", "num_bad_records",
-    "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds", "static_seconds",
-    "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
+    "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
+    "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
+    "num_bad_records", "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds",
+    "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
     "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
@@ -194,8 +196,8 @@ COUNTS = frozenset(
 """Columns of integers."""
 CATEGORIES = frozenset(
     {
-        "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "target_modules", "lr_scheduler",
-        "train_on",
+        "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "cloze_per", "target_modules",
+        "lr_scheduler", "train_on",
     }
 )  # fmt: skip
 """Columns of texts with few different values."""

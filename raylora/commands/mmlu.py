@@ -25,10 +25,11 @@ from raylora.commands.options import MmluConfig
 from raylora.console import make_console
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.mmlu.evaluator import Evaluator, Unscored, check_prompt_style, note_on_thinking
-from raylora.mmlu.paired import ALPHA, LETTER_MOVED, holm, verdicts
+from raylora.mmlu.paired import ALPHA, LETTER_MOVED, false_discovery, holm, verdicts
 from raylora.mmlu.question_set import load_question_set, model_key, questions_key, score_key
 from raylora.mmlu.questions import LETTERS, SHORT_GROUPS
 from raylora.mmlu.scoring import load_score
+from raylora.mmlu.shrinkage import shrunk, stderr_of_interval
 from raylora.mmlu.statistics import (
     BALANCED_CHANGES,
     PREDICTION_SHARES,
@@ -172,10 +173,22 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
 
 
 def summary_of(evaluated: list[Evaluated]) -> pd.DataFrame:
-    """``summary.csv``, the base first; ``holm_p_value`` is adjusted over the adapters, ``verdict`` made with it."""
+    """``summary.csv``, the base first.
+
+    ``holm_p_value`` and ``fdr_p_value`` (Benjamini and Hochberg) are adjusted over the adapters; ``verdict`` is made
+    with the first. ``accuracy_change_shrunk``: see ``shrinkage.shrunk``; null with fewer than three adapters.
+    """
     table = pd.DataFrame([summary_row(e, evaluated[0].score) for e in evaluated])
     found = verdicts(*(table[name] for name in ("mcnemar_p_value", "change_difference", *BALANCED_CHANGES)))
-    return table.assign(holm_p_value=holm(table["mcnemar_p_value"]), verdict=["", *found[1:]]).astype(COUNTS_OF_CHANGES)
+    of_all: dict[str, Any] = {
+        "holm_p_value": holm(table["mcnemar_p_value"]),
+        "fdr_p_value": false_discovery(table["mcnemar_p_value"]),
+        "verdict": ["", *found[1:]],
+        "accuracy_change_shrunk": shrunk(
+            table["change_difference"], stderr_of_interval(table["ci_low"], table["ci_high"])
+        ),
+    }
+    return table.assign(**of_all).astype(COUNTS_OF_CHANGES)
 
 
 def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
@@ -216,7 +229,7 @@ def print_tables(evaluated: list[Evaluated], console: Console) -> None:
         for what, key in (("unparsed", "num_unparsed"), ("with a cut prompt", "num_truncated")):
             if counts[key]:
                 console.print(f"{e.name}: {counts[key]} of {counts['total_questions']} {what}")
-        if info.get("no_prefix_because") and info["scoring"] == "logits":
+        if info.get("no_prefix_because") and info["scoring"] != "generate":
             console.print(f"{e.name}: no shared prefix: {info['no_prefix_because']}", soft_wrap=True)
     print_letters(summary, console)
     print_probabilities(summary, console)

@@ -111,6 +111,15 @@ class ReportConfig(Settings):
     )
 
 
+class QuestionsConfig(Settings):
+    """Get MMLU's test and dev questions from the Hugging Face hub (cais/mmlu)."""
+
+    output: Path = Field(Path("mmlu_dataset"), description="folder for the two files")
+    revision: str = Field("main", description="the dataset's branch, tag or commit on the hub")
+
+    not_from_environment = frozenset({"output"})
+
+
 class SchemaConfig(Settings):
     """The JSON schema of the YAML file of --config, for editors."""
 

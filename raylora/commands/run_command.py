@@ -62,6 +62,10 @@ and a calibration figure. fit --help and so on show all options.""",
         "explain": Command(options.ExplainConfig, "predict:explain"),
     },
 )
+QUESTIONS = Group(
+    "The questions of a benchmark, in the files where raylora looks for them.",
+    {"mmlu": Command(options.QuestionsConfig, "questions:run_mmlu")},
+)
 COMMANDS: dict[str, Command | Group] = {
     "batch": Command(Config, "batch:run", "Train, evaluate and describe every dataset of a chunk."),
     "experiment": Command(options.ExperimentConfig, "experiment:run"),
@@ -75,6 +79,7 @@ PROGRAM = Group(
     "Which of these datasets makes my model better, and could I have known before training?",
     {
         **COMMANDS,
+        "questions": QUESTIONS,
         "schema": Command(options.SchemaConfig, "schema:run"),
         "completion": Command(options.CompletionConfig, "completion:run"),
     },

@@ -104,12 +104,12 @@ def pack_rows(
     rows: Sequence[Sequence[int]],
     device: torch.device | str,
     labels: Sequence[Sequence[int]] | None = None,
-    start: int = 0,
+    starts: Sequence[int] = (),
 ) -> Minibatch:
     """Rows of token ids packed into one (1, T), for a model whose attention runs in blocks (``model/attention.py``).
 
     Args:
-        start: the position of each row's first token: tokens of a prefix that the rows stand behind.
+        starts: the position of each row's first token, 0 by default: tokens of what the row stands behind.
     """
     lengths = tuple(len(row) for row in rows)
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -118,7 +118,10 @@ def pack_rows(
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
         return torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
 
-    ids, positions = join(rows), join(range(start, start + n) for n in lengths)
+    ids, positions = (
+        join(rows),
+        join(range(a, a + n) for a, n in zip(starts or [0] * len(lengths), lengths, strict=True)),
+    )
     targets, predicting = _supervised(join(labels), device) if labels is not None else (None, None)
     return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, blocks)
 

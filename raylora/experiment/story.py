@@ -178,8 +178,8 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
     summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
     columns_of_both = (
-        "overall_accuracy", "correct_questions", "overall_stderr", "macro_accuracy", "num_unparsed",
-        "balanced_accuracy", *PREDICTION_SHARES, "correct_probability", "brier",
+        "overall_accuracy", "correct_questions", "overall_stderr", "overall_stderr_clustered", "macro_accuracy",
+        "num_unparsed", "balanced_accuracy", *PREDICTION_SHARES, "correct_probability", "brier",
     )  # fmt: skip
     shares = [summary[name] for name in PREDICTION_SHARES]
     note = note_on_constant_answers(shares, score.total_questions, score.info.get("scoring", ""))
@@ -190,7 +190,17 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
         "accuracy_change": change["difference"],
         "accuracy_change_low": change["ci_low"],
         "accuracy_change_high": change["ci_high"],
-        **{name: change[name] for name in ("mcnemar_p_value", *BALANCED_CHANGES, *PROBABILITY_CHANGES, "brier_change")},
+        **{
+            name: change[name]
+            for name in (
+                "mcnemar_p_value",
+                "num_gained",
+                "num_lost",
+                *BALANCED_CHANGES,
+                *PROBABILITY_CHANGES,
+                "brier_change",
+            )
+        },
         "mmlu_note": f"the model {note}" if note else "",
         "thinking": score.info.get("thinking", ""),
         "token_budget": score.info["token_budget"],

@@ -57,7 +57,7 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             dataset: what ``read_dataset`` returned, Examples, or dicts in any of the known formats.
             sample_size: examples to draw, for training and held out together (0: all).
             batch_size: examples in a micro-batch; four of them make an optimizer step.
-            token_budget: most padded tokens in a minibatch that is measured.
+            token_budget: most tokens in a minibatch that is measured.
 
         Returns:
             Each feature by column name, None where it could not be measured, and ``feature_notes``, which says why.

@@ -30,7 +30,7 @@ def extract_features(
 
     Args:
         method: the hyperparameters of the probe's training.
-        token_budget: padded tokens in a batch.
+        token_budget: most tokens in a minibatch.
         seed: mixed with the dataset's own; draws the sample and seeds the probe.
 
     Returns:

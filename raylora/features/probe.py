@@ -59,7 +59,7 @@ def run_probe(
         held_out: the examples to measure, each with an answer; the parts are those of ``split_sample``.
         before: the base's losses on them.
         training: the examples to train on, in an order that does not depend on the file's.
-        token_budget: most padded tokens in a minibatch that is measured; a training has a budget of its own.
+        token_budget: most tokens in a minibatch that is measured; a training has a budget of its own.
         sample_size: as in ``drift_notes``.
 
     Returns:

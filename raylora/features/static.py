@@ -192,7 +192,7 @@ def extract_static(
     Args:
         sample: examples of ``dataset``; the probe holds some of them out (``split_sample``).
         max_length: tokens of an example; the front of a longer one is cut.
-        token_budget: padded tokens in a batch.
+        token_budget: most tokens in a minibatch.
         train_on: the tokens whose losses are kept for the probe.
 
     Raises:

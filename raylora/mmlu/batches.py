@@ -58,10 +58,9 @@ def divide(encoded: Sequence[EncodedQuestion], least_saving: float) -> list[Part
 def common_prefix(encoded: Sequence[EncodedQuestion]) -> int:
     """How many tokens all prompts have in common at their beginning.
 
-    It is less than the shortest prompt's length, as each row needs a token of its own to compute logits at; and 0 where
-    a choice has more than one token, as such questions are scored without a prefix.
+    It is less than the shortest prompt's length, as each row needs a token of its own to compute logits at.
     """
-    if len(encoded) < 2 or not all(e.single_token for e in encoded):
+    if len(encoded) < 2:
         return 0
     # In lexicographic order: what the first and the last have in common, all between them have too.
     first, last = min(e.context_ids for e in encoded), max(e.context_ids for e in encoded)

@@ -1,29 +1,35 @@
 """Asks a model questions: for the log-likelihoods of their choices, or for a written answer.
 
 LetterRows      a row a question, the four letters' tokens behind it (``model/candidates.py``)
-ChoiceRows      where a choice has several tokens: a row for each choice, the log-likelihoods of its tokens added up
+BranchRows      where a choice has several tokens: a row a question, and behind it its choices' texts
+ChoiceRows      the same where rows cannot be packed: a row for each choice
 WrittenAnswers  a text for each question, read afterwards
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from raylora.config import ClozePer, Scoring
 from raylora.data.encoding import IGNORE_INDEX, pad_token_of
 from raylora.errors import ErrorKind, UserError
 from raylora.mmlu.answers import max_new_tokens, parse_answer, write_answers
+from raylora.mmlu.cloze import predict
 from raylora.mmlu.journal import Answer
 from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.model.adapters import LoadedModel
-from raylora.model.candidates import CandidatePasses, Row
-from raylora.model.forward import Output, forward_rows
-from raylora.model.graphs import capture_of, free_what_others_need, make_room
+from raylora.model.attention import has_flash
+from raylora.model.candidates import Branches, CandidatePasses, Row
+from raylora.model.forward import Output, forward_rows, head_is_plain
+from raylora.model.graphs import capture_of, free_what_others_need, keep_passes, kept_passes, make_room
 from raylora.model.memory import TokenBudget
 from raylora.model.packing import may_pack, window_of
 
@@ -73,8 +79,9 @@ def asker_of(
     loaded: LoadedModel,
     encoded: Sequence[EncodedQuestion],
     adapters: Sequence[str | None],
-    scoring: Literal["logits", "generate"],
+    scoring: Scoring,
     thinking: Thinking,
+    cloze_per: ClozePer = "character",
 ) -> Asker:
     """What asks these questions.
 
@@ -84,11 +91,22 @@ def asker_of(
     Raises:
         UserError: several are asked, and they cannot share passes.
     """
-    if scoring == "logits" and all(question.single_token for question in encoded):
+    if scoring == "letters" and all(question.single_token for question in encoded):
         return LetterRows(loaded, encoded, adapters)
     if len(adapters) > 1:
         raise UserError("only letters of one token can be asked of several adapters at once", kind=ErrorKind.ADAPTER)
-    return WrittenAnswers(loaded, thinking) if scoring == "generate" else ChoiceRows(loaded)
+    if scoring == "generate":
+        return WrittenAnswers(loaded, thinking)
+    choose = functools.partial(predict, per=cloze_per if scoring == "cloze" else "choice")
+    longest = max((_whole_length(question) for question in encoded), default=0)
+    if may_pack(loaded, longest) and longest <= window_of(loaded.model):
+        return BranchRows(loaded, encoded, adapters, choose)
+    return ChoiceRows(loaded, choose)
+
+
+def _whole_length(question: EncodedQuestion) -> int:
+    """Tokens of the longest of a question's texts, prompt and choice."""
+    return len(question) + max(map(len, question.continuations))
 
 
 class LetterRows:
@@ -109,11 +127,13 @@ class LetterRows:
         num_slots = len(adapters) if replaced else 0
         if len(adapters) > 1 and not num_slots:
             raise UserError("these adapters cannot share a pass over this model", kind=ErrorKind.ADAPTER)
-        capture = capture_of(loaded) if self.packed else None
-        key = (CandidatePasses, num_slots)
-        self._passes = loaded.kept.get(key) or CandidatePasses(loaded, num_slots, capture)
-        if capture is not None:
-            loaded.kept[key] = self._passes
+        # Without flash attention a captured pass has one attention over all its tokens, with a mask: slower than to
+        # launch those of each row, where passes are as long as memory allows.
+        capture = capture_of(loaded) if self.packed and has_flash(loaded.device, loaded.forward_dtype) else None
+        # A capture of PEFT's own forward pass has the adapter of that time in it.
+        self._is_kept = capture is not None and (num_slots > 0 or not _has_active_adapters(loaded.model))
+        kept = kept_passes(loaded, CandidatePasses, num_slots, 0) if self._is_kept else None
+        self._passes, self._num_slots = kept or CandidatePasses(loaded, num_slots, capture), num_slots
 
     def width(self, question: EncodedQuestion) -> int:
         """See ``Asker``."""
@@ -122,10 +142,12 @@ class LetterRows:
     @contextlib.contextmanager
     def ready(self, longest_prefix: int = 0) -> Iterator[None]:
         """See ``Asker``."""
+        if self._is_kept:
+            keep_passes(self._loaded, CandidatePasses, self._num_slots, 0, self._passes)
         with self._passes.ready(self._adapters, self.packed, longest_prefix):
             yield
-        if self._passes.graphed.are_wanted and self._loaded.device.type == "cuda":
-            free_what_others_need(self._loaded)
+            if self._passes.graphed.are_wanted and self._loaded.device.type == "cuda":
+                free_what_others_need(self._loaded)
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""
@@ -143,22 +165,65 @@ class LetterRows:
         return make_room(self._loaded, self._passes.graphed)
 
 
+def _has_active_adapters(model: Any) -> bool:
+    """Whether adapters act in PEFT's own forward pass, raylora's or a caller's."""
+    return any(getattr(module, "disable_adapters", True) is False for module in model.modules())
+
+
+class BranchRows(LetterRows):
+    """A row a question, whose keys and values its choices share: each stands behind it as a row of its own."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        encoded: Sequence[EncodedQuestion],
+        adapters: Sequence[str | None],
+        choose: Callable[[EncodedQuestion, list[float]], int],
+    ) -> None:
+        super().__init__(loaded, encoded, adapters)
+        self._choose = choose
+        loaded.allows(head_is_plain)  # tried before attention is replaced
+
+    def width(self, question: EncodedQuestion) -> int:
+        """See ``Asker``."""
+        return len(question) + question.num_choice_tokens
+
+    def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
+        """See ``Asker``."""
+        questions = [asked.question for asked in batch]
+        prefix = questions[0].context_ids[:prefix_length]
+        rows = [Branches(q.context_ids[prefix_length:], q.continuations) for q in questions]
+        sums = self._passes.run_branches(rows, prefix)
+
+        def read() -> list[Answer]:
+            of_all = iter(sums.read().tolist())
+            return [_answer(q, list(itertools.islice(of_all, len(q.continuations))), self._choose) for q in questions]
+
+        return read
+
+
+def _answer(
+    question: EncodedQuestion, logprobs: list[float], choose: Callable[[EncodedQuestion, list[float]], int]
+) -> Answer:
+    return Answer(logprobs, choose(question, logprobs))
+
+
 class ChoiceRows:
     """A row for each choice."""
 
     packed = False
     no_prefix = "choices have several tokens"
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedModel, choose: Callable[[EncodedQuestion, list[float]], int]) -> None:
+        self._loaded, self._choose = loaded, choose
 
     def width(self, question: EncodedQuestion) -> int:
         """See ``Asker``."""
-        return len(question.continuations) * (len(question) + max(map(len, question.continuations)))
+        return len(question.continuations) * _whole_length(question)
 
     def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
         """See ``Asker``."""
-        return self._loaded.autocast()
+        return self._loaded.forward_autocast()
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""
@@ -176,8 +241,10 @@ class ChoiceRows:
         for part, found in forward_rows(self._loaded, rows, labels, whole, use, packed=packed):
             for i, logprob in zip(part, found, strict=True):
                 sums[i] = logprob
-        of_questions = [sums[i : i + 4] for i in range(0, len(sums), 4)]
-        return lambda: [Answer(logprobs, int(np.argmax(logprobs))) for logprobs in of_questions]
+        of_all = iter(sums)
+        counts = [(asked.question, len(asked.question.continuations)) for asked in batch]
+        answers = [_answer(q, list(itertools.islice(of_all, count)), self._choose) for q, count in counts]
+        return lambda: answers
 
     def make_room(self) -> bool:
         """See ``Asker``."""
@@ -200,7 +267,7 @@ class WrittenAnswers:
 
     def ready(self, longest_prefix: int = 0) -> contextlib.AbstractContextManager[None]:
         """See ``Asker``."""
-        return self._loaded.autocast()
+        return self._loaded.forward_autocast()
 
     def ask(self, batch: Sequence[Asked], prefix_length: int = 0) -> Read:
         """See ``Asker``."""

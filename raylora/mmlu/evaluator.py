@@ -173,6 +173,7 @@ class Evaluator:
             self.config.prompt_style,
             context_window(self.loaded.model),
             self.thinking,
+            self.config.scoring,
         )
 
     def score(self, base_key: str, key: str, path: Path, progress: ProgressCallback) -> Score:
@@ -196,6 +197,7 @@ class Evaluator:
             progress=progress,
             journal=journal,
             thinking=self.thinking,
+            cloze_per=self.config.cloze_per,
         )
         write_atomically(path, lambda partial: save_score(score, partial))
         journal.remove()
@@ -216,7 +218,7 @@ class Evaluator:
         encoded = self.questions(base_key)
         wanted = [one for one in unscored if one.adapter is None or is_plain_lora(one.adapter)]
         wanted = wanted[: self._most_together(encoded)]
-        if len(wanted) < 2 or self.config.scoring != "logits":
+        if len(wanted) < 2 or self.config.scoring != "letters":
             return 0
         before = self.loaded.logits_hash()
         names: dict[str | None, Unscored] = {}
@@ -280,6 +282,7 @@ class Evaluator:
             self.config.token_budget,
             lambda _, done, total: progress(ProgressStage.HELPING_MMLU, done, total),
             self.thinking,
+            self.config.cloze_per,
         )
         return len(journal.answers) - num_before
 

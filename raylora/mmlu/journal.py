@@ -44,7 +44,7 @@ class Journal:
         self.folder, self.key, self.name = folder, key, helper or OWNER
         self.is_helper = helper is not None
         self.answers: dict[int, Answer] = {}  # by the question's index
-        self.budget: int | None = None  # padded tokens in a batch; see ``open`` for both
+        self.budget: int | None = None  # tokens in a batch; see ``open`` for both
         self.reduced: int | None = None
         plan = read_json(folder / "plan.json") if folder else None
         if plan and plan.get("key") == key:
@@ -80,8 +80,8 @@ class Journal:
         the other questions in its batch (by 0.45 nats in the median, benchmarks/NOTES.md).
 
         Args:
-            budget: padded tokens in a batch.
-            reduced: padded tokens in one forward pass; less than ``budget`` once memory has run out.
+            budget: tokens in a batch.
+            reduced: tokens in one forward pass; less than ``budget`` once memory has run out.
         """
         self.budget, self.reduced = budget, reduced
         if self.folder and not self.is_helper:

@@ -8,6 +8,7 @@ ids     c0 c1 c2 ...              cn | a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raylora.config import Scoring
 from raylora.data.encoding import common_prefix_length, render_chat
 from raylora.errors import UserError
 from raylora.mmlu.letters import closing_mark, marks_thought, open_thought
@@ -42,7 +44,7 @@ class EncodedQuestion:
     question: Question
     context_ids: list[int]
     continuations: list[list[int]]
-    """One for each choice: " A" and so on, behind the same context."""
+    """One for each choice: " A" and so on, or its text, behind the same context."""
     num_truncated: int
     """Tokens cut from the front of a prompt that is longer than the model's context window."""
 
@@ -50,6 +52,11 @@ class EncodedQuestion:
     def single_token(self) -> bool:
         """Whether the logits at the prompt's last position score all choices: each is one token, and they differ."""
         return len({tuple(c) for c in self.continuations}) == 4 and all(len(c) == 1 for c in self.continuations)
+
+    @property
+    def num_choice_tokens(self) -> int:
+        """Tokens of the choices that run behind the prompt: all but the last of each, which is only predicted."""
+        return sum(len(continuation) - 1 for continuation in self.continuations)
 
     def __len__(self) -> int:
         return len(self.context_ids)
@@ -82,6 +89,7 @@ def encode_questions(
     prompt_style: PromptStyle,
     max_length: int,
     thinking: Thinking = "",
+    scoring: Scoring = "letters",
 ) -> list[EncodedQuestion]:
     """Encode the prompt of each question, in the order of ``questions``.
 
@@ -89,6 +97,7 @@ def encode_questions(
         shots: the few-shot examples of each subject; a subject without an entry is asked 0-shot.
         max_length: the model's context window in tokens; a longer prompt is cut at its front.
         thinking: from ``thinking_of``.
+        scoring: of ``cloze`` prompts do not show the choices, and their texts are the continuations.
 
     Raises:
         UserError: the style is ``chat``, and the tokenizer has no chat template.
@@ -100,15 +109,16 @@ def encode_questions(
     encoded: list[EncodedQuestion] = []
     for start in range(0, len(questions), ENCODED_AT_ONCE):
         batch = questions[start : start + ENCODED_AT_ONCE]
+        answers = [list(q.choices) if scoring == "cloze" else list(LETTERS) for q in batch]
         if prompt_style == "chat":
-            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, []), thinking) for q in batch]
+            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, []), thinking, scoring) for q in batch]
             with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
-            continuations = list(LETTERS)
         else:
-            contexts = [harness_prompt(q, shots.get(q.subject, [])) for q in batch]
+            prompt = cloze_prompt if scoring == "cloze" else harness_prompt
+            contexts = [prompt(q, shots.get(q.subject, [])) for q in batch]
             with_bos = True
-            continuations = [f" {letter}" for letter in LETTERS]
-        pairs = _tokenize_pairs(tokenizer, contexts, continuations, with_bos)
+            answers = [[f" {answer}" for answer in of_question] for of_question in answers]
+        pairs = _tokenize_pairs(tokenizer, contexts, answers, with_bos)
         encoded += [_split(q, *pair, max_length) for q, pair in zip(batch, pairs, strict=True)]
     return encoded
 
@@ -122,12 +132,20 @@ def harness_prompt(question: Question, shots: Sequence[Question]) -> str:
     return text + _block(question)
 
 
+def cloze_prompt(question: Question, shots: Sequence[Question]) -> str:
+    """The prompt of lm-evaluation-harness' ``mmlu_continuation``, up to ``Answer:``: the choices are not shown."""
+    text = f"The following are questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+    for shot in shots:
+        text += f"Question: {shot.question.strip()}\nAnswer: {shot.choices[shot.answer]}\n\n"
+    return f"{text}Question: {question.question.strip()}\nAnswer:"
+
+
 def _block(question: Question) -> str:
     options = "".join(f"\n{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=True))
     return f"{question.question.strip()}{options}\nAnswer:"
 
 
-def thinking_of(tokenizer: Any, prompt_style: PromptStyle, scoring: Literal["logits", "generate"]) -> Thinking:
+def thinking_of(tokenizer: Any, prompt_style: PromptStyle, scoring: Scoring) -> Thinking:
     """How a model's thinking is dealt with. A chat template that can be told so does not begin any.
 
     Where it begins a thinking part all the same, no letter can come next: log-likelihoods are asked for behind the end
@@ -147,12 +165,23 @@ def thinking_of(tokenizer: Any, prompt_style: PromptStyle, scoring: Literal["log
     return "on" if scoring == "generate" and marks_thought(template) else ""
 
 
-def chat_prompt(tokenizer: Any, question: Question, shots: Sequence[Question], thinking: Thinking = "") -> str:
+def chat_prompt(
+    tokenizer: Any,
+    question: Question,
+    shots: Sequence[Question],
+    thinking: Thinking = "",
+    scoring: Scoring = "letters",
+) -> str:
     """The conversation up to the assistant's answer: a turn pair for each solved question, then the question's turn."""
+
+    def ask(asked: Question) -> Message:
+        return Message("user", asked.question.strip() if scoring == "cloze" else _chat_question(asked))
+
     messages = []
     for shot in shots:
-        messages += [Message("user", _chat_question(shot)), Message("assistant", LETTERS[shot.answer])]
-    messages.append(Message("user", _chat_question(question)))
+        answer = shot.choices[shot.answer] if scoring == "cloze" else LETTERS[shot.answer]
+        messages += [ask(shot), Message("assistant", answer)]
+    messages.append(ask(question))
     variables = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
     prompt = render_chat(tokenizer, messages, add_generation_prompt=True, **variables)
     if thinking == "closed" and (opening := open_thought(prompt)):
@@ -166,18 +195,21 @@ def _chat_question(question: Question) -> str:
 
 
 def _tokenize_pairs(
-    tokenizer: Any, contexts: Sequence[str], continuations: Sequence[str], add_special_tokens: bool
+    tokenizer: Any, contexts: Sequence[str], continuations: Sequence[Sequence[str]], add_special_tokens: bool
 ) -> list[tuple[int, list[list[int]]]]:
-    """For each context the number of tokens it has alone, and the ids of it with each continuation behind it.
+    """For each context the number of tokens it has alone, and the ids of it with each of its continuations behind it.
 
     As in lm-evaluation-harness, both are tokenized as one string, which is cut at the number of tokens that the context
     has alone. White space at the context's end goes to the continuation, since tokenizers join it with the next word.
     """
     alone = [context.rstrip() for context in contexts]
-    whole = [context + continuation for context in contexts for continuation in continuations]
+    whole = [context + c for context, own in zip(contexts, continuations, strict=True) for c in own]
     ids = _token_ids(tokenizer, alone + whole, add_special_tokens)
-    n, of_whole = len(continuations), ids[len(alone) :]
-    return [(len(own), of_whole[i * n : (i + 1) * n]) for i, own in enumerate(ids[: len(alone)])]
+    of_whole = iter(ids[len(alone) :])
+    return [
+        (len(of_context), list(itertools.islice(of_whole, len(own))))
+        for of_context, own in zip(ids, continuations, strict=False)
+    ]
 
 
 def _token_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

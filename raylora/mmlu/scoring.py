@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from raylora.config import ClozePer, Scoring
 from raylora.errors import one_line
 from raylora.mmlu.batches import Part, batches_of, divide, in_turn
 from raylora.mmlu.choices import Asked, Asker, Read, asker_of
+from raylora.mmlu.cloze import columns_of
 from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.mmlu.questions import LETTERS
@@ -47,21 +49,23 @@ _INFO_KEY = b"raylora"
 def evaluate(
     loaded: LoadedModel,
     encoded: Sequence[EncodedQuestion],
-    scoring: Literal["logits", "generate"] = "logits",
+    scoring: Scoring = "letters",
     token_budget: int | None = None,
     progress: ProgressCallback = ignore_progress,
     journal: Journal | None = None,
     thinking: Thinking = "",
+    cloze_per: ClozePer = "character",
 ) -> Score:
     """Evaluate the model, with the adapter that is active in it, on every question.
 
     Args:
-        scoring: ``logits``: the choice of the highest log-likelihood; ``generate``: the choice that a generated text
-            names.
+        scoring: ``letters``: the choice whose letter is likeliest; ``cloze``: that whose text is; ``generate``: that
+            which a generated text names.
         token_budget: tokens in a batch; None: 512 on a CPU, what the free memory holds on a GPU.
         journal: where answers are kept as they come; questions it has answers to are not asked again. The caller
             removes it.
         thinking: what the questions were encoded with.
+        cloze_per: what the log-likelihood of a choice's text is divided by.
 
     Returns:
         A row a question, in the order of ``encoded``; ``info`` has the settings, times and counts of the evaluation.
@@ -71,17 +75,18 @@ def evaluate(
     """
     journal = journal or Journal(None, "")
     started, num_resumed = time.perf_counter(), len(journal.answers)
-    evaluation = answer(loaded, encoded, journal, scoring, token_budget, progress, thinking)
+    evaluation = answer(loaded, encoded, journal, scoring, token_budget, progress, thinking, cloze_per)
     seconds = time.perf_counter() - started
-    rows = [_row(encoded[i], journal.answers[i], written=scoring == "generate") for i in range(len(encoded))]
+    rows = [_row(encoded[i], journal.answers[i], scoring) for i in range(len(encoded))]
     with_prefix = [part for part in evaluation.parts if part.prefix_length]
     info = {
         "scoring": scoring,
         "thinking": thinking,
+        **({"cloze_per": cloze_per} if scoring == "cloze" else {}),
         "mmlu_seconds": seconds,
         "questions_per_second": (len(rows) - num_resumed) / seconds,
         "num_resumed": num_resumed,
-        "num_tokens": sum(len(e) for e in encoded),
+        "num_tokens": sum(len(e) + (e.num_choice_tokens if scoring == "cloze" else 0) for e in encoded),
         "num_tokens_spared": sum(p.prefix_length * (len(p.indices) - 1) for p in with_prefix),
         "num_shared_prefixes": len(with_prefix),
         "no_prefix_because": evaluation.no_prefix,
@@ -107,10 +112,11 @@ def answer(
     loaded: LoadedModel,
     encoded: Sequence[EncodedQuestion],
     journal: Journal,
-    scoring: Literal["logits", "generate"] = "logits",
+    scoring: Scoring = "letters",
     token_budget: int | None = None,
     progress: ProgressCallback = ignore_progress,
     thinking: Thinking = "",
+    cloze_per: ClozePer = "character",
 ) -> _Evaluation:
     """Answer the questions that the journal has no answer to, and add the answers to it.
 
@@ -120,7 +126,7 @@ def answer(
         torch.OutOfMemoryError: a single question does not fit (MemoryError or RuntimeError on a CPU).
     """
     asked = [Asked(question, loaded.serving) for question in encoded]
-    return _answer(loaded, asked, [loaded.serving], journal, scoring, token_budget, progress, thinking)
+    return _answer(loaded, asked, [loaded.serving], journal, scoring, token_budget, progress, thinking, cloze_per)
 
 
 def answer_together(
@@ -144,7 +150,7 @@ def answer_together(
     pairs = [(i, name) for i in range(len(encoded)) for name in adapters]
     asked = [Asked(encoded[i], name) for i, name in pairs]
     journal = Journal(None, "")
-    evaluation = _answer(loaded, asked, adapters, journal, "logits", token_budget, ignore_progress, "")
+    evaluation = _answer(loaded, asked, adapters, journal, "letters", token_budget, ignore_progress)
     found: dict[str | None, dict[int, Answer]] = {name: {} for name in adapters}
     for number, (i, name) in enumerate(pairs):
         found[name][i] = journal.answers[number]
@@ -156,14 +162,15 @@ def _answer(
     asked: Sequence[Asked],
     adapters: Sequence[str | None],
     journal: Journal,
-    scoring: Literal["logits", "generate"],
+    scoring: Scoring,
     token_budget: int | None,
     progress: ProgressCallback,
-    thinking: Thinking,
+    thinking: Thinking = "",
+    cloze_per: ClozePer = "character",
 ) -> _Evaluation:
     encoded = [a.question for a in asked]
     with _for_questions(loaded):
-        asker = asker_of(loaded, encoded, adapters, scoring, thinking)
+        asker = asker_of(loaded, encoded, adapters, scoring, thinking, cloze_per)
         # Batches are always cut to the first budget: processes that share a journal, and a run that continues one, must
         # agree on them. Where memory runs out, a batch is asked in pieces of the reduced budget.
         cut = journal.budget or token_budget or find_token_budget(loaded, asker, asked)
@@ -224,9 +231,9 @@ def _why_no_prefix(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], pa
     part = next((part for part in parts if part.prefix_length), None)
     if part is None:
         return ""
-    question = [asked[part.indices[-1]]]
+    question = asked[part.indices[-1]]
     try:
-        (shared,), (alone,) = asker.ask(question, part.prefix_length)(), asker.ask(question)()
+        shared, alone = _ask_one(asker, question, part.prefix_length), _ask_one(asker, question)
     except REFUSALS as error:
         if is_out_of_memory(error):
             raise
@@ -236,6 +243,18 @@ def _why_no_prefix(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked], pa
     tolerance = 1e-3 if is_exact(loaded.model) else 0.5
     agrees = np.abs(np.subtract(shared.logprobs, alone.logprobs)).max() < tolerance
     return "" if agrees else "the model answers differently behind a shared prefix"
+
+
+def _ask_one(asker: Asker, asked: Asked, prefix_length: int = 0) -> Answer:
+    """Ask one question and wait for the answer; again, where memory runs out and something can be done without.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit (MemoryError or RuntimeError on a CPU).
+    """
+    budget, found = TokenBudget(asker.width(asked.question)), None
+    while found is None:
+        found = budget.attempt(lambda: asker.ask([asked], prefix_length)(), asker.make_room)
+    return found[0]
 
 
 def find_token_budget(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked]) -> int:
@@ -248,12 +267,13 @@ def find_token_budget(loaded: LoadedModel, asker: Asker, asked: Sequence[Asked])
     device = loaded.device
     if device.type != "cuda" or not asked:
         return CPU_TOKEN_BUDGET
-    longest = max(asked, key=lambda a: len(a.question))
-    torch.cuda.reset_peak_memory_stats(device)
-    bytes_before = torch.cuda.memory_allocated(device)
-    with asker.ready():
-        asker.ask([longest])()
-    bytes_a_token = (torch.cuda.max_memory_allocated(device) - bytes_before) / asker.width(longest.question)
+    longest = max(asked, key=lambda a: asker.width(a.question))
+    with asker.ready():  # the weights of adapters are no token's
+        torch.cuda.reset_peak_memory_stats(device)
+        bytes_before = torch.cuda.memory_allocated(device)
+        _ask_one(asker, longest)
+        bytes_taken = torch.cuda.max_memory_allocated(device) - bytes_before
+    bytes_a_token = bytes_taken / asker.width(longest.question)
     captured = capture_of(loaded) is not None
     return 1 << (tokens_that_fit(bytes_a_token, free_gpu_bytes(device), captured).bit_length() - 1)
 
@@ -265,8 +285,8 @@ def _for_questions(loaded: LoadedModel) -> Iterator[None]:
         yield
 
 
-def _row(encoded: EncodedQuestion, answer: Answer, written: bool) -> dict[str, Any]:
-    """A question's row of ``Score.questions``; with its text where the answer was ``written``."""
+def _row(encoded: EncodedQuestion, answer: Answer, scoring: Scoring) -> dict[str, Any]:
+    """A question's row of ``Score.questions``; with its text where the answer was written, and cloze's lengths."""
     question, prediction = encoded.question, answer.prediction
     return {
         "subject": question.subject,
@@ -276,7 +296,8 @@ def _row(encoded: EncodedQuestion, answer: Answer, written: bool) -> dict[str, A
         "prediction": "" if prediction is None else LETTERS[prediction],
         **{f"logprob_{letter.lower()}": value for letter, value in zip(LETTERS, answer.logprobs, strict=True)},
         "correct": prediction == question.answer,
-        **({"text": answer.text} if written else {}),
+        **({"text": answer.text} if scoring == "generate" else {}),
+        **(columns_of(encoded) if scoring == "cloze" else {}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from raylora.mmlu.cloze import accuracies
 from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, mean_change, verdicts
 from raylora.mmlu.probabilities import LETTER_SCORINGS, question_probabilities
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
@@ -40,12 +41,14 @@ def summarize(score: Score) -> dict[str, Any]:
     Where all answers are right, or all wrong, a standard error is None: nothing says how far the accuracy may be off.
 
     Returns:
-        ``overall_accuracy``, ``overall_stderr``, ``total_questions``, ``correct_questions``, ``macro_accuracy``,
-        ``balanced_accuracy``, ``prediction_share_a`` to ``_d`` (of all questions, how many were answered with the
-        letter, 0 to 1), ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None without
-        log-likelihoods (``probabilities.question_probabilities``), ``groups`` and ``subjects`` (by name: ``accuracy``,
-        ``stderr``, ``num_questions``), ``num_unparsed`` (generated answers that name no letter) and ``num_truncated``
-        (prompts cut to fit the context window).
+        ``overall_accuracy``, ``overall_stderr``, ``overall_stderr_clustered`` (see ``clustered_stderr``),
+        ``total_questions``, ``correct_questions``, ``macro_accuracy``, ``balanced_accuracy``, ``prediction_share_a`` to
+        ``_d`` (of all questions, how many were answered with the letter, 0 to 1), ``correct_probability`` (mean over
+        questions, 0 to 1) and ``brier`` (0 to 2), both None without log-likelihoods
+        (``probabilities.question_probabilities``), ``groups`` and ``subjects`` (by name: ``accuracy``, ``stderr``,
+        ``num_questions``), ``accuracy_per_choice``, ``_character``, ``_byte`` and ``_token`` (of cloze alone),
+        ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the context
+        window).
     """
     table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
@@ -55,6 +58,7 @@ def summarize(score: Score) -> dict[str, Any]:
     return {
         "overall_accuracy": overall["accuracy"],
         "overall_stderr": overall["stderr"],
+        "overall_stderr_clustered": clustered_stderr(table["correct"], table["subject"]),
         "total_questions": score.total_questions,
         "correct_questions": score.correct_questions,
         "macro_accuracy": float(np.mean([s["accuracy"] for s in subjects.values()])),
@@ -69,6 +73,7 @@ def summarize(score: Score) -> dict[str, Any]:
             for name in SUBJECT_GROUP_NAMES
         },
         "subjects": subjects,
+        **accuracies(score.questions),
         "num_unparsed": int((table["prediction"] == "").sum()),
         "num_truncated": score.info.get("num_truncated", 0),
     }
@@ -77,6 +82,27 @@ def summarize(score: Score) -> dict[str, Any]:
 def _mean_or_none(values: pd.Series[float]) -> float | None:
     """None where a value is missing, or all are."""
     return float(values.mean()) if len(values) and values.notna().all() else None
+
+
+def clustered_stderr(correct: pd.Series[bool], subjects: pd.Series[str]) -> float | None:
+    """The standard error of an accuracy for other questions like these, of other subjects like these.
+
+    Questions of a subject are right or wrong together, so they say less than as many independent ones. It adds their
+    products within subjects (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, equation 4). With few
+    subjects it is uncertain, and too small on average: of G, by about the root of (G - 1) / G.
+
+    Args:
+        correct, subjects: of each question, (N,).
+
+    Returns:
+        0 to 1; None with fewer than two subjects, and where all answers are right, or all wrong.
+    """
+    num, errors = len(correct), correct - correct.mean()
+    squares = float((errors**2).sum())
+    if subjects.nunique() < 2 or correct.nunique() < 2:
+        return None
+    products = float((errors.groupby(subjects).sum() ** 2).sum()) - squares
+    return math.sqrt(squares / (num * (num - 1)) + products / num**2)
 
 
 def _accuracy(correct: pd.Series[bool]) -> dict[str, Any]:

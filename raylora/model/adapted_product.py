@@ -48,6 +48,10 @@ class PassRows:
             names += ["adapter_ends", "group_ends"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def with_ends_of(self, other: PassRows) -> PassRows:
+        """The same with the ends of another one, which lie on the device that they lie on there."""
+        return replace(self, adapter_ends=other.adapter_ends, group_ends=other.group_ends)
+
     def mask(self, module: int, width: int) -> torch.Tensor:
         """uint8 (T, width): 0 where dropout drops a number of a module's input, else 1."""
         assert self.slices is not None

@@ -53,13 +53,16 @@ class Span:
     """Whose gradient the example adds to."""
 
 
-def check_may_share(loaded: LoadedModel, names: Sequence[str]) -> None:
+def check_may_share(loaded: LoadedModel, names: Sequence[str], num_sharing: int | None = None) -> None:
     """Check that these adapters, which are attached, can share a pass.
+
+    Args:
+        num_sharing: how many share it, if the base does, too; else as many as there are names.
 
     Raises:
         UserError: there are several, and some adapted modules are not linear.
     """
-    if len(names) > 1 and any(not _is_linear(module) for module in _adapted(loaded, names)):
+    if (num_sharing or len(names)) > 1 and any(not _is_linear(module) for module in _adapted(loaded, names)):
         text = "--target-modules: adapters of modules other than linear ones cannot share a pass"
         raise UserError(text, kind=ErrorKind.TARGET_MODULES)
 
@@ -136,8 +139,7 @@ class AdapterProducts:
         adapted = _adapted(self._loaded, names)
         linear = [module for module in adapted if _is_linear(module)]
         ranks = [pair[0].shape[0] for m in linear for name in names if (pair := _parameters(m, name))]
-        on_gpu = self._loaded.device.type == "cuda"
-        self._dtype = compute_dtype(self._loaded.device) if on_gpu else torch.float32
+        self._dtype = compute_dtype(self._loaded.device) if self.num_groups else self._loaded.forward_dtype
         self._largest_rank = max(ranks, default=0)
         rank = self._fitting_rank()
         is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]

@@ -69,7 +69,7 @@ class LoadedModel:
 
     @property
     def feature_token_budget(self) -> int:
-        """Padded tokens in a minibatch whose features are measured."""
+        """Tokens in a minibatch whose features are measured."""
         return memory.GPU_FEATURE_TOKENS if self.device.type == "cuda" else memory.CPU_TOKEN_BUDGET
 
     @property
@@ -310,6 +310,20 @@ class LoadedModel:
         if self.device.type != "cuda":
             return contextlib.nullcontext()
         return torch.autocast("cuda", dtype=compute_dtype(self.device))
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """What products are in where there is no training: float32 on a CPU, on a GPU the model's own dtype.
+
+        A caller's model may be float32 there: its answers are then those of lm-evaluation-harness to 1e-3.
+        """
+        return self.model.dtype if self.device.type == "cuda" else torch.float32
+
+    def forward_autocast(self) -> contextlib.AbstractContextManager[None]:
+        """``autocast`` for passes of which there is no training, to ``forward_dtype``."""
+        if self.forward_dtype not in {torch.bfloat16, torch.float16}:
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", dtype=self.forward_dtype)
 
     def relative_weight_update(self, name: str = "default") -> float:
         """Mean over the adapted modules of ||(alpha / r) B A|| / ||W||: Frobenius norms, W the frozen weight."""

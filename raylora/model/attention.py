@@ -16,11 +16,11 @@ FlashDecoding does, Dao et al. 2023): no key is copied.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raylora.data.minibatch import Blocks
+from raylora.model.kept_keys import Behind, KeptKeys, Within
 
 try:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -40,65 +41,9 @@ BLOCKS = "raylora_blocks"
 """The name of this attention in transformers' registry."""
 REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
 """What a model may raise that cannot be run in another way than its own code expects."""
+MOST_SCORES = 2**26
+"""Scores that are in memory at once where plain products make them: 256 MB in float32."""
 Varlen = Callable[..., Any]
-
-
-class KeptKeys:
-    """Keys and values (1, heads, P, D) of the tokens of prefixes, P in all, of each of a model's attention modules.
-
-    Args:
-        capacity: at least P. Keys and values then lie in tensors of this length, the same ones for each new prefix, as
-            captured passes need them; None: where the prefix's own pass put them.
-    """
-
-    def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity
-        self._of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._is_new: set[int] = set()
-
-    def begin(self) -> None:
-        """Expect the keys of other prefixes."""
-        self._is_new = set()
-
-    def put(self, module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep a module's keys and values.
-
-        Raises:
-            ValueError: it has put some already: layers share the module.
-        """
-        if id(module) in self._is_new:
-            raise ValueError("layers of this model share an attention module")
-        self._is_new.add(id(module))
-        if self.capacity is None:
-            self._of[id(module)] = key, value
-            return
-        if id(module) not in self._of:
-            shapes = ((*t.shape[:2], self.capacity, t.shape[3]) for t in (key, value))
-            first, second = (key.new_zeros(shape) for shape in shapes)
-            self._of[id(module)] = first, second
-        for mine, new in zip(self._of[id(module)], (key, value), strict=True):
-            mine[:, :, : new.shape[2]] = new
-
-    def of(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A module's keys and values."""
-        return self._of[id(module)]
-
-
-@dataclass(frozen=True)
-class Behind:
-    """Which prefix each row of a packed pass stands behind: G prefixes, none empty, the rows of each side by side."""
-
-    keys: KeptKeys
-    prefix_ends: torch.Tensor
-    """int32 (G + 1,): 0, then where each prefix ends among the tokens that are kept."""
-    row_ends: torch.Tensor
-    """int32 (G + 1,): 0, then where the rows behind each prefix end."""
-    longest: int
-    """Tokens that no prefix has more of."""
-    longest_text: int
-    """Tokens that no row has more of, its prefix counted with it."""
-    prefixes: tuple[tuple[int, int], ...] | None
-    """Start and end, among the tokens that are kept, of the prefix of each row; None where only the device knows it."""
 
 
 def attend_in_blocks(
@@ -111,6 +56,7 @@ def attend_in_blocks(
     blocks: Blocks | None = None,
     keep: KeptKeys | None = None,
     behind: Behind | None = None,
+    within: Within | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -121,6 +67,7 @@ def attend_in_blocks(
         blocks: of T tokens in all.
         keep: where keys and values are kept, of rows that others will stand behind.
         behind: the prefixes that the blocks stand behind.
+        within: the blocks of this pass that others of it stand behind.
         sliding_window: how many tokens, itself included, a token attends to at most.
 
     Returns:
@@ -133,10 +80,19 @@ def attend_in_blocks(
         raise ValueError("this model's attention cannot be run in blocks")
     if keep is not None:
         keep.put(module, key, value)
-    if behind is not None and sliding_window is not None and behind.longest_text <= sliding_window:
+    longest = max((texts.longest_text for texts in (behind, within) if texts is not None), default=0)
+    if sliding_window is not None and 0 < longest <= sliding_window:
         sliding_window = None  # no window ends within a text
-    if _is_flash(query, value) and not kwargs.get("dropout") and (behind is None or sliding_window is None):
-        return attend_at_once(varlen_attn, module, query, key, value, blocks, behind, sliding_window, kwargs), None
+    is_plain = behind is None and within is None
+    if sliding_window is None or (is_plain and _knows(varlen_attn, "window_size")):
+        is_at_once = _is_flash(query, value) and not kwargs.get("dropout")
+    else:
+        is_at_once = False
+    if is_at_once:
+        given = module, query, key, value, blocks, behind, within, sliding_window, kwargs
+        return attend_at_once(varlen_attn, *given), None
+    if within is not None and (blocks.lengths is None or sliding_window is not None):
+        raise ValueError("texts behind others of a pass have no sliding window, and are not captured")
     if blocks.lengths is None:
         return _attend_by_mask(module, query, key, value, blocks, behind, sliding_window, kwargs), None
     lengths = list(blocks.lengths)
@@ -144,11 +100,12 @@ def attend_in_blocks(
         raise ValueError("this model's attention does not get all tokens of a row")
     parts = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
     kwargs["is_causal"] = True
-    if behind is None:
+    if is_plain:
         outputs = [_attend_causally(module, q, k, v, sliding_window, kwargs) for q, k, v in parts]
     elif sliding_window is None:
-        return _attend_behind(module, query, parts, behind, kwargs.get("scaling")), None
+        return _attend_behind(module, query, key, value, parts, behind, within, kwargs.get("scaling")), None
     else:
+        assert behind is not None
         outputs = []
         kept = behind.keys.of(module)
         for (start, end), (q, *own) in zip(behind.prefixes or (), parts, strict=True):
@@ -172,13 +129,28 @@ def _attend_causally(
 # Of a GPU: all blocks in one call
 
 
-def _is_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's attention of packed rows takes these: flash attention, of half precision, from Ampere on."""
-    if varlen_attn is None or not query.is_cuda or query.element_size() != 2:
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's attention of packed rows runs there: flash attention, of half precision, from Ampere on."""
+    if varlen_attn is None or device.type != "cuda" or dtype.itemsize != 2:
         return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's attention of packed rows takes these."""
     width = query.shape[-1]
     fits = width == value.shape[-1] and width % 8 == 0 and width <= 256
-    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return fits and has_flash(query.device, query.dtype)
+
+
+@functools.cache
+def _parameters_of(varlen: Varlen) -> frozenset[str]:
+    return frozenset(inspect.signature(varlen).parameters)
+
+
+def _knows(varlen: Varlen | None, option: str) -> bool:
+    """Whether this version of torch's attention of packed rows has a parameter."""
+    return varlen is not None and option in _parameters_of(varlen)
 
 
 def attend_at_once(
@@ -189,6 +161,7 @@ def attend_at_once(
     value: torch.Tensor,
     blocks: Blocks,
     behind: Behind | None,
+    within: Within | None,
     sliding_window: int | None,
     kwargs: Mapping[str, Any],
 ) -> torch.Tensor:
@@ -205,12 +178,19 @@ def attend_at_once(
     # Tokens before and behind, itself not counted; -1: all.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     ends = (blocks.ends, blocks.ends, blocks.longest, blocks.longest)
-    own, of_own = _varlen(varlen, query, key, value, ends, window, scale, behind is not None)
-    if behind is None:
-        return own
-    ends = (behind.row_ends, behind.prefix_ends, query.shape[2], behind.longest)
-    before, of_before = _varlen(varlen, query, *behind.keys.of(module), ends, (-1, -1), scale, True)
-    return _join(own, of_own.t()[None], before, of_before.t()[None])
+    own = _varlen(varlen, query, key, value, ends, window, scale, behind is not None or within is not None)
+    before = texts = None
+    # From here on some rows may be empty. Where no row has more than one token, torch's kernel takes each to have one:
+    # hence 2.
+    if behind is not None:
+        ends = (behind.row_ends, behind.prefix_ends, max(2, query.shape[2]), behind.longest)
+        before = _varlen(varlen, query, *behind.keys.of(module), ends, (-1, -1), scale, True)
+    if within is not None:
+        start = within.start
+        ends = (within.branch_ends, within.text_ends, max(2, query.shape[2] - start), within.longest)
+        given = query[:, :, start:], key[:, :, :start], value[:, :, :start]
+        texts = _varlen(varlen, *given, ends, (-1, -1), scale, True)
+    return _put_together(own, before, texts, within)
 
 
 def _varlen(
@@ -223,9 +203,11 @@ def _varlen(
     scale: float | None,
     with_sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call: (1, T, heads, D), and the logarithms (heads, T) of the sums; without ``with_sums`` none."""
-    known = inspect.signature(varlen).parameters
+    """One call: (1, heads, T, D), and the logarithms (1, heads, T) of the sums; without ``with_sums`` none."""
+    known = _parameters_of(varlen)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    of_queries, of_keys, *longest = ends
+    ends_there = of_queries.to(q.device), of_keys.to(q.device)  # another, where a model lies on several
     options: dict[str, Any] = {"scale": scale} if "scale" in known else {}
     if "window_size" in known:
         options["window_size"] = window
@@ -241,20 +223,34 @@ def _varlen(
     if scale is not None and "scale" not in known:
         q = q * (scale * math.sqrt(q.shape[-1]))  # it divides by the root
     if not with_sums:
-        output: torch.Tensor = varlen(q, k, v, *ends, **options)
-        return output[None], output.new_empty(0)
-    output, sums = varlen(q, k, v, *ends, return_aux=AuxRequest(lse=True), **options)
+        output = varlen(q, k, v, *ends_there, *longest, **options)
+        return output.transpose(0, 1)[None], output.new_empty(0)
+    output, sums = varlen(q, k, v, *ends_there, *longest, return_aux=AuxRequest(lse=True), **options)
     # torch 2.13 says (T, heads) in its documentation and returns (heads, T), as its kernels do.
-    return output[None], sums if sums.shape[0] == q.shape[1] else sums.t()
+    return output.transpose(0, 1)[None], (sums if sums.shape[0] == q.shape[1] else sums.t())[None]
 
 
-def _join(a: torch.Tensor, of_a: torch.Tensor, b: torch.Tensor, of_b: torch.Tensor) -> torch.Tensor:
-    """Attention to two sets of keys, (..., T, D) each, as attention to both.
+def _put_together(
+    own: tuple[torch.Tensor, torch.Tensor],
+    before: tuple[torch.Tensor, torch.Tensor] | None,
+    texts: tuple[torch.Tensor, torch.Tensor] | None,
+    within: Within | None,
+) -> torch.Tensor:
+    """Attention to a row's own tokens, to its prefix, and of branches to their text, as one: (1, T, heads, D)."""
+    output, sums = own if before is None else _join(own, before)
+    if texts is not None and within is not None:
+        joined, _ = _join((output[:, :, within.start :], sums[..., within.start :]), texts)
+        output = torch.cat([output[:, :, : within.start], joined], 2)
+    return output.transpose(1, 2)
 
-    Args:
-        of_a: (..., T): the logarithm of the sum of the exponentials of a's scores.
-    """
-    return torch.lerp(b, a, torch.sigmoid(of_a - of_b)[..., None].to(a.dtype))
+
+def _join(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to two sets of keys as attention to both: (..., T, D), and logarithms of sums, (..., T), each."""
+    (of_a, sums_a), (of_b, sums_b) = a, b
+    weights = torch.sigmoid(sums_a - sums_b)[..., None].to(of_a.dtype)
+    return torch.lerp(of_b, of_a, weights), torch.logaddexp(sums_a, sums_b)
 
 
 # Of a captured pass without flash attention: one attention over the whole row
@@ -270,12 +266,12 @@ def _attend_by_mask(
     window: int | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    mask = _blocks_mask(blocks.ends, query.shape[2], window)
+    mask = _blocks_mask(blocks.ends.to(query.device), query.shape[2], window)
     if behind is not None:
         if window is not None:
             raise ValueError("a captured pass has no sliding windows behind a prefix")
         kept = behind.keys.of(module)
-        mask = torch.cat([_prefix_mask(behind, kept[0].shape[2], query.shape[2]), mask], 3)
+        mask = torch.cat([_prefix_mask(behind, kept[0].shape[2], query.shape[2]).to(query.device), mask], 3)
         key, value = (torch.cat(pair, 2) for pair in zip(kept, (key, value), strict=True))
     # Another block counts 0 times. That would be NaN where it holds one, as those of an adapter that diverged do.
     finite = [_finite(t) for t in (query, key, value)]
@@ -325,8 +321,11 @@ def _window_mask(num_tokens: int, window: int, device: torch.device) -> torch.Te
 def _attend_behind(
     module: Any,
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     parts: Sequence[tuple[torch.Tensor, ...]],
-    behind: Behind,
+    behind: Behind | None,
+    within: Within | None,
     scale: float | None,
 ) -> torch.Tensor:
     """Rows side by side behind the same prefix attend to it together: (1, T, heads, D).
@@ -334,16 +333,32 @@ def _attend_behind(
     Args:
         parts: query, key and value of each row.
     """
-    own = [_with_sums(q, k, v, scale, is_causal=True) for q, k, v in parts]
-    keys, values = behind.keys.of(module)
-    before, start = [], 0
-    for (first, last), rows in itertools.groupby(zip(behind.prefixes or (), parts, strict=True), lambda pair: pair[0]):
-        end = start + sum(q.shape[2] for _, (q, *_) in rows)
-        prefix = keys[:, :, first:last], values[:, :, first:last]
-        before.append(_with_sums(query[:, :, start:end], *prefix, scale, is_causal=False))
-        start = end
-    outputs = _join(*(torch.cat([pair[i] for pair in pairs], 2) for pairs in (own, before) for i in (0, 1)))
-    return outputs.transpose(1, 2)
+    own = _cat([_with_sums(q, k, v, scale, is_causal=True) for q, k, v in parts])
+    before = texts = None
+    if behind is not None:
+        keys, values = behind.keys.of(module)
+        found, start = [], 0
+        pairs = zip(behind.prefixes or (), parts, strict=True)
+        for (first, last), rows in itertools.groupby(pairs, lambda pair: pair[0]):
+            end = start + sum(q.shape[2] for _, (q, *_) in rows)
+            prefix = keys[:, :, first:last], values[:, :, first:last]
+            found.append(_with_sums(query[:, :, start:end], *prefix, scale, is_causal=False))
+            start = end
+        before = _cat(found)
+    if within is not None:
+        branches = query[:, :, within.start :]
+        texts = _cat(
+            [
+                _with_sums(branches[:, :, c:d], key[:, :, a:b], value[:, :, a:b], scale, is_causal=False)
+                for a, b, c, d in within.spans
+            ]
+        )
+    return _put_together(own, before, texts, within)
+
+
+def _cat(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of rows one after another, and their sums."""
+    return torch.cat([output for output, _ in pairs], 2), torch.cat([sums for _, sums in pairs], 2)
 
 
 def _with_sums(
@@ -358,12 +373,26 @@ def _with_sums(
     if FLASH_ON_CPU is not None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         output, sums = FLASH_ON_CPU(q, k, v, is_causal=is_causal, scale=scale)
     else:
-        scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            scores.masked_fill_(~_window_mask(k.shape[2], k.shape[2], q.device), -math.inf)
-        sums = scores.logsumexp(-1)
-        output = (scores - sums[..., None]).exp().to(v.dtype) @ v
+        output, sums = _plainly(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, is_causal)
     return output.reshape(*shape[:3], v.shape[-1]), sums.reshape(shape[:3])
+
+
+def _plainly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_with_sums`` of as many heads of keys as of queries, some tokens at a time."""
+    outputs, sums = [], []
+    step = max(1, MOST_SCORES // (q.shape[1] * k.shape[2]))
+    places = torch.arange(k.shape[2], device=q.device)
+    with torch.autocast(q.device.type, enabled=False):  # it would lower float32
+        for start, part in zip(itertools.count(0, step), q.split(step, 2), strict=False):
+            # Scaled first: in float16 the products of some models, as Qwen2's, are infinite without.
+            scores = (part * scale @ k.transpose(2, 3)).float()
+            if is_causal:
+                scores.masked_fill_(places > places[start : start + step, None], -math.inf)
+            sums.append(scores.logsumexp(-1))
+            outputs.append(scores.sub_(sums[-1][..., None]).exp_().to(v.dtype) @ v)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
 # Without an entry in AttentionMaskInterface: transformers then makes no mask. With one it would look for packed rows in

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +29,13 @@ from raylora.data.minibatch import Blocks, Minibatch, pack_rows
 from raylora.model.adapted_product import PassRows
 from raylora.model.adapter_products import AdapterProducts, Span, check_may_share
 from raylora.model.adapters import LoadedModel
-from raylora.model.attention import Behind, KeptKeys, attention_in_blocks
+from raylora.model.attention import attention_in_blocks
 from raylora.model.fetching import Fetched
-from raylora.model.forward import at_output_head
+from raylora.model.forward import at_output_head, token_losses
 from raylora.model.graphs import LONGEST_BLOCKS, TOKENS_A_BLOCK, Capture, GraphedPasses, TensorRecord, fixed_size
+from raylora.model.kept_keys import Behind, KeptKeys, Within
 from raylora.model.memory import GPU_TOKEN_BUDGET
+from raylora.model.packing import window_of
 
 CANDIDATES = 4
 """Of each row, the choices of a question."""
@@ -51,6 +53,15 @@ class Row:
     """Tokens that may stand behind it, ``CANDIDATES`` of them."""
     slot: int = 0
     """Of its adapter."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A row of token ids, and texts of which each may stand behind it."""
+
+    ids: Sequence[int]
+    """Without those of the prefix."""
+    texts: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,19 @@ class CandidateInputs(TensorRecord):
         moved = super().to(device)
         if self.rows is None or moved.rows is None or not self.rows.by_group:
             return moved
-        rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
-        return replace(moved, rows=rows)
+        return replace(moved, rows=moved.rows.with_ends_of(self.rows))
+
+
+@dataclass(frozen=True)
+class BranchInputs(TensorRecord):
+    """Tensors of a pass of rows and their texts."""
+
+    batch: Minibatch
+    rows: PassRows | None
+    behind: Behind | None
+    within: Within | None
+    texts: torch.Tensor
+    """int64 (N,): whose token each label is."""
 
 
 class Pending:
@@ -118,7 +140,7 @@ class CandidatePasses:
     def __init__(self, loaded: LoadedModel, num_slots: int, capture: Capture | None) -> None:
         self._loaded, self._pad = loaded, pad_token_of(loaded.tokenizer)
         self._products = AdapterProducts(loaded, num_slots, 0) if num_slots else None
-        self._num_slots = max(1, num_slots)
+        self._num_slots, self._window = max(1, num_slots), window_of(loaded.model)
         self._keys = KeptKeys()
         self._prefix: Sequence[int] = ()
         self._is_packed = True
@@ -148,7 +170,7 @@ class CandidatePasses:
         self._make_room(longest_prefix)
         with contextlib.ExitStack() as stack:
             if self._products is not None:
-                check_may_share(self._loaded, adapters)
+                check_may_share(self._loaded, adapters, self._num_slots)
                 if self._products.hold(adapters):
                     self.graphed.forget()
                 self._products.begin()
@@ -156,11 +178,13 @@ class CandidatePasses:
             if packed:
                 stack.enter_context(attention_in_blocks(self._loaded.model))
             yield
-        if self._keys.capacity is None:
+        if not self.graphed.holds_any:  # no captured pass reads them
             self._keys = KeptKeys()
 
     def _make_room(self, longest_prefix: int) -> None:
         """Have room for the keys of a prefix of each slot: of a fixed size, where captured passes read them."""
+        if not self.graphed.are_wanted:
+            self._keys = KeptKeys()
         if not longest_prefix or not self.graphed.are_wanted:
             return
         capacity = fixed_size(longest_prefix * self._num_slots)
@@ -192,6 +216,63 @@ class CandidatePasses:
         self.graphed.run(inputs, self._loaded.device, size)
         return Pending(self._out[: len(rows)].clone(), order)
 
+    def run_branches(self, rows: Sequence[Branches], prefix: Sequence[int] = ()) -> Fetched:
+        """Run rows and, behind each, its texts, which share its keys and values: packed rows of one adapter.
+
+        Returns:
+            float64, (texts of all rows,): the log-likelihood of each text behind its row, in nats.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit (MemoryError or RuntimeError on a CPU).
+        """
+        if prefix and prefix != self._prefix:
+            self._run_prefix(prefix)
+        inputs = self._branched(rows, len(prefix)).to(self._loaded.device)
+        return Fetched(_sums_of_texts(self._loaded, self._products, inputs, sum(len(row.texts) for row in rows)))
+
+    def _branched(self, rows: Sequence[Branches], num_before: int) -> BranchInputs:
+        """A packed pass on the host: all rows, then the texts of each, whose last tokens predict none and are left out.
+
+        Args:
+            num_before: tokens of the prefix.
+        """
+        contexts = [row.ids for row in rows]
+        texts = [(k, text) for k, row in enumerate(rows) for text in row.texts]
+        fed = [(k, text[:-1]) for k, text in texts]
+        blocks = [*contexts, *(text for _, text in fed if text)]
+        starts = [num_before] * len(rows) + [num_before + len(contexts[k]) for k, text in fed if text]
+        text_ends = [0, *itertools.accumulate(map(len, contexts))]
+        of_row, predicting, first = [0] * len(rows), [], text_ends[-1]
+        for k, text in fed:
+            of_row[k] += len(text)
+            predicting += [text_ends[k + 1] - 1, *range(first, first + len(text))]
+            first += len(text)
+        batch = replace(
+            pack_rows(blocks, "cpu", starts=starts),
+            targets=torch.tensor([token for _, text in texts for token in text]),
+            predicting=torch.tensor(predicting),
+        )
+        num_tokens = batch.input_ids.shape[1]
+        longest_text = num_before + max(len(row.ids) + max(map(len, row.texts)) for row in rows)
+        branch_ends = [0, *itertools.accumulate(of_row)]
+        spans = zip(*(itertools.pairwise(ends) for ends in (text_ends, branch_ends)), strict=True)
+        within = Within(
+            text_ends[-1], _ends_of(map(len, contexts)), _ends_of(of_row), max(map(len, contexts)), longest_text,
+            tuple((*text, *branches) for text, branches in spans if branches[0] < branches[1]),
+        )  # fmt: skip
+        behind = None
+        if num_before:
+            of_all = ((0, num_before),) * len(blocks)
+            ends = _ends_of([num_before]), _ends_of([num_tokens])
+            behind = Behind(self._keys, *ends, num_before, longest_text, of_all)
+        return BranchInputs(
+            batch,
+            self._products.rows_of([Span(0, num_tokens, 0, 0)], num_tokens) if self._products else None,
+            behind,
+            within if any(of_row) else None,
+            torch.tensor([i for i, (_, text) in enumerate(texts) for _ in text]),
+        )
+
     def _run_prefix(self, ids: Sequence[int]) -> None:
         """Keep the keys and values of a prefix, as each adapter has them."""
         self._prefix = ()
@@ -208,6 +289,8 @@ class CandidatePasses:
             return None
         num_tokens, longest = sum(len(row.ids) for row in rows), max(len(row.ids) for row in rows)
         tokens = fixed_size(num_tokens)
+        if num_before and (self._keys.capacity is None or num_before + longest > self._window):
+            return None  # the keys lie elsewhere each time, or a window ends within them
         longest = next((n for n in LONGEST_BLOCKS if longest <= n <= tokens), tokens)
         size = CandidateSize(tokens, longest, (self._keys.capacity or 0) if num_before else 0)
         num_blocks = len(rows) + -(-(tokens - num_tokens) // longest)
@@ -224,8 +307,10 @@ class CandidatePasses:
         if size is not None:
             missing = size.tokens - num_tokens
             parts += [[self._pad] * min(size.longest, missing - i) for i in range(0, missing, size.longest)]
-        batch = pack_rows(parts, "cpu", start=num_before)
+        batch = pack_rows(parts, "cpu", starts=[num_before] * len(parts))
         assert batch.blocks is not None
+        # Fillers may be longer than any row: further positions may be beyond those that the model has.
+        batch.position_ids[:, num_tokens:] = num_before
         ends = batch.blocks.ends
         last, candidates = ends[1 : len(rows) + 1].long() - 1, torch.tensor([row.candidates for row in rows])
         spans = [
@@ -260,9 +345,13 @@ class CandidatePasses:
             prefix_ends,
             F.pad(row_ends.to(torch.int32), (1, 0)),
             size.kept if size is not None else num_before,
-            size.kept + size.longest if size is not None else longest,
+            self._window if size is not None else longest,
             tuple((row.slot * num_before, (row.slot + 1) * num_before) for row in rows) if size is None else None,
         )
+
+
+def _ends_of(lengths: Iterable[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def _padded(rows: Sequence[Row], pad_token_id: int) -> CandidateInputs:
@@ -286,9 +375,13 @@ def _logprobs(
     if batch.blocks is not None:
         options |= {"position_ids": batch.position_ids, "blocks": batch.blocks}
         options |= {"behind": inputs.behind, "keep": keep}
-    with loaded.autocast(), at_output_head(model, lambda states: states.flatten(0, 1)[inputs.last][None]) as named:
+
+    def last_of(states: torch.Tensor) -> torch.Tensor:
+        return states.flatten(0, 1)[inputs.last.to(states.device)][None]
+
+    with loaded.forward_autocast(), at_output_head(model, last_of) as named:
         logits = model(**options).logits
-    logits = (logits if named else logits.flatten(0, 1)[inputs.last][None])[0].float()  # (R, V)
+    logits = (logits if named else last_of(logits))[0].float()  # (R, V)
     return logits.gather(1, inputs.candidates.to(logits.device)) - logits.logsumexp(-1, keepdim=True)
 
 
@@ -298,3 +391,15 @@ def _add_logprobs(
     """Run a pass, and add its log-likelihoods to the first of ``out``."""
     found = _logprobs(loaded, products, inputs)
     out[: len(found)] += found.to(out.device)
+
+
+def _sums_of_texts(
+    loaded: LoadedModel, products: AdapterProducts | None, inputs: BranchInputs, num_texts: int
+) -> torch.Tensor:
+    """Run a pass that is on the device: the log-likelihood of each text, float64."""
+    if products is not None and inputs.rows is not None:
+        products.expect(inputs.rows)
+    with loaded.forward_autocast():
+        losses = token_losses(loaded, inputs.batch, behind=inputs.behind, within=inputs.within)
+    sums = torch.zeros(num_texts, dtype=torch.float64, device=losses.device)
+    return sums.index_add_(0, inputs.texts.to(losses.device), -losses.double())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from raylora.model.attention import REFUSALS, attention_in_blocks
 from raylora.model.memory import TokenBudget
 
 T = TypeVar("T")
+EMPTY: Mapping[str, Any] = {}
 CPU_LOGITS = 2**22
 """Logits of a chunk on a CPU: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
 GPU_LOGITS = 2**28
@@ -133,13 +134,17 @@ def inference(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def token_losses(loaded: LoadedModel, batch: Minibatch) -> torch.Tensor:
-    """Cross entropy of each label of a minibatch, (N,) in float32, in nats, example after example."""
-    return _losses_and_states(loaded, batch, None)[0]
+def token_losses(loaded: LoadedModel, batch: Minibatch, **attention: Any) -> torch.Tensor:
+    """Cross entropy of each label of a minibatch, (N,) in float32, in nats, example after example.
+
+    Args:
+        attention: what else ``attend_in_blocks`` is told.
+    """
+    return _losses_and_states(loaded, batch, None, attention)[0]
 
 
 def _losses_and_states(
-    loaded: LoadedModel, batch: Minibatch, places: torch.Tensor | None
+    loaded: LoadedModel, batch: Minibatch, places: torch.Tensor | None, attention: Mapping[str, Any] = EMPTY
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Losses (N,) of the labels, and the last hidden states (K, H) at ``places`` (K,), indices of the B * T tokens."""
     assert batch.targets is not None
@@ -161,7 +166,7 @@ def _losses_and_states(
 
     with at_output_head(model, choose) as named:
         options = {} if named or places is None else {"output_hidden_states": True}
-        output = model(**batch.model_inputs(), use_cache=False, **options)
+        output = model(**batch.model_inputs(), use_cache=False, **options, **attention)
     if options:
         choose(output.hidden_states[-1])
     if chunked:

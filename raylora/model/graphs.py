@@ -158,24 +158,45 @@ def capture_of(loaded: LoadedModel) -> Capture | None:
     return capture
 
 
-def forget_captured(loaded: LoadedModel, running: GraphedPasses | None = None) -> None:
-    """Drop what was captured of a model's passes, in this training and before it."""
-    for graphed in _of(loaded):
-        graphed.forget()
-    if running is not None:
-        running.forget()
+class KeptPasses(Protocol):
+    """Passes of a model that are kept for the next training or evaluation."""
+
+    graphed: GraphedPasses
 
 
-def _of(loaded: LoadedModel) -> list[GraphedPasses]:
-    """The passes that are kept for the next trainings of a model."""
-    found = [getattr(value, "graphed", None) for value in loaded.kept.values()]
-    return [graphed for graphed in found if isinstance(graphed, GraphedPasses)]
+def keep_passes(loaded: LoadedModel, kind: type, num_slots: int, num_groups: int, passes: KeptPasses) -> None:
+    """Keep passes with room for so many adapters; ``kept_passes`` finds them.
+
+    Those of other numbers of adapters, if several, are let go: their weights and gradients are gigabytes.
+    """
+    for other in [k for k in loaded.kept if isinstance(k, tuple) and 1 < k[1] != num_slots]:
+        del loaded.kept[other]
+    loaded.kept[kind, num_slots, num_groups] = passes
+
+
+def kept_passes(loaded: LoadedModel, kind: type[T], num_slots: int, num_groups: int) -> T | None:
+    """What ``keep_passes`` has kept."""
+    found: T | None = loaded.kept.get((kind, num_slots, num_groups))
+    return found
+
+
+def _of(loaded: LoadedModel) -> dict[Any, GraphedPasses]:
+    """The passes that are kept for the next trainings and evaluations of a model, by their keys."""
+    found = {key: getattr(value, "graphed", None) for key, value in loaded.kept.items()}
+    return {key: graphed for key, graphed in found.items() if isinstance(graphed, GraphedPasses)}
 
 
 def make_room(loaded: LoadedModel, running: GraphedPasses) -> bool:
-    """Drop what was captured, as memory ran out, and capture no passes as large again; whether there was anything."""
-    had_any = running.capture_less() or any(graphed.holds_any for graphed in _of(loaded))
-    forget_captured(loaded, running)
+    """Drop what was captured, as memory ran out, and capture no passes as large again; whether there was anything.
+
+    Of passes that are not running all is dropped: they hold the weights of adapters as well, and the keys of prefixes.
+    """
+    had_any = running.capture_less() or any(graphed.holds_any for graphed in _of(loaded).values())
+    for key, graphed in _of(loaded).items():
+        graphed.forget()
+        if graphed is not running:
+            del loaded.kept[key]
+    running.forget()
     return had_any
 
 
@@ -187,7 +208,8 @@ def free_what_others_need(loaded: LoadedModel) -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(loaded.device)
     if free < torch.cuda.memory_reserved(loaded.device) - torch.cuda.memory_allocated(loaded.device):
-        forget_captured(loaded)
+        for graphed in _of(loaded).values():
+            graphed.forget()
         torch.cuda.empty_cache()
 
 

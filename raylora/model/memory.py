@@ -27,7 +27,7 @@ do not stay in the caches. In training they also take 2 GB for each 1000 tokens 
 GPU_TOKEN_BUDGET = 16384
 """Most tokens in a minibatch on a GPU."""
 GPU_FEATURE_TOKENS = 8192
-"""Padded tokens in a minibatch on a GPU whose features are measured."""
+"""Tokens in a minibatch on a GPU whose features are measured."""
 LEAST_GPU_TOKENS = 256
 """A minibatch on a GPU may always have this many tokens, however little memory was measured to be free."""
 ENOUGH_TOKENS = 2048

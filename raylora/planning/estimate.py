@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
 from raylora.errors import DoesNotFitError, UserError
 from raylora.features.static import count_held_out
-from raylora.mmlu.prompts import harness_prompt
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.device import compute_dtype
 from raylora.model.forward import GPU_LOGITS
@@ -40,6 +39,14 @@ from raylora.model.memory import (
 from raylora.model.sources import resolve_model
 from raylora.planning.gpu_passes import OPTIMIZER_BYTES, STEP_SECONDS, is_graphed, run_seconds
 from raylora.planning.hardware import Hardware, hardware_of
+from raylora.planning.questions import (
+    QuestionTokens,
+    count_question_tokens,
+    forward_bytes,
+    question_bytes,
+    question_seconds,
+    tokens_in_batch,
+)
 from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape, shape_of
 from raylora.records import Example, Message
 from raylora.training.gradients import MOST_GROUPS
@@ -54,8 +61,6 @@ CUDA_CONTEXT_BYTES = 700 * 2**20
 """What CUDA takes of a GPU's memory before there is a model."""
 CPU_PROCESS_BYTES = 600 * 2**20
 """What a process with torch and transformers takes before there is a model."""
-SAMPLED_QUESTIONS = 64
-"""About how many questions are tokenized to estimate the tokens of all."""
 SHARE_OF_RATE = {"train": 0.45, "evaluate": 0.6}
 """Share of the rate of large matrix products that a stage reaches on a CPU: 2 cores, SmolLM2 (benchmarks/NOTES.md)."""
 LOGIT_BYTES = 10
@@ -111,15 +116,6 @@ def activation_bytes(shape: Shape, method: Method, machine: Hardware, checkpoint
     return bytes_a_token
 
 
-def forward_bytes(shape: Shape, num_tokens: int, machine: Hardware) -> int:
-    """Bytes of the activations of a forward pass: the MLP's three widest tensors, and four of hidden states.
-
-    Scoring an 8B model in bfloat16 took 18.0 GB on an H200, 16.1 of them the weights.
-    """
-    widest = shape.largest_matrix // shape.hidden_size
-    return num_tokens * machine.dtype_bytes * (3 * widest + 4 * shape.hidden_size)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """What one experiment takes; None where the model's shape, or the machine that will run it, is not known."""
@@ -148,7 +144,8 @@ class Estimator:
         self._tokenizer = load_tokenizer(source, config.trust_remote_code)
         self._machine = hardware_of(config)
         self._shape = shape_of(source, config.target_modules, config.trust_remote_code)
-        self._num_question_tokens = count_question_tokens(self._tokenizer, asked, config) if asked else 0
+        self._storage = LLM_INT8 if config.int8_activations else config.quantization
+        self._questions = self._count_questions(asked) if asked else QuestionTokens()
         self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
 
     def of(
@@ -167,9 +164,19 @@ class Estimator:
             sizes = Sizes(num_examples, 0.0, 0)
         if self._shape is None or not sizes.num_tokens:
             return sizes, Estimate(None, None)
-        work = work_of(self._config, method, sizes, self._num_question_tokens, stages)
-        storage = LLM_INT8 if self._config.int8_activations else self._config.quantization
-        return sizes, estimate(self._shape, self._machine, storage, method, sizes, work, self._num_together)
+        work = work_of(self._config, method, sizes, self._questions, stages)
+        return sizes, estimate(self._shape, self._machine, self._storage, method, sizes, work, self._num_together)
+
+    def _count_questions(self, asked: QuestionSet) -> QuestionTokens:
+        """The tokens of all questions, in the batches that the machine will take."""
+        shape, machine, storage = self._shape, self._machine, self._storage
+        if shape is None:
+            return QuestionTokens()
+        free_bytes = max(0, machine.memory_bytes - CUDA_CONTEXT_BYTES - base_bytes(shape, storage, machine))
+        in_batch = self._config.token_budget or tokens_in_batch(shape, machine, storage, free_bytes)
+        # A prefix needs packed rows, which LLM.int8 refused where it was measured.
+        may_share = self._config.scoring != "generate" and storage != LLM_INT8
+        return count_question_tokens(self._tokenizer, asked, in_batch, may_share, self._config.scoring)
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ class Work:
 
     feature_tokens: float = 0.0
     """Of the features' forward passes."""
-    question_tokens: float = 0.0
+    questions: QuestionTokens = field(default_factory=QuestionTokens)
     """Of all prompts of MMLU."""
     held_out_tokens: float = 0.0
     """Of the examples that the probe holds out."""
@@ -193,7 +200,7 @@ class Work:
     @property
     def evaluated(self) -> float:
         """Tokens with a forward pass only."""
-        return self.feature_tokens + self.question_tokens
+        return self.feature_tokens + self.questions.total
 
     @property
     def trained(self) -> float:
@@ -201,11 +208,11 @@ class Work:
         return self.probe_steps * self.probe_step_tokens + self.train_tokens
 
 
-def work_of(config: Config, method: Method, sizes: Sizes, num_question_tokens: int, stages: Sequence[Stage]) -> Work:
+def work_of(config: Config, method: Method, sizes: Sizes, questions: QuestionTokens, stages: Sequence[Stage]) -> Work:
     """What an experiment has the model do.
 
     Args:
-        num_question_tokens: tokens of all prompts of MMLU; 0 where it is not evaluated.
+        questions: of MMLU; none where it is not evaluated.
     """
     examples_a_step = method.batch_size * method.gradient_accumulation
     counts: dict[str, Any] = {}
@@ -220,7 +227,7 @@ def work_of(config: Config, method: Method, sizes: Sizes, num_question_tokens: i
         counts["train_tokens"] = method.num_epochs * sizes.num_tokens
         counts["train_step_tokens"] = min(examples_a_step, sizes.num_examples) * sizes.mean_tokens
     if "mmlu" in stages:
-        counts["question_tokens"] = float(num_question_tokens)
+        counts["questions"] = questions
     return Work(**counts)
 
 
@@ -277,7 +284,7 @@ def _estimate_on_gpu(
     tokens = fixed_size(math.ceil(together * step_tokens)) if graphed else together * step_tokens
     fitting = training_that_fits(shape, machine, method, sizes, base, tokens)
 
-    peaks = [forward_bytes(shape, GPU_TOKEN_BUDGET, machine) if work.question_tokens else 0]
+    peaks = [question_bytes(shape, machine, work.questions)]
     if work.feature_tokens:
         peaks.append(forward_bytes(shape, GPU_FEATURE_TOKENS, machine) + LOGIT_BYTES * GPU_LOGITS)
     if work.probe_steps:  # the gradient of the held-out loss, for the flatness
@@ -297,7 +304,7 @@ def _estimate_on_gpu(
     of_step = OPTIMIZER_BYTES * method.lora_r * shape.adapter_rows / machine.bandwidth
     of_step += 0 if graphed else STEP_SECONDS
 
-    seconds = HOST_SECONDS + run(work.question_tokens, GPU_TOKEN_BUDGET, backward=False)
+    seconds = HOST_SECONDS + question_seconds(shape, machine, storage, work.questions)
     seconds += run(work.feature_tokens, GPU_FEATURE_TOKENS, backward=False)
     if work.probe_steps:
         # Its micro-batches are groups of one pass, as many as a pass may have.
@@ -380,17 +387,6 @@ def sizes_of(
         mean = min(float(max_length), num_template + (mean - num_template) * growth)
         longest = max(longest, math.ceil(mean))
     return Sizes(num_examples, mean, longest)
-
-
-def count_question_tokens(tokenizer: Any, asked: QuestionSet, config: Config) -> int:
-    """Tokens of all prompts, estimated from a sample of them.
-
-    The solved questions of a few-shot prompt are counted once a subject, as the shared prefix that they are.
-    """
-    sample = asked.questions[:: max(1, len(asked.questions) // SAMPLED_QUESTIONS)]
-    ids = tokenizer([harness_prompt(q, []) for q in sample], add_special_tokens=False)["input_ids"]
-    num_shots = config.num_fewshot * len({q.subject for q in asked.questions})
-    return round(sum(map(len, ids)) / len(sample) * (len(asked.questions) + num_shots))
 
 
 def misfit(shape: Shape, machine: Hardware, config: Config) -> str:

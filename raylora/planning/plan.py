@@ -41,6 +41,8 @@ class Plan:
     """SHA-256 of ``model`` and, if MMLU is scored, of ``questions``."""
     notes: list[str]
     """Warnings that do not stop the run."""
+    num_questions: int = 0
+    """Questions of MMLU that each model is asked; 0 without MMLU."""
     misfit: str = ""
     """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
 
@@ -98,7 +100,8 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     if ranks := read_order(config.order):
         experiments.sort(key=lambda e: ranks.get(e.experiment_id, ranks.get(e.dataset, len(ranks))))
     experiments = experiments[: config.max_experiments]
-    return Plan(config, chunk, store, tuple(experiments), hashes, notes, estimator.misfit)
+    num_questions = len(questions.questions) if questions else 0
+    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_questions, estimator.misfit)
 
 
 def _experiments_of(

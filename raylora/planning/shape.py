@@ -40,6 +40,8 @@ class Shape:
     hidden_size: int
     vocabulary: int
     """Outputs of the output head."""
+    kept_numbers: int
+    """Numbers in a token's keys and values, of all layers."""
 
 
 def shape_of(source: str, target_modules: Sequence[str], trust_remote_code: bool = False) -> Shape | None:
@@ -82,4 +84,14 @@ def _count_weights(model: Any, config: Any, target_modules: Sequence[str]) -> Sh
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
+        kept_numbers=2 * int(config.num_hidden_layers) * _key_width(config),
     )
+
+
+def _key_width(config: Any) -> int:
+    """Numbers in a token's keys of one layer; 0 where the configuration knows of no heads."""
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    if not num_heads:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return int((getattr(config, "num_key_value_heads", None) or num_heads) * width)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from raylora.mmlu.power import measured_share, power_line
 from raylora.planning.estimate import gigabytes
 from raylora.planning.plan import Plan
-from raylora.records import Experiment
+from raylora.records import Experiment, ResultRow, digest
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -27,6 +31,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
+    if plan.num_questions and plan.experiments:
+        console.print(power_of(plan, done.values()), soft_wrap=True)
     remaining = [e for e in plan.experiments if e.experiment_id not in done]
     if remaining and any(e.estimated_seconds for e in remaining):
         seconds = sum(e.estimated_seconds or 0.0 for e in remaining)
@@ -36,6 +42,19 @@ def print_plan(plan: Plan, console: Console) -> None:
             "of each dataset and the model's shape (raylora/planning/estimate.py).",
             soft_wrap=True,
         )
+
+
+def power_of(plan: Plan, done: Iterable[ResultRow]) -> str:
+    """What the plan's questions can show, in one line (``mmlu.power.power_line``).
+
+    Args:
+        done: rows that are there already: how many answers differ is taken from them, if there are any with MMLU.
+    """
+    counts = [[row.values.get(name) for name in ("num_gained", "num_lost", "total_questions")] for row in done]
+    share = measured_share(*np.array(counts, dtype=float).reshape(-1, 3).T)
+    # Trainings that differ in their seed alone are tested together.
+    tests = {(e.path, digest({k: v for k, v in e.settings.items() if k != "seed"})) for e in plan.experiments}
+    return power_line(plan.num_questions, len({e.path for e in plan.experiments}), share, len(tests))
 
 
 def _memory_text(experiment: Experiment) -> str:

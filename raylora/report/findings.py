@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
@@ -10,8 +11,9 @@ import pandas as pd
 from scipy.stats import false_discovery_control, rankdata, spearmanr
 
 from raylora.errors import ErrorKind
-from raylora.mmlu.paired import ALPHA, LETTER_MOVED, balanced_change, holm, mcnemar, verdicts
+from raylora.mmlu.paired import ALPHA, LETTER_MOVED, balanced_change, false_discovery, holm, mcnemar, verdicts
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
+from raylora.mmlu.shrinkage import shrunk, stderr_of_interval
 from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, note_on_constant_answers
 from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
 from raylora.report.repeats import SeedLine, a_a_pairs, seed_lines
@@ -63,8 +65,11 @@ def ranking(run: FinishedRun) -> dict[str, Any]:
 
     Returns:
         ``rows``: numbers of the rows with MMLU; ``holm``: McNemar's p-values, adjusted, (rows of the table,), NaN in
-        other rows; ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``,
-        ``num_letters``: how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_raw``: rows with an unadjusted
+        other rows; ``fdr``: the same, adjusted by Benjamini and Hochberg; ``accuracy_change_shrunk``: changes shrunk
+        towards the mean of all (``shrinkage.shrunk``), NaN where there are fewer than three;
+        ``verdicts``: of every row of the table (``paired.verdicts``); ``num_gains``, ``num_losses``,
+        ``num_letters``: how many verdicts are ``gain``, ``loss`` and ``letter``; ``num_fdr``: gains and losses
+        if p-values are adjusted by Benjamini and Hochberg in place of Holm; ``num_raw``: rows with an unadjusted
         p-value below ``alpha``; ``seeds``: None, or what ``_ranking_over_seeds`` adds where datasets were trained with
         several.
     """
@@ -73,14 +78,19 @@ def ranking(run: FinishedRun) -> dict[str, Any]:
     raw = run.numbers("mcnemar_p_value").where(run.ok)
     change = run.numbers("accuracy_change").where(run.ok)
     raw = raw.where(change.notna())
-    found = verdicts(raw, change, *(run.numbers(name) for name in BALANCED_CHANGES))
+    balanced = [run.numbers(name) for name in BALANCED_CHANGES]
+    found, discovered = (verdicts(raw, change, *balanced, adjust=adjust) for adjust in (holm, false_discovery))
+    stderrs = stderr_of_interval(run.numbers("accuracy_change_low"), run.numbers("accuracy_change_high"))
     return {
         "rows": np.flatnonzero(raw.notna()).tolist(),
         "holm": holm(raw).tolist(),
+        "fdr": false_discovery(raw).tolist(),
+        "accuracy_change_shrunk": shrunk(change.where(raw.notna()), stderrs).tolist(),
         "verdicts": found,
         "num_gains": found.count("gain"),
         "num_losses": found.count("loss"),
         "num_letters": found.count("letter"),
+        "num_fdr": discovered.count("gain") + discovered.count("loss"),
         "num_raw": int((raw < ALPHA).sum()),
         "alpha": ALPHA,
         "seeds": None,
@@ -99,26 +109,44 @@ def _ranking_over_seeds(run: FinishedRun, lines: list[SeedLine]) -> dict[str, An
     found = [_line_values(run, line) for line in lines]
     names = ("p_value", "change", "balanced", "balanced_low", "balanced_high", "balanced_p_value")
     p_values, *changes, balanced_p_values = (np.array([v[name] for v in found], dtype=float) for name in names)
-    adjusted, both = holm(p_values), holm(np.fmax(p_values, balanced_p_values))
-    called = verdicts(p_values, *changes)
-    # ``verdicts`` takes balanced accuracy's p-value from its interval by the normal curve; Student's t is known here.
-    called = ["undecided" if v in {"gain", "loss"} and not p < ALPHA else v for v, p in zip(called, both, strict=True)]
-    by_row, of_row = np.full(len(run.table), np.nan), ["undecided"] * len(run.table)
-    for line, p_value, verdict in zip(lines, adjusted, called, strict=True):
-        by_row[line.rows] = p_value
+    shrunk_changes = shrunk(changes[0], stderr_of_interval(*([v[side] for v in found] for side in ("low", "high"))))
+    called, discovered = (
+        _called_over_seeds(p_values, changes, balanced_p_values, adjust) for adjust in (holm, false_discovery)
+    )
+
+    def by_row(of_lines: np.ndarray) -> list[float]:
+        values = np.full(len(run.table), np.nan)
+        for line, value in zip(lines, of_lines, strict=True):
+            values[line.rows] = value
+        return values.tolist()
+
+    of_row = ["undecided"] * len(run.table)
+    for line, verdict in zip(lines, called, strict=True):
         for row in line.rows:
             of_row[row] = verdict
     return {
         "rows": [line.rows[0] for line in lines],
-        "holm": by_row.tolist(),
+        "holm": by_row(holm(p_values)),
+        "fdr": by_row(false_discovery(p_values)),
+        "accuracy_change_shrunk": by_row(shrunk_changes),
         "verdicts": of_row,
         "num_gains": called.count("gain"),
         "num_losses": called.count("loss"),
         "num_letters": called.count("letter"),
+        "num_fdr": discovered.count("gain") + discovered.count("loss"),
         "num_raw": int((p_values < ALPHA).sum()),
         "alpha": ALPHA,
         "seeds": {"lines": {line.rows[0]: v for line, v in zip(lines, found, strict=True)}, **a_a_pairs(lines)},
     }
+
+
+def _called_over_seeds(
+    p_values: np.ndarray, changes: list[np.ndarray], balanced_p_values: np.ndarray, adjust: Callable[[Any], np.ndarray]
+) -> list[str]:
+    """Verdicts of lines. Balanced accuracy's p-value over seeds is Student's, not that of its interval as a normal."""
+    called = verdicts(p_values, *changes, adjust=adjust)
+    both = adjust(np.fmax(p_values, balanced_p_values))
+    return ["undecided" if v in {"gain", "loss"} and not p < ALPHA else v for v, p in zip(called, both, strict=True)]
 
 
 def _line_values(run: FinishedRun, line: SeedLine) -> dict[str, Any]:

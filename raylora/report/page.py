@@ -24,6 +24,7 @@ from rich.console import Console
 from raylora.config import Config
 from raylora.report import findings
 from raylora.report.outcomes import outcomes
+from raylora.report.power import power_of_run
 from raylora.report.read_run import FinishedRun, load_run
 from raylora.storage.atomic import write_text
 from raylora.storage.store import Store
@@ -106,6 +107,7 @@ def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
         "ranking": ranked,
         "outcomes": outcomes(run, ranked),
         "constant": findings.notes_on_constant_answers(run, ranked),
+        "power": power_of_run(run, ranked),
         "subjects": findings.subjects(run),
         "curves": findings.curves(run),
         "features": findings.features(run),

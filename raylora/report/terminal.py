@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(_ranking(good, console.width))
         run = load_run(store.root)
         ranked = ranking(run)
-        for note in [*letter_notes(run, ranked), *seed_notes(ranked)]:
+        for note in [*letter_notes(run, ranked), *seed_notes(ranked), *discovery_notes(run, ranked)]:
             console.print(note, soft_wrap=True)
     for row in good:
         if row.values.get("train_notes"):
@@ -77,6 +78,23 @@ def seed_notes(ranked: dict[str, Any]) -> list[str]:
         over = f"over {num} seeds, a fresh one {interval}" if num > 1 else f"with its one seed, {interval}"
         lines.append(f"{line['label']}: {line['change']:+.3f} {over}: {called}")
     return lines
+
+
+def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
+    """Of three changes or more: how many are real, by Holm and by the false-discovery rate, and the best one shrunk."""
+    rows, estimates = ranked["rows"], ranked["accuracy_change_shrunk"]
+    if not rows or all(math.isnan(estimates[row]) for row in rows):
+        return []
+    lines = (ranked["seeds"] or {}).get("lines")
+    changes = {row: lines[row]["change"] if lines else run.numbers("accuracy_change")[row] for row in rows}
+    best = max(rows, key=changes.__getitem__)
+    label = lines[best]["label"] if lines else run.labels[best]
+    real = ranked["num_gains"] + ranked["num_losses"]
+    notes = [f"Real: {real} of {len(rows)} by Holm at 5%; {ranked['num_fdr']} at a false-discovery rate of 5%."]
+    if not math.isnan(estimates[best]):
+        shrunk = f"shrunk towards the mean of all {estimates[best]:+.3f}"
+        notes.append(f"The best of {len(rows)} noisy changes is partly luck: {label} {changes[best]:+.3f}, {shrunk}.")
+    return notes
 
 
 MIN_WIDTH = 95

@@ -26,7 +26,16 @@ from raylora.model.attention import attention_in_blocks
 from raylora.model.device import peak_memory_bytes
 from raylora.model.dropout import mix
 from raylora.model.forward import head_is_plain
-from raylora.model.graphs import SMALLEST, Capture, capture_of, free_what_others_need, largest_size, make_room
+from raylora.model.graphs import (
+    SMALLEST,
+    Capture,
+    capture_of,
+    free_what_others_need,
+    keep_passes,
+    kept_passes,
+    largest_size,
+    make_room,
+)  # fmt: skip
 from raylora.model.memory import ENOUGH_TOKENS, TokenBudget, free_gpu_bytes, tokens_that_fit
 from raylora.model.packing import may_pack
 from raylora.training.pass_inputs import Example, PassInputs, PassSize, align_groups, make_inputs, size_of
@@ -238,13 +247,10 @@ class GradientAccumulator:
             (method,) = (job.method for job in self.jobs.values())
             num_groups = min(MOST_GROUPS, method.gradient_accumulation)
         if self._passes is None or self._passes.products.num_slots < num_slots:
-            key = (Passes, num_slots, num_groups)
-            kept = self.loaded.kept.get(key) if self._capture else None
+            kept = kept_passes(self.loaded, Passes, num_slots, num_groups) if self._capture else None
             self._passes = kept or Passes(self.loaded, num_slots, num_groups, self._capture)
             if self._capture:
-                for other in [k for k in self.loaded.kept if isinstance(k, tuple) and 1 < k[1] != num_slots]:
-                    del self.loaded.kept[other]  # the weights and gradients of many adapters: gigabytes
-                self.loaded.kept[key] = self._passes
+                keep_passes(self.loaded, Passes, num_slots, num_groups, self._passes)
         self._passes.hold([job.name for job in self.jobs.values()])
         if num_groups > num_slots and not self._passes.products.is_whole:
             self._passes.use_one_group()

@@ -72,8 +72,7 @@ class PassInputs(TensorRecord):
         if self.batch.blocks is not None and not self.rows.by_group:
             return moved
         # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
-        rows = replace(moved.rows, adapter_ends=self.rows.adapter_ends, group_ends=self.rows.group_ends)
-        return replace(moved, rows=rows)
+        return replace(moved, rows=moved.rows.with_ends_of(self.rows))
 
 
 def size_of(examples: Sequence[Example], drops: bool) -> PassSize | None:
@@ -131,6 +130,9 @@ def make_inputs(
         examples = [*examples, *(_filler(n, pad_token_id, last.slot, last.group) for n in lengths)]
     rows, labels = [e.input_ids for e in examples], [e.labels for e in examples]
     batch = collate(rows, labels, pad_token_id, torch.device("cpu"), packed)
+    if size is not None and missing:
+        # Fillers may be longer than any example: further positions may be beyond those that the model has.
+        batch.position_ids[:, -missing:] = 0
     spans = zip(batch.spans([len(row) for row in rows]), examples, strict=True)
     inputs = PassInputs(
         batch,

@@ -54,6 +54,9 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     assert (of_adapters["holm_p_value"] >= of_adapters["mcnemar_p_value"]).all()
     assert subjects[subjects["model"] == "base"][["difference", "ci_low", "mcnemar_p_value"]].isna().all(axis=None)
     assert summary["ci_low"].isna().tolist() == [True, False, False]
+    assert (summary["fdr_p_value"] <= summary["holm_p_value"]).tolist() == [False, True, True]
+    assert summary["accuracy_change_shrunk"].isna().all(), "fewer than three adapters"
+    assert summary["overall_stderr_clustered"].between(0, 1).all()
     assert summary[[f"prediction_share_{letter}" for letter in "abcd"]].sum(axis=1).tolist() == pytest.approx([1, 1, 1])
     scores = pd.read_parquet(summary["scores"][1])
     wanted = {"subject", "question_id", "question", "answer", "prediction", *LOGPROBS, "correct"}
@@ -72,7 +75,7 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
 def test_a_favourite_letter_that_moved_is_named(tmp_path):
     evaluated = []
     for name, score in zip(("base", "only_letters", "knowledge"), letter_scores(), strict=True):
-        info = {**score.info, "scoring": "logits"}
+        info = {**score.info, "scoring": "letters"}
         evaluated.append(Evaluated(name, Score(score.questions, info), tmp_path / f"{name}.parquet"))
     summary = summary_of(evaluated).set_index("model")
     assert summary["verdict"].to_dict() == {"base": "", "only_letters": "letter", "knowledge": "gain"}

@@ -64,7 +64,7 @@ def test_help_and_mistakes_wait_for_nothing_heavy(name):
     [
         ("batch", ["--lora-r", "0"], "--lora-r: input should be greater than or equal to 1, got '0'"),
         ("features", ["--sample_size", "x"], "--sample-size: input should be a valid integer"),
-        ("mmlu", ["--scoring", "guess"], "--scoring: input should be 'logits' or 'generate'"),
+        ("mmlu", ["--scoring", "guess"], "--scoring: input should be 'letters', 'cloze' or 'generate'"),
         ("predict", ["fit", "s3://a/b"], "TABLE: only what lies on this machine is read here"),
         ("report", ["x", "--price", "-1"], "--price: input should be greater than or equal to 0"),
         ("experiment", [], "the following arguments are required: FILE (see python -m raylora.experiment --help)"),

@@ -116,6 +116,7 @@ RUN = {
 # What is not run, by what it begins with, and why. Its options and files are checked in tests/whole/test_docs.py.
 
 NOT_RUN = {
+    "raylora questions mmlu": "needs the Hugging Face hub (tests/commands/test_questions.py has a stand-in)",
     "raylora batch": "is python -m raylora.batch under another name",
     "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs the same model",
     "make test": "is what runs this",

@@ -8,6 +8,7 @@ Only the place of the data is ours, as there is no hub.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -29,14 +30,20 @@ RECORDED = DATA / "mmlu_reference.json"
 SHOTS = (0, 1, 5)
 
 
-def write_tasks(folder: Path, questions: Sequence[Question], dev: dict[str, list[Question]]) -> Path:
-    """The harness's MMLU task files with local data: ``questions`` as the test split, ``dev`` as the solved ones."""
+def write_tasks(
+    folder: Path, questions: Sequence[Question], dev: dict[str, list[Question]], kind: str = "default"
+) -> Path:
+    """The harness's MMLU task files with local data: ``questions`` as the test split, ``dev`` as the solved ones.
+
+    Args:
+        kind: ``default``, where letters are scored, or ``continuation``, where texts of choices are.
+    """
     import lm_eval
 
-    original = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    original = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / kind
     tasks, data = folder / "tasks", folder / "data"
     shutil.copytree(original, tasks)
-    template = tasks / "_default_template_yaml"
+    template = tasks / f"_{kind}_template_yaml"
     template.write_text(template.read_text().replace("dataset_path: cais/mmlu", f"dataset_path: {data}"))
     by_subject = defaultdict(list)
     for question in questions:
@@ -146,8 +153,9 @@ def reference(loaded: Any, questions: Sequence[Question], dev: dict, style: str,
     if style == "chat":
         shots = {subject: group[:n] for subject, group in dev.items()}
         return score_strings(lm, questions, list(chat_contexts(loaded.tokenizer, questions, shots)))
-    names = sorted({f"mmlu_{q.subject}" for q in questions})
-    return run_harness(lm, write_tasks(folder, questions, dev), n, names)[0]
+    kind, ending = ("continuation", "_continuation") if style == "cloze" else ("default", "")
+    names = sorted({f"mmlu_{q.subject}{ending}" for q in questions})
+    return run_harness(lm, write_tasks(folder, questions, dev, kind), n, names)[0]
 
 
 def main() -> None:
@@ -164,12 +172,13 @@ def main() -> None:
     recorded = {}
     for who in ("base", "adapter"):
         with fixed_adapter(loaded) if who == "adapter" else nullcontext():
-            for style in ("harness", "chat"):
-                for n in SHOTS:
-                    with tempfile.TemporaryDirectory() as folder:
-                        found = reference(loaded, questions, dev, style, n, Path(folder))
-                    recorded[f"{who}/{style}/{n}"] = {k: [round(x, 5) for x in v] for k, v in sorted(found.items())}
-                    print(who, style, n, len(found), flush=True)
+            for style, n in (*itertools.product(("harness", "chat"), SHOTS), ("cloze", 0), ("cloze", 5)):
+                # Texts of choices behind five shots take the harness four times as long as letters do.
+                some = questions[::12] if (style, n) == ("cloze", 5) else questions
+                with tempfile.TemporaryDirectory() as folder:
+                    found = reference(loaded, some, dev, style, n, Path(folder))
+                recorded[f"{who}/{style}/{n}"] = {k: [round(x, 5) for x in v] for k, v in sorted(found.items())}
+                print(who, style, n, len(found), flush=True)
     RECORDED.parent.mkdir(exist_ok=True)
     lines = [f'"{k}": {json.dumps(v, separators=(",", ":"))}' for k, v in recorded.items()]
     RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")

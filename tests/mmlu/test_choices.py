@@ -7,9 +7,11 @@ import pytest
 import torch
 import transformers
 
-from raylora.config import Method
+from raylora.mmlu import choices
 from raylora.mmlu.scoring import evaluate
 from raylora.model.adapters import LoadedModel
+from tests.helpers.adapters import attach_random
+from tests.helpers.graphs import RecordedGraphs
 from tests.helpers.questions import LOGPROBS, ask
 from tests.helpers.tiny import make_model
 
@@ -85,14 +87,80 @@ def test_layers_that_share_an_attention_module_share_no_prefix(tokenizer, encode
     np.testing.assert_allclose(score.questions[LOGPROBS].to_numpy(), plain(model, encoded), atol=2e-5)
 
 
+@pytest.fixture
+def graphs(monkeypatch) -> RecordedGraphs:
+    """What captures passes, as on a GPU."""
+    graphs = RecordedGraphs()
+    monkeypatch.setattr(choices, "capture_of", lambda loaded: graphs)
+    monkeypatch.setattr(choices, "has_flash", lambda device, dtype: True)
+    return graphs
+
+
+def logprobs_of(loaded, encoded) -> np.ndarray:
+    return evaluate(loaded, encoded, token_budget=200).questions[LOGPROBS].to_numpy()
+
+
+def test_adapters_of_a_caller_are_never_answered_for_by_what_was_captured_of_others(graphs, tokenizer, encoded):
+    """They act in PEFT's own forward pass, of which a capture has the adapter of that time."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model()
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = get_peft_model(model, config, "a")
+    theirs.add_adapter("b", config)
+    loaded, found = LoadedModel(model, tokenizer, "tiny", "none"), []
+    for name in ("a", "b", "a"):
+        theirs.set_adapter(name)
+        found.append(logprobs_of(loaded, encoded))
+        np.testing.assert_allclose(found[-1], plain(model, encoded), atol=2e-5)
+    with theirs.disable_adapter():
+        np.testing.assert_allclose(logprobs_of(loaded, encoded), plain(model, encoded), atol=2e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.01
+    assert graphs.num_replays > 0
+
+
+def test_the_next_adapter_replays_what_was_captured_of_the_last_one(graphs, monkeypatch, tokenizer, encoded):
+    loaded = LoadedModel(make_model(), tokenizer, "tiny", "none")
+    num_captures = []
+    for seed in (1, 2, 3):
+        attach_random(loaded, seed, "default")
+        np.testing.assert_allclose(logprobs_of(loaded, encoded), plain(loaded.model, encoded), atol=2e-5)
+        with loaded.base():
+            np.testing.assert_allclose(logprobs_of(loaded, encoded), plain(loaded.model, encoded), atol=2e-5)
+        loaded.detach()
+        num_captures.append(graphs.num_captures)
+    assert num_captures[0] == num_captures[-1] > 0
+    monkeypatch.setattr(choices, "capture_of", lambda loaded: None)  # as where ``graphs`` is switched off
+    before = graphs.num_replays
+    attach_random(loaded, 4, "default")
+    np.testing.assert_allclose(logprobs_of(loaded, encoded), plain(loaded.model, encoded), atol=2e-5)
+    assert graphs.num_replays == before
+
+
+def test_memory_that_runs_out_in_the_trial_of_a_prefix_costs_what_was_captured_and_no_answer(
+    graphs, tokenizer, encoded
+):
+    loaded = LoadedModel(make_model(), tokenizer, "tiny", "none")
+    expected, refused = logprobs_of(loaded, encoded), []
+
+    def refuse(module, args, kwargs):
+        if not refused:
+            refused.append(kwargs["input_ids"].shape)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    score = evaluate(loaded, encoded, token_budget=200)
+    hook.remove()
+    assert len(refused) == 1
+    assert score.info["num_shared_prefixes"] == 2
+    np.testing.assert_allclose(score.questions[LOGPROBS].to_numpy(), expected, atol=2e-5)
+
+
 def test_each_adapter_has_a_prefix_of_its_own(tokenizer, encoded):
     loaded = LoadedModel(make_model(), tokenizer, "tiny", "none")
     found = []
     for seed in (1, 2):
-        parameters = loaded.attach(Method(lora_dropout=0.0), seed)
-        with torch.no_grad():
-            for i, p in enumerate(parameters):
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i)) * 0.1)
+        attach_random(loaded, seed, "default")
         score = evaluate(loaded, encoded, token_budget=200)
         assert score.info["num_shared_prefixes"] == 2
         np.testing.assert_allclose(score.questions[LOGPROBS].to_numpy(), plain(loaded.model, encoded), atol=2e-5)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binomtest, multinomial, norm, t, ttest_rel
 
-from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, mean_change, verdicts
+from raylora.mmlu.paired import (
+    balanced_change,
+    change_interval,
+    false_discovery,
+    holm,
+    mcnemar,
+    mean_change,
+    verdicts,
+)
 from raylora.mmlu.questions import LETTERS
 
 COUNTS = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 60)).filter(any)
@@ -195,6 +203,31 @@ def test_verdicts_of_many_rows_are_adjusted_together():
     assert verdicts(*([value] for value in row)) == ["gain"]
     others = [0.5, 0.0, 0.0, -0.1, 0.1]
     assert verdicts(*zip(row, *[others] * 39, strict=True)) == ["undecided"] * 40
+
+
+def test_false_discovery_by_hand():
+    assert false_discovery([0.04, 0.01, 0.03]) == pytest.approx([0.04, 0.03, 0.04])
+    assert false_discovery([0.9, 0.5]) == pytest.approx([0.9, 0.9])
+    assert false_discovery([0.02, NAN, 0.01]) == pytest.approx([0.02, NAN, 0.02], nan_ok=True)
+    assert np.isnan(false_discovery([NAN])).all()
+    assert false_discovery([]).tolist() == []
+
+
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(NAN)), max_size=30))
+def test_false_discovery_is_never_stricter_than_holm(p_values):
+    adjusted = false_discovery(p_values)
+    known = ~np.isnan(p_values)
+    assert (adjusted[known] <= holm(p_values)[known] + 1e-12).all()
+    assert (adjusted[known] >= np.array(p_values)[known] - 1e-12).all()
+    assert np.isnan(adjusted[~known]).all()
+
+
+def test_verdicts_by_false_discovery_find_more():
+    p_values, change = [0.001, 0.02, 0.03, 0.04], [0.05, 0.04, -0.03, 0.02]
+    unknown = [NAN] * 4
+    assert verdicts(p_values, change, unknown, unknown, unknown) == ["gain", *["undecided"] * 3]
+    found = verdicts(p_values, change, unknown, unknown, unknown, adjust=false_discovery)
+    assert found == ["gain", "gain", "loss", "gain"]
 
 
 def test_holm_by_hand():

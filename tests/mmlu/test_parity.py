@@ -15,8 +15,10 @@ from raylora.mmlu.scoring import evaluate
 from raylora.mmlu.statistics import summarize
 from tests.helpers import harness
 from tests.helpers.questions import LOGPROBS, ask
+from tests.helpers.tiny import make_loaded
 
 SETTINGS = [f"{who}/{style}/{n}" for who in ("base", "adapter") for style in ("harness", "chat") for n in harness.SHOTS]
+CLOZE = [f"{who}/cloze/{n}" for who in ("base", "adapter") for n in (0, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,10 @@ def reference_set(shared_data):
 
 def ask_smollm2(loaded, questions, dev, style, n):
     shots = {subject: group[:n] for subject, group in dev.items()}
-    encoded = encode_questions(loaded.tokenizer, questions, shots, style, 8192)
-    return evaluate(loaded, encoded)
+    scoring = "cloze" if style == "cloze" else "letters"
+    prompt_style = "harness" if style == "cloze" else style
+    encoded = encode_questions(loaded.tokenizer, questions, shots, prompt_style, 8192, scoring=scoring)
+    return evaluate(loaded, encoded, scoring, cloze_per="choice")
 
 
 def assert_agrees(score, reference: dict[str, list[float]]) -> None:
@@ -74,6 +78,28 @@ def test_accuracies_and_standard_errors_are_the_harness_own(tiny_model, tokenize
             assert mine["stderr"] is None, name
         else:
             assert mine["stderr"] == pytest.approx(results[name]["acc_stderr,none"], abs=1e-12), name
+
+
+@pytest.mark.parametrize("num_shots", [0, 2])
+@pytest.mark.parametrize("who", ["base", "adapter"])
+def test_cloze_is_the_harness_own_continuation(tokenizer, reference_set, tmp_path, who, num_shots):
+    """Log-likelihoods of the choices' texts, accuracy by their sum and by character, of a tiny model."""
+    pytest.importorskip("lm_eval")
+    questions, dev = reference_set
+    questions = questions[::9]
+    loaded = make_loaded()
+    with harness.fixed_adapter(loaded) if who == "adapter" else nullcontext():
+        lm = harness.make_lm(loaded.model, tokenizer, batch_size=16)
+        names = [f"mmlu_{q.subject}_continuation" for q in questions]
+        tasks = harness.write_tasks(tmp_path, questions, dev, "continuation")
+        logprobs, results = harness.run_harness(lm, tasks, num_shots, names)
+        shots = {subject: group[:num_shots] for subject, group in dev.items()}
+        encoded = encode_questions(tokenizer, questions, shots, "harness", 2048, scoring="cloze")
+        by_sum, by_character = (evaluate(loaded, encoded, "cloze", cloze_per=per) for per in ("choice", "character"))
+    assert_agrees(by_sum, logprobs)
+    for score, name in ((by_sum, "acc,none"), (by_character, "acc_norm,none")):
+        theirs = [results[task][name] for task in names]
+        assert list(score.questions["correct"]) == [bool(value) for value in theirs], name
 
 
 def with_bos(tokenizer, in_template: bool):
@@ -135,19 +161,20 @@ def test_five_shots_agree_with_what_was_recorded(smollm2, recorded, reference_se
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [*SETTINGS, *CLOZE])
 def test_every_setting_agrees_with_what_was_recorded(smollm2, recorded, reference_set, setting):
     who, style, n = setting.split("/")
     questions, dev = reference_set
     with harness.fixed_adapter(smollm2) if who == "adapter" else nullcontext():
-        score = ask_smollm2(smollm2, questions, dev, style, int(n))
+        asked = questions[::12] if setting in CLOZE and n == "5" else questions
+        score = ask_smollm2(smollm2, asked, dev, style, int(n))
     assert set(score.questions["question_id"]) == set(recorded[setting])
     assert_agrees(score, recorded[setting])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [*SETTINGS, *CLOZE])
 def test_the_harness_still_says_what_was_recorded(smollm2, recorded, reference_set, setting, tmp_path):
     """All subjects without shots; with shots, which take minutes, every sixth."""
     pytest.importorskip("lm_eval")

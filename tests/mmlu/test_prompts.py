@@ -138,14 +138,14 @@ def test_chat_without_a_template_names_harness(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("template", "scoring", "thinking", "ending"),
     [
-        ("switch", "logits", "off", "assistant\n<think>\n\n</think>\n\n"),
+        ("switch", "letters", "off", "assistant\n<think>\n\n</think>\n\n"),
         ("switch", "generate", "off", "assistant\n<think>\n\n</think>\n\n"),
-        ("begun", "logits", "closed", "assistant\n<think>\n\n</think>\n\n"),
+        ("begun", "letters", "closed", "assistant\n<think>\n\n</think>\n\n"),
         ("begun", "generate", "on", "assistant\n<think>\n"),
-        ("other marks", "logits", "closed", "assistant\n<|START_THINKING|>\n\n<|END_THINKING|>\n\n"),
+        ("other marks", "letters", "closed", "assistant\n<|START_THINKING|>\n\n<|END_THINKING|>\n\n"),
         ("other marks", "generate", "on", "assistant\n<|START_THINKING|>"),
         ("ended", "generate", "off", "assistant\n</think>"),
-        ("known", "logits", "", "A, B, C or D.\n"),
+        ("known", "letters", "", "A, B, C or D.\n"),
         ("known", "generate", "on", "A, B, C or D.\n"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_template_that_thinks_is_switched_off_or_has_its_thoughts_ended(templa
 
 
 def test_a_template_without_thoughts_is_asked_as_ever(tokenizer):
-    assert thinking_of(tokenizer, "chat", "logits") == thinking_of(tokenizer, "chat", "generate") == ""
+    assert thinking_of(tokenizer, "chat", "letters") == thinking_of(tokenizer, "chat", "generate") == ""
 
 
 def test_thoughts_have_room_in_the_window():

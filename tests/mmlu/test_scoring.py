@@ -40,7 +40,7 @@ def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model
 
 
 def of_budgets(loaded, encoded) -> list[np.ndarray]:
-    """Log-likelihoods (N, 4) of all questions, for batches of 128, 512 and 2048 padded tokens."""
+    """Log-likelihoods (N, 4) of all questions, for batches of 128, 512 and 2048 tokens."""
     scores = [evaluate(loaded, encoded, token_budget=budget) for budget in (128, 512, 2048)]
     return [score.questions[LOGPROBS].to_numpy() for score in scores]
 
@@ -90,7 +90,7 @@ def test_choices_of_several_tokens_are_scored_whole(tiny_model, tokenizer):
         assert [row.logprob_a, row.logprob_b, row.logprob_c, row.logprob_d] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("scoring", ["logits", "generate"])
+@pytest.mark.parametrize("scoring", ["letters", "cloze", "generate"])
 def test_running_out_of_memory_halves_the_batch_and_keeps_what_is_done(tiny_model, tokenizer, scoring):
     encoded = encode(tokenizer)
     limit = max(map(len, encoded))

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from raylora.mmlu.questions import LETTERS
-from raylora.mmlu.statistics import compare, compare_subjects, note_on_constant_answers, summarize
+from raylora.mmlu.statistics import (
+    clustered_stderr,
+    compare,
+    compare_subjects,
+    note_on_constant_answers,
+    summarize,
+)
 from raylora.records import Score
 
 
@@ -64,6 +70,36 @@ def test_a_standard_error_of_few_questions_a_subject_is_binomial(num_subjects, n
     pooled = math.sqrt(squares / degrees_of_freedom / num) if degrees_of_freedom else 0.0
     assert summary["overall_stderr"] == pytest.approx(pooled if degrees_of_freedom >= 30 else binomial)
     assert summary["groups"]["other"]["stderr"] == summary["overall_stderr"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["anatomy", "virology", "sociology"]), st.booleans()), min_size=1))
+def test_the_clustered_standard_error_is_that_of_a_plain_loop(questions):
+    subjects, correct = zip(*questions, strict=True)
+    num, mean = len(correct), sum(correct) / len(correct)
+    found = summarize(make_score(list(correct), list(subjects)))["overall_stderr_clustered"]
+    if len(set(subjects)) < 2 or len(set(correct)) < 2:
+        assert found is None
+        return
+    variance = sum((x - mean) ** 2 for x in correct) / (num * (num - 1))
+    for i in range(num):
+        for j in range(num):
+            if i != j and subjects[i] == subjects[j]:
+                variance += (correct[i] - mean) * (correct[j] - mean) / num**2
+    assert found == pytest.approx(math.sqrt(variance))
+
+
+def test_the_clustered_standard_error_covers_other_subjects_like_these():
+    """200 times 57 subjects of 20 questions, whose accuracies are spread by 0.15 around 0.5."""
+    rng = np.random.default_rng(0)
+    subjects = pd.Series(np.repeat(np.arange(57), 20).astype(str))
+    truths = np.repeat(rng.normal(0.5, 0.15, (200, 57)).clip(0, 1), 20, axis=1)
+    answers = rng.random(truths.shape) < truths
+    accuracies = answers.mean(axis=1)
+    stderrs = [clustered_stderr(pd.Series(correct), subjects) for correct in answers]
+    covers = np.abs(accuracies - 0.5) < 1.96 * np.array(stderrs)
+    assert 0.9 < covers.mean() <= 0.99
+    assert np.median(stderrs) > 1.4 * np.sqrt(0.25 / 1140), "independent questions would be surer"
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from raylora.data.minibatch import Blocks
-from raylora.model.attention import Behind, KeptKeys, attend_at_once, attend_in_blocks
+from raylora.model import attention
+from raylora.model.attention import attend_at_once, attend_in_blocks
+from raylora.model.kept_keys import Behind, KeptKeys
 
 
 def varlen(
@@ -84,9 +86,9 @@ def test_attention_at_once_is_that_of_block_by_block(kernel, scale, window):
     )
     if kernel is varlen_of_old and window:
         with pytest.raises(ValueError, match="window"):
-            attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, window, kwargs)
+            attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, None, window, kwargs)
         return
-    found = attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, window, kwargs)
+    found = attend_at_once(kernel, module, query, key, value, Blocks(ends, 16), None, None, window, kwargs)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -161,7 +163,7 @@ def test_rows_behind_prefixes_attend_as_if_each_were_one_text_with_its_own(group
     torch.testing.assert_close(texts.attend(blocks, behind, scaling=scale), expected, atol=2e-5, rtol=1e-4)
     for kernel in KERNELS:
         found = attend_at_once(
-            kernel, texts.module, texts.query, texts.key, texts.value, blocks, behind, None, {"scaling": scale}
+            kernel, texts.module, texts.query, texts.key, texts.value, blocks, behind, None, None, {"scaling": scale}
         )
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
@@ -202,3 +204,47 @@ def test_a_prefix_that_became_infinite_moves_no_row_behind_another():
     found = texts.attend(*on_device_only(texts))
     torch.testing.assert_close(found[:, 3:], texts.expected()[:, 3:], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(texts.attend()[:, 3:], texts.expected()[:, 3:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("most_scores", [1, 200, 2**26])
+def test_plain_products_come_to_the_same(monkeypatch, most_scores):
+    """As on a GPU without flash attention: some tokens at a time, so that memory holds their scores."""
+    monkeypatch.setattr(attention, "FLASH_ON_CPU", None)
+    monkeypatch.setattr(attention, "MOST_SCORES", most_scores)
+    texts = Texts([20, 5], [[3, 9], [7]])
+    expected = texts.expected()
+    torch.testing.assert_close(texts.attend(), expected, atol=2e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # it does not lower them
+        torch.testing.assert_close(texts.attend(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_products_that_float16_does_not_hold_are_scaled_before(monkeypatch):
+    monkeypatch.setattr(attention, "FLASH_ON_CPU", None)
+    texts = Texts([20], [[3]])
+    texts.query, texts.key = 120 * texts.query, 120 * texts.key
+    keys, values = texts.kept.of(texts.module)
+    keys *= 120
+    assert float((texts.query @ keys.repeat_interleave(2, 1).mT).abs().max()) > torch.finfo(torch.float16).max
+    expected = texts.expected(scale=0.02)
+    half = Texts([20], [[3]])
+    half.kept.begin()
+    half.kept.put(half.module, keys.half(), values.half())
+    half.query, half.key, half.value = (t.half() for t in (texts.query, texts.key, texts.value))
+    found = half.attend(scaling=0.02)
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found.float(), expected, atol=5e-2, rtol=5e-2)
+
+
+def test_one_token_behind_several_prefixes_is_no_row_of_each():
+    """Where no row has two tokens, torch's kernel takes each row to have one; most rows here have none."""
+
+    def strict(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        assert max_q > 1 or len(query) == len(cu_seq_q) - 1
+        return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+    texts = Texts([5, 8], [[], [1]])
+    blocks, behind = on_device_only(texts)
+    found = attend_at_once(
+        strict, texts.module, texts.query, texts.key, texts.value, blocks, behind, None, None, {"scaling": None}
+    )
+    torch.testing.assert_close(found, texts.expected(), atol=2e-5, rtol=1e-4)

@@ -7,13 +7,15 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from raylora.errors import UserError
-from raylora.model.candidates import CandidatePasses, Row
+from raylora.model.adapters import LoadedModel
+from raylora.model.candidates import Branches, CandidatePasses, Row
 from raylora.model.forward import inference
 from tests.helpers.adapters import attach_random
 from tests.helpers.graphs import RecordedGraphs
-from tests.helpers.tiny import load, make_loaded, make_model
+from tests.helpers.tiny import load, make_loaded, make_model, make_tokenizer
 
 PREFIX = [3 + 7 * i % 90 for i in range(23)]
 TEXTS = [[5 + (7 * i + k) % 90 for k in range(n)] for i, n in enumerate((12, 3, 40, 25))]
@@ -164,3 +166,96 @@ def test_each_module_may_scale_its_adapter_in_its_own_way(tmp_path):
         with inference(loaded.model), passes.ready(["a"], packed=True, longest_prefix=len(PREFIX)):
             for _ in range(3):
                 np.testing.assert_allclose(run(passes, ["a"], PREFIX)[0], expected, atol=2e-5)
+
+
+# Texts behind rows
+
+BRANCHES = [[[5, 9, 11], [8], [70, 3]], [[10], [11], [12]], [[4, 4, 4, 4, 4, 4], [5, 6]], [[9], [20, 21, 22]]]
+
+
+@pytest.mark.parametrize("prefix", [[], PREFIX])
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_each_text_behind_a_row_gets_what_it_gets_alone(adapter, prefix):
+    """Different numbers of texts, of one token and of several."""
+    loaded = make_loaded()
+    attach_random(loaded, 1, "a")
+    base = loaded.base() if adapter is None else contextlib.nullcontext()
+    rows = [Branches(text, branches) for text, branches in zip(TEXTS, BRANCHES, strict=True)]
+    with inference(loaded.model), base:
+        expected = []
+        for row in rows:
+            for text in row.texts:
+                ids = [*prefix, *row.ids, *text]
+                logprobs = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+                first = len(ids) - len(text)
+                expected.append(sum(float(logprobs[first + i - 1, token]) for i, token in enumerate(text)))
+        passes = CandidatePasses(loaded, 0 if adapter is None else 1, None)
+        with passes.ready([] if adapter is None else [adapter], packed=True):
+            for order in ([0, 1, 2, 3], [1], [3, 2]):
+                found = iter(passes.run_branches([rows[i] for i in order], prefix).read().tolist())
+                of_rows = {i: [next(found) for _ in rows[i].texts] for i in order}
+                starts = [0, 3, 6, 8, 10]
+                for i, values in of_rows.items():
+                    np.testing.assert_allclose(values, expected[starts[i] : starts[i + 1]], atol=3e-5)
+
+
+def loaded_of(config, **settings) -> LoadedModel:
+    """A tiny model of another family, of random weights."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = transformers.AutoModelForCausalLM.from_config(config(**{**sizes, **settings})).eval()
+    return LoadedModel(model, make_tokenizer(), "tiny", "none")
+
+
+def replayed(loaded, prefix=(), num_passes: int = 4, longest_prefix: int | None = None) -> CandidatePasses:
+    """Passes that were run so often that captured ones are replayed, each as its texts alone."""
+    expected = alone(loaded, prefix, None)
+    passes = CandidatePasses(loaded, 0, RecordedGraphs())
+    room = len(prefix) if longest_prefix is None else longest_prefix
+    with inference(loaded.model), passes.ready([], packed=True, longest_prefix=room):
+        for _ in range(num_passes):
+            np.testing.assert_allclose(run(passes, [None], prefix)[0], expected, atol=2e-5)
+    return passes
+
+
+@pytest.mark.parametrize("prefix", [[], PREFIX])
+def test_what_fills_a_pass_up_has_no_positions_that_the_model_lacks(prefix):
+    """GPT-2's positions are a table of as many rows as its context is long: here 64, and a pass has 512 tokens."""
+    passes = replayed(loaded_of(transformers.GPT2Config, n_positions=64), prefix)
+    assert passes.graphed.num_replayed == 2
+
+
+def test_texts_within_a_sliding_window_are_captured_behind_a_prefix():
+    """Though the room that is kept for prefixes, 512 tokens, is wider than the window; and no longer ones are."""
+    passes = replayed(loaded_of(transformers.MistralConfig, sliding_window=70), PREFIX)
+    assert passes.graphed.num_replayed == 2
+    passes = replayed(loaded_of(transformers.MistralConfig, sliding_window=40), PREFIX)
+    assert passes.graphed.num_replayed == 0
+
+
+def test_keys_that_have_no_fixed_place_are_not_captured():
+    assert replayed(make_loaded(), PREFIX, longest_prefix=0).graphed.num_replayed == 0
+
+
+def test_a_longer_prefix_has_room_where_captures_were_given_up():
+    def cannot_capture(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    loaded = make_loaded()
+    passes = CandidatePasses(loaded, 0, cannot_capture)
+    for prefix in (PREFIX, PREFIX * 30):
+        with inference(loaded.model), passes.ready([], packed=True, longest_prefix=len(prefix)):
+            found = [run(passes, [None], prefix)[0] for _ in range(3)]
+        for each in found:
+            np.testing.assert_allclose(each, alone(loaded, prefix, None), atol=2e-5)
+    assert not passes.graphed.are_wanted
+
+
+def test_the_base_shares_no_pass_with_an_adapter_that_is_no_matrix():
+    """Its module would add it to the base's rows."""
+    loaded = make_loaded()
+    attach_random(loaded, 1, "a", target_modules=("embed_tokens", "q_proj"))
+    passes = CandidatePasses(loaded, 2, None)
+    with pytest.raises(UserError, match="cannot share a pass"), passes.ready(["a"], packed=True):
+        pass

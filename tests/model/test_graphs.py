@@ -10,11 +10,13 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.model import memory
-from raylora.model.graphs import SMALLEST, fixed_size, largest_size
+from raylora.model.adapters import LoadedModel
+from raylora.model.graphs import SMALLEST, GraphedPasses, fixed_size, largest_size, make_room
 from raylora.model.grouped import may_group
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import train_adapters
@@ -259,6 +261,44 @@ def test_what_was_captured_is_gone_with_the_wrapper(loaded, encoded):
         assert capture() is None
     finally:
         gc.enable()
+
+
+def test_memory_that_runs_out_lets_go_of_all_that_other_passes_hold(loaded, encoded):
+    """The weights and gradients of adapters, too, not what was captured alone."""
+    steps_of(loaded, encoded, [DROPOUT], RecordedGraphs())
+    (passes,) = map(weakref.ref, loaded.kept.values())
+    running = GraphedPasses(lambda inputs: None, None, lambda: [])
+    assert make_room(loaded, running)
+    assert passes() is None
+    assert not make_room(loaded, running)
+
+
+def test_passes_of_another_number_of_adapters_are_let_go(loaded, encoded):
+    for which, num_slots in (("one", [1]), ("several", [1, 3])):
+        steps_of(loaded, encoded, METHODS[which], RecordedGraphs())
+        assert sorted(slots for _, slots, _ in loaded.kept) == num_slots
+    steps_of(loaded, encoded, METHODS["several"][:2], RecordedGraphs())
+    assert sorted(slots for _, slots, _ in loaded.kept) == [1, 2]
+
+
+def test_what_fills_a_training_pass_up_has_no_positions_that_the_model_lacks(loaded, encoded):
+    """GPT-2's positions are a table of as many rows as its context is long: here 200, and a pass has 512 tokens."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(loaded.tokenizer), n_positions=200, n_embd=64, n_layer=2, n_head=4, pad_token_id=0
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    method = METHOD.model_copy(update={"target_modules": ("c_attn",)})
+    found = []
+    for capture in (RecordedGraphs(), None):
+        other = LoadedModel(model, loaded.tokenizer, "tiny", "none")
+        losses, gradients, runner = steps_of(other, encoded, [method], capture, num_steps=3)
+        other.unwrap()
+        assert runner.packed
+        found.append((losses, gradients))
+    (losses, gradients), (expected, others) = found
+    assert losses == [pytest.approx(step, abs=1e-5) for step in expected]
+    assert_equal(gradients[-1], others[-1])
 
 
 def test_a_loss_that_is_no_number_is_no_reason_to_give_captures_up(loaded, encoded, caplog):

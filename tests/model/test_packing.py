@@ -56,3 +56,10 @@ def test_eager_attention_is_not_packed():
     model = make_model()
     model.set_attn_implementation("eager")
     assert not can_pack(model)
+
+
+def test_a_trial_in_mixed_precision_counts_as_one_in_half_precision():
+    """As a training over a float32 model has it on a GPU."""
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_pack(model)

@@ -13,7 +13,10 @@ import pytest
 from raylora.commands.run_command import call_command
 from raylora.config import load_config
 from raylora.errors import UserError
+from raylora.mmlu.power import power_line
 from raylora.planning.plan import find_files, make_plan, read_order
+from raylora.planning.show_plan import power_of
+from raylora.records import ResultRow
 from tests.helpers.chunks import OPTIONS, planned, run, write_dataset
 from tests.helpers.feature_rows import make_records
 from tests.helpers.objects import BUCKET
@@ -208,3 +211,14 @@ def test_an_order_that_cannot_be_read_is_one_line(tmp_path, content):
         read_order(path)
     assert str(caught.value).startswith(f"--order {path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_questions_can_show_is_measured_from_rows_that_are_there(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data_a")
+    plan = planned(options, stages=("mmlu", "train"), grid={"seed": [0, 1], "lora_r": [4, 8]})
+    assert len(plan.experiments) == 4
+    num = plan.num_questions
+    rows = [ResultRow({"num_gained": k, "num_lost": 1, "total_questions": num}) for k in (1, 2, 3)]
+    failed = ResultRow({"num_gained": None, "num_lost": None, "total_questions": None})
+    assert power_of(plan, [*rows, failed]) == power_line(num, 1, 3 / num, num_tests=2), "seeds are tested together"
+    assert power_of(plan, [failed]) == power_line(num, 1, None, num_tests=2)

@@ -93,6 +93,22 @@ def test_the_ranking_goes_by_any_outcome(open_page, forty):
     assert "McNemar's exact test" in page.locator("#ranking").inner_text()
 
 
+def test_shrunk_changes_and_what_the_questions_can_show_are_on_the_page(open_page, forty, letters_run):
+    page = open_page(forty)
+    titles = page.locator("#ranking thead").inner_text()
+    assert "Shrunk" in titles
+    assert "FDR p" in titles
+    notes = page.locator("#ranking .note").all_inner_texts()
+    assert any(
+        re.match(r"[\d,]+ questions can show changes of accuracy from \d\.\d points on; from ", n) for n in notes
+    )
+    assert any("the greatest of 37 noisy changes is partly luck" in n for n in notes)
+    assert "for other questions and subjects like these" in page.locator("#tiles").inner_text()
+    of_two = open_page(letters_run)
+    assert "Shrunk" not in of_two.locator("#ranking thead").inner_text()
+    assert "null" not in of_two.locator("#ranking").inner_text()
+
+
 def test_a_favourite_letter_that_moved_is_not_called_real(open_page, letters_run):
     page = open_page(letters_run)
     assert names_of(page, "ranking") == ["knowledge", "only_letters"]

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test, spearmanr
 
 from raylora.errors import ErrorKind
+from raylora.mmlu.power import power_line
 from raylora.mmlu.statistics import compare, compare_subjects
 from raylora.records import Score
 from raylora.report import findings
 from raylora.report.page import page_data
+from raylora.report.power import power_of_run
 from raylora.report.read_run import load_run
 from tests.helpers import ROOT
 from tests.helpers.runs import make_score, write_run
@@ -51,6 +53,34 @@ def test_changes_are_marked_over_all_datasets_together(forty):
     assert len(decided) == found["num_gains"] + found["num_losses"] + found["num_letters"]
     assert len(marked) <= found["num_raw"]
     assert all(v != "gain" or run.table["balanced_accuracy_change_low"][i] > 0 for i, v in decided.items())
+
+
+def test_false_discovery_and_shrunk_changes_stand_beside_holm(forty):
+    run = load_run(forty)
+    found = findings.ranking(run)
+    good, holm_p_values = found["rows"], np.array(found["holm"])
+    fdr, estimates = np.array(found["fdr"]), np.array(found["accuracy_change_shrunk"])
+    assert (fdr[good] <= holm_p_values[good] + 1e-12).all()
+    assert found["num_fdr"] >= found["num_gains"] + found["num_losses"]
+    changes = run.numbers("accuracy_change").to_numpy()
+    assert np.isnan(np.delete(estimates, good)).all()
+    assert estimates[good].max() < changes[good].max()
+    assert estimates[good].min() > changes[good].min()
+
+
+def test_the_page_says_what_its_questions_can_show(forty, tmp_path):
+    run = load_run(forty)
+    ranked = findings.ranking(run)
+    differing = (run.numbers("num_gained") + run.numbers("num_lost")) / run.numbers("total_questions")
+    line = power_of_run(run, ranked)
+    assert line == power_line(int(run.numbers("total_questions")[ranked["rows"][0]]), 37, differing.median())
+    assert "as measured" in line
+    for name in ("num_gained", "num_lost", "overall_stderr_clustered", "base_overall_stderr_clustered"):
+        del run.table[name]  # as rows of an older raylora are
+    assert "an assumed 15%" in power_of_run(run, ranked)
+    write_run(tmp_path / "chunk", ["a"], stages=("features", "train"))
+    without = load_run(tmp_path / "chunk")
+    assert power_of_run(without, findings.ranking(without)) is None
 
 
 def test_a_row_of_an_older_raylora_is_judged_by_its_p_value(forty):

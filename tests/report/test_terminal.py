@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
@@ -68,3 +69,19 @@ def test_many_constant_adapters_are_one_line(tmp_path):
         "",
         "the model answers A to 600 of 600 questions: letters cannot show a change; try --scoring cloze",
     ]
+
+
+def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path):
+    rows = write_run(tmp_path / "chunk", ["a", "b", "c"])
+    text = " ".join(printed(rows, tmp_path / "chunk").split())
+    assert re.search(r"Real: \d of 3 by Holm at 5%; \d at a false-discovery rate of 5%\.", text)
+    best = max(rows, key=lambda row: row.values["accuracy_change"]).values
+    start = f"best of 3 noisy changes is partly luck: {best['dataset']} {best['accuracy_change']:+.3f}, shrunk towards"
+    assert start in text
+    two = write_run(tmp_path / "two", ["a", "b"])
+    assert "partly luck" not in printed(two, tmp_path / "two")
+
+
+def test_lines_over_seeds_are_shrunk_too(tmp_path):
+    rows = write_run(tmp_path / "chunk", ["a", "b", "c"], grid={"seed": [0, 1, 2]})
+    assert "The best of 3 noisy changes is partly luck: " in printed(rows, tmp_path / "chunk")

@@ -122,7 +122,7 @@ def test_options_that_pages_name_are_there():
     known = {name.replace("_", "-") for name in Config.model_fields}
     of_others = {
         "config", "help", "questions", "adapter", "price", "data-folder", "model-path", "output-csv", "single-dataset",
-        "describe", "leave-out", "target", "predictor", "budget", "coverage", "group",
+        "describe", "leave-out", "target", "predictor", "budget", "coverage", "group", "revision",
     }  # fmt: skip
     for page in PAGES:
         for name in re.findall(r"`--([a-z][a-z0-9_-]+)", page.read_text(encoding="utf-8")):

@@ -16,12 +16,19 @@ from raylora.data.encoding import encode_example
 from raylora.data.minibatch import Blocks
 from raylora.model.adapter_products import AdapterProducts, Span
 from raylora.model.attention import attend_in_blocks
+from raylora.model.candidates import CandidatePasses, Row
+from raylora.model.forward import inference
+from raylora.model.graphs import capture_of
+from raylora.model.grouped import may_group
+from raylora.model.kept_keys import Behind, KeptKeys
 from raylora.model.kernels import drop
-from raylora.model.loading import load_model
+from raylora.model.loading import as_loaded, load_model
 from raylora.model.memory import CPU_TOKEN_BUDGET, ENOUGH_TOKENS, GPU_TOKEN_BUDGET, TokenBudget, tokens_that_fit
 from raylora.training.gradients import GradientAccumulator, Job
 from raylora.training.loop import train_adapter, train_adapters
 from raylora.training.losses import example_losses
+from tests.helpers.adapters import attach_random
+from tests.helpers.tiny import make_model, make_tokenizer
 from tests.helpers.training import Recorder, make_examples
 
 METHOD = Method(lora_r=8, num_epochs=1, batch_size=4, gradient_accumulation=2, learning_rate=2e-3, lora_dropout=0.1)
@@ -290,6 +297,108 @@ def test_attention_at_once_is_that_of_block_by_block(device, window):
     halves = [t.float() for t in (query, key, value)]  # in float32, block by block
     expected, _ = attend_in_blocks(module, *halves, None, blocks=Blocks(ends, 64, lengths), **options)
     torch.testing.assert_close(at_once.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@ON_GPU
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_attention_behind_prefixes_at_once_is_that_of_block_by_block(device, is_captured):
+    """Captured passes have empty blocks, prefixes without rows, and room behind the prefixes."""
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4
+    prefixes, rows, lengths = (0, 30, 60, 90), (0, 47, 47, 96), (40, 7, 49)
+    spans = ((0, 30), (0, 30), (60, 90))
+    query, *own = (torch.randn(1, heads, 96, 64, device=device).bfloat16() for heads in (8, 2, 2))
+    before = [torch.randn(1, 2, 90, 64, device=device).bfloat16() for _ in range(2)]
+
+    def attend(is_at_once: bool) -> torch.Tensor:
+        kept = KeptKeys(128 if is_at_once and is_captured else None)
+        kept.put(module, *(t if is_at_once else t.float() for t in before))
+        ends = [torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (prefixes, rows)]
+        behind = Behind(kept, *ends, 90, 200, None if is_captured and is_at_once else spans)
+        empty = (96,) * 3 if is_captured and is_at_once else ()
+        ends_of_blocks = torch.tensor([0, 40, 47, 96, *empty], dtype=torch.int32, device=device)
+        blocks = Blocks(ends_of_blocks, 49, None if empty else lengths)
+        given = [t if is_at_once else t.float() for t in (query, *own)]
+        return attend_in_blocks(module, *given, None, blocks=blocks, behind=behind, scaling=0.1)[0].float()
+
+    torch.testing.assert_close(attend(True), attend(False), atol=2e-2, rtol=2e-2)
+
+
+PREFIX = [3 + 7 * i % 90 for i in range(23)]
+TEXTS = [[5 + (7 * i + k) % 90 for k in range(n)] for i, n in enumerate((12, 3, 40, 25))]
+CANDIDATES = [10, 30, 50, 70]
+
+
+def logprobs_alone(loaded, prefix, adapter: str | None) -> torch.Tensor:
+    """Of the candidates behind one text after another, (texts, 4), by PEFT's own forward pass."""
+    if adapter is not None:
+        loaded.activate(adapter)
+    found = []
+    base = loaded.base() if adapter is None else contextlib.nullcontext()
+    with inference(loaded.model), base, loaded.forward_autocast():
+        for text in TEXTS:
+            ids = torch.tensor([[*prefix, *text]], device=loaded.device)
+            logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1]
+            found.append(logits.float().log_softmax(-1)[CANDIDATES])
+    return torch.stack(found).cpu()
+
+
+def logprobs_together(loaded, passes, prefix, adapters) -> list[torch.Tensor]:
+    """The same of each adapter, in a pass of all texts of all of them; after passes of other orders."""
+    names = [name for name in adapters if name is not None]
+    base = loaded.base() if adapters == [None] else contextlib.nullcontext()
+    with inference(loaded.model), base, passes.ready(names, packed=True, longest_prefix=len(prefix)):
+        for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 1, 3)):
+            pairs = [(i, name) for i in order for name in adapters]
+            rows = [Row(TEXTS[i], CANDIDATES, passes.slot_of(name)) for i, name in pairs]
+            found = dict(zip(pairs, passes.run(rows, prefix).read(), strict=True))
+    return [torch.tensor([found[i, name] for i in range(len(TEXTS))]) for name in adapters]
+
+
+@pytest.mark.parametrize("prefix", [[], PREFIX], ids=["no prefix", "prefix"])
+@pytest.mark.parametrize("adapters", [[None], ["a"], ["b", None, "a"]], ids=str)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_candidates_of_passes_are_those_of_each_text_alone(load, quantization, adapters, prefix):
+    """On a GPU of captured ones. Half precision moves them by 0.01, an adapter by 0.08 and more."""
+    loaded, _ = load(quantization)
+    attach_random(loaded, 1, "a", lora_r=4, lora_alpha=16)
+    attach_random(loaded, 2, "b", lora_r=8, lora_alpha=8, target_modules=("q_proj", "down_proj"))
+    passes = CandidatePasses(loaded, 0 if adapters == [None] else len(adapters), capture_of(loaded))
+    found = logprobs_together(loaded, passes, prefix, adapters)
+    exact = loaded.device.type == "cpu"
+    for mine, adapter in zip(found, adapters, strict=True):
+        expected = logprobs_alone(loaded, prefix, adapter)
+        torch.testing.assert_close(mine, expected, atol=2e-5 if exact else 0.03, rtol=0)
+    if not exact:
+        by_group = len(adapters) > 1 and not may_group(torch.bfloat16, loaded.device)
+        assert passes.graphed.num_replayed == (0 if by_group else 1)
+
+
+def test_questions_between_trainings_are_asked_of_the_adapter_that_is_there(load):
+    loaded, encoded = load("none")
+    passes = CandidatePasses(loaded, 1, capture_of(loaded))
+    exact = loaded.device.type == "cpu"
+    for seed in range(3):
+        train_adapter(loaded, loaded.attach(METHOD, seed), encoded, METHOD, seed, 3)
+        (found,) = logprobs_together(loaded, passes, PREFIX, ["default"])
+        expected = logprobs_alone(loaded, PREFIX, "default")
+        torch.testing.assert_close(found, expected, atol=2e-5 if exact else 0.03, rtol=0)
+        (of_base,) = logprobs_together(loaded, CandidatePasses(loaded, 0, None), PREFIX, [None])
+        torch.testing.assert_close(of_base, logprobs_alone(loaded, PREFIX, None), atol=2e-5 if exact else 0.03, rtol=0)
+        loaded.detach()
+
+
+def test_a_callers_model_in_float32_answers_in_float32(device):
+    """With an adapter, too: as lm-evaluation-harness has it, to 1e-3."""
+    model = make_model().requires_grad_(False).to(device)
+    loaded = as_loaded(model, make_tokenizer())
+    attach_random(loaded, 1, "a")
+    assert loaded.forward_dtype == torch.float32
+    for adapters in ([None], ["a"]):
+        passes = CandidatePasses(loaded, 0 if adapters == [None] else 1, None)
+        (found,) = logprobs_together(loaded, passes, PREFIX, adapters)
+        torch.testing.assert_close(found, logprobs_alone(loaded, PREFIX, adapters[0]), atol=1e-4, rtol=0)
 
 
 @ON_GPU

@@ -32,6 +32,8 @@ const CHANGE = numbers("accuracy_change").map((value, i) => (DATA.ok[i] ? value 
 const LOW = numbers("accuracy_change_low");
 const HIGH = numbers("accuracy_change_high");
 const HOLM = DATA.ranking.holm;
+const FDR = DATA.ranking.fdr;
+const SHRUNK = DATA.ranking.accuracy_change_shrunk;
 const ALPHA = DATA.ranking.alpha;
 const VERDICT = DATA.ranking.verdicts;
 const isReal = (i) => VERDICT[i] === "gain" || VERDICT[i] === "loss";

@@ -33,8 +33,9 @@ function drawTiles() {
     const [best] = RANKED;
     const base = numbers("base_overall_accuracy")[best];
     const stderr = numbers("base_overall_stderr")[best];
+    const clustered = numbers("base_overall_stderr_clustered")[best];
     const asked = numbers("total_questions")[best];
-    add("Base model on MMLU", percent(base), `${stderr === null ? "" : `± ${(100 * stderr).toFixed(1)} (standard error), `}${asked === null ? "" : count(asked, "question")}${favourite("base_", best)}`);
+    add("Base model on MMLU", percent(base), `${stderr === null ? "" : `± ${(100 * stderr).toFixed(1)} (standard error${clustered === null ? "" : `; ${(100 * clustered).toFixed(1)} for other questions and subjects like these`}), `}${asked === null ? "" : count(asked, "question")}${favourite("base_", best)}`);
     add("Best change", `${points(lineOf(best).change)} points`, `${lineOf(best).label}${isReal(best) ? "" : `: ${verdict(best)}`}`, tone(best) === "none" ? "" : tone(best));
     add("Real changes", `${gains} up, ${losses} down`, `of ${RANKED.length}; ${SEEDS ? "over seeds and questions" : "McNemar's test"}, Holm-adjusted, 5%, and balanced accuracy`);
   }
@@ -53,6 +54,7 @@ function aboutPairs() {
   return `${one}By the interval over seeds, each training in turn taken for the base of the others, ${real} of ${heldOut} (${percent(real / heldOut, 0)}) count as changed; 5% are to be expected.`;
 }
 
+const HAS_SHRUNK = RANKED.some((i) => SHRUNK[i] !== null);
 /** What can be ranked by: accuracy, which decides what is real on the rest of the page, and other outcomes. */
 const BY_ACCURACY = { title: "accuracy", column: "accuracy_change", line: lineOf, holm: HOLM, verdicts: VERDICT, digits: 1 };
 const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.name === "correct_probability" ? 2 : 1 }))];
@@ -74,7 +76,7 @@ function drawRanking() {
 }
 
 function aboutAccuracy() {
-  const { num_gains: gains, num_losses: losses, num_letters: letters, num_raw: raw } = DATA.ranking;
+  const { num_gains: gains, num_losses: losses, num_letters: letters, num_raw: raw, num_fdr: discovered } = DATA.ranking;
   return [
     note(
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals ",
@@ -83,7 +85,10 @@ function aboutAccuracy() {
       ` (filled): the p-values of ${SEEDS ? "the change of accuracy over seeds" : "McNemar's exact test of accuracy"} and of the change of balanced accuracy (the mean over the four right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
       letters ? `In ${letters}, ${SEEDS ? "only that of accuracy" : "only McNemar's"} passes, and balanced accuracy did not change: its favourite letter moved. A model that comes to prefer another letter gains where that letter happens to be right. ` : "",
       `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
+      RANKED.length > 1 ? ` Where a few false ones among them do no harm: by the false-discovery rate (Benjamini and Hochberg, 5%) ${discovered} ${discovered === 1 ? "is" : "are"} real, of which 5% may be false on average.` : "",
     ),
+    ...(DATA.power ? [note(`${DATA.power}.`)] : []),
+    ...(HAS_SHRUNK ? [note(`Shrunk: the greatest of ${RANKED.length} noisy changes is partly luck, so each is moved towards the mean of all, by as much as its own noise asks for (empirical Bayes). A single true change among hundreds that are none is moved too far: there, look at its p-value.`)] : []),
     note(SEEDS ? aboutPairs() : "Each was trained with one seed. The intervals and p-values know the noise of the questions, and not what another seed would have given: that another training on the same data would be as good, or better at all, they cannot say (--repeats 5 measures it)."),
   ];
 }
@@ -147,10 +152,12 @@ function drawRankingBy(host, { title, column, line, holm, verdicts, digits }) {
     { key: "plot", title: "Points, with 95% interval", brief: "Points", hint: "Sort by change", value: (i) => line(i).change, draw: plot, head: axis, first: "descending" },
     { key: "change", title: "Change", hint: "Percentage points", value: (i) => line(i).change, text: (i) => points(line(i).change, digits), num: true, width: 76, tone: (i) => (isReal(i) ? tone(i) : "") },
     { key: "interval", title: "95% interval", hint: "Sort by its lower end", value: (i) => line(i).low, text: (i) => (line(i).low === null ? "–" : `${points(line(i).low, digits)} to ${points(line(i).high, digits)}`), num: true, width: 120, from: 760 },
+    ...(HAS_SHRUNK && isAccuracy ? [{ key: "shrunk", title: "Shrunk", hint: "Change shrunk towards the mean of all, percentage points", value: (i) => SHRUNK[i], text: (i) => points(SHRUNK[i]), num: true, width: 70, from: 820 }] : []),
     { key: "balanced", title: "Balanced", hint: "Change of balanced accuracy, percentage points", value: (i) => line(i).balanced, text: (i) => points(line(i).balanced), num: true, width: 86, from: 900 },
     { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : isAccuracy ? "McNemar's exact test of accuracy, unadjusted" : `Of ${title}, unadjusted`, value: (i) => line(i).p_value, text: (i) => pValue(line(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
     { key: "holm", title: "Holm p", hint: `${SEEDS || !isAccuracy ? "That p" : "McNemar's p of accuracy"}, adjusted over ${RANKED.length} changes`, value: (i) => holm[i], text: (i) => pValue(holm[i]), num: true, width: 74, from: 640, first: "ascending" },
+    ...(RANKED.length > 1 && isAccuracy ? [{ key: "fdr", title: "FDR p", hint: "That p, adjusted by Benjamini and Hochberg: of those below 5%, 5% are false on average", value: (i) => FDR[i], text: (i) => pValue(FDR[i]), num: true, width: 64, from: 1080, first: "ascending" }] : []),
     { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
-    { key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 },
+    ...(HAS_SHRUNK && isAccuracy ? [] : [{ key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 }]), // no room beside the others; the table of all columns has it
   ], { name: "ranking", rows: order, sort: "plot", search: (i) => `${line(i).label} ${verdict(i)}`, height: 760 });
 }
