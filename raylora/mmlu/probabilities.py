@@ -23,7 +23,8 @@ named, there was no other."""
 def choice_logprobs(score: Score) -> pd.DataFrame:
     """The log-likelihood of every choice that counts, in nats: (N, choices), with a letter for each column.
 
-    Of cloze it is that which the answer goes by (``--cloze-per``): nats a character, by default. NaN where a question has no such choice, and everywhere for written answers.
+    Of cloze it is that which the answer goes by (``--cloze-per``): nats a character, by default. NaN where a
+    question has no such choice, and everywhere for written answers.
     """
     columns = {name: name[-1].upper() for name in map(str, score.questions) if re.fullmatch("logprob_[a-z]", name)}
     logprobs = score.questions[list(columns)].rename(columns=columns).astype(float)
