@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
+from raylora.mmlu.cloze import COLUMNS, normalised
 from raylora.records import Score
 
 LETTER_SCORINGS = frozenset({"letters", "logits", ""})
@@ -22,10 +23,14 @@ named, there was no other."""
 def choice_logprobs(score: Score) -> pd.DataFrame:
     """The log-likelihood of every choice that counts, in nats: (N, choices), with a letter for each column.
 
-    NaN where a question has no such choice, and everywhere for written answers.
+    Of cloze it is that which the answer goes by (``--cloze-per``): nats a character, by default. NaN where a
+    question has no such choice, and everywhere for written answers.
     """
     columns = {name: name[-1].upper() for name in map(str, score.questions) if re.fullmatch("logprob_[a-z]", name)}
-    return score.questions[list(columns)].rename(columns=columns).astype(float)
+    logprobs = score.questions[list(columns)].rename(columns=columns).astype(float)
+    if f"{COLUMNS['character']}_a" in score.questions:
+        logprobs[:] = normalised(score.questions, score.info.get("cloze_per", "character"))
+    return logprobs
 
 
 def choice_probabilities(score: Score) -> pd.DataFrame:

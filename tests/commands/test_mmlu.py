@@ -22,7 +22,7 @@ from raylora.mmlu.scoring import load_score
 from raylora.records import Score
 from tests.helpers.adapters import make_qwen2, save_kind
 from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
-from tests.helpers.runs import letter_scores
+from tests.helpers.runs import letter_scores, make_score
 from tests.helpers.thinking import thinking_tokenizer
 from tests.helpers.tiny import make_tokenizer, save_model
 
@@ -93,6 +93,27 @@ def test_a_favourite_letter_that_moved_is_named(tmp_path):
         letters,
         *(line for line in lines if line.startswith(("only_letters: anatomy", "only_letters: virology"))),
     ]
+
+
+def test_the_probability_of_the_right_choice_and_constant_answers_are_printed(tmp_path):
+    base = make_score(1, {"anatomy": 30}, None, 0.0)
+    base = Score(base.questions.assign(prediction="A", correct=base.questions["answer"] == "A"), base.info)
+    scores = {"base": base, "other": make_score(2, {"anatomy": 30}, base, 0.2)}
+    info = {**base.info, "scoring": "logits"}
+    evaluated = [Evaluated(name, Score(s.questions, info), tmp_path / name) for name, s in scores.items()]
+    summary = summary_of(evaluated).set_index("model")
+    assert summary["correct_probability"].between(0, 1).all()
+    change = summary["correct_probability"]["other"] - summary["correct_probability"]["base"]
+    assert summary["correct_probability_change"]["other"] == pytest.approx(change)
+    assert summary[["correct_probability_change", "brier_change"]].loc["base"].isna().all()
+    console = Console(width=120, file=io.StringIO(), record=True)
+    print_tables(evaluated, console)
+    lines = console.export_text().splitlines()
+    note = "the model answers A to 30 of 30 questions: letters cannot show a change; try --scoring cloze"
+    assert [line for line in lines if "cloze" in line] == [f"base: {note}"]
+    assert summary["mmlu_note"].to_dict() == {"base": note, "other": ""}
+    (printed,) = [line for line in lines if line.startswith("other: probability of the right choice")]
+    assert f"change {change:+.4f} (" in printed
 
 
 def test_an_adapter_that_is_the_base_is_called_that(tiny_model_folder, adapter_folder, question_file, tmp_path):

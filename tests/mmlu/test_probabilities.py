@@ -45,6 +45,15 @@ def test_other_scorings_are_not_calibrated():
     assert of_right(score) == pytest.approx([1 / (1 + np.exp(-5)), 1 / (1 + np.exp(1))])
 
 
+@pytest.mark.parametrize(("per", "lead"), [("character", 3.0), ("choice", -2.0)])
+def test_of_cloze_the_log_likelihood_counts_that_the_answer_goes_by(per, lead):
+    """Sums of -12 and -10 nats; a character of 6 and of 2: -2 and -5."""
+    score = make_score([[-12, -10, -500, -500]], "A", "cloze")
+    lengths = {f"num_characters_{letter}": [num] for letter, num in zip("abcd", (6, 2, 1, 1), strict=True)}
+    score = Score(score.questions.assign(**lengths), {"scoring": "cloze", "cloze_per": per})
+    assert of_right(score) == pytest.approx([1 / (1 + np.exp(-lead))])
+
+
 def test_briers_score_by_hand():
     probabilities = np.array([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]])
     with np.errstate(divide="ignore"):
