@@ -45,7 +45,8 @@ def find_questions(config: EvaluationConfig) -> Path:
         return DEMO_QUESTIONS
     path = location(config.mmlu).expanduser() if config.mmlu else DEFAULT_QUESTIONS
     if not path.exists():
-        raise UserError(f"MMLU questions: {path} is missing: `raylora questions mmlu` gets them; or --mmlu FILE, --mmlu demo")
+        ways = "`raylora questions mmlu` gets them; or --mmlu FILE, --mmlu demo"
+        raise UserError(f"MMLU questions: {path} is missing: {ways}")
     return path.absolute()
 
 
