@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -41,6 +42,9 @@ BLOCKS = "raylora_blocks"
 """The name of this attention in transformers' registry."""
 REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
 """What a model may raise that cannot be run in another way than its own code expects."""
+SHORT_PREFIX = 32
+"""Tokens of a prefix whose keys are copied before each row's on a CPU: of 11, 1.7 ms a layer in place of 2.2, of 80 the
+other way about (benchmarks/NOTES.md)."""
 MOST_SCORES = 2**26
 """Scores that are in memory at once where plain products make them: 256 MB in float32."""
 Varlen = Callable[..., Any]
@@ -102,7 +106,7 @@ def attend_in_blocks(
     kwargs["is_causal"] = True
     if is_plain:
         outputs = [_attend_causally(module, q, k, v, sliding_window, kwargs) for q, k, v in parts]
-    elif sliding_window is None:
+    elif within is not None or (sliding_window is None and behind is not None and behind.longest > SHORT_PREFIX):
         return _attend_behind(module, query, key, value, parts, behind, within, kwargs.get("scaling")), None
     else:
         assert behind is not None
@@ -120,10 +124,11 @@ def _attend_causally(
     """The attention (1, T, heads, D) of one text's last T tokens to the text."""
     num_keys, num_before = k.shape[2], k.shape[2] - q.shape[2]
     mask = None
-    if num_before or (window is not None and num_keys > window):
-        mask = _window_mask(num_keys, window or num_keys, q.device)[:, :, num_before:]
-    output: torch.Tensor = sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
-    return output
+    if window is not None and num_keys > window:
+        mask = _window_mask(num_keys, window, q.device)
+    # The tokens before attend as well, by no query: a short prefix costs less than a mask for those behind it.
+    output: torch.Tensor = sdpa_attention_forward(module, F.pad(q, (0, 0, num_before, 0)), k, v, mask, **kwargs)[0]
+    return output[:, num_before:]
 
 
 # Of a GPU: all blocks in one call
@@ -237,7 +242,7 @@ def _put_together(
     within: Within | None,
 ) -> torch.Tensor:
     """Attention to a row's own tokens, to its prefix, and of branches to their text, as one: (1, T, heads, D)."""
-    output, sums = own if before is None else _join(own, before)
+    output, sums = own if before is None else _join(own, before, with_sums=texts is not None)
     if texts is not None and within is not None:
         joined, _ = _join((output[:, :, within.start :], sums[..., within.start :]), texts)
         output = torch.cat([output[:, :, : within.start], joined], 2)
@@ -245,12 +250,15 @@ def _put_together(
 
 
 def _join(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], with_sums: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to two sets of keys as attention to both: (..., T, D), and logarithms of sums, (..., T), each."""
+    """Attention to two sets of keys as attention to both: (..., T, D), and logarithms of sums, (..., T), each.
+
+    Without ``with_sums`` the sums are a's.
+    """
     (of_a, sums_a), (of_b, sums_b) = a, b
     weights = torch.sigmoid(sums_a - sums_b)[..., None].to(of_a.dtype)
-    return torch.lerp(of_b, of_a, weights), torch.logaddexp(sums_a, sums_b)
+    return torch.lerp(of_b, of_a, weights), torch.logaddexp(sums_a, sums_b) if with_sums else sums_a
 
 
 # Of a captured pass without flash attention: one attention over the whole row
@@ -333,7 +341,10 @@ def _attend_behind(
     Args:
         parts: query, key and value of each row.
     """
-    own = _cat([_with_sums(q, k, v, scale, is_causal=True) for q, k, v in parts])
+    repeats, lengths = query.shape[1] // key.shape[1], [part[0].shape[2] for part in parts]
+    repeated = (t if repeats == 1 else t.repeat_interleave(repeats, 1) for t in (key, value))
+    split = zip(*(t.split(lengths, 2) for t in (query, *repeated)), strict=True)
+    own = _cat([_with_sums(q, k, v, scale, is_causal=True) for q, k, v in split])
     before = texts = None
     if behind is not None:
         keys, values = behind.keys.of(module)
@@ -366,9 +377,7 @@ def _with_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (1, heads, T, D), and the logarithms (1, heads, T) of its sums of exponentials, float32."""
     shape, repeats = q.shape, q.shape[1] // k.shape[1]
-    if repeats > 1 and is_causal:
-        k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
-    elif repeats > 1:  # heads that share a key are as good as more tokens
+    if repeats > 1:  # heads that share a key are as good as more tokens: of the causal ones, keys are repeated before
         q = q.reshape(1, k.shape[1], -1, shape[3])
     if FLASH_ON_CPU is not None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         output, sums = FLASH_ON_CPU(q, k, v, is_causal=is_causal, scale=scale)
