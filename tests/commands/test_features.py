@@ -92,6 +92,8 @@ def test_the_csv_grows_and_a_stopped_run_goes_on_where_it_was(tiny_model_folder,
     pd.testing.assert_frame_equal(kept, early, check_dtype=False)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_command_describes_every_column():
     described = call_command("--describe")
     assert described.returncode == 0

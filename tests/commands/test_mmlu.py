@@ -165,6 +165,8 @@ def test_adapters_of_all_kinds_in_one_run_cost_each_other_nothing(question_file,
         np.testing.assert_allclose(load_score(path).questions[LOGPROBS], alone["questions"][LOGPROBS], atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_prompt_tuning_alone_is_one_line(tiny_model_folder, tmp_path):
     folder = save_kind("prompt tuning", tmp_path / "prompt")
     result = run_command("--model", str(tiny_model_folder), "--questions", "demo", "--adapter", str(folder))
@@ -173,6 +175,8 @@ def test_prompt_tuning_alone_is_one_line(tiny_model_folder, tmp_path):
     assert line.startswith(f"raylora: {folder}: is prompt tuning: only adapters that change the model's layers")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_row_says_what_became_of_thinking(question_file, tmp_path):
     save_model(tmp_path / "model")
     thinking_tokenizer("begun").save_pretrained(tmp_path / "model")
@@ -217,6 +221,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny_model_folder, tmp_path):
     pd.testing.assert_frame_equal(score.questions, whole["questions"], check_exact=True)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

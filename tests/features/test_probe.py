@@ -379,6 +379,8 @@ def test_no_answer_that_is_held_out_stands_in_what_the_probe_trains_on(loaded, t
     assert_same_row(row, features_of(loaded, records[::-1], train_on=train_on))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_conversations_that_begin_alike_are_the_same_in_any_order(loaded):
     beginning = make_conversations(1)[0]["messages"][:4]
     records = [{"messages": beginning + r["messages"][:2]} for r in make_conversations(6)]

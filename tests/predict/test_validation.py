@@ -53,6 +53,8 @@ def test_every_figure_of_the_card_has_an_interval_that_holds_it(make):
     assert all(len(value) == 2 for value in card["importance"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_rows_of_one_dataset_are_kept_together_and_leak_where_they_are_not():
     table = make_table(60, repeats=6)
     together = known_from_table(table, TARGET)
