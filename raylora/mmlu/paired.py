@@ -155,6 +155,19 @@ def false_discovery(p_values: npt.ArrayLike) -> Floats:
     return adjusted
 
 
+def interval_p_values(change: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike, side: npt.ArrayLike) -> Floats:
+    """Two-sided p-values that belong to 95% intervals (Altman and Bland 2011, BMJ 343, d2304): 0.05 where a limit is 0.
+
+    Args:
+        change, low, high: (m,).
+        side: of 0, on which a change is asked for, 1 or -1: for one on the other side the p-value is 1.
+    """
+    changes, lows, highs, sides = (np.asarray(values, dtype=float) for values in (change, low, high, side))
+    to_zero = np.where(sides > 0, changes - lows, highs - changes)
+    p_values: Floats = np.minimum(1, 2 * norm.sf(CRITICAL * sides * changes / np.maximum(to_zero, 1e-12)))
+    return p_values
+
+
 def verdicts(
     p_values: Any,
     change: Any,
@@ -173,8 +186,7 @@ def verdicts(
       or lies on the other side: the model's favourite letter moved.
     - Undecided: the rest.
 
-    The p-value of balanced accuracy's change is that which belongs to its interval (Altman and Bland 2011, BMJ 343,
-    d2304): 0.05 where a limit is 0.
+    The p-value of balanced accuracy's change is that which belongs to its interval (``interval_p_values``).
 
     Args:
         p_values, change: McNemar's, and the changes of accuracy, (m,); NaN is undecided.
@@ -186,8 +198,7 @@ def verdicts(
         np.asarray(values, dtype=float) for values in (p_values, change, balanced, balanced_low, balanced_high)
     )
     side = np.sign(changes)
-    to_zero = np.where(side > 0, balanced_changes - lows, highs - balanced_changes)
-    of_balanced = np.minimum(1, 2 * norm.sf(CRITICAL * side * balanced_changes / np.maximum(to_zero, 1e-12)))
+    of_balanced = interval_p_values(balanced_changes, lows, highs, side)
     is_real = adjust(np.where(np.isnan(raw), np.nan, np.fmax(raw, of_balanced))) < ALPHA
     is_letter = (adjust(raw) < ALPHA) & (of_balanced >= ALPHA)
     conditions = [is_real & (side > 0), is_real & (side < 0), is_letter]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
 
-from raylora.mmlu.paired import CRITICAL, holm, verdicts
+from raylora.mmlu.paired import holm, interval_p_values, verdicts
 from raylora.report.read_run import FinishedRun
 
 OUTCOMES = {
@@ -61,11 +60,6 @@ def _line(run: FinishedRun, ranked: dict[str, Any], name: str, row: int) -> dict
         return values
     values = {key: float(column[row]) for key, column in columns.items()}
     if name == "balanced_accuracy":
-        values["p_value"] = interval_p_value(values["change"], values["low"], values["high"])
+        change, low, high = (values[key] for key in ("change", "low", "high"))
+        values["p_value"] = float(interval_p_values(change, low, high, np.sign(change)))
     return values
-
-
-def interval_p_value(change: float, low: float, high: float) -> float:
-    """The two-sided p-value that belongs to a 95% interval (Altman and Bland 2011, BMJ 343, d2304)."""
-    to_zero = change - low if change > 0 else high - change
-    return float(2 * norm.sf(CRITICAL * abs(change) / max(to_zero, 1e-12)))

@@ -16,6 +16,7 @@ from raylora.mmlu.paired import (
     change_interval,
     false_discovery,
     holm,
+    interval_p_values,
     mcnemar,
     mean_change,
     verdicts,
@@ -287,3 +288,13 @@ def test_the_interval_of_a_mean_agrees_with_its_p_value(differences):
     assert mirrored == pytest.approx((-change, -high, -low, p_value))
     if abs(p_value - 0.05) > 1e-6 and p_value < 1:
         assert (low > 0 or high < 0) == (p_value < 0.05)
+
+
+@pytest.mark.parametrize("change", [0.03, -0.03])
+def test_a_p_value_is_that_of_its_interval(change):
+    stderr = 0.01
+    low, high = (change + sign * norm.ppf(0.975) * stderr for sign in (-1, 1))
+    assert float(interval_p_values(change, low, high, np.sign(change))) == pytest.approx(2 * norm.sf(3))
+    to_zero = min(0, change * 2), max(0, change * 2)
+    assert float(interval_p_values(change, *to_zero, np.sign(change))) == pytest.approx(0.05)
+    assert float(interval_p_values(0.0, -0.1, 0.1, 0.0)) == 1

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from scipy.stats import norm
 
 from raylora.mmlu.paired import holm
 from raylora.report.findings import ranking
-from raylora.report.outcomes import interval_p_value, outcomes
+from raylora.report.outcomes import outcomes
 from raylora.report.read_run import load_run
 
 
@@ -41,12 +39,3 @@ def test_an_older_run_has_what_its_table_has(forty):
         if "balanced" in name:
             del run.table[name]
     assert outcomes(run, ranking(run)) == []
-
-
-@pytest.mark.parametrize("change", [0.03, -0.03])
-def test_a_p_value_is_that_of_its_interval(change):
-    stderr = 0.01
-    low, high = (change + sign * norm.ppf(0.975) * stderr for sign in (-1, 1))
-    assert interval_p_value(change, low, high) == pytest.approx(2 * norm.sf(3))
-    assert interval_p_value(change, min(0, change * 2), max(0, change * 2)) == pytest.approx(0.05)
-    assert interval_p_value(0.0, -0.1, 0.1) == 1
