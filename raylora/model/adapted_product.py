@@ -36,8 +36,13 @@ class PassRows:
     slices: tuple[tuple[int, int, int], ...] | None
     """Start, end and threshold of runs of tokens with the same dropout, where the host makes masks and keeps them; None
     where masks are made again in the backward pass."""
-    by_group: bool = False
+    ends_on_host: bool = False
     """Whether the ends stay on the host, as the device has no one product for all groups."""
+
+    @property
+    def staying(self) -> tuple[str, ...]:
+        """See ``TensorRecord``."""
+        return ("adapter_ends", "group_ends") if self.ends_on_host else ()
 
     def on(self, device: torch.device) -> PassRows:
         """The same on another device, where the layers of a model lie on several."""
@@ -47,10 +52,6 @@ class PassRows:
         if self.group_ends.device == self.hashes.device:
             names += ["adapter_ends", "group_ends"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-    def with_ends_of(self, other: PassRows) -> PassRows:
-        """The same with the ends of another one, which lie on the device that they lie on there."""
-        return replace(self, adapter_ends=other.adapter_ends, group_ends=other.group_ends)
 
     def mask(self, module: int, width: int) -> torch.Tensor:
         """uint8 (T, width): 0 where dropout drops a number of a module's input, else 1."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,13 +91,6 @@ class CandidateInputs(TensorRecord):
     rows: PassRows | None
     """Whose adapter's tokens; None where no adapter's products are replaced."""
     behind: Behind | None
-
-    def to(self, device: torch.device) -> CandidateInputs:
-        """The same on a device; adapters' ends stay on the host where the device has no one product for all."""
-        moved = super().to(device)
-        if self.rows is None or moved.rows is None or not self.rows.by_group:
-            return moved
-        return replace(moved, rows=moved.rows.with_ends_of(self.rows))
 
 
 @dataclass(frozen=True)
@@ -185,10 +178,7 @@ class CandidatePasses:
         """Have room for the keys of a prefix of each slot: of a fixed size, where captured passes read them."""
         if not self.graphed.are_wanted:
             self._keys = KeptKeys()
-        if not longest_prefix or not self.graphed.are_wanted:
-            return
-        capacity = fixed_size(longest_prefix * self._num_slots)
-        if capacity > (self._keys.capacity or 0):
+        elif longest_prefix and (capacity := fixed_size(longest_prefix * self._num_slots)) > (self._keys.capacity or 0):
             self._keys = KeptKeys(capacity)
             self.graphed.forget()
 
@@ -255,16 +245,17 @@ class CandidatePasses:
         num_tokens = batch.input_ids.shape[1]
         longest_text = num_before + max(len(row.ids) + max(map(len, row.texts)) for row in rows)
         branch_ends = [0, *itertools.accumulate(of_row)]
-        spans = zip(*(itertools.pairwise(ends) for ends in (text_ends, branch_ends)), strict=True)
+        spans = zip(*map(itertools.pairwise, (text_ends, branch_ends)), strict=True)
+        of_texts, of_branches = (torch.tensor(ends, dtype=torch.int32) for ends in (text_ends, branch_ends))
+        with_branches = tuple((*text, *branches) for text, branches in spans if branches[0] < branches[1])
         within = Within(
-            text_ends[-1], _ends_of(map(len, contexts)), _ends_of(of_row), max(map(len, contexts)), longest_text,
-            tuple((*text, *branches) for text, branches in spans if branches[0] < branches[1]),
+            text_ends[-1], of_texts, of_branches, max(map(len, contexts)), longest_text, with_branches
         )  # fmt: skip
         behind = None
         if num_before:
-            of_all = ((0, num_before),) * len(blocks)
-            ends = _ends_of([num_before]), _ends_of([num_tokens])
-            behind = Behind(self._keys, *ends, num_before, longest_text, of_all)
+            of_prefix, of_rows = (torch.tensor([0, n], dtype=torch.int32) for n in (num_before, num_tokens))
+            spans_before = ((0, num_before),) * len(blocks)
+            behind = Behind(self._keys, of_prefix, of_rows, num_before, longest_text, spans_before)
         return BranchInputs(
             batch,
             self._products.rows_of([Span(0, num_tokens, 0, 0)], num_tokens) if self._products else None,
@@ -348,10 +339,6 @@ class CandidatePasses:
             self._window if size is not None else longest,
             tuple((row.slot * num_before, (row.slot + 1) * num_before) for row in rows) if size is None else None,
         )
-
-
-def _ends_of(lengths: Iterable[int]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def _padded(rows: Sequence[Row], pad_token_id: int) -> CandidateInputs:

@@ -55,7 +55,10 @@ class Size(Hashable, Protocol):
 
 
 class TensorRecord:
-    """Of dataclasses: the tensors of one pass, in the fields of the record and of the records in it."""
+    """Of dataclasses: the tensors of one pass, in the fields of the record and of the records in it.
+
+    Those that a record names in ``staying`` stay on the host.
+    """
 
     def to(self: T, device: torch.device) -> T:
         """The same on a device."""
@@ -336,6 +339,8 @@ def _with_tensors(record: T, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     changed: dict[str, Any] = {}
     for field in fields(record):  # type: ignore[arg-type]
         value = getattr(record, field.name)
+        if field.name in getattr(record, "staying", ()):
+            continue
         if is_dataclass(value):
             changed[field.name] = _with_tensors(value, change)
         elif isinstance(value, torch.Tensor):

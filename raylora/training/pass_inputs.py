@@ -66,14 +66,6 @@ class PassInputs(TensorRecord):
     """int64 (L,): whose loss it is."""
     rows: PassRows
 
-    def to(self, device: torch.device) -> PassInputs:
-        """The same on a device; the ends of groups stay on the host where the device has no one product for them."""
-        moved = super().to(device)
-        if self.batch.blocks is not None and not self.rows.by_group:
-            return moved
-        # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
-        return replace(moved, rows=moved.rows.with_ends_of(self.rows))
-
 
 def size_of(examples: Sequence[Example], drops: bool) -> PassSize | None:
     """The fixed size of a packed pass that holds these examples; None where they are more than its blocks."""
@@ -134,11 +126,15 @@ def make_inputs(
         # Fillers may be longer than any example: further positions may be beyond those that the model has.
         batch.position_ids[:, -missing:] = 0
     spans = zip(batch.spans([len(row) for row in rows]), examples, strict=True)
+    of_slots = products.rows_of([Span(*s, e.slot, e.seed, e.group) for s, e in spans], batch.input_ids.numel())
+    if not packed:
+        # Groups of padded rows may be empty and begin anywhere, which a GPU's kernels for groups do not take.
+        of_slots = replace(of_slots, ends_on_host=True)
     inputs = PassInputs(
         batch,
         torch.tensor([e.weight for e in examples for _ in range(e.num_labels)]),
         torch.tensor([e.group for e in examples for _ in range(e.num_labels)], dtype=torch.long),
-        products.rows_of([Span(*span, e.slot, e.seed, e.group) for span, e in spans], batch.input_ids.numel()),
+        of_slots,
     )
     return inputs if size is None else _with_fixed_counts(inputs, size)
 
