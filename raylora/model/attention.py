@@ -10,7 +10,7 @@ computes all blocks in one call, in half precision.
 
 A prefix that several rows begin with is run once, and its keys and values are kept. A row's attention to the prefix and
 that to its own tokens are computed apart and put together by the logarithms of their sums of exponentials (as
-FlashDecoding does, Dao et al. 2023): no key is copied.
+FlashDecoding does, Dao et al. 2023): no key is copied, but for those of a few tokens on a CPU.
 """
 
 from __future__ import annotations
@@ -88,11 +88,8 @@ def attend_in_blocks(
     if sliding_window is not None and 0 < longest <= sliding_window:
         sliding_window = None  # no window ends within a text
     is_plain = behind is None and within is None
-    if sliding_window is None or (is_plain and _knows(varlen_attn, "window_size")):
-        is_at_once = _is_flash(query, value) and not kwargs.get("dropout")
-    else:
-        is_at_once = False
-    if is_at_once:
+    may_be_at_once = sliding_window is None or (is_plain and _knows(varlen_attn, "window_size"))
+    if may_be_at_once and _is_flash(query, value) and not kwargs.get("dropout"):
         given = module, query, key, value, blocks, behind, within, sliding_window, kwargs
         return attend_at_once(varlen_attn, *given), None
     if within is not None and (blocks.lengths is None or sliding_window is not None):
@@ -102,20 +99,32 @@ def attend_in_blocks(
     lengths = list(blocks.lengths)
     if query.shape[2] != sum(lengths):
         raise ValueError("this model's attention does not get all tokens of a row")
-    parts = list(zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True))
+    is_long = behind is not None and sliding_window is None and behind.longest > SHORT_PREFIX
+    if within is not None or is_long:
+        return _attend_apart(module, query, key, value, lengths, behind, within, kwargs.get("scaling")), None
     kwargs["is_causal"] = True
-    if is_plain:
-        outputs = [_attend_causally(module, q, k, v, sliding_window, kwargs) for q, k, v in parts]
-    elif within is not None or (sliding_window is None and behind is not None and behind.longest > SHORT_PREFIX):
-        return _attend_behind(module, query, key, value, parts, behind, within, kwargs.get("scaling")), None
-    else:
-        assert behind is not None
-        outputs = []
-        kept = behind.keys.of(module)
-        for (start, end), (q, *own) in zip(behind.prefixes or (), parts, strict=True):
-            k, v = (torch.cat([before[:, :, start:end], new], 2) for before, new in zip(kept, own, strict=True))
-            outputs.append(_attend_causally(module, q, k, v, sliding_window, kwargs))
-    return torch.cat(outputs, 1), None
+    return _attend_row_by_row(module, query, key, value, lengths, behind, sliding_window, kwargs), None
+
+
+def _attend_row_by_row(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    behind: Behind | None,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """One text after another, the keys of a row's prefix copied before its own: (1, T, heads, D)."""
+    rows = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
+    if behind is None:
+        return torch.cat([_attend_causally(module, q, k, v, window, kwargs) for q, k, v in rows], 1)
+    kept, outputs = behind.keys.of(module), []
+    for (start, end), (q, *own) in zip(behind.prefixes or (), rows, strict=True):
+        k, v = (torch.cat([before[:, :, start:end], new], 2) for before, new in zip(kept, own, strict=True))
+        outputs.append(_attend_causally(module, q, k, v, window, kwargs))
+    return torch.cat(outputs, 1)
 
 
 def _attend_causally(
@@ -123,11 +132,11 @@ def _attend_causally(
 ) -> torch.Tensor:
     """The attention (1, T, heads, D) of one text's last T tokens to the text."""
     num_keys, num_before = k.shape[2], k.shape[2] - q.shape[2]
-    mask = None
-    if window is not None and num_keys > window:
-        mask = _window_mask(num_keys, window, q.device)
-    # The tokens before attend as well, by no query: a short prefix costs less than a mask for those behind it.
-    output: torch.Tensor = sdpa_attention_forward(module, F.pad(q, (0, 0, num_before, 0)), k, v, mask, **kwargs)[0]
+    if num_before:
+        # The tokens before attend as well, by no query: a short prefix costs less than a mask for those behind it.
+        q = F.pad(q, (0, 0, num_before, 0))
+    mask = _window_mask(num_keys, window, q.device) if window is not None and num_keys > window else None
+    output: torch.Tensor = sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
     return output[:, num_before:]
 
 
@@ -326,22 +335,18 @@ def _window_mask(num_tokens: int, window: int, device: torch.device) -> torch.Te
 # Behind prefixes, block by block
 
 
-def _attend_behind(
+def _attend_apart(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    parts: Sequence[tuple[torch.Tensor, ...]],
+    lengths: list[int],
     behind: Behind | None,
     within: Within | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Rows side by side behind the same prefix attend to it together: (1, T, heads, D).
-
-    Args:
-        parts: query, key and value of each row.
-    """
-    repeats, lengths = query.shape[1] // key.shape[1], [part[0].shape[2] for part in parts]
+    """Rows side by side behind the same prefix attend to it together: (1, T, heads, D)."""
+    repeats = query.shape[1] // key.shape[1]
     repeated = (t if repeats == 1 else t.repeat_interleave(repeats, 1) for t in (key, value))
     split = zip(*(t.split(lengths, 2) for t in (query, *repeated)), strict=True)
     own = _cat([_with_sums(q, k, v, scale, is_causal=True) for q, k, v in split])
@@ -349,9 +354,9 @@ def _attend_behind(
     if behind is not None:
         keys, values = behind.keys.of(module)
         found, start = [], 0
-        pairs = zip(behind.prefixes or (), parts, strict=True)
+        pairs = zip(behind.prefixes or (), lengths, strict=True)
         for (first, last), rows in itertools.groupby(pairs, lambda pair: pair[0]):
-            end = start + sum(q.shape[2] for _, (q, *_) in rows)
+            end = start + sum(length for _, length in rows)
             prefix = keys[:, :, first:last], values[:, :, first:last]
             found.append(_with_sums(query[:, :, start:end], *prefix, scale, is_causal=False))
             start = end
