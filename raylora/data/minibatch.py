@@ -118,10 +118,8 @@ def pack_rows(
     def join(parts: Iterable[Iterable[int]]) -> torch.Tensor:
         return torch.tensor([list(itertools.chain.from_iterable(parts))], dtype=torch.long)
 
-    ids, positions = (
-        join(rows),
-        join(range(a, a + n) for a, n in zip(starts or [0] * len(lengths), lengths, strict=True)),
-    )
+    first = starts or [0] * len(lengths)
+    ids, positions = join(rows), join(range(a, a + n) for a, n in zip(first, lengths, strict=True))
     targets, predicting = _supervised(join(labels), device) if labels is not None else (None, None)
     return Minibatch(send(ids, device), None, send(positions, device), targets, predicting, blocks)
 

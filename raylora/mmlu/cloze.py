@@ -16,7 +16,7 @@ from raylora.config import ClozePer
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 
-COLUMNS = {"character": "num_characters", "byte": "num_bytes", "token": "num_tokens"}
+COLUMNS: dict[ClozePer, str] = {"character": "num_characters", "byte": "num_bytes", "token": "num_tokens"}
 """How the columns of the lengths begin; a letter follows."""
 
 
@@ -41,7 +41,7 @@ def columns_of(encoded: EncodedQuestion) -> dict[str, int]:
     """A question's columns of lengths."""
     found: dict[str, int] = {}
     for per, name in COLUMNS.items():
-        lengths = lengths_of(encoded, per)  # type: ignore[arg-type]
+        lengths = lengths_of(encoded, per)
         found |= {f"{name}_{letter.lower()}": n for letter, n in zip(LETTERS, lengths, strict=True)}
     return found
 

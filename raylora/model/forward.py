@@ -29,7 +29,6 @@ from raylora.model.attention import REFUSALS, attention_in_blocks
 from raylora.model.memory import TokenBudget
 
 T = TypeVar("T")
-EMPTY: Mapping[str, Any] = {}
 CPU_LOGITS = 2**22
 """Logits of a chunk on a CPU: 16 MB in float32, which stay in the caches (benchmarks/NOTES.md)."""
 GPU_LOGITS = 2**28
@@ -144,7 +143,7 @@ def token_losses(loaded: LoadedModel, batch: Minibatch, **attention: Any) -> tor
 
 
 def _losses_and_states(
-    loaded: LoadedModel, batch: Minibatch, places: torch.Tensor | None, attention: Mapping[str, Any] = EMPTY
+    loaded: LoadedModel, batch: Minibatch, places: torch.Tensor | None, attention: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Losses (N,) of the labels, and the last hidden states (K, H) at ``places`` (K,), indices of the B * T tokens."""
     assert batch.targets is not None
@@ -228,7 +227,7 @@ def forward_rows(
         batch = collate([rows[i] for i in part], [labels[i] for i in part], pad, loaded.device, packed)
         places, num_states = _places(batch, [chosen[i] for i in part]) if chosen is not None else (None, [])
         with attention_in_blocks(loaded.model) if packed else contextlib.nullcontext():
-            losses, states = _losses_and_states(loaded, batch, places)
+            losses, states = _losses_and_states(loaded, batch, places, {})
             return use(part, Output(losses, [num_losses[i] for i in part], states, places, num_states))
 
     yield from budget.pieces(range(len(rows)), lambda i: len(rows[i]), run, start_over, packed)
