@@ -91,9 +91,10 @@ def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     label = lines[best]["label"] if lines else run.labels[best]
     real = ranked["num_gains"] + ranked["num_losses"]
     notes = [f"Real: {real} of {len(rows)} by Holm at 5%; {ranked['num_fdr']} at a false-discovery rate of 5%."]
-    if not math.isnan(estimates[best]):
-        shrunk = f"shrunk towards the mean of all {estimates[best]:+.3f}"
-        notes.append(f"The best of {len(rows)} noisy changes is partly luck: {label} {changes[best]:+.3f}, {shrunk}.")
+    raw, moved = f"{changes[best]:+.3f}", f"{estimates[best]:+.3f}"
+    if not math.isnan(estimates[best]) and raw != moved:
+        about = f"{label} {raw}, shrunk towards the mean of all {moved}"
+        notes.append(f"The best of {len(rows)} noisy changes is partly luck: {about}.")
     return notes
 
 

@@ -80,6 +80,11 @@ def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path
     assert start in text
     two = write_run(tmp_path / "two", ["a", "b"])
     assert "partly luck" not in printed(two, tmp_path / "two")
+    base, _, _ = letter_scores()
+    nothing = write_run(tmp_path / "nothing", ["a", "b", "c"], scores=(base, base, base, base))
+    text = printed(nothing, tmp_path / "nothing")
+    assert "Real: 0 of 3" in text
+    assert "partly luck" not in text, "no change is the best of none"
 
 
 def test_lines_over_seeds_are_shrunk_too(tmp_path):
