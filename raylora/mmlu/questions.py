@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from raylora.errors import UserError, reason
 from raylora.records import Question, digest
 
-LETTERS = "ABCD"
+LETTERS = "ABCDEFGHIJ"
+"""Of the choices of a question, which has 2 to 10 of them."""
 # The four groups of lm-evaluation-harness.
 SUBJECT_GROUP_NAMES = {
     "stem": """
@@ -44,6 +45,9 @@ SUBJECT_GROUP_NAMES = {
 SHORT_GROUPS = {"stem": "STEM", "humanities": "hum.", "social_sciences": "social", "other": "other"}
 SUBJECT_GROUPS = {subject: group for group, subjects in SUBJECT_GROUP_NAMES.items() for subject in subjects.split()}
 """The group of each of the 57 subjects."""
+
+NO_SUBJECT = "all"
+"""The subject of questions whose file names none: prompts leave it out."""
 
 Split = Literal["test", "dev"]
 RawQuestion = tuple[str, dict[str, Any]]
