@@ -127,14 +127,17 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question of MMLU. ``answer`` is 0 to 3."""
+    """One multiple-choice question. ``answer`` is the index of the right choice."""
 
     subject: str
     question: str
-    choices: tuple[str, str, str, str]
+    choices: tuple[str, ...]
+    """2 to 10."""
     answer: int
     question_id: str
     """``{subject}/{number within the subject in the file}``."""
+    own_id: str = ""
+    """What its file calls it; empty where it has no name there, as in MMLU."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ class Score:
     """The result of one evaluation of one model on a set of questions.
 
     ``questions`` has a row for each question: ``subject, question_id, question, answer, prediction`` (letters,
-    prediction empty where unparsed), ``logprob_a`` to ``logprob_d`` (natural logarithms; NaN for ``generate``),
-    ``correct`` (bool).
+    prediction empty where unparsed), ``logprob_a`` to ``logprob_d``, or to that of the last choice of a question with
+    more (natural logarithms; NaN for ``generate`` and where a question has no such choice), ``correct`` (bool).
     """
 
     questions: pd.DataFrame
