@@ -158,7 +158,7 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     if evaluated.score is base:
         change = dict.fromkeys(change)
     info = evaluated.score.info
-    shares = [summary[name] for name in PREDICTION_SHARES]
+    shares = [summary[name] for name in PREDICTION_SHARES if name in summary]
     note = note_on_constant_answers(shares, summary["total_questions"], info.get("scoring", ""))
     return {
         "model": evaluated.name,
@@ -257,7 +257,8 @@ def print_letters(summary: pd.DataFrame, console: Console) -> None:
         if not pd.isna(v["balanced_accuracy_change"]):
             change, low, high = (v[name] for name in BALANCED_CHANGES)
             text += f", change {change:+.3f} ({low:+.3f} {high:+.3f})"
-        shares = [f"{letter} {v[name]:.0%}" for letter, name in zip(LETTERS, PREDICTION_SHARES, strict=True)]
+        pairs = zip(LETTERS, PREDICTION_SHARES, strict=True)
+        shares = [f"{letter} {v[name]:.0%}" for letter, name in pairs if not pd.isna(v.get(name))]
         text += f"; answers {', '.join(shares)}"
         console.print(text + (f": {LETTER_MOVED}" if v["verdict"] == "letter" else ""), soft_wrap=True)
 

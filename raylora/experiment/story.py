@@ -177,11 +177,12 @@ def score_values(score: Score, base: Score) -> dict[str, Any]:
     """The row's columns of MMLU: the adapter's score, the base's (``base_...``), and the change with its interval."""
     summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
     groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
+    names_of_shares = [name for name in PREDICTION_SHARES if name in summary]
     columns_of_both = (
         "overall_accuracy", "correct_questions", "overall_stderr", "overall_stderr_clustered", "macro_accuracy",
-        "num_unparsed", "balanced_accuracy", *PREDICTION_SHARES, "correct_probability", "brier",
+        "num_unparsed", "balanced_accuracy", *names_of_shares, "correct_probability", "brier",
     )  # fmt: skip
-    shares = [summary[name] for name in PREDICTION_SHARES]
+    shares = [summary[name] for name in names_of_shares]
     note = note_on_constant_answers(shares, score.total_questions, score.info.get("scoring", ""))
     return {
         **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},

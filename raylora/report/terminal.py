@@ -54,8 +54,9 @@ def letter_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     """Lines about models that prefer a letter: the base, and adapters that changed no more than that."""
     if not ranked["rows"]:
         return []
-    shares = [run.numbers(f"base_{name}")[ranked["rows"][0]] for name in PREDICTION_SHARES]
-    most = max(shares)
+    of_letters = [run.numbers(f"base_{name}")[ranked["rows"][0]] for name in PREDICTION_SHARES]
+    shares = [share for share in of_letters if not math.isnan(share)]
+    most = max(shares, default=0.0)
     notes = notes_on_constant_answers(run, ranked)
     if most > 0.5 and not any(note.startswith("The base") for note in notes):
         notes = [f"The base answers {LETTERS[shares.index(most)]} to {most:.0%} of the questions.", *notes]

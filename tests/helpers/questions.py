@@ -31,6 +31,18 @@ def make_questions(per_subject: int = 3) -> list[Question]:
     ]
 
 
+def questions_of_many_sizes() -> list[Question]:
+    """With 2, 3, 4, 5 and 10 choices, the first one with two."""
+    texts = ["blue river", "cat", "the cat sat", "mat", "two", "one two three", "six", "on", "sat on the mat", "what"]
+    sizes = (2, 4, 10, 3, 5, 2)
+    return [
+        Question(
+            "all", f"What {'really ' * i}of {i}?", tuple(texts[i:] + texts[:i])[:size], i % size, f"all/{i}", f"q{i}"
+        )
+        for i, size in enumerate(sizes)
+    ]
+
+
 def as_dicts(questions: list[Question]) -> list[dict]:
     return [
         {"question": q.question, "choices": list(q.choices), "answer": q.answer, "subject": q.subject}

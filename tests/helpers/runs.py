@@ -74,7 +74,7 @@ def make_score(seed: int, sizes: dict[str, int], base: Score | None, effect: flo
             "question": [f"Question {k}?" for k in ids],
             "answer": [LETTERS[a] for a in truth],
             "prediction": [LETTERS[g] for g in guess],
-            **{f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS)},
+            **{f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS[:4])},
             "correct": correct,
         }
     )
