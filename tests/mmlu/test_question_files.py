@@ -64,6 +64,8 @@ SHARD = "{}-00000-of-00001.parquet"
         ({"hellaswag_test.jsonl": -5, "hellaswag_val.jsonl": 4, "hellaswag_train.jsonl": 3}, (4, "validation", 3)),
         ({"data/validation-S": 4, "data/train-S": 3}, (4, "validation", 3)),
         ({"train.jsonl": 3, "dev.jsonl": 4}, (4, "dev", 3)),
+        # the hub's own conversions
+        ({"test/0000.parquet": -5, "validation/0000.parquet": 4, "train/0000.parquet": 3}, (4, "validation", 3)),
         # what is asked is never shown; Parquet counts where it lies beside its original; no split at all
         ({"validation-S": 4}, (4, "validation", None)),
         ({"test-S": 5, "test.jsonl": 7}, (5, "test", None)),
