@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -153,6 +153,10 @@ class Score:
     info: dict[str, Any] = field(default_factory=dict)
     """How it was scored: method, prompt style, shots, seconds, token budget, num_truncated, num_unparsed."""
 
+    def without(self, question_ids: Collection[str]) -> Score:
+        """The score on all other questions."""
+        return Score(self.questions[~self.questions["question_id"].isin(list(question_ids))], self.info)
+
     @property
     def total_questions(self) -> int:
         return len(self.questions)
@@ -184,6 +188,8 @@ class Experiment:
     """By stage (``features``, ``train``, ``mmlu``), hashes of what its result depends on: data, model, ..."""
     base_key: str
     """Hash of everything that the base model's score on the run's questions depends on."""
+    set_keys: dict[str, str] = field(default_factory=dict)
+    """The same for each further set of questions, by its name."""
     data_hash: str = ""
     """As ``Dataset.data_hash``."""
     num_examples: int = 0
@@ -196,6 +202,11 @@ class Experiment:
     """Why it cannot run, if that is known before anything starts. It still gets a row."""
     error_kind: str = ""
     """An ``ErrorKind``; empty where there is no error."""
+
+    @property
+    def base_keys(self) -> dict[str, str]:
+        """The keys of all sets of questions by name; the first one's name is empty."""
+        return {"": self.base_key, **self.set_keys}
 
 
 @dataclass(frozen=True)

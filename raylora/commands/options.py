@@ -35,8 +35,6 @@ class ExperimentConfig(Config):
 class MmluConfig(EvaluationConfig):
     """Evaluate a model and its adapters on MMLU."""
 
-    model_config = SettingsConfigDict(cli_shortcuts={"mmlu": "questions"})
-
     adapter: CliVariadicArg[list[Path]] = Field([], description="folders of PEFT adapters")
 
 

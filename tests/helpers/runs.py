@@ -18,8 +18,8 @@ import pandas as pd
 
 from raylora.config import Config, load_config
 from raylora.errors import ErrorKind
-from raylora.experiment.story import score_values
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
+from raylora.mmlu.row_values import score_values
 from raylora.mmlu.scoring import save_score
 from raylora.records import Experiment, ResultRow, Score, digest
 from raylora.rows import FEATURE_COLUMNS, ROW_COLUMNS, TrainingMetrics, error_row, make_row
