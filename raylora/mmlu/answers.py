@@ -53,5 +53,5 @@ def write_answers(
 
 
 def parse_answer(text: str, num_choices: int = 4) -> int | None:
-    """The index of the choice that a text names; None where it names none clearly. See ``letters.py``."""
-    return read_letter(text)
+    """The choice that a generated text names, from 0; None where it names none clearly. See ``letters.py``."""
+    return read_letter(text, num_choices)
