@@ -27,6 +27,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 """The linear layers of attention and MLP, as Llama and models like it name them."""
 LARGEST_SEED = 2**53
 """Up to here every integer is a float64 too, as which tables may be read."""
+TARGETS = ("overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change")
+"""Outcomes that can be predicted: these, and those of a further set of questions, ``accuracy_change[NAME]``."""
 DEMO = "demo"
 """The value of ``--model`` and ``--mmlu`` that stands for the demo's."""
 

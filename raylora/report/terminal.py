@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from raylora.mmlu.questions import LETTERS
 from raylora.mmlu.statistics import PREDICTION_SHARES
 from raylora.records import ResultRow
 from raylora.report.findings import favourite_letters, notes_on_constant_answers, ranking
+from raylora.report.outcomes import outcomes
 from raylora.report.read_run import FinishedRun, load_run
 from raylora.storage.store import Store
 
@@ -34,7 +36,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(_ranking(good, console.width))
         run = load_run(store.root)
         ranked = ranking(run)
-        for note in [*letter_notes(run, ranked), *seed_notes(ranked), *discovery_notes(run, ranked)]:
+        notes = (letter_notes(run, ranked), seed_notes(ranked), discovery_notes(run, ranked), set_notes(run, ranked))
+        for note in itertools.chain(*notes):
             console.print(note, soft_wrap=True)
     for row in good:
         if row.values.get("train_notes"):
@@ -96,6 +99,21 @@ def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     if not math.isnan(estimates[best]) and raw != moved:
         about = f"{label} {raw}, shrunk towards the mean of all {moved}"
         notes.append(f"The best of {len(rows)} noisy changes is partly luck: {about}.")
+    return notes
+
+
+def set_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
+    """A line for each further set of questions: how many changes of accuracy on it are real, the best and the worst."""
+    notes = []
+    for outcome in outcomes(run, ranked):
+        if outcome["column"] != f"accuracy_change[{outcome['set']}]":
+            continue
+        lines = {row: line["change"] for row, line in outcome["lines"].items() if not math.isnan(line["change"])}
+        verdicts = [outcome["verdicts"][row] for row in lines]
+        best, worst = max(lines, key=lines.__getitem__), min(lines, key=lines.__getitem__)
+        counts = f"{verdicts.count('gain')} better, {verdicts.count('loss')} worse, by Holm at 5%, of {len(lines)}"
+        ends = [f"{run.labels[row]} {lines[row]:+.3f}" for row in dict.fromkeys([best, worst])]
+        notes.append(f"{outcome['set']}: {counts}; {' to '.join(ends)}.")
     return notes
 
 
