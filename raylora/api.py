@@ -267,7 +267,7 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
                 cloze_per=config.cloze_per,
             )
         found[name] = {**summarize(score), "thinking": thinking, "questions": score.questions}
-        if asked.masked:
+        if config.mask and not name:
             found[MASKED] = summarize(score.without(asked.masked))
     first = found.pop("")
     return {**first, "sets": found} if found else first

@@ -98,7 +98,7 @@ def evaluate_all(config: MmluConfig, console: Console) -> tuple[Sets, list[str]]
             asked = [folder for folder in adapters if folder not in failures]
             of_questions = questions_key(config, question_set, thinking)
             evaluated[name] = _evaluate_set(evaluator, asked, (of_model, of_questions), failures, _tasks(bar, name))
-            if question_set.masked:
+            if config.mask and not name:
                 evaluated[MASKED] = [replace(e, score=e.score.without(question_set.masked)) for e in evaluated[name]]
         # One that fails with one set of questions is in no table of another, either.
         evaluated = {name: [e for e in found if e.adapter not in failures] for name, found in evaluated.items()}
@@ -247,6 +247,14 @@ def _subjects_of(evaluated: list[Evaluated]) -> pd.DataFrame:
     return table[["model", *table.columns.drop("model")]]
 
 
+def print_all(sets: Sets, console: Console) -> None:
+    """Print the tables of each set of questions."""
+    for name, evaluated in sets.items():
+        if name:
+            console.print(f"{name}: {evaluated[0].score.total_questions} questions", soft_wrap=True)
+        print_tables(evaluated, console)
+
+
 def print_tables(evaluated: list[Evaluated], console: Console) -> None:
     """Print a row for each evaluated model, the base first; then notes, and what adapters changed."""
     base = evaluated[0].score
@@ -335,10 +343,7 @@ def run(config: MmluConfig) -> int:
         torch.set_num_threads(config.threads)
     console = make_console()
     evaluated, failures = evaluate_all(config, console)
-    for name, of_set in evaluated.items():
-        if name:
-            console.print(f"{name}: {of_set[0].score.total_questions} questions", soft_wrap=True)
-        print_tables(of_set, console)
+    print_all(evaluated, console)
     console.print(f"Files: {evaluated[''][0].path.parents[2]}", soft_wrap=True)
     for failure in failures:
         print(f"raylora: {failure}", file=sys.stderr)

@@ -27,20 +27,17 @@ RIGHT = "ok"
 """The ``error_type`` of a question of MMLU-Redux with which nothing is wrong."""
 
 
-def find_masked(file: str, questions: Sequence[Question]) -> tuple[frozenset[str], str]:
-    """Which questions a mask leaves out.
+def find_masked(file: str, questions: Sequence[Question]) -> frozenset[str]:
+    """The ids of the questions that a mask leaves out.
 
     Args:
         file: ids, one a line, in a JSON list, or in a column ``question_id`` (or ``id``) of a CSV, JSON, JSON lines,
             Parquet or Arrow file; or a table with the columns ``question``, ``choices`` and ``error_type``; or a folder
             of such files. An id is ``subject/N``, N counting from 0 within the subject, or that of the questions' file.
-        questions: those that are asked.
-
-    Returns:
-        The ids of the questions that are left out, and a note that says how many.
+        questions: all of the set.
 
     Raises:
-        UserError: it cannot be read, is no mask, or leaves none of the questions, or all.
+        UserError: it cannot be read, is no mask, or lists none of the questions.
     """
     path = location(file).expanduser()
     with reading(path):
@@ -48,10 +45,8 @@ def find_masked(file: str, questions: Sequence[Question]) -> tuple[frozenset[str
     listed = {key for key in wrong if key is not None}
     masked = frozenset(q.question_id for q in questions if listed.intersection(_keys_of(q)))
     if not masked:
-        raise UserError(f"--mask {path}: it lists {len(listed)} questions, and none of those that are asked")
-    if len(masked) == len({q.question_id for q in questions}):
-        raise UserError(f"--mask {path}: it leaves out all questions that are asked")
-    return masked, f"--mask {path}: {len(masked)} of {len(questions)} questions are left out of columns named [masked]"
+        raise UserError(f"--mask {path}: it lists {len(listed)} questions, and none of the set's {len(questions)}")
+    return masked
 
 
 def _keys_of(question: Question) -> set[str]:

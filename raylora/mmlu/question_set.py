@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
+from raylora.config import DEMO, MASKED, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.errors import ErrorKind, UserError, errors_are
 from raylora.mmlu.mask import find_masked
 from raylora.mmlu.prompts import Thinking, build_shots
@@ -71,13 +71,8 @@ def load_question_set(config: EvaluationConfig, name: str = "") -> QuestionSet:
     Raises:
         UserError: a file is missing or bad, or a subject has too few solved questions.
     """
-    with errors_are(ErrorKind.QUESTIONS):
-        with reading(location(config.question_sets[name] or "")):
-            found = _load_question_set(config, name)
-        if name or config.mask is None:
-            return found
-        masked, note = find_masked(config.mask, found.questions)
-        return replace(found, masked=masked, notes=[*found.notes, note])
+    with errors_are(ErrorKind.QUESTIONS), reading(location(config.question_sets[name] or "")):
+        return _load_question_set(config, name)
 
 
 def _load_question_set(config: EvaluationConfig, name: str) -> QuestionSet:
@@ -85,16 +80,30 @@ def _load_question_set(config: EvaluationConfig, name: str) -> QuestionSet:
     all_questions = load_questions(path)
     notes = _note_duplicates(path, all_questions)
     questions = select_questions(all_questions, config.max_samples, config.question_seed)
+    masked: frozenset[str] = frozenset()
+    if config.mask and not name:
+        masked = find_masked(config.mask, all_questions).intersection(q.question_id for q in questions)
+        if len(masked) == len(questions):
+            raise UserError(f"--mask {config.mask}: it leaves out all questions that are asked")
+        of_all = f"{len(masked)} of {len(questions)} questions"
+        notes.append(f"--mask {config.mask}: {of_all} are left out in columns named [{MASKED}]")
+    shots, more_notes = _load_shots(config, name, path, questions)
+    return QuestionSet(questions, shots, [*notes, *more_notes], masked)
+
+
+def _load_shots(
+    config: EvaluationConfig, name: str, path: Path, questions: list[Question]
+) -> tuple[dict[str, list[Question]], list[str]]:
+    """The few-shot examples of a set, by subject, and notes."""
     if config.num_fewshot == 0:
-        return QuestionSet(questions, {}, notes)
+        return {}, []
     dev = load_dev_questions(path)
     if dev is None:
         missing = f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)"
         if not name:
             raise UserError(missing)
-        return QuestionSet(questions, {}, [*notes, f"{missing}: {name} is asked 0-shot"])
-    subjects = sorted({q.subject for q in questions})
-    return QuestionSet(questions, build_shots(dev, subjects, config.num_fewshot), notes)
+        return {}, [f"{missing}: {name} is asked 0-shot"]
+    return build_shots(dev, sorted({q.subject for q in questions}), config.num_fewshot), []
 
 
 def _note_duplicates(path: Path, questions: list[Question]) -> list[str]:
