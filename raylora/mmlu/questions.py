@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ _PRO_GROUPS = {subject: group for group, subjects in _MMLU_PRO_GROUP_NAMES.items
 _BY_WORDS = {subject.replace("_", ""): subject for subject in (*SUBJECT_GROUPS, *_PRO_GROUPS)}
 
 
+@lru_cache
 def known_subject(name: str) -> str:
     """A subject of MMLU or MMLU-Pro by its words, whatever case and separators; another one as it is, stripped.
 
