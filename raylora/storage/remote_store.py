@@ -22,7 +22,7 @@ from raylora.storage.atomic import parse_json, to_json, write_atomically, write_
 from raylora.storage.objects import Remote
 from raylora.storage.places import cache_folder, is_remote, location
 from raylora.storage.run_lock import RunLock
-from raylora.storage.store import LOG, PRODUCTS, ROW, Store, row_of
+from raylora.storage.store import CELLS, LOG, PRODUCTS, ROW, Store, row_of
 
 EDITION = "edition"
 """The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
@@ -109,6 +109,11 @@ class RemoteStore(Store):
         for name in [*self._remote.list("base"), *self._remote.list("experiments")]:
             if name.endswith(REPORT_FILES) and not (self.root / name).is_file():
                 self._download(name, self.root / name)
+
+    def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
+        for experiment_id in experiment_ids:
+            if not self.cells_path(experiment_id).is_file():
+                self._download(f"experiments/{experiment_id}/{CELLS}", self.cells_path(experiment_id))
 
     # One experiment
 
