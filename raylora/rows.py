@@ -161,8 +161,8 @@ ROW_COLUMNS = [
     *RUN_RECORD_COLUMNS,
 ]
 
-CELL_VALUES = ("num_examples", "num_tokens", "base_loss", "loss", "loss_change", "low", "high", "p_value")
-"""What is measured of an adapter on one dataset's held-out examples, with ``--transfer``."""
+CELL_VALUES = ("is_own", "num_examples", "num_tokens", "base_loss", "loss", "loss_change", "low", "high", "p_value")
+"""What is measured of an adapter on a dataset's held-out examples, with ``--transfer``; whether it is its own."""
 
 
 def make_row(config: Config, experiment: Experiment, status: str, **values: Any) -> ResultRow:

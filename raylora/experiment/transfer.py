@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raylora.experiment.held_out import Column, held_out_sets, losses_of, read_columns, read_parquet
+from raylora.experiment.held_out import held_out_sets, losses_of, read_columns, read_parquet
 from raylora.experiment.workbench import Workbench
 from raylora.mmlu.paired import ALPHA, false_discovery, mean_change
 from raylora.model.adapter_files import adapter_hash
@@ -40,20 +40,21 @@ def measure_transfer(bench: Workbench, experiment: Experiment, progress: Progres
     folder, path = bench.store.adapter_folder(experiment), bench.store.cells_path(experiment.experiment_id)
     weights = adapter_hash(folder)
     keys = {column.name: digest([column.key, weights], 32) for column in columns if column.name in sets}
+    own = next((column.name for column in columns if column.path == experiment.path), "")
     done = _read_cells(path, keys)
     bench.loaded.attach_saved(folder)
     try:
         for names in _pieces(bench, {name: table for name, table in sets.items() if name not in done}):
             losses = iter(losses_of(bench, [sets[name] for name in names]))
             for name in names:
-                own = [next(losses) for _ in range(len(sets[name]))]
-                done[name] = {"key": keys[name], "on_dataset": name, **cell_of(sets[name], own)}
+                part = [next(losses) for _ in range(len(sets[name]))]
+                done[name] = {"key": keys[name], "on_dataset": name, "is_own": name == own, **cell_of(sets[name], part)}
             _write_cells(path, done)
             progress(ProgressStage.TRANSFER, len(done), len(columns))
     finally:
         bench.loaded.detach()
     _write_cells(path, done)
-    return _values(experiment, columns, sets, reasons, done)
+    return _values(own, sets, reasons, done)
 
 
 def _write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:
@@ -111,7 +112,7 @@ def cell_of(held_out: pd.DataFrame, losses: Sequence[ExampleLoss]) -> dict[str, 
     change, low, high, p_value = mean_change(np.where(np.abs(differences) < SAME_LOSS, 0, differences), math.inf)
     measured = (means["base_loss"].mean(), means["loss"].mean(), change, low, high, p_value)
     counts = (len(table), int(table["num_supervised"].sum()))
-    return dict(zip(CELL_VALUES, (*counts, *map(_finite, measured)), strict=True))
+    return dict(zip(CELL_VALUES[1:], (*counts, *map(_finite, measured)), strict=True))
 
 
 def _finite(value: float | None) -> float | None:
@@ -119,13 +120,11 @@ def _finite(value: float | None) -> float | None:
 
 
 def _values(
-    experiment: Experiment,
-    columns: Sequence[Column],
+    own: str,
     sets: Mapping[str, pd.DataFrame],
     reasons: Mapping[str, str],
     cells: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    own = next((column.name for column in columns if column.path == experiment.path), "")
     notes = [] if len(sets.get(own, ())) else ["nothing of the dataset is left out: it is one conversation"]
     notes = [] if own in reasons else notes
     notes += [f"{name}: not measured: {reason}" for name, reason in list(reasons.items())[:3]]

@@ -58,7 +58,7 @@ def read_cells(path: Path) -> pd.DataFrame | None:
 
 @functools.lru_cache(maxsize=2048)  # the sink writes the tables again and again, from the same files and a few new ones
 def _read(path: Path, _: int) -> pd.DataFrame:
-    return pd.read_parquet(path, columns=["on_dataset", *CELL_VALUES]).astype(dict.fromkeys(CELL_VALUES[2:], "float64"))
+    return pd.read_parquet(path, columns=["on_dataset", *CELL_VALUES]).astype(dict.fromkeys(CELL_VALUES[3:], "float64"))
 
 
 def load_transfer(place: str | Path) -> pd.DataFrame:
