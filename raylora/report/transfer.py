@@ -90,7 +90,7 @@ def _largest(cells: pd.DataFrame) -> pd.DataFrame:
     own = cells[cells["is_own"]].set_index("row")["on_dataset"]
     by_dataset = by_column.add(by_row.groupby(own.reindex(by_row.index)).max(), fill_value=0)
     columns = by_dataset.nlargest(MOST_SHOWN).index
-    first = by_row[own.reindex(by_row.index).isin(columns).to_numpy()].nlargest(MOST_SHOWN).index
+    first = by_row.loc[own.reindex(by_row.index).isin(columns)].nlargest(MOST_SHOWN).index
     rows = [*first, *by_row.drop(first).nlargest(MOST_SHOWN - len(first)).index]
     return cells[cells["row"].isin(rows) & cells["on_dataset"].isin(columns)]
 
@@ -99,7 +99,8 @@ def _sentence(run: FinishedRun, real: pd.DataFrame) -> str:
     """What helps what most, and what is forgotten most, of the cells that are real and no adapter's own."""
     if real.empty:
         return "No adapter really helps with another dataset, and none is really forgotten."
-    best, worst = real.loc[real["loss_change"].idxmin()], real.loc[real["loss_change"].idxmax()]
+    ordered = real.sort_values("loss_change")
+    best, worst = ordered.iloc[0], ordered.iloc[-1]
     helped = f"Helped most: {_told(run, best)}" if best["loss_change"] < 0 else "No other dataset is really helped"
     forgotten = f"forgotten most: {_told(run, worst)}" if worst["loss_change"] > 0 else "none is really forgotten"
     return f"{helped}; {forgotten}."

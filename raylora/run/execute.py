@@ -37,8 +37,7 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
     store, config = plan.store, plan.config
     with store.held(config.fresh), _stopped_if_store_fails(plan):
         rows = plan.done()
-        of_transfer = [TransferTables(store)] if plan.columns else []
-        tables = RunTables(store, ROW_COLUMNS, *([more] if more else []), *of_transfer)
+        tables = RunTables(store, ROW_COLUMNS, more, TransferTables(store) if plan.columns else None)
         plan.write_columns()
         for experiment in plan.experiments:
             if experiment.error:

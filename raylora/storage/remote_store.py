@@ -22,7 +22,7 @@ from raylora.storage.atomic import parse_json, to_json, write_atomically, write_
 from raylora.storage.objects import Remote
 from raylora.storage.places import cache_folder, is_remote, location
 from raylora.storage.run_lock import RunLock
-from raylora.storage.store import CELLS, LOG, PRODUCTS, ROW, Store, row_of
+from raylora.storage.store import LOG, PRODUCTS, ROW, Store, row_of
 
 EDITION = "edition"
 """The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
@@ -111,9 +111,13 @@ class RemoteStore(Store):
                 self._download(name, self.root / name)
 
     def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
-        for experiment_id in experiment_ids:
-            if not self.cells_path(experiment_id).is_file():
-                self._download(f"experiments/{experiment_id}/{CELLS}", self.cells_path(experiment_id))
+        markers = {f"experiments/{name}/transfer.json": self.cells_path(name) for name in experiment_ids}
+        for marker, data in self._remote.read_many([*markers]).items():
+            local, path = self.root / marker, markers[marker]
+            # As in ``take_out``: an equal marker is of the same run of the stage.
+            if not path.is_file() or not local.is_file() or local.read_bytes() != data:
+                self._download(path.relative_to(self.root).as_posix(), path)
+                write_text(local, data.decode("utf-8"))
 
     # One experiment
 

@@ -38,8 +38,8 @@ class RunTables:
     """The sink waits so many times as long as its last write took, so that writing takes less than a tenth of the run's
     time. Rows that come meanwhile are in the next write."""
 
-    def __init__(self, store: Store, columns: list[str], *more: RowsTable) -> None:
-        self._store, self._columns, self._more = store, columns, more
+    def __init__(self, store: Store, columns: list[str], *more: RowsTable | None) -> None:
+        self._store, self._columns, self._more = store, columns, [table for table in more if table]
         # A local file, even where results go to an object store: both processes are on one node, and lock it.
         self._permit = store.root / PERMIT.format(uuid.uuid4().hex)
 
