@@ -271,6 +271,11 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
         """The stages, and behind them ``transfer``, where it is asked for."""
         return (*self.stages, "transfer") if self.has_transfer else self.stages
 
+    @property
+    def longest_example(self) -> int:
+        """The most tokens that an example may have in any training of the run."""
+        return int(max(self.grid.get("max_length", [self.max_length])))
+
     def method(self) -> Method:
         """The hyperparameters, without the grid's values, and the first seed."""
         return Method(**{name: getattr(self, name) for name in Method.model_fields})

@@ -118,7 +118,7 @@ def read_parquet(path: Path) -> pd.DataFrame | None:
 def _make_held_out_set(bench: Workbench, column: Column) -> pd.DataFrame:
     config, loaded = bench.config, bench.loaded
     examples, _ = leave_out(load_planned_dataset(bench, column), config.seed)
-    encoded = list(encode_each(loaded.tokenizer, examples, config.max_length))
+    encoded = list(encode_each(loaded.tokenizer, examples, config.longest_example))
     conversations = {e.conversation or e.digest: number for number, e in enumerate(examples)}
     table = pd.DataFrame(
         {

@@ -109,6 +109,7 @@ def cell_of(held_out: pd.DataFrame, losses: Sequence[ExampleLoss]) -> dict[str, 
     table = held_out.assign(loss=[loss.total for loss in losses])[held_out["num_supervised"] > 0]
     means = table[["base_loss", "loss"]].div(table["num_supervised"], axis=0).groupby(table["conversation"]).mean()
     differences = (means["loss"] - means["base_loss"]).to_numpy()
+    differences = np.where(np.isfinite(differences), differences, np.nan)
     change, low, high, p_value = mean_change(np.where(np.abs(differences) < SAME_LOSS, 0, differences), math.inf)
     measured = (means["base_loss"].mean(), means["loss"].mean(), change, low, high, p_value)
     counts = (len(table), int(table["num_supervised"].sum()))

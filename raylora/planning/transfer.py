@@ -24,8 +24,9 @@ def with_transfer(
 ) -> tuple[list[Experiment], tuple[Column, ...]]:
     """The experiments with their stage ``transfer``, and the datasets that it scores adapters on: those of the plan.
 
-    All examples are measured as the run's own ``--max-length`` and ``--train-on`` say, whatever a grid trains with, so
-    that losses of one dataset compare. What an experiment's row depends on has all datasets in it.
+    All examples are measured with the run's own ``--train-on``, and as many tokens as its longest training takes,
+    whatever else a grid trains with, so that losses of one dataset compare. What a row depends on has all datasets in
+    it.
 
     Args:
         model_key: identity of the base, and how it is loaded.
@@ -37,7 +38,9 @@ def with_transfer(
             e.dataset if num_of_name[e.dataset] == 1 else Path(e.path).name,  # a .json beside a .jsonl
             e.path,
             e.data_hash,
-            digest([e.origins["train"]["data"], left_out_key(config), config.max_length, config.train_on, model_key]),
+            digest(
+                [e.origins["train"]["data"], left_out_key(config), config.longest_example, config.train_on, model_key]
+            ),
         )
         for e in by_path.values()
     )

@@ -236,6 +236,8 @@ def test_a_run_with_transfer_leaves_its_tables_and_goes_on_where_it_was(ray_with
     pd.testing.assert_frame_equal(changes, table, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     early = run(options, stages=("mmlu",))["data"]

@@ -272,8 +272,9 @@ def test_what_cannot_be_said_is_none():
     assert (same["loss_change"], same["p_value"]) == (0, 1), "float noise of an adapter that changes nothing"
     one = cell_of(held_out([0], [2], [1.0]), [ExampleLoss(1.0, 2, 0.5)])
     assert (one["loss_change"], one["low"], one["p_value"]) == (-0.5, None, None)
-    broken = cell_of(held_out([0, 1], [2, 2], [1.0, 1.0]), [ExampleLoss(math.nan, 2, math.nan)] * 2)
-    assert (broken["loss"], broken["loss_change"], broken["p_value"]) == (None, None, None)
+    for bad in (math.nan, math.inf):
+        broken = cell_of(held_out([0, 1], [2, 2], [1.0, 1.0]), [ExampleLoss(bad, 2, bad), ExampleLoss(1.0, 2, 0.5)])
+        assert (broken["base_loss"], broken["loss_change"], broken["p_value"]) == (1.0, None, None)
     empty = cell_of(held_out([], [], []), [])
     assert (empty["num_examples"], empty["loss"], empty["p_value"]) == (0, None, None)
 
