@@ -246,7 +246,7 @@ def read_csv(stream: IO[bytes] | Path) -> pd.DataFrame:
     table = pd.read_csv(io.BytesIO(data), **options)
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("rows have more cells than the header; names that hold commas must be quoted")
-    text_columns = [name for name in table.columns if name in TEXTS]
+    text_columns = [name for name in table.columns if name_of_first(name) in TEXTS]
     texts = pd.read_csv(io.BytesIO(data), **options, usecols=text_columns, dtype="string", keep_default_na=False)
     for name in text_columns:
         table[name] = texts[name].where(texts[name] != "")
@@ -262,8 +262,14 @@ def _first_bad_byte(file: Path) -> int:
     return 0
 
 
+def name_of_first(column: str) -> str:
+    """The first set's column that means the same: ``accuracy_change`` for ``accuracy_change[arc]``."""
+    return column.partition("[")[0] if column.endswith("]") else column
+
+
 def tidy_column(name: str, column: pd.Series) -> pd.Series:
     """A column of a run's table with the type that ``load_results`` promises."""
+    name = name_of_first(name)
     if name in CATEGORIES:
         return column.astype("string").astype("category")
     if name in TEXTS:

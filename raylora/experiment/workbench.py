@@ -76,7 +76,7 @@ class Workbench(Evaluator):
         if not self._model_hash:
             self._model_hash = model_hash(source, self.config.trust_remote_code)
         if any(self._model_hash != origin["model"] for origin in experiment.origins.values()):
-            raise _changed_meanwhile(source)
+            raise changed_meanwhile(source)
 
     def check_base(self) -> None:
         """Check that the base's logits on a fixed input are those from when it was loaded: no stage may change them.
@@ -105,11 +105,12 @@ def load_planned_dataset(bench: Workbench, planned: Planned) -> Dataset:
     except UserError as error:
         raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != planned.data_hash:
-        raise _changed_meanwhile(path)
+        raise changed_meanwhile(path)
     return dataset
 
 
-def _changed_meanwhile(place: str | Path) -> MachineError:
+def changed_meanwhile(place: str | Path) -> MachineError:
+    """The error of a place whose content is not what the run was planned with."""
     text = f"{place}: not what it was when the run began: run the same command again"
     return MachineError(text, kind=ErrorKind.CHANGED_MEANWHILE)
 

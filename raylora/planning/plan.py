@@ -44,7 +44,7 @@ class Plan:
     notes: list[str]
     """Warnings that do not stop the run."""
     num_questions: int = 0
-    """Questions of MMLU that each model is asked; 0 without MMLU."""
+    """Questions of the first set, MMLU, that each model is asked; 0 without MMLU."""
     misfit: str = ""
     """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
     columns: tuple[Column, ...] = ()
@@ -89,19 +89,21 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     store = store_at(config.output / safe_folder(chunk))
     model_settings = model_key(config, source)
     hashes = {"model": model_settings["model"]}
-    question_settings: dict[str, Any] = {}
-    questions: QuestionSet | None = None
+    question_settings: dict[str, dict[str, Any]] = {}
+    question_sets: dict[str, QuestionSet] = {}
     notes: list[str] = []
     if "mmlu" in config.stages:
-        questions = load_question_set(config)
-        notes = questions.notes
-        hashes["questions"] = questions.hash
         thinking = check_prompt_style(config, source)
-        question_settings = questions_key(config, questions, thinking)
-        notes = [*notes, *filter(None, [note_on_thinking(thinking)])]
+        for name in config.question_sets:
+            question_sets[name] = found = load_question_set(config, name)
+            hashes[f"questions[{name}]" if name else "questions"] = found.hash
+            question_settings[name] = questions_key(config, found, thinking)
+            notes += found.notes
+        notes += filter(None, [note_on_thinking(thinking)])
     num_experiments = min(len(files) * len(config.grid_methods()), config.max_experiments or 2**62)
-    estimator = Estimator(config, source, questions, num_experiments)
-    shared = (model_settings, question_settings, estimator, config)
+    estimator = Estimator(config, source, list(question_sets.values()), num_experiments)
+    masked = question_sets[""].masked if config.mask and question_sets else None
+    shared = (model_settings, question_settings, masked, estimator, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the
     # longest dataset bounds the run: benchmarks/NOTES.md). Ids break ties, so that the order is always the same.
@@ -112,20 +114,35 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     columns: tuple[Column, ...] = ()
     if config.has_transfer:
         experiments, columns = with_transfer(experiments, config, digest(model_settings), estimator)
-    num_questions = len(questions.questions) if questions else 0
+    num_questions = len(question_sets[""].questions) if question_sets else 0
     return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_questions, estimator.misfit, columns)
 
 
 def _experiments_of(
-    path: Path, model_settings: dict[str, Any], question_settings: dict[str, Any], estimator: Estimator, config: Config
+    path: Path,
+    model_settings: dict[str, Any],
+    question_settings: dict[str, dict[str, Any]],
+    masked: frozenset[str] | None,
+    estimator: Estimator,
+    config: Config,
 ) -> list[Experiment]:
-    """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed."""
+    """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed.
+
+    Args:
+        question_settings: from ``questions_key``, by the name of a set of questions; empty without MMLU.
+        masked: ids of the questions that ``--mask`` leaves out; None without it.
+    """
     survey = datasets.survey(path, config.salvage, config.max_records)
     dataset, error, error_kind = path.stem, survey.error, survey.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
     loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
+    of_questions = {"questions": digest(question_settings.get("", {}))}
+    of_questions |= {f"questions {name}": digest(settings) for name, settings in question_settings.items() if name}
+    if masked is not None:
+        of_questions["mask"] = digest(sorted(masked))
+    base_keys = {name: score_key(model_settings, settings) for name, settings in question_settings.items()}
     first_seed, experiments = config.seeds[0], []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
@@ -148,7 +165,7 @@ def _experiments_of(
         origins = {
             "features": features,
             "train": train,
-            "mmlu": {**train, "questions": digest(question_settings)},
+            "mmlu": {**train, **of_questions},
         }
         stages = [stage for stage in config.stages if stage != "features" or method.seed == first_seed]
         sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
@@ -165,7 +182,8 @@ def _experiments_of(
                 settings=settings,
                 identity=digest([origins, sorted(config.stages), error]),
                 origins=origins,
-                base_key=score_key(model_settings, question_settings),
+                base_key=base_keys.get("", score_key(model_settings, {})),
+                set_keys={name: key for name, key in base_keys.items() if name},
                 data_hash=survey.data_hash,
                 num_examples=survey.num_examples,
                 num_tokens=sizes.num_tokens,

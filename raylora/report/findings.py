@@ -436,6 +436,7 @@ def favourite_letters(run: FinishedRun, ranked: dict[str, Any]) -> dict[int, str
         letters = ", ".join(
             f"{letter} {before[row]:.0%} to {after[row]:.0%}"
             for letter, (before, after) in zip(LETTERS, shares.values(), strict=True)
+            if not np.isnan(before[row] + after[row])
         )
         change, low, high = (100 * values[row] for values in changes)
         balanced = f"balanced accuracy {change:+.1f} points, {low:+.1f} to {high:+.1f}"

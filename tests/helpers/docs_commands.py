@@ -17,8 +17,8 @@ from tests.helpers import ROOT
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 OPENINGS = (*sorted((ROOT / "cluster").iterdir()), *sorted((ROOT / "configs").glob("*.yaml")))
 PROGRAMS = {
-    ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "kubectl", "ls", "make", "mkdir", "mlflow",
-    "pip", "prometheus", "python", "ray", "raylora", "rm", "sbatch", "squeue", "srun", "ssh", "tail",
+    ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "hf", "kubectl", "ls", "make", "mkdir",
+    "mlflow", "pip", "prometheus", "python", "ray", "raylora", "rm", "sbatch", "squeue", "srun", "ssh", "tail",
     "tensorboard", "wget",
 }  # fmt: skip
 """A block one of whose lines begins with one of these is a shell block: each of its lines is a command."""
@@ -118,6 +118,7 @@ RUN = {
 
 NOT_RUN = {
     "raylora questions mmlu": "needs the Hugging Face hub (tests/commands/test_questions.py has a stand-in)",
+    "hf download": "needs the Hugging Face hub; tests/mmlu/test_question_forms.py writes files as they are there",
     "raylora batch": "is python -m raylora.batch under another name",
     "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs the same model",
     "make test": "is what runs this",

@@ -18,9 +18,9 @@ import pandas as pd
 
 from raylora.config import Config, load_config
 from raylora.errors import ErrorKind
-from raylora.experiment.story import score_values
 from raylora.experiment.transfer import cell_of, transfer_values
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
+from raylora.mmlu.row_values import score_values
 from raylora.mmlu.scoring import save_score
 from raylora.records import Experiment, ResultRow, Score, digest
 from raylora.report.transfer_tables import TransferTables
@@ -77,7 +77,7 @@ def make_score(seed: int, sizes: dict[str, int], base: Score | None, effect: flo
             "question": [f"Question {k}?" for k in ids],
             "answer": [LETTERS[a] for a in truth],
             "prediction": [LETTERS[g] for g in guess],
-            **{f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS)},
+            **{f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS[:4])},
             "correct": correct,
         }
     )

@@ -57,7 +57,7 @@ function aboutPairs() {
 const HAS_SHRUNK = RANKED.some((i) => SHRUNK[i] !== null);
 /** What can be ranked by: accuracy, which decides what is real on the rest of the page, and other outcomes. */
 const BY_ACCURACY = { title: "accuracy", column: "accuracy_change", line: lineOf, holm: HOLM, verdicts: VERDICT, digits: 1 };
-const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.name === "correct_probability" ? 2 : 1 }))];
+const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.name.startsWith("correct_probability") ? 2 : 1 }))];
 
 function drawRanking() {
   const host = body("ranking");
