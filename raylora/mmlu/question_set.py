@@ -11,7 +11,7 @@ from raylora.config import DEMO, MASKED, EvaluationConfig, MmluOptions, ModelOpt
 from raylora.errors import ErrorKind, UserError, errors_are
 from raylora.mmlu.mask import find_masked
 from raylora.mmlu.prompts import Thinking, build_shots
-from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
+from raylora.mmlu.questions import load_dev_questions, questions_hash, read_questions, select_questions
 from raylora.model.sources import model_hash
 from raylora.records import SCHEMA_VERSION, Question, digest
 from raylora.storage.places import location, reading
@@ -77,8 +77,8 @@ def load_question_set(config: EvaluationConfig, name: str = "") -> QuestionSet:
 
 def _load_question_set(config: EvaluationConfig, name: str) -> QuestionSet:
     path = find_questions(config, name)
-    all_questions = load_questions(path)
-    notes = _note_duplicates(path, all_questions)
+    all_questions, _, notes = read_questions(path)
+    notes = [*notes, *_note_duplicates(path, all_questions)]
     questions = select_questions(all_questions, config.max_samples, config.question_seed)
     masked: frozenset[str] = frozenset()
     if config.mask and not name:
@@ -99,7 +99,7 @@ def _load_shots(
         return {}, []
     dev = load_dev_questions(path)
     if dev is None:
-        missing = f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)"
+        missing = f"--num-fewshot {config.num_fewshot}: no solved questions beside {path} (dev, train or validation)"
         if not name:
             raise UserError(missing)
         return {}, [f"{missing}: {name} is asked 0-shot"]

@@ -12,7 +12,7 @@ import pandas as pd
 from raylora.mmlu.cloze import accuracies, letters_of
 from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, mean_change, verdicts
 from raylora.mmlu.probabilities import LETTER_SCORINGS, question_probabilities
-from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
+from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, subject_group
 from raylora.records import Score
 
 PREDICTION_SHARES = tuple(f"prediction_share_{letter.lower()}" for letter in LETTERS)
@@ -51,7 +51,7 @@ def summarize(score: Score) -> dict[str, Any]:
         alone), ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the
         context window).
     """
-    table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
+    table = score.questions.assign(group=score.questions["subject"].map(subject_group))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
     groups = {str(name): _pooled(part) for name, part in table.groupby("group")}
     overall = _pooled(table)

@@ -119,6 +119,9 @@ RUN = {
 NOT_RUN = {
     "raylora questions mmlu": "needs the Hugging Face hub (tests/commands/test_questions.py has a stand-in)",
     "hf download": "needs the Hugging Face hub; tests/mmlu/test_question_forms.py writes files as they are there",
+    "python -m raylora.batch --chunk chunk_001 --questions": "is on the hub; tests/experiment/test_story.py has sets",
+    "python -m raylora.mmlu --model M --adapter DIR --questions FILE --questions": "so are these",
+    "python -m raylora.batch --chunk chunk_001 --mask": "the mask is on the hub; tests/mmlu/test_mask.py has its form",
     "raylora batch": "is python -m raylora.batch under another name",
     "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs the same model",
     "make test": "is what runs this",
