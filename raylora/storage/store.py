@@ -39,7 +39,7 @@ LOG = "log.txt"
 ROW = "result.json"
 CELLS = "transfer.parquet"
 PRODUCTS = {
-    "features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",), "transfer": (CELLS,)
+    "features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",), "transfer": (CELLS,),
 }  # fmt: skip
 """By stage, the files and folders beside its JSON file; ``mmlu`` has a file more for each further set of questions."""
 FILES_OF = {"adapter": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")}
