@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Plan:
     """Warnings that do not stop the run."""
     num_questions: int = 0
     """Questions of the first set, MMLU, that each model is asked; 0 without MMLU."""
+    num_further: dict[str, int] = field(default_factory=dict)
+    """The same of each further set, by its name."""
     misfit: str = ""
     """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
     columns: tuple[Column, ...] = ()
@@ -114,8 +116,9 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     columns: tuple[Column, ...] = ()
     if config.has_transfer:
         experiments, columns = with_transfer(experiments, config, digest(model_settings), estimator)
-    num_questions = len(question_sets[""].questions) if question_sets else 0
-    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_questions, estimator.misfit, columns)
+    sizes = {name: len(question_set.questions) for name, question_set in question_sets.items()}
+    num_first = sizes.pop("", 0)
+    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_first, sizes, estimator.misfit, columns)
 
 
 def _experiments_of(

@@ -10,6 +10,7 @@ import numpy as np
 
 from raylora.mmlu.paired import holm, interval_p_values, verdicts
 from raylora.mmlu.statistics import BALANCED_CHANGES
+from raylora.report.power import power_of_run
 from raylora.report.read_run import FinishedRun
 
 TITLES = {
@@ -56,8 +57,10 @@ def outcomes(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
         ranked: from ``findings.ranking``.
 
     Returns:
-        For each outcome ``name``, ``title``, ``column`` (of the rows' own changes), ``lines`` (by the line's first row:
-        ``change``, ``low``, ``high``, ``p_value``), ``holm`` and ``verdicts`` (by row of the table, as in ``ranked``).
+        For each outcome ``name``, ``title``, ``kind``, ``set`` (of questions; empty for the first), ``column`` (of the
+        rows' own changes), ``lines`` (by the line's first row: ``change``, ``low``, ``high``, ``p_value``), ``holm``
+        and ``verdicts`` (by row of the table, as in ``ranked``), and ``power`` (of a further set's accuracy: what its
+        questions can show).
     """
     of_first = [Outcome(kind) for kind in TITLES if kind != "accuracy"]
     of_sets = [Outcome(kind, question_set) for question_set in sets_of(run) for kind in TITLES]
@@ -78,7 +81,9 @@ def outcomes(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
             "name": outcome.column(outcome.kind),
             "title": outcome.title,
             "column": outcome.column(f"{outcome.kind}_change"),
+            "kind": outcome.kind,
             "set": outcome.question_set,
+            "power": power_of_run(run, ranked, outcome.column) if outcome.kind == "accuracy" else None,
             "lines": lines,
         }
         found.append(named | {"holm": by_row.tolist(), "verdicts": of_row})

@@ -239,7 +239,7 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     write_dataset(tmp_path / "data" / "chunk_1", "long", num=40)
     (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
     options = {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
-    config = load_config(**options, chunk="chunk_1", dry_run=True)
+    config = load_config(**options, chunk="chunk_1", dry_run=True, questions="more=demo")
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
     assert [e.dataset for e in plan.experiments] == ["long", "short", "bad"], "by tokens"
@@ -251,7 +251,8 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     show_plan.print_plan(plan, console)
     shown = console.export_text()
     assert "for one worker, stages that are done not taken off" in shown
-    assert f"{plan.num_questions} questions can show changes of accuracy from " in shown
+    for name in ("", "more: "):
+        assert f"\n{name}{plan.num_questions} questions can show changes of accuracy from " in shown
     assert " after Holm over 3 datasets (at 5%, found in 80% of cases; an assumed 15% of the answers" in shown
     with pytest.raises(UserError, match="fewer --num-workers"):
         make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk).check_fit()

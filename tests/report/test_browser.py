@@ -93,6 +93,23 @@ def test_the_ranking_goes_by_any_outcome(open_page, forty):
     assert "McNemar's exact test" in page.locator("#ranking").inner_text()
 
 
+def test_the_ranking_goes_by_a_further_set(open_page, tmp_path):
+    write_run(tmp_path / "run", ["a", "b", "c"])
+    table = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    further = ("accuracy_", "balanced_", "correct_probability", "mcnemar", "num_", "total_questions")
+    for name in [name for name in table if name.startswith(further)]:
+        table[f"{name}[arc]"] = -table[name] if name.endswith("_change") else table[name]
+    table.to_parquet(tmp_path / "run" / "results.parquet")
+    write_report(tmp_path / "run")
+    page = open_page(tmp_path / "run")
+    first = names_of(page, "ranking")
+    page.get_by_label("Rank by").select_option(label="by accuracy, arc")
+    assert names_of(page, "ranking") == first[::-1]
+    text = page.locator("#ranking").inner_text()
+    assert "Change in accuracy, arc in percentage points" in text
+    assert "questions can show changes of accuracy from" in text
+
+
 def test_shrunk_changes_and_what_the_questions_can_show_are_on_the_page(open_page, forty, letters_run):
     page = open_page(forty)
     titles = page.locator("#ranking thead").inner_text()
