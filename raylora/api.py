@@ -144,6 +144,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
         row = plan.done().get(experiment.experiment_id)
         if row is None:
             plan.check_fit()
+            plan.write_columns()
             row = run_planned_experiment(bench, experiment)
     if not row.ok:
         raise UserError(row.values["error"], kind=ErrorKind(row.values.get("error_kind") or ""))

@@ -232,6 +232,11 @@ class RunOptions(BaseModel):
     max_experiments: int | None = Field(None, ge=1, description="only the first N experiments, by --order or by size")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
+    transfer: bool = Field(
+        False,
+        description="score each adapter on examples of every dataset that trainings leave out: what helps what, what "
+        "is forgotten",
+    )
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
@@ -255,6 +260,14 @@ class RunOptions(BaseModel):
     def _take_numbers(cls, chunk: Any) -> Any:
         """A number as text: a YAML file gives ``chunk: 1`` as a number, the command line as text."""
         return str(chunk) if type(chunk) is int else chunk
+
+    @field_validator("transfer")
+    @classmethod
+    def _check_transfer(cls, transfer: bool, others: ValidationInfo) -> bool:
+        """Refuse it where no adapter is made or scored."""
+        if transfer and set(others.data.get("stages", ())) == {"features"}:
+            raise ValueError("scores adapters: add train to --stages")
+        return transfer
 
     @field_validator("address")
     @classmethod
@@ -310,6 +323,21 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
                 except ValidationError as error:
                     raise ValueError(f"{key}: {error.errors()[0]['msg']} (got {value!r})") from error
         return grid
+
+    @property
+    def has_transfer(self) -> bool:
+        """Whether trainings leave examples out, and adapters are scored on those of every dataset."""
+        return self.transfer and set(self.stages) != {"features"}
+
+    @property
+    def all_stages(self) -> tuple[str, ...]:
+        """The stages, and behind them ``transfer``, where it is asked for."""
+        return (*self.stages, "transfer") if self.has_transfer else self.stages
+
+    @property
+    def longest_example(self) -> int:
+        """The most tokens that an example may have in any training of the run."""
+        return int(max(self.grid.get("max_length", [self.max_length])))
 
     def method(self) -> Method:
         """The hyperparameters, without the grid's values, and the first seed."""

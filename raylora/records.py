@@ -27,6 +27,7 @@ class ProgressStage(StrEnum):
     BASE_MMLU = "base mmlu"
     MMLU = "mmlu"
     HELPING_MMLU = "helping mmlu"
+    TRANSFER = "transfer"
 
     @property
     def can_share(self) -> bool:
@@ -185,11 +186,13 @@ class Experiment:
     identity: str
     """Hash of everything that its row depends on: data, model, settings, questions and schema version."""
     origins: dict[str, dict[str, str]]
-    """By stage (``features``, ``train``, ``mmlu``), hashes of what its result depends on: data, model, ..."""
+    """By stage (``features``, ``train``, ``mmlu``, ``transfer``), hashes of what its result depends on."""
     base_key: str
     """Hash of everything that the base model's score on the run's questions depends on."""
     set_keys: dict[str, str] = field(default_factory=dict)
     """The same for each further set of questions, by its name."""
+    transfer_key: str = ""
+    """Hash of the datasets on whose held-out examples the adapter is scored; empty where it is not."""
     data_hash: str = ""
     """As ``Dataset.data_hash``."""
     num_examples: int = 0

@@ -143,13 +143,15 @@ RESULT_COLUMNS = (
     "macro_accuracy", "base_macro_accuracy", "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences",
     "accuracy_other",
     "num_unparsed", "base_num_unparsed", "num_truncated",
+    "num_held_out_examples", "held_out_loss", "base_held_out_loss", "held_out_loss_change", "transfer_mean_change",
+    "num_forgotten", "transfer_note",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
     "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
     "num_bad_records", "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds",
-    "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
-    "estimated_peak_memory_bytes", "num_attempts",
+    "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "transfer_seconds", "total_seconds",
+    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -158,6 +160,9 @@ ROW_COLUMNS = [
     *TrainingMetrics.__dataclass_fields__,
     *RUN_RECORD_COLUMNS,
 ]
+
+CELL_VALUES = ("is_own", "num_examples", "num_tokens", "base_loss", "loss", "loss_change", "low", "high", "p_value")
+"""What is measured of an adapter on a dataset's held-out examples, with ``--transfer``; whether it is its own."""
 
 
 def make_row(config: Config, experiment: Experiment, status: str, **values: Any) -> ResultRow:
@@ -204,7 +209,7 @@ CATEGORIES = frozenset(
 TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "mmlu_note",
-        "dataset_name",
+        "transfer_note", "dataset_name",
     }
 )  # fmt: skip
 """Columns of names and notes."""

@@ -1,4 +1,4 @@
-"""The whole story of one dataset: features, training, MMLU, one row. Knows nothing of Ray.
+"""The whole story of one dataset: features, training, MMLU, other datasets' losses, one row. Knows nothing of Ray.
 
 A stage whose product is in the store is not run again; a new product is stored when its stage is finished.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from raylora.config import MASKED, FeatureOptions, method_of
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.helping import score_key_of
+from raylora.experiment.transfer import measure_transfer
 from raylora.experiment.workbench import (
     Workbench,
     at_hand,
@@ -79,11 +80,12 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
         features = _features(bench, experiment, dataset, progress, wait=False)
     if "train" in stages:
         values |= _stage(bench, experiment, "train", lambda: _train_adapter(bench, experiment, dataset, progress))
+    if "mmlu" in stages or bench.config.has_transfer:
+        _check_adapter(bench, experiment)
     if "mmlu" in stages:
-        if bench.store.read_stage(experiment, "train") is None:
-            text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
-            raise UserError(text, kind=ErrorKind.ADAPTER)
         values |= _stage(bench, experiment, "mmlu", lambda: _evaluate_mmlu(bench, experiment, progress))
+    if bench.config.has_transfer:
+        values |= _stage(bench, experiment, "transfer", lambda: measure_transfer(bench, experiment, progress))
     if features is None:
         features = _features(bench, experiment, dataset, progress, wait=True)
     assert features is not None
@@ -155,6 +157,12 @@ def _train_adapter(
         return keep_adapter(bench, experiment, result)
     finally:
         bench.loaded.detach()
+
+
+def _check_adapter(bench: Workbench, experiment: Experiment) -> None:
+    if bench.store.read_stage(experiment, "train") is None:
+        text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
+        raise UserError(text, kind=ErrorKind.ADAPTER)
 
 
 def _evaluate_mmlu(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:

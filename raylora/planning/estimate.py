@@ -167,6 +167,11 @@ class Estimator:
         work = work_of(self._config, method, sizes, self._questions, stages)
         return sizes, estimate(self._shape, self._machine, self._storage, method, sizes, work, self._num_together)
 
+    def of_losses(self, method: Method, num_tokens: float) -> Estimate:
+        """What losses of so many tokens take, without training."""
+        where = (self._machine, self._storage, method, Sizes(1, 1.0, 1), Work(num_tokens))
+        return estimate(self._shape, *where) if self._shape else Estimate(None, None)
+
     def _count_questions(self, asked: QuestionSet) -> QuestionTokens:
         """The tokens of all questions, in the batches that the machine will take."""
         shape, machine, storage = self._shape, self._machine, self._storage

@@ -14,12 +14,14 @@ import pandas as pd
 from raylora.config import Config, FeatureOptions
 from raylora.data import datasets
 from raylora.errors import ErrorKind, UserError
+from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
 from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
 from raylora.model.loading import check_window
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.planning.estimate import Estimator
 from raylora.planning.hardware import check_fp8_here
+from raylora.planning.transfer import left_out_key, with_transfer
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
@@ -47,6 +49,13 @@ class Plan:
     """The same of each further set, by its name."""
     misfit: str = ""
     """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
+    columns: tuple[Column, ...] = ()
+    """The datasets on whose held-out examples adapters are scored; none without ``--transfer``."""
+
+    def write_columns(self) -> None:
+        """Store what the workers must know of the other experiments' datasets; before any of them is run."""
+        if self.columns:
+            write_columns(self.store, self.experiments[0].transfer_key, self.columns)
 
     def check_fit(self) -> None:
         """To be called before anything is run.
@@ -104,9 +113,12 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     if ranks := read_order(config.order):
         experiments.sort(key=lambda e: ranks.get(e.experiment_id, ranks.get(e.dataset, len(ranks))))
     experiments = experiments[: config.max_experiments]
+    columns: tuple[Column, ...] = ()
+    if config.has_transfer:
+        experiments, columns = with_transfer(experiments, config, digest(model_settings), estimator)
     sizes = {name: len(question_set.questions) for name, question_set in question_sets.items()}
     num_first = sizes.pop("", 0)
-    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_first, sizes, estimator.misfit)
+    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_first, sizes, estimator.misfit, columns)
 
 
 def _experiments_of(
@@ -150,14 +162,21 @@ def _experiments_of(
         }
         # Features are of the dataset: they have the run's seed, the same for all trainings of it.
         of_features = {"seed": str(config.seed), "feature options": digest(config.settings_of(FeatureOptions))}
+        features = {**train, **of_features}
+        if config.has_transfer:
+            train["held out"] = left_out_key(config)
         origins = {
-            "features": {**train, **of_features},
+            "features": features,
             "train": train,
             "mmlu": {**train, **of_questions},
         }
         stages = [stage for stage in config.stages if stage != "features" or method.seed == first_seed]
         sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
-        name = safe_name(dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed)
+        # An adapter that was trained on fewer examples is another one.
+        transfer = ["transfer"] if config.has_transfer else []
+        name = safe_name(
+            dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed, *transfer
+        )
         experiments.append(
             Experiment(
                 experiment_id=name,

@@ -21,7 +21,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
-        stages = plan.config.stages
+        stages = [s for s in plan.config.all_stages if s in e.origins]
         reasons = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
         finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not reasons[s])
         todo = "" if e.experiment_id in done else "; ".join(f"{s}: {reasons[s]}" for s in stages if reasons[s])

@@ -28,6 +28,7 @@ STAGES = {
     "probe": "probe_seconds",
     "training": "train_seconds",
     "MMLU": "mmlu_seconds",
+    "transfer": "transfer_seconds",
 }
 """By stage, the column of its seconds."""
 AGAIN = "; then the same command with --retry-failed"

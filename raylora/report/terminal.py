@@ -19,6 +19,7 @@ from raylora.records import ResultRow
 from raylora.report.findings import favourite_letters, notes_on_constant_answers, ranking
 from raylora.report.outcomes import outcomes
 from raylora.report.read_run import FinishedRun, load_run
+from raylora.report.transfer import transfer
 from raylora.storage.store import Store
 
 
@@ -36,7 +37,9 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(_ranking(good, console.width))
         run = load_run(store.root)
         ranked = ranking(run)
-        notes = (letter_notes(run, ranked), seed_notes(ranked), discovery_notes(run, ranked), set_notes(run, ranked))
+        notes = [letter_notes(run, ranked), seed_notes(ranked), discovery_notes(run, ranked), set_notes(run, ranked)]
+        if found := transfer(run):
+            notes.append([f"Other datasets' held-out examples: {found['sentence']}"])
         for note in itertools.chain(*notes):
             console.print(note, soft_wrap=True)
     for row in good:
@@ -46,6 +49,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)
     console.print("  results.csv, results.parquet   one row a dataset")
+    if (store.root / "transfer_table.csv").is_file():
+        console.print("  transfer_table.csv             what each adapter does to every dataset's held-out loss")
     if (store.root / "report.html").is_file():
         console.print("  report.html                    figures, for a browser")
     if (store.root / "run.json").is_file():

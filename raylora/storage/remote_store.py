@@ -110,6 +110,15 @@ class RemoteStore(Store):
             if name.endswith(REPORT_FILES) and not (self.root / name).is_file():
                 self._download(name, self.root / name)
 
+    def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
+        markers = {f"experiments/{name}/transfer.json": self.cells_path(name) for name in experiment_ids}
+        for marker, data in self._remote.read_many([*markers]).items():
+            local, path = self.root / marker, markers[marker]
+            # As in ``take_out``: an equal marker is of the same run of the stage.
+            if not path.is_file() or not local.is_file() or local.read_bytes() != data:
+                self._download(path.relative_to(self.root).as_posix(), path)
+                write_text(local, data.decode("utf-8"))
+
     # One experiment
 
     def take_out(self, experiment: Experiment) -> None:

@@ -9,6 +9,7 @@ everything that the stage depends on. A stage whose origin has changed is run an
       base/<key>/scores.parquet                the base's answers, shared by all experiments
       experiments/<experiment_id>/
         result.json  features.json  train.json  adapter/  loss_curve.csv  mmlu.json  scores.parquet  log.txt
+        transfer.json  transfer.parquet      with --transfer, which adds base/<key>/columns.json and held_out.parquet
 
 ``remote_store.py`` keeps the same on an object store.
 """
@@ -36,7 +37,10 @@ from raylora.storage.tables import rows_to_table
 
 LOG = "log.txt"
 ROW = "result.json"
-PRODUCTS = {"features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",)}
+CELLS = "transfer.parquet"
+PRODUCTS = {
+    "features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",), "transfer": (CELLS,),
+}  # fmt: skip
 """By stage, the files and folders beside its JSON file; ``mmlu`` has a file more for each further set of questions."""
 FILES_OF = {"adapter": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")}
 """By product that is a folder, the files that it must hold."""
@@ -198,6 +202,13 @@ class Store:
     def scores_path(self, experiment: Experiment, question_set: str = "") -> Path:
         """The adapter's answers to a set of questions, by its name; the first one's is empty."""
         return self.folder(experiment) / _scores_name(question_set)
+
+    def cells_path(self, experiment_id: str) -> Path:
+        """Where an experiment's losses on the datasets' held-out examples are."""
+        return self.root / "experiments" / experiment_id / CELLS
+
+    def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
+        """Bring these files of finished experiments to this machine."""
 
     # Files that all experiments share (questions as token ids, the base's scores); the first worker makes them
 

@@ -72,6 +72,7 @@ RUN = {
         "python -m raylora.features --data-folder D --model-path M --output-csv F",
         "python -m raylora.features --single-dataset FILE --model-path M --output-csv F",
         "python -m raylora.batch --chunk chunk_001 --repeats 5",
+        "python -m raylora.batch --chunk chunk_001 --transfer",
         "python -m raylora.batch --chunk chunk_001 --mmlu own_test.json",
     ),
     "on a cluster": (
