@@ -85,7 +85,7 @@ def _key_of(place: str, entry: Any) -> str | None:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Each entry of a mask with its place."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in ENDINGS) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--mask {path}: no {', '.join(ENDINGS)} file in it")
     for file in files:
@@ -100,13 +100,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read(file: Path) -> list[Any]:
-    if file.suffix in {".parquet", ".arrow"}:
+    suffix = file.suffix.lower()
+    if suffix in {".parquet", ".arrow"}:
         with file.open("rb") as stream:
-            table = pq.read_table(stream) if file.suffix == ".parquet" else _read_arrow(stream.read())
+            table = pq.read_table(stream) if suffix == ".parquet" else _read_arrow(stream.read())
         entries: list[Any] = table.to_pylist()
         return entries
     text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".csv":
+    if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     with contextlib.suppress(ValueError):
         found = json.loads(text)

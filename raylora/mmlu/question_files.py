@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,22 +58,27 @@ def files_of(folder: Path, split: Split) -> list[Path]:
     """
     for suffix in SUFFIXES:
         for word in sorted(_WORDS[split]):
-            if files := sorted(folder.glob(f"{word}/*{suffix}")):
+            if files := _with_suffix(folder.glob(f"{word}/*"), suffix):
                 return files
         for place in ("all", ".", "data"):
-            if files := sorted(f for f in (folder / place).glob(f"*{suffix}") if _is_of(f, split)):
+            if files := [f for f in _with_suffix((folder / place).glob("*"), suffix) if _is_of(f, split)]:
                 return files
     for suffix in SUFFIXES:
-        if files := sorted(f for f in folder.glob(f"*/*{suffix}") if _is_of(f, split)):
+        if files := [f for f in _with_suffix(folder.glob("*/*"), suffix) if _is_of(f, split)]:
             return files
     return []
+
+
+def _with_suffix(paths: Iterable[Path], suffix: str) -> list[Path]:
+    """Those whose name ends so, in capitals or not, sorted."""
+    return sorted(path for path in paths if path.suffix.lower() == suffix)
 
 
 def files_without_split(folder: Path) -> list[Path]:
     """A folder's own files, where none is named after a split."""
     if any(files_of(folder, split) for split in _WORDS):
         return []
-    return next((files for suffix in SUFFIXES if (files := sorted(folder.glob(f"*{suffix}")))), [])
+    return next((files for suffix in SUFFIXES if (files := _with_suffix(folder.glob("*"), suffix))), [])
 
 
 def paths_beside(path: Path, split: Split) -> list[Path]:
@@ -88,7 +93,7 @@ def paths_beside(path: Path, split: Split) -> list[Path]:
     if split == "dev":
         found += [path.with_name(path.name.replace("test", "dev")), *([path.with_name("dev")] if path.is_dir() else [])]
     is_dir = path.is_dir()
-    return [p for p in found if p != path and (p.is_dir() if is_dir else p.is_file() and p.suffix in SUFFIXES)]
+    return [p for p in found if p != path and (p.is_dir() if is_dir else p.is_file() and p.suffix.lower() in SUFFIXES)]
 
 
 def read_file(path: Path) -> Iterator[Record]:
@@ -97,9 +102,10 @@ def read_file(path: Path) -> Iterator[Record]:
     Raises:
         UserError: the file cannot be read.
     """
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _read_parquet(path)
-    return _read_csv(path) if path.suffix == ".csv" else _read_json(path)
+    return _read_csv(path) if suffix == ".csv" else _read_json(path)
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -117,9 +123,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
     All lines have as many columns as the first, so that one that was cut off is noticed.
     """
-    subject = path.stem
-    for split in ("_test", "_dev", "_val"):
-        subject = subject.removesuffix(split)
+    subject = re.sub("_(?:test|dev|val)$", "", path.stem, flags=re.IGNORECASE)
     try:
         rows = list(csv.reader(io.StringIO(_decode(path), newline="")))
     except csv.Error as error:
@@ -157,12 +161,12 @@ def _read_json(path: Path) -> Iterator[Record]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         first_line = text.lstrip().partition("\n")[0]
-        if path.suffix != ".jsonl" and not (first_line.startswith("{") and first_line.rstrip().endswith("}")):
+        if path.suffix.lower() != ".jsonl" and not (first_line.startswith("{") and first_line.rstrip().endswith("}")):
             raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
         values = list(_json_lines(path, text))
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not JSON: {str(error)[:200]}") from None
-    if path.suffix == ".jsonl" and isinstance(values, dict):
+    if path.suffix.lower() == ".jsonl" and isinstance(values, dict):
         values = [values]  # a single line
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of questions, found {type(values).__name__}")

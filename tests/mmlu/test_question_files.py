@@ -154,3 +154,19 @@ def test_csv_files_may_have_any_number_of_choices_but_one_each(tmp_path):
     (tmp_path / "cut.csv").write_text("What?,a,b,B\nWhich?,c,d, or e,A\n")
     with pytest.raises(UserError, match=r"cut\.csv: question 2: has 5 columns, the first has 4"):
         load_questions(tmp_path / "cut.csv")
+
+
+def test_suffixes_may_be_capitals(tmp_path):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "anatomy_TEST.CSV").write_text("What?,a,b,c,d,B\n")
+    assert [q.subject for q in load_questions(tmp_path / "csv")] == ["anatomy"]
+    assert [q.answer for q in load_questions(tmp_path / "csv" / "anatomy_TEST.CSV")] == [1]
+    write(tmp_path / "hub" / "test.parquet", 3)
+    (tmp_path / "hub" / "test.parquet").rename(tmp_path / "hub" / "test.PARQUET")
+    assert len(load_questions(tmp_path / "hub")) == 3
+    write(tmp_path / "own_test.jsonl", 2)
+    (tmp_path / "own_test.jsonl").rename(tmp_path / "own_test.JSONL")
+    write(tmp_path / "own_dev.jsonl", 1)
+    (tmp_path / "own_dev.jsonl").rename(tmp_path / "own_dev.JSONL")
+    assert len(load_questions(tmp_path / "own_test.JSONL")) == 2
+    assert len(load_dev_questions(tmp_path / "own_test.JSONL")) == 1
