@@ -155,7 +155,6 @@ def test_a_base_that_was_changed_leaves_no_product(options):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_fills_its_passes_from_the_queue_and_has_every_row(options):
     """Five datasets, two of them at a time over the same passes, on a machine without a GPU."""
     ray.init(num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
