@@ -234,7 +234,6 @@ def test_without_a_probe_the_first_loss_is_there_all_the_same(loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.timeout(1200)
 def test_every_column_differs_between_real_datasets_and_none_is_a_function_of_another(smollm2, shared_data):
     from raylora.data.datasets import read_dataset
