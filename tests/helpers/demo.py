@@ -1,7 +1,7 @@
 """README's example of output and its picture, from a run of the demo.
 
-    python -m tests.helpers.demo            # runs it, some four minutes on two idle cores
-    python -m tests.helpers.demo results/chunk_demo    # of a run that is there
+python -m tests.helpers.demo            # runs it, some four minutes on two idle cores
+python -m tests.helpers.demo results/chunk_demo    # of a run that is there
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ RUN = {
 NOT_RUN = {
     "raylora questions mmlu": "needs the Hugging Face hub (tests/commands/test_questions.py has a stand-in)",
     "raylora batch": "is python -m raylora.batch under another name",
-    "make demo": "minutes, and a virtual environment of its own; tests/whole/test_end_to_end.py runs two of its datasets",
+    "make demo": "minutes, and an environment of its own; tests/whole/test_end_to_end.py runs two of its datasets",
     "make test": "is what runs this",
     ". .venv/bin/activate && pip install pre-commit": "puts hooks into this repository",
     "python -m benchmarks.statistics": "simulates for minutes",
