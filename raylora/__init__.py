@@ -19,6 +19,7 @@ _PUBLIC = {
     "run_experiment": "raylora.api",
     "load_dataset": "raylora.cluster.ray_run",
     "load_results": "raylora.rows",
+    "load_transfer": "raylora.report.transfer_tables",
     "DynamicProbeAnalyzer": "raylora.features.analyzer",
     "FeatureExtractionPipeline": "raylora.features.pipeline",
     "MachineError": "raylora.errors",

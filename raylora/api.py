@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raylora.config import Config, EvaluationConfig, Method, ModelOptions, load_config
+from raylora.config import MASKED, Config, EvaluationConfig, Method, ModelOptions, load_config
 from raylora.config_sources import load_settings
 from raylora.console import make_console
 from raylora.data import datasets
@@ -144,6 +144,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
         row = plan.done().get(experiment.experiment_id)
         if row is None:
             plan.check_fit()
+            plan.write_columns()
             row = run_planned_experiment(bench, experiment)
     if not row.ok:
         raise UserError(row.values["error"], kind=ErrorKind(row.values.get("error_kind") or ""))
@@ -195,7 +196,8 @@ def evaluate_mmlu(
     config = _evaluation_config(dataset_path, max_samples, {"model": base_model_path, **options})
     if adapter_path is not None:
         check_adapter(Path(adapter_path))
-    load_question_set(config)  # so that a bad file is an error before the model is loaded
+    for name in config.question_sets:  # so that a bad file is an error before the model is loaded
+        load_question_set(config, name)
     loaded = load_model(ModelOptions(**config.settings_of(ModelOptions)))
     if adapter_path is not None:
         if note := note_on_base(Path(adapter_path), loaded.source):
@@ -224,6 +226,7 @@ def evaluate_mmlu_with_model(
         ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None for written answers,
         ``groups`` and ``subjects`` (a dict each), ``num_unparsed``, ``num_truncated``, ``thinking`` (empty,
         ``off``, ``closed`` or ``on``: docs/mmlu.md), and ``questions``, a DataFrame with a row for each question.
+        With ``questions=("NAME=FILE",)`` or ``mask`` there is ``sets``, the same by name (``masked`` for the mask's).
 
     Raises:
         UserError: the questions cannot be used, the prompt style is ``chat`` and the tokenizer has no template, or the
@@ -242,20 +245,33 @@ def _evaluation_config(
 def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict[str, Any]:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UserError(f"{model.active_peft_config.peft_type.value}: {ONLY_IN_LAYERS}", kind=ErrorKind.ADAPTER)
-    question_set = load_question_set(config)
+    question_sets = {name: load_question_set(config, name) for name in config.question_sets}
     thinking = thinking_of(tokenizer, config.prompt_style, config.scoring)
-    asked, shots, window = question_set.questions, question_set.shots, context_window(model)
-    encoded = encode_questions(tokenizer, asked, shots, config.prompt_style, window, thinking, config.scoring)
-    with borrowed(model, tokenizer) as loaded:
-        score = evaluate(
-            loaded,
-            encoded,
+    found: dict[str, dict[str, Any]] = {}
+    for name, asked in question_sets.items():
+        encoded = encode_questions(
+            tokenizer,
+            asked.questions,
+            asked.shots,
+            config.prompt_style,
+            context_window(model),
+            thinking,
             config.scoring,
-            config.token_budget,
-            thinking=thinking,
-            cloze_per=config.cloze_per,
         )
-    return {**summarize(score), "thinking": thinking, "questions": score.questions}
+        with borrowed(model, tokenizer) as loaded:
+            score = evaluate(
+                loaded,
+                encoded,
+                config.scoring,
+                config.token_budget,
+                thinking=thinking,
+                cloze_per=config.cloze_per,
+            )
+        found[name] = {**summarize(score), "thinking": thinking, "questions": score.questions}
+        if config.mask and not name:
+            found[MASKED] = summarize(score.without(asked.masked))
+    first = found.pop("")
+    return {**first, "sets": found} if found else first
 
 
 def _config(**options: Any) -> Config:

@@ -8,14 +8,15 @@ line that names the option.
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from raylora.config_sources import SETTINGS, Settings, load_settings, split_commas
-from raylora.storage.places import Location, LocationText
+from raylora.storage.places import Location, LocationText, location
 
 if TYPE_CHECKING:  # imports pandas, half a second: errors in options and --help need not wait for it
     from raylora.records import Experiment
@@ -26,6 +27,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 """The linear layers of attention and MLP, as Llama and models like it name them."""
 LARGEST_SEED = 2**53
 """Up to here every integer is a float64 too, as which tables may be read."""
+TARGETS = ("overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change")
+"""Outcomes that can be predicted: these, and those of a further set of questions, ``accuracy_change[NAME]``."""
 DEMO = "demo"
 """The value of ``--model`` and ``--mmlu`` that stands for the demo's."""
 
@@ -107,6 +110,21 @@ Scoring = Literal["letters", "cloze", "generate"]
 ClozePer = Literal["character", "byte", "token", "choice"]
 
 
+NAMED_SET = re.compile(r"(?s)([A-Za-z0-9][A-Za-z0-9_.-]{0,39})=(.+)")
+"""``NAME=FILE``. The name stands in names of columns and files."""
+MASKED = "masked"
+"""The name of the first set without the questions of ``--mask``, in columns."""
+
+
+def _list_sets(value: Any) -> Any:
+    """Question sets as they are written on the command line; a YAML file may give ``{name: file}``."""
+    if isinstance(value, dict):
+        return tuple(f"{name}={file}" for name, file in value.items())
+    if isinstance(value, str) and not value.startswith("["):
+        return tuple(re.split(r",(?=[A-Za-z0-9][A-Za-z0-9_.-]{0,39}=)", value))  # a file's name may have commas
+    return split_commas(value)
+
+
 class MmluOptions(BaseModel):
     """Which questions are asked, and how."""
 
@@ -114,6 +132,16 @@ class MmluOptions(BaseModel):
         None,
         description="questions: JSON, Parquet, CSV folder (a path, or s3://...), or demo "
         "(without one: mmlu_dataset/test_all_subjects.json)",
+    )
+    questions: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="further sets of questions, NAME=FILE each, whose columns are named like accuracy_change[NAME]; a "
+        "FILE alone is that of --mmlu",
+    )
+    mask: LocationText | None = Field(
+        None,
+        description="questions to leave out, in columns named like accuracy_change[masked]: a file of their ids, or "
+        "MMLU-Redux (which lists wrong ones)",
     )
     max_samples: int | None = Field(None, ge=1, description="questions asked: a seeded sample stratified by subject")
     question_seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of the sample of questions: another one, others")
@@ -129,6 +157,36 @@ class MmluOptions(BaseModel):
         ge=64,
         description="tokens in a batch of questions (without one: what fits a GPU's memory, 512 on a CPU)",
     )
+
+    _list_sets = field_validator(
+        "questions", mode="before", json_schema_input_type=tuple[str, ...] | dict[str, str] | str
+    )(_list_sets)
+
+    @field_validator("questions")
+    @classmethod
+    def _check_sets(cls, questions: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse two sets of one name; files are named after them, and some systems know no capitals."""
+        for text in questions:
+            if "://" in (file := text.removeprefix(f"{_name_of_set(text)}=")):
+                location(file)  # raises where it cannot be one
+        names = [name.lower() for name in map(_name_of_set, questions)]
+        if len({*names}) < len(names):
+            raise ValueError("two sets of one name, or without one: give each another NAME=")
+        if MASKED in names:
+            raise ValueError(f"{MASKED} is the name of the questions that --mask leaves: give the set another one")
+        return questions
+
+    @property
+    def question_sets(self) -> dict[str, str | None]:
+        """Each set's file by its name; the first one's name is empty. None: there is a default for it."""
+        named = {_name_of_set(text): text.removeprefix(f"{_name_of_set(text)}=") for text in self.questions}
+        return {"": named.get("", self.mmlu), **named}
+
+
+def _name_of_set(text: str) -> str:
+    """Empty where it is a file alone. A URI has no name: what stands before its ``=`` holds a slash or a colon."""
+    named = NAMED_SET.fullmatch(text)
+    return named[1] if named else ""
 
 
 class FeatureOptions(BaseModel):
@@ -174,6 +232,11 @@ class RunOptions(BaseModel):
     max_experiments: int | None = Field(None, ge=1, description="only the first N experiments, by --order or by size")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
+    transfer: bool = Field(
+        False,
+        description="score each adapter on examples of every dataset that trainings leave out: what helps what, what "
+        "is forgotten",
+    )
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
@@ -198,6 +261,14 @@ class RunOptions(BaseModel):
         """A number as text: a YAML file gives ``chunk: 1`` as a number, the command line as text."""
         return str(chunk) if type(chunk) is int else chunk
 
+    @field_validator("transfer")
+    @classmethod
+    def _check_transfer(cls, transfer: bool, others: ValidationInfo) -> bool:
+        """Refuse it where no adapter is made or scored."""
+        if transfer and set(others.data.get("stages", ())) == {"features"}:
+            raise ValueError("scores adapters: add train to --stages")
+        return transfer
+
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str | None) -> str | None:
@@ -215,6 +286,11 @@ class RunOptions(BaseModel):
 
 class EvaluationConfig(CommonOptions, ModelOptions, MmluOptions, Settings):
     """All options of an evaluation."""
+
+    def of_set(self, name: str) -> Self:
+        """The options for one of its question sets, as if there were no other."""
+        file, mask = self.question_sets[name], None if name else self.mask
+        return self.model_copy(update={"mmlu": file, "questions": (), "mask": mask})
 
 
 class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
@@ -247,6 +323,21 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
                 except ValidationError as error:
                     raise ValueError(f"{key}: {error.errors()[0]['msg']} (got {value!r})") from error
         return grid
+
+    @property
+    def has_transfer(self) -> bool:
+        """Whether trainings leave examples out, and adapters are scored on those of every dataset."""
+        return self.transfer and set(self.stages) != {"features"}
+
+    @property
+    def all_stages(self) -> tuple[str, ...]:
+        """The stages, and behind them ``transfer``, where it is asked for."""
+        return (*self.stages, "transfer") if self.has_transfer else self.stages
+
+    @property
+    def longest_example(self) -> int:
+        """The most tokens that an example may have in any training of the run."""
+        return int(max(self.grid.get("max_length", [self.max_length])))
 
     def method(self) -> Method:
         """The hyperparameters, without the grid's values, and the first seed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -27,6 +27,7 @@ class ProgressStage(StrEnum):
     BASE_MMLU = "base mmlu"
     MMLU = "mmlu"
     HELPING_MMLU = "helping mmlu"
+    TRANSFER = "transfer"
 
     @property
     def can_share(self) -> bool:
@@ -127,14 +128,17 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question of MMLU. ``answer`` is 0 to 3."""
+    """One multiple-choice question. ``answer`` is the index of the right choice."""
 
     subject: str
     question: str
-    choices: tuple[str, str, str, str]
+    choices: tuple[str, ...]
+    """2 to 10."""
     answer: int
     question_id: str
     """``{subject}/{number within the subject in the file}``."""
+    own_id: str = ""
+    """What its file calls it; empty where it has no name there, as in MMLU."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,17 @@ class Score:
     """The result of one evaluation of one model on a set of questions.
 
     ``questions`` has a row for each question: ``subject, question_id, question, answer, prediction`` (letters,
-    prediction empty where unparsed), ``logprob_a`` to ``logprob_d`` (natural logarithms; NaN for ``generate``),
-    ``correct`` (bool).
+    prediction empty where unparsed), ``logprob_a`` to ``logprob_d``, or to that of the last choice of a question with
+    more (natural logarithms; NaN for ``generate`` and where a question has no such choice), ``correct`` (bool).
     """
 
     questions: pd.DataFrame
     info: dict[str, Any] = field(default_factory=dict)
     """How it was scored: method, prompt style, shots, seconds, token budget, num_truncated, num_unparsed."""
+
+    def without(self, question_ids: Collection[str]) -> Score:
+        """The score on all other questions."""
+        return Score(self.questions[~self.questions["question_id"].isin(list(question_ids))], self.info)
 
     @property
     def total_questions(self) -> int:
@@ -178,9 +186,13 @@ class Experiment:
     identity: str
     """Hash of everything that its row depends on: data, model, settings, questions and schema version."""
     origins: dict[str, dict[str, str]]
-    """By stage (``features``, ``train``, ``mmlu``), hashes of what its result depends on: data, model, ..."""
+    """By stage (``features``, ``train``, ``mmlu``, ``transfer``), hashes of what its result depends on."""
     base_key: str
     """Hash of everything that the base model's score on the run's questions depends on."""
+    set_keys: dict[str, str] = field(default_factory=dict)
+    """The same for each further set of questions, by its name."""
+    transfer_key: str = ""
+    """Hash of the datasets on whose held-out examples the adapter is scored; empty where it is not."""
     data_hash: str = ""
     """As ``Dataset.data_hash``."""
     num_examples: int = 0
@@ -193,6 +205,11 @@ class Experiment:
     """Why it cannot run, if that is known before anything starts. It still gets a row."""
     error_kind: str = ""
     """An ``ErrorKind``; empty where there is no error."""
+
+    @property
+    def base_keys(self) -> dict[str, str]:
+        """The keys of all sets of questions by name; the first one's name is empty."""
+        return {"": self.base_key, **self.set_keys}
 
 
 @dataclass(frozen=True)

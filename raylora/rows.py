@@ -143,13 +143,15 @@ RESULT_COLUMNS = (
     "macro_accuracy", "base_macro_accuracy", "accuracy_stem", "accuracy_humanities", "accuracy_social_sciences",
     "accuracy_other",
     "num_unparsed", "base_num_unparsed", "num_truncated",
+    "num_held_out_examples", "held_out_loss", "base_held_out_loss", "held_out_loss_change", "transfer_mean_change",
+    "num_forgotten", "transfer_note",
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
     "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
     "num_bad_records", "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds",
-    "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "total_seconds", "estimated_seconds",
-    "estimated_peak_memory_bytes", "num_attempts",
+    "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "transfer_seconds", "total_seconds",
+    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -158,6 +160,9 @@ ROW_COLUMNS = [
     *TrainingMetrics.__dataclass_fields__,
     *RUN_RECORD_COLUMNS,
 ]
+
+CELL_VALUES = ("is_own", "num_examples", "num_tokens", "base_loss", "loss", "loss_change", "low", "high", "p_value")
+"""What is measured of an adapter on a dataset's held-out examples, with ``--transfer``; whether it is its own."""
 
 
 def make_row(config: Config, experiment: Experiment, status: str, **values: Any) -> ResultRow:
@@ -204,7 +209,7 @@ CATEGORIES = frozenset(
 TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "mmlu_note",
-        "dataset_name",
+        "transfer_note", "dataset_name",
     }
 )  # fmt: skip
 """Columns of names and notes."""
@@ -241,7 +246,7 @@ def read_csv(stream: IO[bytes] | Path) -> pd.DataFrame:
     table = pd.read_csv(io.BytesIO(data), **options)
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("rows have more cells than the header; names that hold commas must be quoted")
-    text_columns = [name for name in table.columns if name in TEXTS]
+    text_columns = [name for name in table.columns if name_of_first(name) in TEXTS]
     texts = pd.read_csv(io.BytesIO(data), **options, usecols=text_columns, dtype="string", keep_default_na=False)
     for name in text_columns:
         table[name] = texts[name].where(texts[name] != "")
@@ -257,8 +262,14 @@ def _first_bad_byte(file: Path) -> int:
     return 0
 
 
+def name_of_first(column: str) -> str:
+    """The first set's column that means the same: ``accuracy_change`` for ``accuracy_change[arc]``."""
+    return column.partition("[")[0] if column.endswith("]") else column
+
+
 def tidy_column(name: str, column: pd.Series) -> pd.Series:
     """A column of a run's table with the type that ``load_results`` promises."""
+    name = name_of_first(name)
     if name in CATEGORIES:
         return column.astype("string").astype("category")
     if name in TEXTS:

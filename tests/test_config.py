@@ -50,6 +50,41 @@ def test_repeats_are_seeds_and_a_grid_may_vary_them():
         load_config(["--seed", str(2**53), "--repeats", "2"])
 
 
+@pytest.mark.parametrize("source", ["command", "one word", "environment", "yaml list", "yaml mapping", "python"])
+def test_question_sets_are_named_in_every_source(monkeypatch, source):
+    words = ["a,b.json", "arc=x/=.json", "my-set.2=s3://bucket/q"]
+    argv = []
+    if source == "command":
+        argv = [word for text in words for word in ("--questions", text)]
+    elif source == "one word":
+        argv = ["--questions", ",".join(words)]
+    elif source == "environment":
+        monkeypatch.setenv("RAYLORA_QUESTIONS", ",".join(words))
+    elif source.startswith("yaml"):
+        sets = dict(word.split("=", 1) for word in words[1:])
+        given = {"questions": words} if source == "yaml list" else {"mmlu": words[0], "questions": sets}
+        Path("a.yaml").write_text(yaml.safe_dump(given))
+        argv = ["--config", "a.yaml"]
+    config = load_config(questions=words) if source == "python" else load_config(argv)
+    assert config.question_sets == {"": "a,b.json", "arc": "x/=.json", "my-set.2": "s3://bucket/q"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["arc=a", "Arc=b"], "--questions: two sets of one name"),
+        (["a", "b"], "--questions: two sets of one name, or without one"),
+        (["masked=a"], "--questions: masked is the name of the questions that --mask leaves"),
+        (["arc=s3://user:secret@bucket/q"], "no password"),
+        (["arc=nothing://q"], "nothing:// is no protocol"),
+    ],
+)
+def test_sets_that_cannot_be_told_from_each_other_are_one_line(given, expected):
+    with pytest.raises(UserError, match=expected) as raised:
+        load_config(questions=given)
+    assert "secret" not in str(raised.value)
+
+
 def test_a_grid_makes_every_combination():
     methods = load_config(["--grid", '{"lora_r": [4, 8], "learning_rate": [1e-4, 2e-4, 3e-4]}']).grid_methods()
     assert {(m.lora_r, m.learning_rate) for m in methods} == {(r, x) for r in (4, 8) for x in (1e-4, 2e-4, 3e-4)}

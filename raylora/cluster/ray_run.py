@@ -34,6 +34,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 
 from raylora.cluster.failures import store_failure
 from raylora.cluster.metrics import WorkerMeter
+from raylora.cluster.ray_start import keep_token, start
 from raylora.cluster.status import Status, StatusBoard
 from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker import Worker, check_gpu
@@ -215,7 +216,7 @@ def cluster(config: Config) -> Iterator[str]:
         One line that says how to open its dashboard.
 
     Raises:
-        UserError: there is no cluster at the address, or it does not accept our token.
+        UserError: there is no cluster at the address, or it does not accept our token; or none can start here.
     """
     # 0: Ray leaves CUDA_VISIBLE_DEVICES as it is in actors without a GPU. Unset, it hides the GPUs from them, and warns
     # that this will change.
@@ -226,15 +227,18 @@ def cluster(config: Config) -> Iterator[str]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's core, in C++, writes to the terminal itself
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    token = "ray get-auth-token"
     if config.address:
         context = _join(config.address, quiet)
     else:
+        token = keep_token(config.output)
         # "local" starts a new Ray, even where another one runs on this machine.
         local = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
-        context = ray.init(num_gpus=_visible_gpus(), **local, **quiet)
+        init = functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet)
+        context = start(init, ray.shutdown)
     try:
         url = getattr(context, "dashboard_url", None)
-        yield f"Ray dashboard: http://{url} (token: ray get-auth-token)" if url else "Ray dashboard: not running"
+        yield f"Ray dashboard: http://{url} (token: {token})" if url else "Ray dashboard: not running"
     finally:
         ray.shutdown()
 

@@ -12,6 +12,7 @@ from raylora.experiment.workbench import Workbench, use_threads
 from raylora.planning.plan import make_plan
 from raylora.planning.show_plan import print_plan
 from raylora.report.terminal import print_results
+from raylora.report.transfer_tables import TransferTables
 from raylora.rows import ROW_COLUMNS
 
 
@@ -25,7 +26,10 @@ def run(config: ExperimentConfig) -> int:
         bench, done = Workbench(config, plan.store), plan.done()
         if len(done) < len(plan.experiments):
             plan.check_fit()
+            plan.write_columns()
         rows = [done.get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
         plan.store.write_tables(rows, ROW_COLUMNS)
+        if plan.columns:
+            TransferTables(plan.store).write(rows)
     print_results(rows, plan.store)
     return 0 if all(row.ok for row in rows) else 1

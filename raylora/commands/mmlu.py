@@ -9,7 +9,8 @@ answer to every question as Parquet. What was evaluated before is not evaluated 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from raylora.commands.options import MmluConfig
+from raylora.config import MASKED
 from raylora.console import make_console
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.mmlu.evaluator import Evaluator, Unscored, check_prompt_style, note_on_thinking
@@ -41,7 +43,7 @@ from raylora.mmlu.statistics import (
 )
 from raylora.model.adapter_files import adapter_hash, check_adapter, note_on_base
 from raylora.model.sources import quiet_libraries, resolve_model
-from raylora.records import Score
+from raylora.records import ProgressCallback, Score
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
@@ -55,9 +57,15 @@ class Evaluated:
     name: str
     score: Score
     path: Path
+    adapter: Path | None = None
 
 
-def evaluate_all(config: MmluConfig, console: Console) -> tuple[list[Evaluated], list[str]]:
+Sets = dict[str, list[Evaluated]]
+"""By the name of a set of questions, all models, the base first. The first set's name is empty; what ``--mask`` leaves
+of it is named ``masked``."""
+
+
+def evaluate_all(config: MmluConfig, console: Console) -> tuple[Sets, list[str]]:
     """Evaluate the base and every adapter, and write the tables. The base comes first, then adapters as given.
 
     Returns:
@@ -71,19 +79,41 @@ def evaluate_all(config: MmluConfig, console: Console) -> tuple[list[Evaluated],
     failures = dict(filter(None, map(_check, config.adapter)))
     if failures and len(failures) == len(set(config.adapter)):
         raise UserError("; ".join(failures.values()), kind=ErrorKind.ADAPTER)
-    question_set = load_question_set(config)
-    for note in question_set.notes:
+    question_sets = {name: load_question_set(config, name) for name in config.question_sets}
+    for note in (note for question_set in question_sets.values() for note in question_set.notes):
         console.print(f"Note: {note}", soft_wrap=True)
     source = resolve_model(config.model)
     thinking = check_prompt_style(config, source)
     if note := note_on_thinking(thinking):
         console.print(f"Note: {note}", soft_wrap=True)
-    model_values, question_values = model_key(config, source), questions_key(config, question_set, thinking)
-    store = store_at(config.output / "mmlu" / safe_name(str(config.model), model_values))
+    adapters = list(dict.fromkeys(config.adapter))
+    for folder in (folder for folder in adapters if folder not in failures):
+        if note := note_on_base(folder, source):
+            console.print(f"Note: {_adapter_name(folder)}: {note}", soft_wrap=True)
+    of_model = model_key(config, source)
+    store = store_at(config.output / "mmlu" / safe_name(str(config.model), of_model))
     with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        evaluated = _evaluate_all(config, source, store, model_values, question_values, failures, bar)
+        evaluator, evaluated = Evaluator(config, store), Sets()
+        for name, question_set in question_sets.items():
+            asked = [folder for folder in adapters if folder not in failures]
+            of_questions = questions_key(config, question_set, thinking)
+            evaluated[name] = _evaluate_set(evaluator, asked, (of_model, of_questions), failures, _tasks(bar, name))
+            if config.mask and not name:
+                evaluated[MASKED] = [replace(e, score=e.score.without(question_set.masked)) for e in evaluated[name]]
+        # One that fails with one set of questions is in no table of another, either.
+        evaluated = {name: [e for e in found if e.adapter not in failures] for name, found in evaluated.items()}
         write_tables(store, evaluated)
-    return evaluated, [failures[folder] for folder in dict.fromkeys(config.adapter) if folder in failures]
+    return evaluated, [failures[folder] for folder in adapters if folder in failures]
+
+
+def _tasks(bar: Bar, question_set: str) -> Callable[[str], ProgressCallback]:
+    """What shows the progress of a model, by its name, with a set of questions."""
+
+    def of_model(name: str) -> ProgressCallback:
+        task = bar.add_task(f"{name}, {question_set}" if question_set else name, total=None)
+        return lambda _, done, total: bar.update(task, completed=done, total=total)
+
+    return of_model
 
 
 def _check(folder: Path) -> tuple[Path, str] | None:
@@ -95,38 +125,33 @@ def _check(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _evaluate_all(
-    config: MmluConfig,
-    source: str,
-    store: Store,
-    model_values: dict[str, Any],
-    question_values: dict[str, Any],
+def _evaluate_set(
+    evaluator: Evaluator,
+    adapters: Sequence[Path],
+    keys: tuple[dict[str, Any], dict[str, Any]],
     failures: dict[Path, str],
-    bar: Bar,
+    progress: Callable[[str], ProgressCallback],
 ) -> list[Evaluated]:
-    """Evaluate the base, and the adapters without a failure; those that fail now are added to ``failures``."""
+    """Evaluate the base and adapters on one set of questions; those that fail are added to ``failures``.
 
-    def progress(name: str) -> Any:
-        task = bar.add_task(name, total=None)
-        return lambda _, done, total: bar.update(task, completed=done, total=total)
-
-    evaluator = Evaluator(config, store)
-    base_key = score_key(model_values, question_values)
-    adapters = {}
-    for folder in (folder for folder in config.adapter if folder not in failures):
-        key = score_key(model_values, question_values, adapter_hash(folder))
-        adapters[folder] = Unscored(key, store.base_file(base_key, f"adapter-{key[:16]}.parquet"), folder)
-        store.fetch(adapters[folder].path)
-    everybody = [Unscored(base_key, store.base_file(base_key, "scores.parquet"), None), *adapters.values()]
+    Args:
+        keys: from ``model_key`` and ``questions_key``.
+        progress: shows that of a model, by its name.
+    """
+    store, base_key = evaluator.store, score_key(*keys)
+    missing = {}
+    for folder in adapters:
+        key = score_key(*keys, adapter_hash(folder))
+        missing[folder] = Unscored(key, store.base_file(base_key, f"adapter-{key[:16]}.parquet"), folder)
+        store.fetch(missing[folder].path)
+    everybody = [Unscored(base_key, store.base_file(base_key, "scores.parquet"), None), *missing.values()]
     if len(unscored := [one for one in everybody if not one.path.is_file()]) > 1:
         evaluator.answer_together(base_key, unscored)
     base = evaluator.base_score(base_key, wait=True, progress=progress("base"))
     assert base is not None
     evaluated = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
-    for folder, one in adapters.items():
+    for folder, one in missing.items():
         name, path = _adapter_name(folder), one.path
-        if note := note_on_base(folder, source):
-            bar.console.print(f"Note: {name}: {note}", soft_wrap=True)
         if not path.is_file():
             try:
                 with evaluator.adapter(folder):
@@ -135,7 +160,7 @@ def _evaluate_all(
                 failures[folder] = str(error) if isinstance(error, UserError) else f"{folder}: {one_line(error)}"
                 continue
             store.share(path)
-        evaluated.append(Evaluated(name, load_score(path), store.shown(path)))
+        evaluated.append(Evaluated(name, load_score(path), store.shown(path), folder))
     return evaluated
 
 
@@ -158,7 +183,7 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     if evaluated.score is base:
         change = dict.fromkeys(change)
     info = evaluated.score.info
-    shares = [summary[name] for name in PREDICTION_SHARES]
+    shares = [summary[name] for name in PREDICTION_SHARES if name in summary]
     note = note_on_constant_answers(shares, summary["total_questions"], info.get("scoring", ""))
     return {
         "model": evaluated.name,
@@ -172,8 +197,15 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
     }
 
 
-def summary_of(evaluated: list[Evaluated]) -> pd.DataFrame:
-    """``summary.csv``, the base first.
+def summary_of(sets: Sets) -> pd.DataFrame:
+    """``summary.csv``, the base first: the first set's columns, then those of the others, ``accuracy[NAME]``."""
+    first, *others = ((name, _summary_of_set(evaluated)) for name, evaluated in sets.items())
+    further = [table.drop(columns=["model", "thinking"]).add_suffix(f"[{name}]") for name, table in others]
+    return pd.concat([first[1], *further], axis=1)
+
+
+def _summary_of_set(evaluated: list[Evaluated]) -> pd.DataFrame:
+    """The base's row, and one for each adapter.
 
     ``holm_p_value`` and ``fdr_p_value`` (Benjamini and Hochberg) are adjusted over the adapters; ``verdict`` is made
     with the first. ``accuracy_change_shrunk``: see ``shrinkage.shrunk``; null with fewer than three adapters.
@@ -191,11 +223,19 @@ def summary_of(evaluated: list[Evaluated]) -> pd.DataFrame:
     return table.assign(**of_all).astype(COUNTS_OF_CHANGES)
 
 
-def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
+def write_tables(store: Store, sets: Sets) -> None:
     """Write ``summary.csv`` and ``subjects.csv`` of all evaluated models, the base first."""
-    base = evaluated[0].score
-    summary = summary_of(evaluated)
-    subjects = []
+    summary = summary_of(sets)
+    # Without further sets there is no column that names the set.
+    of_sets = [_subjects_of(e).assign(**({"set": name} if len(sets) > 1 else {})) for name, e in sets.items()]
+    table = pd.concat(of_sets, ignore_index=True)
+    store.write_file("summary.csv", lambda p: summary.to_csv(p, index=False))
+    store.write_file("subjects.csv", lambda p: table.to_csv(p, index=False))
+
+
+def _subjects_of(evaluated: list[Evaluated]) -> pd.DataFrame:
+    """A row for each model and subject of one set of questions."""
+    base, subjects = evaluated[0].score, []
     for e in evaluated:
         accuracy = pd.DataFrame.from_dict(summarize(e.score)["subjects"], orient="index")
         change = compare_subjects(e.score, base).set_index("subject").drop(columns="num_questions")
@@ -204,9 +244,15 @@ def write_tables(store: Store, evaluated: list[Evaluated]) -> None:
             change = change.iloc[:0]  # nothing to say about the base's change from itself
         subjects.append(accuracy.join(change).rename_axis("subject").reset_index().assign(model=e.name))
     table = pd.concat(subjects, ignore_index=True)
-    table = table[["model", *table.columns.drop("model")]]
-    store.write_file("summary.csv", lambda p: summary.to_csv(p, index=False))
-    store.write_file("subjects.csv", lambda p: table.to_csv(p, index=False))
+    return table[["model", *table.columns.drop("model")]]
+
+
+def print_all(sets: Sets, console: Console) -> None:
+    """Print the tables of each set of questions."""
+    for name, evaluated in sets.items():
+        if name:
+            console.print(f"{name}: {evaluated[0].score.total_questions} questions", soft_wrap=True)
+        print_tables(evaluated, console)
 
 
 def print_tables(evaluated: list[Evaluated], console: Console) -> None:
@@ -216,7 +262,7 @@ def print_tables(evaluated: list[Evaluated], console: Console) -> None:
     names = ("model", "accuracy", "stderr", "macro", *SHORT_GROUPS.values(), "change", "95% interval", "p")
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, overflow="ellipsis")
-    summary = summary_of(evaluated)
+    summary = _summary_of_set(evaluated)
     for number, v in enumerate(summary.to_dict("records")):
         cells = [v[name] for name in ("overall_accuracy", "overall_stderr", "macro_accuracy")]
         cells += [v[f"accuracy_{group}"] for group in SHORT_GROUPS]
@@ -257,7 +303,8 @@ def print_letters(summary: pd.DataFrame, console: Console) -> None:
         if not pd.isna(v["balanced_accuracy_change"]):
             change, low, high = (v[name] for name in BALANCED_CHANGES)
             text += f", change {change:+.3f} ({low:+.3f} {high:+.3f})"
-        shares = [f"{letter} {v[name]:.0%}" for letter, name in zip(LETTERS, PREDICTION_SHARES, strict=True)]
+        pairs = zip(LETTERS, PREDICTION_SHARES, strict=True)
+        shares = [f"{letter} {v[name]:.0%}" for letter, name in pairs if not pd.isna(v.get(name))]
         text += f"; answers {', '.join(shares)}"
         console.print(text + (f": {LETTER_MOVED}" if v["verdict"] == "letter" else ""), soft_wrap=True)
 
@@ -296,8 +343,8 @@ def run(config: MmluConfig) -> int:
         torch.set_num_threads(config.threads)
     console = make_console()
     evaluated, failures = evaluate_all(config, console)
-    print_tables(evaluated, console)
-    console.print(f"Files: {evaluated[0].path.parents[2]}", soft_wrap=True)
+    print_all(evaluated, console)
+    console.print(f"Files: {evaluated[''][0].path.parents[2]}", soft_wrap=True)
     for failure in failures:
         print(f"raylora: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, CliVariadicArg, NoDecode, SettingsConfigDict
 
-from raylora.config import Config, EvaluationConfig
+from raylora.config import TARGETS, Config, EvaluationConfig
 from raylora.config_sources import Settings, split_commas
 from raylora.storage.places import Location
 
@@ -21,6 +21,13 @@ def _check_local(path: Any) -> Any:
     if "://" in str(path):
         raise ValueError("only what lies on this machine is read here: copy it first")
     return path
+
+
+def _check_target(target: str) -> str:
+    """Refuse a column that is no outcome. Of a further set of questions it has the set's name behind it."""
+    if target.partition("[")[0] not in TARGETS:
+        raise ValueError(f"expected {', '.join(TARGETS)}, or one of these with [NAME] of a further set of questions")
+    return target
 
 
 LocalPath = Annotated[Path, BeforeValidator(_check_local)]
@@ -34,8 +41,6 @@ class ExperimentConfig(Config):
 
 class MmluConfig(EvaluationConfig):
     """Evaluate a model and its adapters on MMLU."""
-
-    model_config = SettingsConfigDict(cli_shortcuts={"mmlu": "questions"})
 
     adapter: CliVariadicArg[list[Path]] = Field([], description="folders of PEFT adapters")
 
@@ -66,8 +71,10 @@ class FitConfig(Settings):
     """Fit a predictor to a table of finished runs, and measure it on rows it has not seen."""
 
     table: CliPositionalArg[LocalPath] = Field(description="folder of a run, its results.csv, or any such table")
-    target: Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change"] = (
-        Field("overall_accuracy", description="what is predicted")
+    target: Annotated[str, AfterValidator(_check_target)] = Field(
+        "overall_accuracy",
+        description=f"what is predicted: {', '.join(TARGETS)}, or that of a further set of questions, "
+        "accuracy_change[NAME]",
     )
     group: str | None = Field(
         None, description="column whose rows stay together in validation (none: no such; default: the dataset's)"

@@ -23,20 +23,30 @@ def help_experiment(
     Raises:
         MachineError: the questions or the model cannot be read here, or are not those of the run.
     """
-    base_path = bench.store.base_file(experiment.base_key, "scores.parquet")
-    if bench.is_being_scored(experiment.base_key, base_path):
-        with bench.loaded.base():
-            return bench.help_score(experiment.base_key, experiment.base_key, base_path, name, progress)
-    folder, path = bench.store.adapter_folder(experiment), bench.store.scores_path(experiment)
-    if not folder.is_dir() or not bench.is_being_scored(key := score_key_of(bench, experiment), path):
+    for base_key in experiment.base_keys.values():
+        base_path = bench.store.base_file(base_key, "scores.parquet")
+        if bench.is_being_scored(base_key, base_path):
+            with bench.loaded.base():
+                return bench.help_score(base_key, base_key, base_path, name, progress)
+    folder = bench.store.adapter_folder(experiment)
+    if not folder.is_dir():
         return 0
-    bench.loaded.attach_saved(folder)
-    try:
-        return bench.help_score(experiment.base_key, key, path, name, progress)
-    finally:
-        bench.loaded.detach()
+    for question_set, base_key in experiment.base_keys.items():
+        path = bench.store.scores_path(experiment, question_set)
+        if bench.is_being_scored(key := score_key_of(bench, experiment, question_set), path):
+            bench.loaded.attach_saved(folder)
+            try:
+                return bench.help_score(base_key, key, path, name, progress)
+            finally:
+                bench.loaded.detach()
+    return 0
 
 
-def score_key_of(bench: Workbench, experiment: Experiment) -> str:
-    """The identity of the score of the experiment's stored adapter: what its stage depends on, and its weights."""
-    return digest([experiment.origins["mmlu"], adapter_hash(bench.store.adapter_folder(experiment))])
+def score_key_of(bench: Workbench, experiment: Experiment, question_set: str = "") -> str:
+    """The identity of the score of the experiment's stored adapter: the base and the questions, and its weights.
+
+    Args:
+        question_set: its name; the first one's is empty.
+    """
+    adapter = adapter_hash(bench.store.adapter_folder(experiment))
+    return digest([experiment.base_keys[question_set], adapter])

@@ -1,4 +1,4 @@
-"""The whole story of one dataset: features, training, MMLU, one row. Knows nothing of Ray.
+"""The whole story of one dataset: features, training, MMLU, other datasets' losses, one row. Knows nothing of Ray.
 
 A stage whose product is in the store is not run again; a new product is stored when its stage is finished.
 """
@@ -10,19 +10,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raylora.config import FeatureOptions, method_of
+from raylora.config import MASKED, FeatureOptions, method_of
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.helping import score_key_of
-from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
-from raylora.features.pipeline import extract_features
-from raylora.mmlu.statistics import (
-    BALANCED_CHANGES,
-    PREDICTION_SHARES,
-    PROBABILITY_CHANGES,
-    compare,
-    note_on_constant_answers,
-    summarize,
+from raylora.experiment.transfer import measure_transfer
+from raylora.experiment.workbench import (
+    Workbench,
+    at_hand,
+    attach_job,
+    changed_meanwhile,
+    keep_adapter,
+    load_planned_dataset,
+    log_file,
 )
+from raylora.features.pipeline import extract_features
+from raylora.mmlu.row_values import score_values, set_values
 from raylora.model.device import device_name
 from raylora.records import (
     Dataset,
@@ -78,11 +80,12 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
         features = _features(bench, experiment, dataset, progress, wait=False)
     if "train" in stages:
         values |= _stage(bench, experiment, "train", lambda: _train_adapter(bench, experiment, dataset, progress))
+    if "mmlu" in stages or bench.config.has_transfer:
+        _check_adapter(bench, experiment)
     if "mmlu" in stages:
-        if bench.store.read_stage(experiment, "train") is None:
-            text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
-            raise UserError(text, kind=ErrorKind.ADAPTER)
         values |= _stage(bench, experiment, "mmlu", lambda: _evaluate_mmlu(bench, experiment, progress))
+    if bench.config.has_transfer:
+        values |= _stage(bench, experiment, "transfer", lambda: measure_transfer(bench, experiment, progress))
     if features is None:
         features = _features(bench, experiment, dataset, progress, wait=True)
     assert features is not None
@@ -156,56 +159,56 @@ def _train_adapter(
         bench.loaded.detach()
 
 
+def _check_adapter(bench: Workbench, experiment: Experiment) -> None:
+    if bench.store.read_stage(experiment, "train") is None:
+        text = f"{experiment.dataset}: there is no trained adapter to evaluate: add train to --stages"
+        raise UserError(text, kind=ErrorKind.ADAPTER)
+
+
 def _evaluate_mmlu(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:
-    # While another worker scores the base, this one does not wait, and evaluates its adapter first.
-    base = bench.base_score(experiment.base_key, wait=False, progress=progress)
     bench.store.forget_stage(experiment, "mmlu")
+    values: dict[str, Any] = {}
+    for name, base_key in experiment.base_keys.items():
+        score, base = _evaluate_set(bench, experiment, name, progress)
+        if name:
+            values |= set_values(name, score, base, num_fewshot=bench.planned_questions(base_key).num_shots)
+            continue
+        values |= score_values(score, base)
+        if bench.config.mask:
+            masked = _planned_mask(bench, experiment)
+            values |= set_values(MASKED, score.without(masked), base.without(masked))
+    return values
+
+
+def _planned_mask(bench: Workbench, experiment: Experiment) -> frozenset[str]:
+    """Ids of the questions that ``--mask`` leaves out.
+
+    Raises:
+        MachineError: the mask is not the one that the run was planned with.
+    """
+    masked = bench.planned_questions(experiment.base_key).masked
+    if digest(sorted(masked)) != experiment.origins["mmlu"]["mask"]:
+        raise changed_meanwhile(str(bench.config.mask))
+    return masked
+
+
+def _evaluate_set(
+    bench: Workbench, experiment: Experiment, name: str, progress: ProgressCallback
+) -> tuple[Score, Score]:
+    """The scores of the adapter and the base on one set of questions."""
+    base_key = experiment.base_keys[name]
+    # While another worker scores the base, this one does not wait, and evaluates its adapter first.
+    base = bench.base_score(base_key, wait=False, progress=progress)
     bench.loaded.attach_saved(bench.store.adapter_folder(experiment))
     try:
-        score = bench.score(
-            experiment.base_key, score_key_of(bench, experiment), bench.store.scores_path(experiment), progress
-        )
+        key, path = score_key_of(bench, experiment, name), bench.store.scores_path(experiment, name)
+        score = bench.score(base_key, key, path, progress)
     finally:
         bench.loaded.detach()
     if base is None:
-        base = bench.base_score(experiment.base_key, wait=True, progress=progress)
+        base = bench.base_score(base_key, wait=True, progress=progress)
     assert base is not None
-    return score_values(score, base)
-
-
-def score_values(score: Score, base: Score) -> dict[str, Any]:
-    """The row's columns of MMLU: the adapter's score, the base's (``base_...``), and the change with its interval."""
-    summary, base_summary, change = summarize(score), summarize(base), compare(score, base)
-    groups = {f"accuracy_{name}": group["accuracy"] for name, group in summary["groups"].items()}
-    columns_of_both = (
-        "overall_accuracy", "correct_questions", "overall_stderr", "overall_stderr_clustered", "macro_accuracy",
-        "num_unparsed", "balanced_accuracy", *PREDICTION_SHARES, "correct_probability", "brier",
-    )  # fmt: skip
-    shares = [summary[name] for name in PREDICTION_SHARES]
-    note = note_on_constant_answers(shares, score.total_questions, score.info.get("scoring", ""))
-    return {
-        **{name: summary[name] for name in (*columns_of_both, "total_questions", "num_truncated")},
-        **{f"base_{name}": base_summary[name] for name in columns_of_both},
-        **groups,
-        "accuracy_change": change["difference"],
-        "accuracy_change_low": change["ci_low"],
-        "accuracy_change_high": change["ci_high"],
-        **{
-            name: change[name]
-            for name in (
-                "mcnemar_p_value",
-                "num_gained",
-                "num_lost",
-                *BALANCED_CHANGES,
-                *PROBABILITY_CHANGES,
-                "brier_change",
-            )
-        },
-        "mmlu_note": f"the model {note}" if note else "",
-        "thinking": score.info.get("thinking", ""),
-        "token_budget": score.info["token_budget"],
-        "mmlu_oom_backoffs": score.info["num_oom_backoffs"],
-    }
+    return score, base
 
 
 def _dataset_values(dataset: Dataset) -> dict[str, Any]:

@@ -70,7 +70,11 @@ def ask_together(bench: Workbench, experiments: Sequence[Experiment]) -> int:
     ready = [e for e in ready if bench.store.read_stage(e, "mmlu") is None]
     if "mmlu" not in bench.config.stages or not ready:
         return 0
-    base_key = ready[0].base_key
+    return sum(_ask_of_set(bench, ready, *question_set) for question_set in ready[0].base_keys.items())
+
+
+def _ask_of_set(bench: Workbench, ready: Sequence[Experiment], question_set: str, base_key: str) -> int:
+    """``ask_together`` for one set of questions, by its name."""
     path = bench.store.base_file(base_key, "scores.parquet")
     with contextlib.ExitStack() as stack, contextlib.suppress(UserError, MachineError):
         unscored = []
@@ -82,7 +86,8 @@ def ask_together(bench: Workbench, experiments: Sequence[Experiment]) -> int:
             stack.enter_context(at_hand(bench.store, experiment))
             bench.check_model(experiment)
             folder = bench.store.adapter_folder(experiment)
-            unscored.append(Unscored(score_key_of(bench, experiment), bench.store.scores_path(experiment), folder))
+            path, key = bench.store.scores_path(experiment, question_set), score_key_of(bench, experiment, question_set)
+            unscored.append(Unscored(key, path, folder))
         return bench.answer_together(base_key, unscored)
     return 0
 

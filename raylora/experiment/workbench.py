@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ import torch
 from raylora.config import Config, method_of
 from raylora.data import datasets
 from raylora.data.encoding import StoredEncoded, encode_each
+from raylora.data.held_out import leave_out
 from raylora.errors import BaseChangedError, ErrorKind, MachineError, UserError
 from raylora.mmlu.evaluator import Evaluator
 from raylora.model.adapters import LoadedModel
@@ -29,12 +30,26 @@ from raylora.training.loop import TrainingResult
 log = logging.getLogger("raylora.experiment")
 
 
+class Planned(Protocol):
+    """What a plan says of a dataset file."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def data_hash(self) -> str: ...
+
+
 class Workbench(Evaluator):
-    """What all experiments of one process share: the base model and the encoded questions, each loaded once."""
+    """What all experiments of one process share: the base model and the encoded questions, each loaded once.
+
+    Attributes:
+        held_out: tables of ``held_out.held_out_sets`` by their keys.
+    """
 
     def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
         super().__init__(config, store, loaded)
         self.config: Config = config
+        self.held_out: dict[str, pd.DataFrame] = {}
         self._base_hash = self._model_hash = ""
 
     @cached_property
@@ -61,7 +76,7 @@ class Workbench(Evaluator):
         if not self._model_hash:
             self._model_hash = model_hash(source, self.config.trust_remote_code)
         if any(self._model_hash != origin["model"] for origin in experiment.origins.values()):
-            raise _changed_meanwhile(source)
+            raise changed_meanwhile(source)
 
     def check_base(self) -> None:
         """Check that the base's logits on a fixed input are those from when it was loaded: no stage may change them.
@@ -75,23 +90,27 @@ class Workbench(Evaluator):
             raise BaseChangedError("the base model is not what it was when it was loaded")
 
 
-def load_planned_dataset(bench: Workbench, experiment: Experiment) -> Dataset:
-    """The experiment's dataset, checked to be the one that the run was planned with.
+def load_planned_dataset(bench: Workbench, planned: Planned) -> Dataset:
+    """A dataset of the run, checked to be the one that it was planned with.
+
+    Args:
+        planned: an experiment on it, or its column of ``--transfer``.
 
     Raises:
         MachineError: the file cannot be read on this machine, or its content is another one.
     """
-    path = location(experiment.path)
+    path = location(planned.path)
     try:
         dataset = datasets.read_dataset(path, bench.config.salvage, bench.config.max_records)
     except UserError as error:
         raise MachineError(str(error), kind=error.kind) from error
-    if dataset.data_hash != experiment.data_hash:
-        raise _changed_meanwhile(path)
+    if dataset.data_hash != planned.data_hash:
+        raise changed_meanwhile(path)
     return dataset
 
 
-def _changed_meanwhile(place: str | Path) -> MachineError:
+def changed_meanwhile(place: str | Path) -> MachineError:
+    """The error of a place whose content is not what the run was planned with."""
     text = f"{place}: not what it was when the run began: run the same command again"
     return MachineError(text, kind=ErrorKind.CHANGED_MEANWHILE)
 
@@ -104,8 +123,9 @@ def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name:
     """
     method = method_of(experiment)
     seed = (dataset.seed ^ method.seed) % 2**62
-    # All examples, ordered by content and seed: the file's order must not change what is learnt when.
-    ordered = datasets.sample_examples(dataset.examples, 0, seed)
+    examples = leave_out(dataset, bench.config.seed)[1] if bench.config.has_transfer else dataset.examples
+    # Ordered by content and seed: the file's order must not change what is learnt when.
+    ordered = datasets.sample_examples(examples, 0, seed)
     encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
     return Job(bench.loaded.attach(method, seed, name), encoded, method, seed, name)
 

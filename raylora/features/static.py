@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from sklearn.ensemble import IsolationForest
 
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import EncodedExample, TrainOn
+from raylora.data.held_out import Split, split_conversations
 from raylora.data.parse_record import parse_record
 from raylora.errors import ErrorKind, UserError
 from raylora.features import text
@@ -62,32 +63,16 @@ def count_held_out(num_examples: int) -> int:
     return min(MAX_HELD_OUT, max(1, round(num_examples * HELD_OUT_SHARE))) if num_examples > 1 else 0
 
 
-class Split(NamedTuple):
-    """Indices of the sample's examples, in its order. Both are empty where there are no two conversations."""
-
-    held_out: list[int]
-    training: list[int]
-
-
 def split_sample(sample: Sequence[Example]) -> Split:
     """Which examples the probe holds out, ``count_held_out`` at most, and which it trains on, by whole conversations.
 
     An example's messages hold the answers of its conversation's earlier turns: if one turn were trained on and another
-    held out, the held-out loss would be that of a text that the training has seen. Conversations are taken in the
-    sample's order where they fit: of single turns the sample's first ones. Where none fits, the smallest is taken.
+    held out, the held-out loss would be that of a text that the training has seen. Where there are no two
+    conversations there is nothing to train on either.
     """
-    of_conversation: dict[str | int, list[int]] = {}
-    for i, example in enumerate(sample):
-        of_conversation.setdefault(example.conversation or i, []).append(i)
-    if len(of_conversation) < 2:
-        return Split([], [])
-    held_out: list[int] = []
-    for members in of_conversation.values():
-        if len(held_out) + len(members) <= count_held_out(len(sample)):
-            held_out += members
-    if not held_out:
-        held_out = min(of_conversation.values(), key=len)
-    return Split(sorted(held_out), sorted(set(range(len(sample))).difference(held_out)))
+    conversations = [example.conversation or i for i, example in enumerate(sample)]
+    split = split_conversations(conversations, count_held_out(len(sample)))
+    return split if split.held_out else Split([], [])
 
 
 def has_answer(encoded: EncodedExample) -> bool:

@@ -52,6 +52,6 @@ def write_answers(
     return [f"{opening or ''}{text}" for opening, text in zip(openings, texts, strict=True)]
 
 
-def parse_answer(text: str) -> int | None:
-    """The choice that a generated text names, 0 to 3; None where it names none clearly. See ``letters.py``."""
-    return read_letter(text)
+def parse_answer(text: str, num_choices: int = 4) -> int | None:
+    """The choice that a generated text names, from 0; None where it names none clearly. See ``letters.py``."""
+    return read_letter(text, num_choices)

@@ -1,6 +1,6 @@
 """Asks a model questions: for the log-likelihoods of their choices, or for a written answer.
 
-LetterRows      a row a question, the four letters' tokens behind it (``model/candidates.py``)
+LetterRows      a row a question, its letters' tokens behind it (``model/candidates.py``)
 BranchRows      where a choice has several tokens: a row a question, and behind it its choices' texts
 ChoiceRows      the same where rows cannot be packed: a row for each choice
 WrittenAnswers  a text for each question, read afterwards
@@ -274,7 +274,10 @@ class WrittenAnswers:
         loaded, questions = self._loaded, [asked.question for asked in batch]
         pad = pad_token_of(loaded.tokenizer)
         texts = write_answers(loaded.model, loaded.tokenizer, questions, pad, self._thinking)
-        return lambda: [Answer([math.nan] * 4, parse_answer(text), text) for text in texts]
+        counts = [len(question.continuations) for question in questions]
+        return lambda: [
+            Answer([math.nan] * num, parse_answer(text, num), text) for num, text in zip(counts, texts, strict=True)
+        ]
 
     def make_room(self) -> bool:
         """See ``Asker``."""

@@ -7,6 +7,8 @@ sums are stored with all the lengths, so that every variant can be computed from
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,19 +39,27 @@ def predict(encoded: EncodedQuestion, logprobs: list[float], per: ClozePer) -> i
     return int(np.argmax(np.divide(logprobs, lengths_of(encoded, per))))
 
 
-def columns_of(encoded: EncodedQuestion) -> dict[str, int]:
-    """A question's columns of lengths."""
-    found: dict[str, int] = {}
-    for per, name in COLUMNS.items():
-        lengths = lengths_of(encoded, per)
-        found |= {f"{name}_{letter.lower()}": n for letter, n in zip(LETTERS, lengths, strict=True)}
-    return found
+def by_letter(name: str, letters: str, values: Sequence[float]) -> dict[str, float]:
+    """A question's columns, ``name_a`` and so on, a value for each of ``letters``; NaN where it has no such choice."""
+    columns = [f"{name}_{letter.lower()}" for letter in letters]
+    return dict(zip(columns, [*values, *[math.nan] * (len(letters) - len(values))], strict=True))
+
+
+def columns_of(encoded: EncodedQuestion, letters: str) -> dict[str, float]:
+    """A question's columns of lengths, for each of ``letters``; NaN where it has no such choice."""
+    of_each = (by_letter(name, letters, lengths_of(encoded, per)) for per, name in COLUMNS.items())
+    return {name: length for lengths in of_each for name, length in lengths.items()}
+
+
+def letters_of(questions: pd.DataFrame) -> list[str]:
+    """The letters of the choices that a score's questions have columns for."""
+    return [letter for letter in LETTERS if f"logprob_{letter.lower()}" in questions]
 
 
 def normalised(questions: pd.DataFrame, per: ClozePer) -> np.ndarray:
-    """Log-likelihoods (N, 4) of the choices by ``per``, from a score's questions."""
-    names = [letter.lower() for letter in LETTERS]
-    sums = questions[[f"logprob_{name}" for name in names]].to_numpy()
+    """Log-likelihoods (N, choices) by ``per``, from a score's questions; NaN where one has no such choice."""
+    names = [letter.lower() for letter in letters_of(questions)]
+    sums = questions[[f"logprob_{name}" for name in names]].to_numpy(dtype=float)
     if per == "choice":
         return sums
     divided: np.ndarray = sums / questions[[f"{COLUMNS[per]}_{name}" for name in names]].to_numpy()
@@ -62,4 +72,5 @@ def accuracies(questions: pd.DataFrame) -> dict[str, Any]:
         return {}
     right = questions["answer"].map(LETTERS.index).to_numpy()
     variants: tuple[ClozePer, ...] = ("choice", "character", "byte", "token")
-    return {f"accuracy_per_{per}": float((normalised(questions, per).argmax(1) == right).mean()) for per in variants}
+    likeliest = {per: np.nanargmax(normalised(questions, per), axis=1) for per in variants}
+    return {f"accuracy_per_{per}": float((chosen == right).mean()) for per, chosen in likeliest.items()}

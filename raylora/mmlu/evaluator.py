@@ -91,6 +91,7 @@ class Evaluator:
         self.config = config
         self.store = store
         self._loaded = loaded
+        self._question_sets: dict[str, QuestionSet] = {}  # these and those by base_key
         self._encoded: dict[str, list[EncodedQuestion]] = {}
 
     @cached_property
@@ -134,7 +135,7 @@ class Evaluator:
             MachineError: the questions or the model are not those of ``base_key``, or cannot be read on this machine.
         """
         if base_key not in self._encoded:
-            question_set = self._planned_questions(base_key)
+            question_set = self.planned_questions(base_key)
             path = self.store.base_file(base_key, "questions.parquet")
             with self.store.base_lock(base_key, "questions"):
                 encoded = _load_if_whole(path, lambda: load_encoded(path, question_set.questions))
@@ -145,25 +146,28 @@ class Evaluator:
             self._encoded[base_key] = encoded
         return self._encoded[base_key]
 
-    def _planned_questions(self, base_key: str) -> QuestionSet:
-        """The questions, checked to be those (and the model to be the one) that the run was planned with.
+    def planned_questions(self, base_key: str) -> QuestionSet:
+        """A set of questions, checked to be one (and the model to be the one) that the run was planned with.
 
         Raises:
             MachineError: they are not, or cannot be read on this machine.
         """
-        try:
-            question_set = load_question_set(self.config)
-            of_questions = questions_key(self.config, question_set, self.thinking)
-            key = score_key(model_key(self.config, self.loaded.source), of_questions)
-        except UserError as error:
-            raise MachineError(str(error), kind=error.kind) from error
-        if key != base_key:
+        if base_key not in self._question_sets:
+            try:
+                of_model = model_key(self.config, self.loaded.source)
+                for name in self.config.question_sets:
+                    found = load_question_set(self.config, name)
+                    key = score_key(of_model, questions_key(self.config, found, self.thinking))
+                    self._question_sets[key] = found
+            except UserError as error:
+                raise MachineError(str(error), kind=error.kind) from error
+        if base_key not in self._question_sets:
+            files = ", ".join(str(find_questions(self.config, name)) for name in self.config.question_sets)
             raise MachineError(
-                f"{find_questions(self.config)}, or the model: not what it was when the run began: run the same "
-                "command again",
+                f"{files}, or the model: not what it was when the run began: run the same command again",
                 kind=ErrorKind.CHANGED_MEANWHILE,
             )
-        return question_set
+        return self._question_sets[base_key]
 
     def _encode(self, question_set: QuestionSet) -> list[EncodedQuestion]:
         return encode_questions(
@@ -186,8 +190,11 @@ class Evaluator:
 
         Raises:
             MachineError: see ``questions``.
+            BaseChangedError: see ``check_base``. The score is not stored.
             torch.OutOfMemoryError: a single question does not fit.
         """
+        if (saved := self._saved_score(key, path)) is not None:
+            return saved
         journal = Journal(_journal_folder(path), key)
         score = evaluate(
             self.loaded,
@@ -199,9 +206,19 @@ class Evaluator:
             thinking=self.thinking,
             cloze_per=self.config.cloze_per,
         )
+        self.check_base()
+        score.info["key"] = key
         write_atomically(path, lambda partial: save_score(score, partial))
         journal.remove()
         return score
+
+    def check_base(self) -> None:
+        """Called before a score is stored; a subclass raises where the base model was changed."""
+
+    def _saved_score(self, key: str, path: Path) -> Score | None:
+        """A score that is there already: a run that was killed had several sets to ask. None: it is another one's."""
+        score = _load_if_whole(path, lambda: load_score(path))
+        return score if score is not None and score.info.get("key") == key else None
 
     def answer_together(self, base_key: str, unscored: Sequence[Unscored]) -> int:
         """Ask the base and adapters of it in passes that they share, where the questions of one would not fill a pass.

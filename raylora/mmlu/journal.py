@@ -25,9 +25,9 @@ class Answer:
     """A model's answer to one question."""
 
     logprobs: list[float]
-    """Log-likelihoods of the four choices, in nats."""
+    """Log-likelihoods of the choices, in nats."""
     prediction: int | None
-    """The choice, 0 to 3; None where the generated text names none."""
+    """The index of the choice; None where the generated text names none."""
     text: str = ""
     """What was generated, where answers are."""
 

@@ -1,4 +1,4 @@
-"""Reads which of the letters A to D a written answer names.
+"""Reads which letter a written answer names: A to D of four choices, A to J of ten.
 
     text       <think>...</think> **Option A** is wrong, so it must be \\boxed{B}.
     made plain Option A is wrong, so it must be  answer: (B).
@@ -7,7 +7,7 @@
 The text is made plain first: full-width letters, LaTeX, markdown and other scripts' brackets become ASCII. Then the
 words just before and just behind each letter that stands alone say whether it is chosen, rejected or only mentioned.
 What a person would not be sure of is unparsed: a wrong letter spoils a score without a trace, an unparsed answer is
-counted. The lists of words are of the languages in which models answer most.
+counted. The lists of words are of the languages in which models answer most. A letter beyond the choices is none.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from raylora.mmlu.questions import LETTERS
@@ -58,23 +59,22 @@ _BEFORE, _BEHIND = (
     rf"(?<![{_WORD}°.'’])(?<![{_WORD}]-)(?<!\d )",
     rf"(?![{_WORD}+#%°]|['’][{_WORD}]|-[{_WORD}]|\.[{_WORD}])",
 )
-_LETTER = rf"{_BEFORE}([A-Da-d]){_BEHIND}"
-_AND = (
-    r"(?!\s*,\s*[A-D]\)?\s+(?:is|was|isn|can|could|seems)\b)"  # the next letter begins a sentence of its own
-    r"(?:\s*[,/&|\\]\s*(?:and|or|und|oder|et|ou)?|\s+(?:and/or|and|or|nor|und|oder|et|ou|y|o|e|и|или)\b|\s*(?:和|或|与|及|、|か|と))"
-    r"\s*(?:(?:options?|choices?)\s+)?"
-)
-_LETTERS = re.compile(
-    rf"\(?{_BEFORE}(?:[A-D]{_BEHIND}\)?(?:{_AND}\(?[A-D]{_BEHIND}\)?)*|[a-d]{_BEHIND}\)?(?:{_AND}\(?[b-d]{_BEHIND}\)?)*)"
-)
 _IN_EQUATION = re.compile(rf"\s*[=+*/^]\s*[{_WORD}]")
-_ALONE = re.compile(r"[\s(]*([A-Da-d])[\s).,:;!?。]*")
 # Words that follow the letter A, where it is no article: "A is right", "A because ...".
 _AFTER_A = (
     r"(?:is|was|isn't|wasn't|are|seems?|looks|appears|sounds|must|should|would|has|does|can|cannot|can't|because|since|as|"
     r"and|or|nor|but|not|rather|instead|if|for|with|due|which|est|es|ist|und|oder|et|ou|o|y|e|weil|car|porque|это|верн\w+)\b"
 )
 _WORD_BEHIND = re.compile(rf"\s+(?!{_AFTER_A})[{_WORD}]", re.I)
+# The same for the letter I, which is a pronoun before all others: "I was", "I should", "I, too".
+_AFTER_I = (
+    r"(?:is|isn't|seems|looks|appears|sounds|has|does|because|since|as|and|or|nor|but|not|rather|instead|if|for|with|"
+    r"due|which|est|es|ist|und|oder|et|ou|o|y|e|weil|car|porque|это|верн\w+)\b"
+)
+_PRONOUN_BEHIND = re.compile(
+    rf"\s+(?!{_AFTER_I})[{_WORD}]|\s*,\s*(?:the|an?|for one|as|too|personally|myself|like|however|therefore)\b", re.I
+)
+_NUMERALS = re.compile(r"\b(?:II|III|IV)\b")
 
 # What the words around it say
 
@@ -142,24 +142,20 @@ _IS_RIGHT = re.compile(
     re.I,
 )
 _GUESSED = re.compile(r"\b(?:would|could|seems?|looks?|appears?|sounds?)\b", re.I)
-_IS_WRONG = re.compile(
+_WRONG = (
     rf"(?!\)?\s*,\s*not\b)\)?{_IS}(?:(?:not|isn['’]t|aren['’]t|wasn['’]t|can(?:no|['’])t|doesn['’]t|don['’]t|won['’]t|wrong|incorrect\w*|"
     r"false|untrue|invalid|out|eliminated|excluded|ruled out|irrelevant|unlikely|impossible|nicht|n['’]est pas|no es|"
     r"non è|não é|falsch\w*|fau[xs]\w*|fals[ao]|errad[ao]|errat[ao]|sbagliat[ao]|inkorrekt\w*|не|неверн\w*|"
     r"неправильн\w*)\b|错|錯|不|ではない|じゃない|は違|間違|틀|아니|✗|✘|❌)"
-    # But not in "B, not A", where the word rejects the next letter.
-    rf"(?!\s*(?:options?\s+|choices?\s+)?\(?[A-D](?![{_WORD}]))",
-    re.I,
 )
 _END_OF_CLAUSE = re.compile(
-    r"\)?\s*(?:$|[.,;:!)。，—–-]|\b(?:because|since|as|for|and|but|which|with|due|given|not|rather|instead|here|weil|car|sagen|"
+    r"\)?\s*(?:$|[.,;:!)。，—–-]|\b(?:because|since|as|for|and|but|over|which|with|due|given|not|rather|instead|here|weil|car|sagen|"
     r"porque|perché)\b|[が를です이])",
     re.I,
 )
-_LABEL = re.compile(r"\s*\(?[A-Da-d](?:\)[.:]?|[.:]|\s+[—–-]\s)")
 _GREETING = re.compile(
     r"(?:[✓✔✅→=>\s,!.:(]|\b(?:yes|sure|okay|ok|well|hmm+|right|of course|certainly|thanks|oui|sí|ja|да|sim|"
-    r"d['’]accord)\b|是的|好的|嗯)*",
+    r"d['’]accord|as far as i (?:can tell|know)|in my (?:opinion|view)|personally)\b|是的|好的|嗯)*",
     re.I,
 )
 _AT_LAST = re.compile(
@@ -168,6 +164,44 @@ _AT_LAST = re.compile(
     re.I,
 )
 
+
+class _Patterns:
+    """The patterns in which the letters of so many choices stand."""
+
+    def __init__(self, num_choices: int) -> None:
+        upper = f"A-{LETTERS[num_choices - 1]}"
+        either = f"{upper}{upper.lower()}"
+        # As the second of two letters, I is none in "H, I think".
+        no_pronoun = rf"(?!I['’]|I(?i:{_PRONOUN_BEHIND.pattern}))"
+        joined = (
+            rf"(?!\s*,\s*[{upper}]\)?\s+(?:is|was|isn|can|could|seems)\b)"  # the next letter begins a sentence
+            r"(?:\s*[,/&|\\]\s*(?:and|or|und|oder|et|ou)?|"
+            r"\s+(?:and/or|and|or|nor|und|oder|et|ou|y|o|e|и|или)\b|\s*(?:和|或|与|及|、|か|と))"
+            rf"\s*(?:(?:options?|choices?)\s+)?{no_pronoun}"
+        )
+        second = upper.replace("A-", "B-").lower()
+        self.letter = re.compile(rf"{_BEFORE}([{either}]){_BEHIND}")
+        self.letters = re.compile(
+            rf"\(?{_BEFORE}(?:[{upper}]{_BEHIND}\)?(?:{joined}\(?[{upper}]{_BEHIND}\)?)*|"
+            rf"[{upper.lower()}]{_BEHIND}\)?(?:{joined}\(?[{second}]{_BEHIND}\)?)*)"
+        )
+        self.alone = re.compile(rf"[\s(]*([{either}])[\s).,:;!?。]*")
+        self.label = re.compile(rf"\s*\(?[{either}](?:\)[.:]?|[.:]|\s+[—–-]\s)")
+        self.first_label = re.compile(rf"\s*\(?[{upper}](?:[.):])")
+        self.a_or_label = re.compile(rf"A\s*:[\s(]*[{upper.replace('A-', 'B-')}][\s).]*")
+        # But not in "B, not A", where the word rejects the next letter.
+        self.is_wrong = re.compile(rf"{_WRONG}(?!\s*(?:options?\s+|choices?\s+)?\(?[{upper}](?![{_WORD}]))", re.I)
+        self.tag = re.compile(
+            r"\\(?:text|math|bf|rm|it|left|right|quad)\w*|\\[A-Za-z]+(?:\{[^{}]*\})*|"
+            rf"</?(?![{upper}]>)[A-Za-z]\w*/?>|\\(?=\W)"
+        )
+        marks = r"[*_`$\"'‘’~|<>]+"
+        self.marked = re.compile(rf"(?<![{_WORD}]){marks}\s*\(?([{either}])([.):]?)\s*{marks}(?![{_WORD}])[):.]?")
+        self.bracketed = re.compile(rf"\(\s*([{either}])\s*([.:]?)\s*\)")
+        self.with_s = re.compile(rf"(?<![{_WORD}])([{upper}])['’]s\b")
+
+
+_patterns = cache(_Patterns)
 
 _LOOKED_AT = 200
 """Characters before and behind a letter that are looked at: in long sentences without an end the words are searched in
@@ -183,48 +217,44 @@ class _Choice(NamedTuple):
     """Whether the words before it say that it replaces or concludes what came before."""
 
 
-def read_letter(text: str) -> int | None:
-    """The choice that a written answer names, 0 to 3; None where it names none clearly."""
+def read_letter(text: str, num_choices: int = 4) -> int | None:
+    """The index of the choice that a written answer names; None where it names none of ``num_choices`` clearly."""
+    known = _patterns(num_choices)
     visible = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     rest = behind_thought(visible)
-    letter = _letter_of(_plain(rest)) if rest is not None else None
+    letter = _letter_of(_plain(rest, known), known) if rest is not None else None
     return None if letter is None else LETTERS.index(letter.upper())
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, known: _Patterns) -> str:
     """Text without LaTeX, markdown and quotation marks; a single letter that was marked is in brackets, ``(C)``."""
     text = re.sub(r"\\(?:boxed|fbox)\b\s*|<(?:final[ _]?)?answer>|####", " answer: ", text)
     text = re.sub(r"\\[()\[\]]", "$", text)
-    text = re.sub(
-        r"\\(?:text|math|bf|rm|it|left|right|quad)\w*|\\[A-Za-z]+(?:\{[^{}]*\})*|</?(?![A-D]>)[A-Za-z]\w*/?>|\\(?=\W)",
-        " ",
-        text,
-    )
+    text = known.tag.sub(" ", text)
     text = re.sub(r"^[ \t]*>[ \t]+", "", text, flags=re.M)  # a quotation
     text = text.translate(
         str.maketrans("{}[]【】〔〕「」『』《》〈〉“”«»„‹›", "()()" + "()" * 5 + "()" + '""""' + '"""')
     )
-    marks = r"[*_`$\"'‘’~|<>]+"
-    text = re.sub(rf"(?<![{_WORD}]){marks}\s*\(?([A-Da-d])([.):]?)\s*{marks}(?![{_WORD}])[):.]?", r"(\1) ", text)
+    text = known.marked.sub(r"(\1) ", text)
     text = re.sub(r"[*`$~\"|<>]|(?<!\w)_+|_+(?!\w)|^[ \t]*(?:#{1,6}|[-•+]|\d+[.)])[ \t]+", "", text, flags=re.M)
     text = re.sub(r"\(\s*(?=\()|\)\s*(?=\))", "", text.replace("_", " "))
-    text = re.sub(r"\(\s*([A-Da-d])\s*([.:]?)\s*\)", r"(\1)", text)
-    return re.sub(rf"(?<![{_WORD}])([A-D])['’]s\b", r"\1 is", text).strip()
+    text = known.bracketed.sub(r"(\1)", text)
+    return known.with_s.sub(r"\1 is", text).strip()
 
 
-def _letter_of(text: str) -> str | None:
-    if alone := _ALONE.fullmatch(text):
+def _letter_of(text: str, known: _Patterns) -> str | None:
+    if alone := known.alone.fullmatch(text):
         return alone[1]
-    if re.fullmatch(r"A\s*:[\s(]*[B-D][\s).]*", text):
+    if known.a_or_label.fullmatch(text):
         return None  # an answer of B, or a label before something else
     text = _NEXT_QUESTION.split(text)[0]
     lines = [line for line in text.splitlines() if line.strip()]
-    if lines and (alone := _ALONE.fullmatch(lines[0])):
+    if lines and (alone := known.alone.fullmatch(lines[0])):
         return alone[1]
-    if re.match(r"\s*\(?[A-D](?:[.):])", text) and not _lists_options(lines):
+    if known.first_label.match(text) and not _lists_options(lines):
         # What follows the first paragraph may be the next question, which some models write themselves.
         text = re.split(r"\n\s*\n", text)[0]
-    choices = list(_choices(text))
+    choices = list(_choices(text, known))
     for strength in (3, 2, 1):
         if of_strength := [choice for choice in choices if choice.strength == strength]:
             if len({choice.letter for choice in of_strength}) == 1 or of_strength[-1].is_last_word:
@@ -240,21 +270,24 @@ def _lists_options(lines: list[str]) -> bool:
     )
 
 
-def _choices(text: str) -> Iterator[_Choice]:
+def _choices(text: str, known: _Patterns) -> Iterator[_Choice]:
     """The letters that a plain text chooses, in its order."""
+    has_numerals = bool(_NUMERALS.search(text))
     rejected: set[str] = set()
     found: list[_Choice] = []
     place = since = 0
     first = len(text) - len(text.lstrip(" (\n"))
     for sentence in _SENTENCES.split(text):
         place = text.index(sentence, place)
-        for match in _LETTERS.finditer(sentence):
-            letters = re.findall(_LETTER, match[0])
+        for match in known.letters.finditer(sentence):
+            letters = known.letter.findall(match[0])
             before = sentence[max(match.start() - _LOOKED_AT, 0) : match.start()]
             behind = sentence[match.end() : match.end() + _LOOKED_AT]
-            if not _is_mention(letters, before, match[0], behind):
+            if not _is_mention(letters, before, match[0], behind, known):
                 continue
-            if _is_rejected(before, behind):
+            if has_numerals and "I" in letters and not _SAYS_ANSWER.search(before):
+                continue  # "I and II are true"
+            if _is_rejected(before, behind, known):
                 rejected |= {letter.upper() for letter in letters}
                 continue
             if len({letter.upper() for letter in letters}) > 1:
@@ -272,8 +305,11 @@ def _choices(text: str) -> Iterator[_Choice]:
     yield from (choice for choice in found if choice.letter not in rejected)
 
 
-def _is_mention(letters: list[str], before: str, match: str, behind: str) -> bool:
-    """Whether single letters stand for options: an ``A`` may be an article, small letters are most often words."""
+def _is_mention(letters: list[str], before: str, match: str, behind: str, known: _Patterns) -> bool:
+    """Whether single letters stand for options.
+
+    An ``A`` may be an article and an ``I`` a pronoun; small letters are most often words.
+    """
     bracketed = match.startswith("(") and match.endswith(")")
     if bracketed:
         return True
@@ -283,11 +319,13 @@ def _is_mention(letters: list[str], before: str, match: str, behind: str) -> boo
     at_start = not before.strip()
     if last == "A" and not match.endswith(")") and _WORD_BEHIND.match(behind):
         return False
+    if last == "I" and not match.endswith(")") and _PRONOUN_BEHIND.match(behind):
+        return False
     if all(letter.isupper() for letter in letters):
         return True
     if len(letters) > 1:
         return False
-    if at_start and _LABEL.match(match + behind):
+    if at_start and known.label.match(match + behind):
         return last != "a" or match.endswith(")")
     if last == "a":
         return bool(re.search(r":\s*$", before) and re.match(r"\s*(?:$|[.,;)!])", behind))
@@ -295,10 +333,10 @@ def _is_mention(letters: list[str], before: str, match: str, behind: str) -> boo
     return bool(is_right or ((_SAYS_ANSWER.search(before) or _CHOOSES.search(before)) and _END_OF_CLAUSE.match(behind)))
 
 
-def _is_rejected(before: str, behind: str) -> bool:
+def _is_rejected(before: str, behind: str, known: _Patterns) -> bool:
     """Whether the words around a letter say that it is not the answer."""
     clause = _CLAUSE.split(before)[-1]
-    return bool(_IS_WRONG.match(behind) or (_NEGATED.search(clause) and not _is_but(before)))
+    return bool(known.is_wrong.match(behind) or (_NEGATED.search(clause) and not _is_but(before)))
 
 
 def _is_but(before: str) -> bool:

@@ -90,7 +90,9 @@ def balanced_change(gained: Counts, lost: Counts, num: Counts) -> tuple[Floats, 
     return change, np.maximum(change - below, -1), np.minimum(change + above, 1)
 
 
-def mean_change(differences: npt.ArrayLike) -> tuple[float | None, float | None, float | None, float | None]:
+def mean_change(
+    differences: npt.ArrayLike, bound: float = 1.0
+) -> tuple[float | None, float | None, float | None, float | None]:
     """The mean of the differences of two models' probabilities, question by question, by the paired t-test.
 
     Student's t and not a bootstrap: its p-values go below the 1 / resamples at which a bootstrap's end, which an
@@ -100,9 +102,10 @@ def mean_change(differences: npt.ArrayLike) -> tuple[float | None, float | None,
 
     Args:
         differences: (N,), new - old.
+        bound: what no difference can be beyond, 1 for probabilities.
 
     Returns:
-        The mean, the low and the high limit of its 95% interval, -1 to 1, and the two-sided p-value. Where all
+        The mean, the low and the high limit of its 95% interval, -bound to bound, and the two-sided p-value. Where all
         differences are 0, the models are the same: no width, and a p-value of 1. Where they are equal and not 0, and
         for one question, nothing says how far the mean may be off: limits and p-value are None. NaN among the
         differences, a model without log-likelihoods, or no question: all four are None.
@@ -117,7 +120,7 @@ def mean_change(differences: npt.ArrayLike) -> tuple[float | None, float | None,
         return mean, None, None, None
     result = ttest_1samp(values, 0)
     low, high = result.confidence_interval(1 - ALPHA)
-    return mean, max(-1.0, float(low)), min(1.0, float(high)), float(result.pvalue)
+    return mean, max(-bound, float(low)), min(bound, float(high)), float(result.pvalue)
 
 
 def mcnemar(gained: Counts, lost: Counts) -> Floats:

@@ -2,7 +2,7 @@
 
 text    The following are ... Answer:| A
 ids     c0 c1 c2 ...              cn | a
-                                  ^ the logits at this position are those of the four letters
+                                  ^ the logits at this position are those of the letters
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raylora.config import Scoring
 from raylora.data.encoding import common_prefix_length, render_chat
 from raylora.errors import UserError
 from raylora.mmlu.letters import closing_mark, marks_thought, open_thought
-from raylora.mmlu.questions import LETTERS
+from raylora.mmlu.questions import LETTERS, NO_SUBJECT
 from raylora.records import Message, Question
 
 PromptStyle = Literal["harness", "chat"]
@@ -34,12 +34,12 @@ closed: the template begins a thinking part, and the prompt ends it at once. on:
 behind that. Empty: the prompt is no chat, or the template knows of no thinking."""
 THINKING_TOKENS = 1024
 """Room for thoughts and the answer behind them, in tokens."""
-CHAT_INSTRUCTION = "Answer with the letter of the right option only: A, B, C or D."
+CHAT_INSTRUCTION = "Answer with the letter of the right option only"
 
 
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """A question's prompt and its four continuations, as token ids."""
+    """A question's prompt and its continuations, as token ids."""
 
     question: Question
     context_ids: list[int]
@@ -51,7 +51,8 @@ class EncodedQuestion:
     @property
     def single_token(self) -> bool:
         """Whether the logits at the prompt's last position score all choices: each is one token, and they differ."""
-        return len({tuple(c) for c in self.continuations}) == 4 and all(len(c) == 1 for c in self.continuations)
+        differ = len({tuple(c) for c in self.continuations}) == len(self.continuations)
+        return differ and all(len(c) == 1 for c in self.continuations)
 
     @property
     def num_choice_tokens(self) -> int:
@@ -109,7 +110,7 @@ def encode_questions(
     encoded: list[EncodedQuestion] = []
     for start in range(0, len(questions), ENCODED_AT_ONCE):
         batch = questions[start : start + ENCODED_AT_ONCE]
-        answers = [list(q.choices) if scoring == "cloze" else list(LETTERS) for q in batch]
+        answers = [list(q.choices) if scoring == "cloze" else list(LETTERS[: len(q.choices)]) for q in batch]
         if prompt_style == "chat":
             contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, []), thinking, scoring) for q in batch]
             with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
@@ -125,8 +126,7 @@ def encode_questions(
 
 def harness_prompt(question: Question, shots: Sequence[Question]) -> str:
     """The subject's description, the solved questions, and the question up to ``Answer:``."""
-    subject = question.subject.replace("_", " ")
-    text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    text = f"The following are multiple choice questions (with answers){_about(question)}.\n\n"
     for shot in shots:
         text += f"{_block(shot)} {LETTERS[shot.answer]}\n\n"
     return text + _block(question)
@@ -134,14 +134,18 @@ def harness_prompt(question: Question, shots: Sequence[Question]) -> str:
 
 def cloze_prompt(question: Question, shots: Sequence[Question]) -> str:
     """The prompt of lm-evaluation-harness' ``mmlu_continuation``, up to ``Answer:``: the choices are not shown."""
-    text = f"The following are questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+    text = f"The following are questions (with answers){_about(question)}.\n\n"
     for shot in shots:
         text += f"Question: {shot.question.strip()}\nAnswer: {shot.choices[shot.answer]}\n\n"
     return f"{text}Question: {question.question.strip()}\nAnswer:"
 
 
+def _about(question: Question) -> str:
+    return "" if question.subject == NO_SUBJECT else f" about {question.subject.replace('_', ' ')}"
+
+
 def _block(question: Question) -> str:
-    options = "".join(f"\n{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=True))
+    options = "".join(f"\n{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=False))
     return f"{question.question.strip()}{options}\nAnswer:"
 
 
@@ -190,8 +194,10 @@ def chat_prompt(
 
 
 def _chat_question(question: Question) -> str:
-    options = "\n".join(f"{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=True))
-    return f"{question.question.strip()}\n{options}\n\n{CHAT_INSTRUCTION}"
+    options = "\n".join(f"{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=False))
+    num = len(question.choices)
+    letters = f"{', '.join(LETTERS[: num - 1])} or {LETTERS[num - 1]}"
+    return f"{question.question.strip()}\n{options}\n\n{CHAT_INSTRUCTION}: {letters}."
 
 
 def _tokenize_pairs(

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylora.config import DEMO, EvaluationConfig, MmluOptions, ModelOptions
+from raylora.config import DEMO, MASKED, EvaluationConfig, MmluOptions, ModelOptions
 from raylora.errors import ErrorKind, UserError, errors_are
+from raylora.mmlu.mask import find_masked
 from raylora.mmlu.prompts import Thinking, build_shots
-from raylora.mmlu.questions import load_dev_questions, load_questions, questions_hash, select_questions
+from raylora.mmlu.questions import load_dev_questions, questions_hash, read_questions, select_questions
 from raylora.model.sources import model_hash
 from raylora.records import SCHEMA_VERSION, Question, digest
 from raylora.storage.places import location, reading
@@ -28,6 +29,13 @@ class QuestionSet:
     """Few-shot examples: the solved questions shown before each question, by subject; empty for 0-shot."""
     notes: list[str]
     """Warnings about the file, for the user."""
+    masked: frozenset[str] = frozenset()
+    """Ids of the questions that ``--mask`` leaves out of the second numbers. They are asked all the same."""
+
+    @property
+    def num_shots(self) -> int:
+        """How many solved questions are shown before each."""
+        return max(map(len, self.shots.values()), default=0)
 
     @property
     def hash(self) -> str:
@@ -35,43 +43,67 @@ class QuestionSet:
         return questions_hash([*self.questions, *(q for group in self.shots.values() for q in group)])
 
 
-def find_questions(config: EvaluationConfig) -> Path:
-    """The absolute path of the questions' file or folder.
+def find_questions(config: EvaluationConfig, name: str = "") -> Path:
+    """The absolute path of the file or folder of a question set.
 
     Raises:
         UserError: there is no such path.
     """
-    if config.mmlu == DEMO:
+    file = config.question_sets[name]
+    if file == DEMO:
         return DEMO_QUESTIONS
-    path = location(config.mmlu).expanduser() if config.mmlu else DEFAULT_QUESTIONS
+    path = location(file).expanduser() if file else DEFAULT_QUESTIONS
     if not path.exists():
+        if name:
+            raise UserError(f"--questions {name}={path}: there is no such file or folder")
         ways = "`raylora questions mmlu` gets them; or --mmlu FILE, --mmlu demo"
         raise UserError(f"MMLU questions: {path} is missing: {ways}")
     return path.absolute()
 
 
-def load_question_set(config: EvaluationConfig) -> QuestionSet:
-    """Questions and shots as the configuration asks for them.
+def load_question_set(config: EvaluationConfig, name: str = "") -> QuestionSet:
+    """Questions and shots of a set, as the configuration asks for them.
+
+    Args:
+        name: of a set in ``config.question_sets``; the first one's is empty. Where a further set has no solved
+            questions, it is asked 0-shot, and a note says so.
 
     Raises:
-        UserError: the file is missing or bad, or a subject has too few solved questions.
+        UserError: a file is missing or bad, or a subject has too few solved questions.
     """
-    with errors_are(ErrorKind.QUESTIONS), reading(location(config.mmlu or "")):
-        return _load_question_set(config)
+    with errors_are(ErrorKind.QUESTIONS), reading(location(config.question_sets[name] or "")):
+        return _load_question_set(config, name)
 
 
-def _load_question_set(config: EvaluationConfig) -> QuestionSet:
-    path = find_questions(config)
-    all_questions = load_questions(path)
-    notes = _note_duplicates(path, all_questions)
+def _load_question_set(config: EvaluationConfig, name: str) -> QuestionSet:
+    path = find_questions(config, name)
+    all_questions, _, notes = read_questions(path)
+    notes = [*notes, *_note_duplicates(path, all_questions)]
     questions = select_questions(all_questions, config.max_samples, config.question_seed)
+    masked: frozenset[str] = frozenset()
+    if config.mask and not name:
+        masked = find_masked(config.mask, all_questions).intersection(q.question_id for q in questions)
+        if len(masked) == len(questions):
+            raise UserError(f"--mask {config.mask}: it leaves out all questions that are asked")
+        of_all = f"{len(masked)} of {len(questions)} questions"
+        notes.append(f"--mask {config.mask}: {of_all} are left out in columns named [{MASKED}]")
+    shots, more_notes = _load_shots(config, name, path, questions)
+    return QuestionSet(questions, shots, [*notes, *more_notes], masked)
+
+
+def _load_shots(
+    config: EvaluationConfig, name: str, path: Path, questions: list[Question]
+) -> tuple[dict[str, list[Question]], list[str]]:
+    """The few-shot examples of a set, by subject, and notes."""
     if config.num_fewshot == 0:
-        return QuestionSet(questions, {}, notes)
+        return {}, []
     dev = load_dev_questions(path)
     if dev is None:
-        raise UserError(f"--num-fewshot {config.num_fewshot}: no dev questions beside {path} (dev_all_subjects.json)")
-    subjects = sorted({q.subject for q in questions})
-    return QuestionSet(questions, build_shots(dev, subjects, config.num_fewshot), notes)
+        missing = f"--num-fewshot {config.num_fewshot}: no solved questions beside {path} (dev, train or validation)"
+        if not name:
+            raise UserError(missing)
+        return {}, [f"{missing}: {name} is asked 0-shot"]
+    return build_shots(dev, sorted({q.subject for q in questions}), config.num_fewshot), []
 
 
 def _note_duplicates(path: Path, questions: list[Question]) -> list[str]:
@@ -103,7 +135,8 @@ def questions_key(config: EvaluationConfig, question_set: QuestionSet, thinking:
     # How questions are batched is no part of it. It moves log-likelihoods by float noise, and by more with LLM.int8
     # (benchmarks/NOTES.md): hence the token budget stands in every row.
     options.pop("token_budget")
-    options.pop("question_seed")  # which questions it draws is in the set's hash
+    for which in ("question_seed", "questions", "mask"):  # those that are asked are in the set's hash
+        options.pop(which)
     return {**options, "mmlu": question_set.hash, **({"thinking": thinking} if thinking else {})}
 
 

@@ -1,23 +1,22 @@
-"""Read MMLU questions: JSON, JSON lines, Parquet as on the Hugging Face hub, and the original archive's CSV files."""
+"""Multiple-choice questions of any known form, checked, with ids, subjects and groups; and samples of them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import NamedTuple
 
 from raylora.errors import UserError, reason
+from raylora.mmlu.question_files import Split, files_of, files_without_split, paths_beside, read_file, split_of
+from raylora.mmlu.question_forms import RawQuestion, read_form
 from raylora.records import Question, digest
 
-LETTERS = "ABCD"
+LETTERS = "ABCDEFGHIJ"
+"""Of the choices of a question, which has 2 to 10 of them."""
 # The four groups of lm-evaluation-harness.
 SUBJECT_GROUP_NAMES = {
     "stem": """
@@ -45,175 +44,186 @@ SHORT_GROUPS = {"stem": "STEM", "humanities": "hum.", "social_sciences": "social
 SUBJECT_GROUPS = {subject: group for group, subjects in SUBJECT_GROUP_NAMES.items() for subject in subjects.split()}
 """The group of each of the 57 subjects."""
 
-Split = Literal["test", "dev"]
-RawQuestion = tuple[str, dict[str, Any]]
-"""The place of a question in its file ("question 7"), and its fields, not checked yet."""
+NO_SUBJECT = "all"
+"""The subject of questions whose file names none: prompts leave it out."""
+
+_MMLU_PRO_GROUP_NAMES = {
+    "stem": "biology chemistry computer_science engineering math physics",
+    "humanities": "history law philosophy",
+    "social_sciences": "economics psychology",
+    "other": "business health other",
+}
+_PRO_GROUPS = {subject: group for group, subjects in _MMLU_PRO_GROUP_NAMES.items() for subject in subjects.split()}
+_BY_WORDS = {subject.replace("_", ""): subject for subject in (*SUBJECT_GROUPS, *_PRO_GROUPS)}
 
 
-def load_questions(path: Path, split: Split = "test") -> list[Question]:
-    """Read the questions of a file or folder, in its order.
+@lru_cache
+def known_subject(name: str) -> str:
+    """A subject of MMLU or MMLU-Pro by its words, whatever case and separators; another one as it is, stripped.
 
-    Args:
-        split: which questions of a folder that holds several splits.
+    >>> known_subject("High-School Biology")
+    'high_school_biology'
+    """
+    return _BY_WORDS.get("".join(re.findall(r"[^\W_]+", name.casefold())), name.strip())
+
+
+def subject_group(subject: str) -> str:
+    """The group of a subject of MMLU or MMLU-Pro; ``other`` for all others."""
+    return SUBJECT_GROUPS.get(subject) or _PRO_GROUPS.get(subject, "other")
+
+
+class LoadedQuestions(NamedTuple):
+    questions: list[Question]
+    split: Split | None
+    """The split of a folder that they are; None for a file, and where no file is named after a split."""
+    notes: list[str]
+    """What the user is to know about the choice of the split."""
+
+
+def load_questions(path: Path) -> list[Question]:
+    """As ``read_questions``, without notes."""
+    return read_questions(path).questions
+
+
+def read_questions(path: Path) -> LoadedQuestions:
+    """Read the questions of a file or folder, in its order. ``question_forms.py`` has the forms that are known.
+
+    Of a folder with several splits these are ``test``; where there is none, or it keeps its answers to itself,
+    ``validation`` (or ``val``), or else ``dev``.
 
     Returns:
-        Questions whose ids are ``subject/N``, N counting from 0 within the subject.
+        Questions whose ids are ``subject/N``, N counting from 0 within the subject. The subject is ``NO_SUBJECT`` where
+        no question of the set has one.
 
     Raises:
         UserError: a question is bad, or there is none; the message names the file, the question and what is wrong.
     """
+    try:
+        split, raw, notes = _choose_split(path) if path.is_dir() else (None, _read_raw([path], path), [])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+    if not raw:
+        raise UserError(f"{path}: no question in it; expected a list of {{question, choices, answer, subject}}")
+    return LoadedQuestions(_parse(raw), split, notes)
+
+
+_Placed = tuple[str, RawQuestion]
+"""A question, and its place: file and number."""
+
+
+def _choose_split(folder: Path) -> tuple[Split | None, list[_Placed], list[str]]:
+    splits: tuple[Split, ...] = ("test", "validation", "dev")
+    files = {split: found for split in splits if (found := files_of(folder, split))}
+    withheld: list[_Placed] = []
+    for split, found in files.items():
+        raw = _read_raw(found, folder)
+        if any(question.answer is not None for _, question in raw):
+            why = "the test split has no answers" if withheld else "there is no test split"
+            return split, raw, [] if split == "test" else [f"{folder}: {why}: these are the {split} questions"]
+        withheld = withheld or raw
+    if not files and not (found := files_without_split(folder)):
+        raise UserError(f"{folder}: no test questions in it (test/*, data/test-*.parquet, *_test.csv, *-Test.jsonl)")
+    return None, withheld or _read_raw(found, folder), []
+
+
+def _read_raw(files: list[Path], path: Path) -> list[_Placed]:
+    """The questions of a file, or of a split's files in the folder ``path``.
+
+    Raises:
+        UserError: a record is of no known form; or files in several folders, as sets that are published together lie,
+            have no subjects that say which is which.
+    """
+    raw = []
+    for file in files:
+        name = f"{path}: " if file == path else f"{path}: {file.relative_to(path)}: "
+        for place, fields in read_file(file):
+            raw.append((name + place, read_form(name + place, fields)))
+    folders = sorted({file.parent.name for file in files})
+    if len(folders) > 1 and all(question.subject is None for _, question in raw):
+        raise UserError(f"{path}: holds several sets, {', '.join(folders)[:200]}: name the folder of one")
+    return raw
+
+
+def _parse(raw: list[_Placed]) -> list[Question]:
+    has_subjects = any(question.subject is not None for _, question in raw)
+    by_text = _answers_are_texts([question for _, question in raw])
+    has_answers = any(question.answer is not None for _, question in raw)
     num_of_subject: Counter[str] = Counter()
     questions = []
-    for place, fields in _read_raw(path, split):
-        question = _parse(f"{path}: {place}", fields, num_of_subject)
-        num_of_subject[question.subject] += 1
-        questions.append(question)
-    if not questions:
-        raise UserError(f"{path}: no question in it; expected a list of {{question, choices, answer, subject}}")
+    for place, question in raw:
+        subject = question.subject if has_subjects else NO_SUBJECT
+        if not isinstance(subject, str):
+            raise UserError(f"{place}: has no subject")
+        subject = known_subject(subject)
+        text, choices = _check_texts(place, question)
+        if not has_answers:
+            raise UserError(f"{place}: has no answer: use the validation split")
+        answer = choices.index(question.answer) if by_text else _index_of(place, question, len(choices))
+        question_id = f"{subject}/{num_of_subject[subject]}"
+        questions.append(Question(subject, text, choices, answer, question_id, question.own_id))
+        num_of_subject[subject] += 1
     return questions
 
 
-def _parse(place: str, fields: dict[str, Any], num_of_subject: Counter[str]) -> Question:
-    subject, text, choices = fields.get("subject"), fields.get("question"), fields.get("choices")
-    if not isinstance(subject, str) or not subject.strip():
-        raise UserError(f"{place}: has no subject")
+def _check_texts(place: str, question: RawQuestion) -> tuple[str, tuple[str, ...]]:
+    text, choices = question.text, question.choices
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place}: has no question text")
-    if not isinstance(choices, list | tuple) or len(choices) != 4:
+    if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= len(LETTERS):
         num_choices = len(choices) if isinstance(choices, list | tuple) else "none"
-        raise UserError(f"{place}: needs 4 choices, found {num_choices}")
+        raise UserError(f"{place}: needs 2 to {len(LETTERS)} choices, found {num_choices}")
     if not all(isinstance(c, str) for c in choices):
         raise UserError(f"{place}: its choices must be text")
-    subject = subject.strip()
-    a, b, c, d = choices
-    question_id = f"{subject}/{num_of_subject[subject]}"
-    return Question(subject, text, (a, b, c, d), _parse_letter(place, fields.get("answer")), question_id)
+    if question.labels is not None and len(question.labels) != len(choices):
+        raise UserError(f"{place}: has {len(choices)} choices and {len(question.labels)} labels")
+    return text, tuple(choices)
 
 
-def _parse_letter(place: str, answer: Any) -> int:
-    """The index of the right choice, 0 to 3; files give it as a letter, a number or a number's text."""
-    if isinstance(answer, str) and answer.strip().upper() in tuple(LETTERS):
-        return LETTERS.index(answer.strip().upper())
-    if isinstance(answer, str) and answer.strip() in {"0", "1", "2", "3"}:
-        return int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer <= 3:
-        return answer
-    raise UserError(f"{place}: answer {str(answer)[:40]!r}; expected 0 to 3 or A to D")
+def _answers_are_texts(questions: list[RawQuestion]) -> bool:
+    """Whether a set gives its answers as the right choices' texts.
+
+    It does where each is the text of exactly one choice, and not all can be read as a label: with the choices
+    ``3, 2, 1, 0`` an answer ``2`` alone may be either.
+    """
+    return all(
+        isinstance(q.answer, str) and isinstance(q.choices, list | tuple) and q.choices.count(q.answer) == 1
+        for q in questions
+    ) and any(_label_index(q, len(q.choices)) is None for q in questions)
 
 
-def _read_raw(path: Path, split: Split) -> Iterator[RawQuestion]:
-    try:
-        if path.is_dir():
-            yield from _read_folder(path, split)
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif path.suffix == ".csv":
-            yield from _read_csv(path)
-        else:
-            yield from _read_json(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+def _label_index(question: RawQuestion, num_choices: int) -> int | None:
+    """The index of the right choice where the answer is a label, a letter, a number or a number's text."""
+    answer = question.answer
+    if question.labels is not None:
+        labels = [str(label).strip() for label in question.labels]
+        return labels.index(str(answer).strip()) if labels.count(str(answer).strip()) == 1 else None
+    if isinstance(answer, str):
+        letters, numbers = LETTERS[:num_choices], [str(i) for i in range(num_choices)]
+        answer = answer.strip().upper()
+        return next((names.index(answer) for names in (list(letters), numbers) if answer in names), None)
+    if isinstance(answer, float) and answer.is_integer():  # a column of numbers in which one is missing
+        answer = int(answer)
+    is_index = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < num_choices
+    return answer if is_index else None
 
 
-def _read_folder(folder: Path, split: Split) -> Iterator[RawQuestion]:
-    files = _files_of(folder, split)
-    if split == "test" and not files:  # no file is named after a split: then all files are questions to ask
-        files = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.csv"))
-    if not files:
-        raise UserError(f"{folder}: no {split} questions in it ({split}/*, all/{split}-*.parquet, *_{split}.csv)")
-    for file in files:
-        for place, fields in _read_parquet(file) if file.suffix == ".parquet" else _read_csv(file):
-            yield f"{file.relative_to(folder)}: {place}", fields
-
-
-def _files_of(folder: Path, split: Split) -> list[Path]:
-    """A split's files: as on the hub (all subjects together, or a folder each), or as in the original archive."""
-    for any_file in ("*.parquet", "*.csv"):
-        suffix = any_file[1:]
-        for pattern in (f"{split}/{any_file}", f"all/{split}-{any_file}", f"{split}-{any_file}", f"*_{split}{suffix}"):
-            if files := sorted(folder.glob(pattern)):
-                return files
-    return sorted(folder.glob(f"*/{split}-*.parquet"))
-
-
-def _read_parquet(path: Path) -> Iterator[RawQuestion]:
-    data = _bytes_of(path)
-    try:
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, ValueError, OSError) as error:  # a damaged file may hold text that is not UTF-8
-        raise UserError(f"{path}: no Parquet file: {' '.join(str(error).split())[:200]}") from None
-    for i, fields in enumerate(rows, 1):
-        yield f"question {i}", fields
-
-
-def _read_csv(path: Path) -> Iterator[RawQuestion]:
-    """Lines without a header: question, four choices, letter. The subject is the file's name without its split."""
-    subject = path.stem
-    for split in ("_test", "_dev", "_val"):
-        subject = subject.removesuffix(split)
-    try:
-        rows = list(csv.reader(io.StringIO(_decode(path), newline="")))
-    except csv.Error as error:
-        raise UserError(f"{path}: no CSV: {error}") from None
-    for i, row in enumerate(rows, 1):
-        if row:
-            if len(row) != 6:
-                raise UserError(
-                    f"{path}: question {i}: needs 6 columns (question, 4 choices, letter), found {len(row)}"
-                )
-            yield f"question {i}", {"subject": subject, "question": row[0], "choices": row[1:5], "answer": row[5]}
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
-
-
-def _decode(path: Path) -> str:
-    data = _bytes_of(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-
-
-def _read_json(path: Path) -> Iterator[RawQuestion]:
-    """A JSON list; or JSON lines, by the suffix ``.jsonl`` or a first line that is an object by itself."""
-    text = _decode(path)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        first_line = text.lstrip().partition("\n")[0]
-        if path.suffix != ".jsonl" and not (first_line.startswith("{") and first_line.rstrip().endswith("}")):
-            raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-        values = list(_json_lines(path, text))
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not JSON: {str(error)[:200]}") from None
-    if not isinstance(values, list):
-        raise UserError(f"{path}: expected a list of questions, found {type(values).__name__}")
-    for i, fields in enumerate(values, 1):
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: question {i}: expected an object, found {type(fields).__name__}")
-        yield f"question {i}", fields
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    # Not splitlines(): it would cut at U+2028 as well, which may stand within a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (RecursionError, ValueError) as error:
-                raise UserError(f"{path}: line {number}: not JSON: {str(error)[:200]}") from None
+def _index_of(place: str, question: RawQuestion, num_choices: int) -> int:
+    index = _label_index(question, num_choices)
+    if index is not None:
+        return index
+    expected = f"0 to {num_choices - 1} or A to {LETTERS[num_choices - 1]}"
+    if question.labels is not None:
+        expected = f"one of its labels, {', '.join(map(str, question.labels))[:80]}"
+    found = "has no answer" if question.answer is None else f"answer {str(question.answer)[:40]!r}"
+    raise UserError(f"{place}: {found}; expected {expected}")
 
 
 def load_dev_questions(path: Path) -> list[Question] | None:
     """The solved few-shot questions that belong to the questions of ``path``.
 
-    They are the ``dev`` split of the same folder, or a file or folder beside it: its name with ``dev`` in place of
-    ``test``, its name after ``dev_``, or, beside a folder, ``dev``.
+    They are the split ``dev``, else ``train``, else ``validation``, but for the one that is asked: of the same folder,
+    or else a file or folder beside it, named alike but for the split's name. So it is ``dev`` for MMLU, ``validation``
+    for MMLU-Pro, and ``train`` for most others, as in lm-evaluation-harness.
 
     Returns:
         None where there are none.
@@ -221,11 +231,19 @@ def load_dev_questions(path: Path) -> list[Question] | None:
     Raises:
         UserError: they cannot be read, or one of them is bad.
     """
-    if path.is_dir() and _files_of(path, "dev"):
-        return load_questions(path, "dev")
-    names = [path.name.replace("test", "dev"), f"dev_{path.name}", *(["dev"] if path.is_dir() else [])]
-    existing = [path.with_name(name) for name in names if name != path.name and path.with_name(name).exists()]
-    return load_questions(existing[0]) if existing else None
+    splits: tuple[Split, ...] = ("dev", "train", "validation")
+    for split in splits:
+        if path.is_dir() and (files := files_of(path, split)):
+            # Looked at only here, as it takes reading the test split.
+            if split != "train" and read_questions(path).split == split:
+                continue
+            return _parse(_read_raw(files, path))
+    asked = split_of(path)
+    for split in splits:
+        beside = paths_beside(path, split) if split != asked else []
+        if beside:
+            return load_questions(beside[0])
+    return None
 
 
 def select_questions(questions: Sequence[Question], max_samples: int | None, seed: int) -> list[Question]:

@@ -22,7 +22,7 @@ from raylora.config import ClozePer, Scoring
 from raylora.errors import one_line
 from raylora.mmlu.batches import Part, batches_of, divide, in_turn
 from raylora.mmlu.choices import Asked, Asker, Read, asker_of
-from raylora.mmlu.cloze import columns_of
+from raylora.mmlu.cloze import by_letter, columns_of
 from raylora.mmlu.journal import Answer, Journal
 from raylora.mmlu.prompts import EncodedQuestion, Thinking
 from raylora.mmlu.questions import LETTERS
@@ -77,7 +77,8 @@ def evaluate(
     started, num_resumed = time.perf_counter(), len(journal.answers)
     evaluation = answer(loaded, encoded, journal, scoring, token_budget, progress, thinking, cloze_per)
     seconds = time.perf_counter() - started
-    rows = [_row(encoded[i], journal.answers[i], scoring) for i in range(len(encoded))]
+    letters = LETTERS[: max([4, *(len(e.question.choices) for e in encoded)])]
+    rows = [_row(encoded[i], journal.answers[i], scoring, letters) for i in range(len(encoded))]
     with_prefix = [part for part in evaluation.parts if part.prefix_length]
     info = {
         "scoring": scoring,
@@ -285,8 +286,12 @@ def _for_questions(loaded: LoadedModel) -> Iterator[None]:
         yield
 
 
-def _row(encoded: EncodedQuestion, answer: Answer, scoring: Scoring) -> dict[str, Any]:
-    """A question's row of ``Score.questions``; with its text where the answer was written, and cloze's lengths."""
+def _row(encoded: EncodedQuestion, answer: Answer, scoring: Scoring, letters: str) -> dict[str, Any]:
+    """A question's row of ``Score.questions``; with its text where the answer was written, and cloze's lengths.
+
+    Args:
+        letters: that rows have columns for.
+    """
     question, prediction = encoded.question, answer.prediction
     return {
         "subject": question.subject,
@@ -294,10 +299,10 @@ def _row(encoded: EncodedQuestion, answer: Answer, scoring: Scoring) -> dict[str
         "question": question.question,
         "answer": LETTERS[question.answer],
         "prediction": "" if prediction is None else LETTERS[prediction],
-        **{f"logprob_{letter.lower()}": value for letter, value in zip(LETTERS, answer.logprobs, strict=True)},
+        **by_letter("logprob", letters, answer.logprobs),
         "correct": prediction == question.answer,
         **({"text": answer.text} if scoring == "generate" else {}),
-        **(columns_of(encoded) if scoring == "cloze" else {}),
+        **(columns_of(encoded, letters) if scoring == "cloze" else {}),
     }
 
 

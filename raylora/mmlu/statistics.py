@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raylora.mmlu.cloze import accuracies
+from raylora.mmlu.cloze import accuracies, letters_of
 from raylora.mmlu.paired import balanced_change, change_interval, holm, mcnemar, mean_change, verdicts
 from raylora.mmlu.probabilities import LETTER_SCORINGS, question_probabilities
-from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, SUBJECT_GROUPS
+from raylora.mmlu.questions import LETTERS, SUBJECT_GROUP_NAMES, subject_group
 from raylora.records import Score
 
 PREDICTION_SHARES = tuple(f"prediction_share_{letter.lower()}" for letter in LETTERS)
+"""Columns of a row and a summary; those behind the fourth are there where a question has so many choices."""
 BALANCED_CHANGES = tuple(f"balanced_accuracy_change{side}" for side in ("", "_low", "_high"))
 PROBABILITY_CHANGES = (
     *(f"correct_probability_change{side}" for side in ("", "_low", "_high")),
@@ -43,14 +44,14 @@ def summarize(score: Score) -> dict[str, Any]:
     Returns:
         ``overall_accuracy``, ``overall_stderr``, ``overall_stderr_clustered`` (see ``clustered_stderr``),
         ``total_questions``, ``correct_questions``, ``macro_accuracy``, ``balanced_accuracy``, ``prediction_share_a`` to
-        ``_d`` (of all questions, how many were answered with the letter, 0 to 1), ``correct_probability`` (mean over
-        questions, 0 to 1) and ``brier`` (0 to 2), both None without log-likelihoods
-        (``probabilities.question_probabilities``), ``groups`` and ``subjects`` (by name: ``accuracy``, ``stderr``,
-        ``num_questions``), ``accuracy_per_choice``, ``_character``, ``_byte`` and ``_token`` (of cloze alone),
-        ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the context
-        window).
+        ``_d``, and further where a question has more choices (of all questions, how many were answered with the letter,
+        0 to 1), ``correct_probability`` (mean over questions, 0 to 1) and ``brier`` (0 to 2), both None without
+        log-likelihoods (``probabilities.question_probabilities``), ``groups`` and ``subjects`` (by name: ``accuracy``,
+        ``stderr``, ``num_questions``), ``accuracy_per_choice``, ``_character``, ``_byte`` and ``_token`` (of cloze
+        alone), ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the
+        context window).
     """
-    table = score.questions.assign(group=score.questions["subject"].map(lambda s: SUBJECT_GROUPS.get(s, "other")))
+    table = score.questions.assign(group=score.questions["subject"].map(subject_group))
     subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
     groups = {str(name): _pooled(part) for name, part in table.groupby("group")}
     overall = _pooled(table)
@@ -65,7 +66,9 @@ def summarize(score: Score) -> dict[str, Any]:
         "balanced_accuracy": float(table.groupby("answer")["correct"].mean().mean()),
         **{
             name: float((table["prediction"] == letter).mean())
-            for name, letter in zip(PREDICTION_SHARES, LETTERS, strict=True)
+            for name, letter in zip(
+                PREDICTION_SHARES, LETTERS[: max(4, len(letters_of(score.questions)))], strict=False
+            )
         },
         **{str(name): _mean_or_none(values) for name, values in probabilities.items()},
         "groups": {

@@ -3,7 +3,7 @@
     kept     P P P P P P            keys and values of a prefix, run once
     tokens   a a a a b b b c c c    rows behind it, packed
                    ^     ^     ^    the output head is applied to the last position of each row only
-    candidates     4     4     4    tokens of each
+    candidates     4     2     4    tokens of each
 
 A model that ``may_pack`` runs packed rows, of one or several adapters, whose products replace PEFT's forward pass; on a
 GPU as captured passes of fixed sizes. Any other runs rows padded on the right, where no mask is needed, as causal
@@ -37,8 +37,8 @@ from raylora.model.kept_keys import Behind, KeptKeys, Within
 from raylora.model.memory import GPU_TOKEN_BUDGET
 from raylora.model.packing import window_of
 
-CANDIDATES = 4
-"""Of each row, the choices of a question."""
+CANDIDATES = 10
+"""Of each row, the choices of a question, at most: what is read of the logits costs nothing beside them."""
 MOST_ROWS = GPU_TOKEN_BUDGET // TOKENS_A_BLOCK
 """Rows in a captured pass, at most."""
 
@@ -50,7 +50,7 @@ class Row:
     ids: Sequence[int]
     """Without those of the prefix."""
     candidates: Sequence[int]
-    """Tokens that may stand behind it, ``CANDIDATES`` of them."""
+    """Tokens that may stand behind it, ``CANDIDATES`` of them at most."""
     slot: int = 0
     """Of its adapter."""
 
@@ -109,16 +109,17 @@ class Pending:
     """Log-likelihoods (R, C), in nats, on their way from the device.
 
     Args:
-        order: which row of the caller's each of ``values`` is of.
+        rows: the caller's.
+        order: which of them each of ``values`` is of.
     """
 
-    def __init__(self, values: torch.Tensor, order: Sequence[int]) -> None:
-        self._fetched, self._order = Fetched(values), order
+    def __init__(self, values: torch.Tensor, rows: Sequence[Row], order: Sequence[int]) -> None:
+        self._fetched, self._rows, self._order = Fetched(values), rows, order
 
     def read(self) -> list[list[float]]:
-        """The numbers, in the order of the caller's rows; waits for the device until they are there."""
+        """Those of each row's candidates, by the caller's rows; waits for the device until they are there."""
         by_row = dict(zip(self._order, self._fetched.read().tolist(), strict=True))
-        return [by_row[i] for i in range(len(self._order))]
+        return [by_row[i][: len(row.candidates)] for i, row in enumerate(self._rows)]
 
 
 class CandidatePasses:
@@ -195,16 +196,17 @@ class CandidatePasses:
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         in_order = [rows[i] for i in order]
         if not self._is_packed:
-            return Pending(_logprobs(self._loaded, None, _padded(in_order, self._pad).to(self._loaded.device)), order)
+            inputs = _padded(in_order, self._pad).to(self._loaded.device)
+            return Pending(_logprobs(self._loaded, None, inputs), rows, order)
         if prefix and prefix != self._prefix:
             self._run_prefix(prefix)
         size = self._size_of(in_order, len(prefix))
         inputs = self._packed(in_order, len(prefix), size)
         if size is None:
-            return Pending(_logprobs(self._loaded, self._products, inputs.to(self._loaded.device)), order)
+            return Pending(_logprobs(self._loaded, self._products, inputs.to(self._loaded.device)), rows, order)
         self._out.zero_()
         self.graphed.run(inputs, self._loaded.device, size)
-        return Pending(self._out[: len(rows)].clone(), order)
+        return Pending(self._out[: len(rows)].clone(), rows, order)
 
     def run_branches(self, rows: Sequence[Branches], prefix: Sequence[int] = ()) -> Fetched:
         """Run rows and, behind each, its texts, which share its keys and values: packed rows of one adapter.
@@ -268,7 +270,7 @@ class CandidatePasses:
         """Keep the keys and values of a prefix, as each adapter has them."""
         self._prefix = ()
         self._keys.begin()
-        rows = [Row(ids, [0] * CANDIDATES, slot) for slot in range(self._num_slots)]
+        rows = [Row(ids, [0], slot) for slot in range(self._num_slots)]
         inputs = self._packed(rows, 0, None).to(self._loaded.device)
         _logprobs(self._loaded, self._products, inputs, keep=self._keys)
         self._prefix = ids
@@ -303,7 +305,7 @@ class CandidatePasses:
         # Fillers may be longer than any row: further positions may be beyond those that the model has.
         batch.position_ids[:, num_tokens:] = num_before
         ends = batch.blocks.ends
-        last, candidates = ends[1 : len(rows) + 1].long() - 1, torch.tensor([row.candidates for row in rows])
+        last, candidates = ends[1 : len(rows) + 1].long() - 1, _candidates(rows)
         spans = [
             Span(start, end, row.slot, 0)
             for row, (start, end) in zip(rows, itertools.pairwise(ends.tolist()), strict=False)
@@ -341,13 +343,19 @@ class CandidatePasses:
         )
 
 
+def _candidates(rows: Sequence[Row]) -> torch.Tensor:
+    """The rows' candidates, int64 (R, ``CANDIDATES``): the first one stands where a row has fewer."""
+    repeated = [[row.candidates[0]] * (CANDIDATES - len(row.candidates)) for row in rows]
+    return torch.tensor([[*row.candidates, *others] for row, others in zip(rows, repeated, strict=True)])
+
+
 def _padded(rows: Sequence[Row], pad_token_id: int) -> CandidateInputs:
     """Rows padded on the right: as attention is causal, no mask is needed."""
     width = max(len(row.ids) for row in rows)
     ids = torch.tensor([[*row.ids, *[pad_token_id] * (width - len(row.ids))] for row in rows])
     positions = torch.arange(width)[None].expand(len(rows), -1)
     last = torch.tensor([i * width + len(row.ids) - 1 for i, row in enumerate(rows)])
-    candidates = torch.tensor([row.candidates for row in rows])
+    candidates = _candidates(rows)
     return CandidateInputs(Minibatch(ids, None, positions), last, candidates, None, None)
 
 

@@ -131,21 +131,21 @@ class Estimator:
 
     Args:
         source: the folder or the Hugging Face name that the model is loaded from.
-        asked: the questions of MMLU; None where it is not evaluated.
+        asked: the sets of questions; none where they are not asked.
         num_experiments: of the whole run. On a GPU several are trained together.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
     """
 
-    def __init__(self, config: Config, source: str, asked: QuestionSet | None, num_experiments: int = 1) -> None:
+    def __init__(self, config: Config, source: str, asked: Sequence[QuestionSet], num_experiments: int = 1) -> None:
         self._config = config
         self._num_together = config.adapters_a_pass or num_experiments
         self._tokenizer = load_tokenizer(source, config.trust_remote_code)
         self._machine = hardware_of(config)
         self._shape = shape_of(source, config.target_modules, config.trust_remote_code)
         self._storage = LLM_INT8 if config.int8_activations else config.quantization
-        self._questions = self._count_questions(asked) if asked else QuestionTokens()
+        self._questions = functools.reduce(QuestionTokens.beside, map(self._count_questions, asked), QuestionTokens())
         self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
 
     def of(
@@ -166,6 +166,11 @@ class Estimator:
             return sizes, Estimate(None, None)
         work = work_of(self._config, method, sizes, self._questions, stages)
         return sizes, estimate(self._shape, self._machine, self._storage, method, sizes, work, self._num_together)
+
+    def of_losses(self, method: Method, num_tokens: float) -> Estimate:
+        """What losses of so many tokens take, without training."""
+        where = (self._machine, self._storage, method, Sizes(1, 1.0, 1), Work(num_tokens))
+        return estimate(self._shape, *where) if self._shape else Estimate(None, None)
 
     def _count_questions(self, asked: QuestionSet) -> QuestionTokens:
         """The tokens of all questions, in the batches that the machine will take."""

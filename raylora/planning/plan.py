@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import pandas as pd
 from raylora.config import Config, FeatureOptions
 from raylora.data import datasets
 from raylora.errors import ErrorKind, UserError
+from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
 from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
 from raylora.model.loading import check_window
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.planning.estimate import Estimator
 from raylora.planning.hardware import check_fp8_here
+from raylora.planning.transfer import left_out_key, with_transfer
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
@@ -42,9 +44,18 @@ class Plan:
     notes: list[str]
     """Warnings that do not stop the run."""
     num_questions: int = 0
-    """Questions of MMLU that each model is asked; 0 without MMLU."""
+    """Questions of the first set, MMLU, that each model is asked; 0 without MMLU."""
+    num_further: dict[str, int] = field(default_factory=dict)
+    """The same of each further set, by its name."""
     misfit: str = ""
     """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
+    columns: tuple[Column, ...] = ()
+    """The datasets on whose held-out examples adapters are scored; none without ``--transfer``."""
+
+    def write_columns(self) -> None:
+        """Store what the workers must know of the other experiments' datasets; before any of them is run."""
+        if self.columns:
+            write_columns(self.store, self.experiments[0].transfer_key, self.columns)
 
     def check_fit(self) -> None:
         """To be called before anything is run.
@@ -80,19 +91,21 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     store = store_at(config.output / safe_folder(chunk))
     model_settings = model_key(config, source)
     hashes = {"model": model_settings["model"]}
-    question_settings: dict[str, Any] = {}
-    questions: QuestionSet | None = None
+    question_settings: dict[str, dict[str, Any]] = {}
+    question_sets: dict[str, QuestionSet] = {}
     notes: list[str] = []
     if "mmlu" in config.stages:
-        questions = load_question_set(config)
-        notes = questions.notes
-        hashes["questions"] = questions.hash
         thinking = check_prompt_style(config, source)
-        question_settings = questions_key(config, questions, thinking)
-        notes = [*notes, *filter(None, [note_on_thinking(thinking)])]
+        for name in config.question_sets:
+            question_sets[name] = found = load_question_set(config, name)
+            hashes[f"questions[{name}]" if name else "questions"] = found.hash
+            question_settings[name] = questions_key(config, found, thinking)
+            notes += found.notes
+        notes += filter(None, [note_on_thinking(thinking)])
     num_experiments = min(len(files) * len(config.grid_methods()), config.max_experiments or 2**62)
-    estimator = Estimator(config, source, questions, num_experiments)
-    shared = (model_settings, question_settings, estimator, config)
+    estimator = Estimator(config, source, list(question_sets.values()), num_experiments)
+    masked = question_sets[""].masked if config.mask and question_sets else None
+    shared = (model_settings, question_settings, masked, estimator, config)
     experiments = [e for path in files for e in _experiments_of(path, *shared)]
     # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the
     # longest dataset bounds the run: benchmarks/NOTES.md). Ids break ties, so that the order is always the same.
@@ -100,20 +113,39 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     if ranks := read_order(config.order):
         experiments.sort(key=lambda e: ranks.get(e.experiment_id, ranks.get(e.dataset, len(ranks))))
     experiments = experiments[: config.max_experiments]
-    num_questions = len(questions.questions) if questions else 0
-    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_questions, estimator.misfit)
+    columns: tuple[Column, ...] = ()
+    if config.has_transfer:
+        experiments, columns = with_transfer(experiments, config, digest(model_settings), estimator)
+    sizes = {name: len(question_set.questions) for name, question_set in question_sets.items()}
+    num_first = sizes.pop("", 0)
+    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_first, sizes, estimator.misfit, columns)
 
 
 def _experiments_of(
-    path: Path, model_settings: dict[str, Any], question_settings: dict[str, Any], estimator: Estimator, config: Config
+    path: Path,
+    model_settings: dict[str, Any],
+    question_settings: dict[str, dict[str, Any]],
+    masked: frozenset[str] | None,
+    estimator: Estimator,
+    config: Config,
 ) -> list[Experiment]:
-    """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed."""
+    """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed.
+
+    Args:
+        question_settings: from ``questions_key``, by the name of a set of questions; empty without MMLU.
+        masked: ids of the questions that ``--mask`` leaves out; None without it.
+    """
     survey = datasets.survey(path, config.salvage, config.max_records)
     dataset, error, error_kind = path.stem, survey.error, survey.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
     loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
+    of_questions = {"questions": digest(question_settings.get("", {}))}
+    of_questions |= {f"questions {name}": digest(settings) for name, settings in question_settings.items() if name}
+    if masked is not None:
+        of_questions["mask"] = digest(sorted(masked))
+    base_keys = {name: score_key(model_settings, settings) for name, settings in question_settings.items()}
     first_seed, experiments = config.seeds[0], []
     for method in config.grid_methods():
         settings = method.model_dump(mode="json")
@@ -130,14 +162,21 @@ def _experiments_of(
         }
         # Features are of the dataset: they have the run's seed, the same for all trainings of it.
         of_features = {"seed": str(config.seed), "feature options": digest(config.settings_of(FeatureOptions))}
+        features = {**train, **of_features}
+        if config.has_transfer:
+            train["held out"] = left_out_key(config)
         origins = {
-            "features": {**train, **of_features},
+            "features": features,
             "train": train,
-            "mmlu": {**train, "questions": digest(question_settings)},
+            "mmlu": {**train, **of_questions},
         }
         stages = [stage for stage in config.stages if stage != "features" or method.seed == first_seed]
         sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
-        name = safe_name(dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed)
+        # An adapter that was trained on fewer examples is another one.
+        transfer = ["transfer"] if config.has_transfer else []
+        name = safe_name(
+            dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed, *transfer
+        )
         experiments.append(
             Experiment(
                 experiment_id=name,
@@ -146,7 +185,8 @@ def _experiments_of(
                 settings=settings,
                 identity=digest([origins, sorted(config.stages), error]),
                 origins=origins,
-                base_key=score_key(model_settings, question_settings),
+                base_key=base_keys.get("", score_key(model_settings, {})),
+                set_keys={name: key for name, key in base_keys.items() if name},
                 data_hash=survey.data_hash,
                 num_examples=survey.num_examples,
                 num_tokens=sizes.num_tokens,

@@ -39,6 +39,10 @@ class QuestionTokens:
     def total(self) -> float:
         return self.rows + sum(self.prefixes)
 
+    def beside(self, other: QuestionTokens) -> QuestionTokens:
+        """Both evaluations, one after the other."""
+        return QuestionTokens(self.rows + other.rows, self.prefixes + other.prefixes, other.in_batch)
+
 
 def count_question_tokens(
     tokenizer: Any,

@@ -21,7 +21,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name in ("dataset", "experiment", "examples", "tokens", "memory", "time", "done", "would run, because"):
         table.add_column(name, overflow="fold")
     for e in plan.experiments:
-        stages = plan.config.stages
+        stages = [s for s in plan.config.all_stages if s in e.origins]
         reasons = {s: "--fresh" if plan.config.fresh else plan.store.why_not_done(e, s) for s in stages}
         finished = "row" if e.experiment_id in done else ", ".join(s for s in stages if not reasons[s])
         todo = "" if e.experiment_id in done else "; ".join(f"{s}: {reasons[s]}" for s in stages if reasons[s])
@@ -33,6 +33,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
     if plan.num_questions and plan.experiments:
         console.print(power_of(plan, done.values()), soft_wrap=True)
+        for name in plan.num_further:
+            console.print(f"{name}: {power_of(plan, done.values(), name)}", soft_wrap=True)
     remaining = [e for e in plan.experiments if e.experiment_id not in done]
     if remaining and any(e.estimated_seconds for e in remaining):
         seconds = sum(e.estimated_seconds or 0.0 for e in remaining)
@@ -44,17 +46,20 @@ def print_plan(plan: Plan, console: Console) -> None:
         )
 
 
-def power_of(plan: Plan, done: Iterable[ResultRow]) -> str:
-    """What the plan's questions can show, in one line (``mmlu.power.power_line``).
+def power_of(plan: Plan, done: Iterable[ResultRow], question_set: str = "") -> str:
+    """What a set of the plan's questions can show, in one line (``mmlu.power.power_line``).
 
     Args:
+        question_set: its name; the first one's is empty.
         done: rows that are there already: how many answers differ is taken from them, if there are any with MMLU.
     """
-    counts = [[row.values.get(name) for name in ("num_gained", "num_lost", "total_questions")] for row in done]
+    suffix, num = (f"[{question_set}]", plan.num_further[question_set]) if question_set else ("", plan.num_questions)
+    names = [f"{name}{suffix}" for name in ("num_gained", "num_lost", "total_questions")]
+    counts = [[row.values.get(name) for name in names] for row in done]
     share = measured_share(*np.array(counts, dtype=float).reshape(-1, 3).T)
     # Trainings that differ in their seed alone are tested together.
     tests = {(e.path, digest({k: v for k, v in e.settings.items() if k != "seed"})) for e in plan.experiments}
-    return power_line(plan.num_questions, len({e.path for e in plan.experiments}), share, len(tests))
+    return power_line(num, len({e.path for e in plan.experiments}), share, len(tests))
 
 
 def _memory_text(experiment: Experiment) -> str:

@@ -20,6 +20,7 @@ from raylora.predict.conformal import cv_plus
 from raylora.predict.novelty import Novelty
 from raylora.predict.tables import numbers_of
 from raylora.predict.uncertainty import LEVEL
+from raylora.rows import name_of_first
 from raylora.storage.atomic import write_atomically
 
 FILE_NAME = "predictor.skops"
@@ -179,7 +180,7 @@ class Predictor:
 
     def _clip_outcome(self, values: np.ndarray) -> np.ndarray:
         """An accuracy is between 0 and 1, and its change between -1 and 1."""
-        return np.clip(values, 0.0 if self.card["target"] == "overall_accuracy" else -1.0, 1.0)
+        return np.clip(values, 0.0 if name_of_first(self.card["target"]) == "overall_accuracy" else -1.0, 1.0)
 
     def _clip_to_fit(self, features: pd.DataFrame) -> pd.DataFrame:
         """Features clipped to the range of the fit: a linear model's extrapolation beyond it is a guess."""

@@ -6,17 +6,15 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from raylora.config import Method
+from raylora.config import TARGETS, Method
 from raylora.errors import UserError
-from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES
+from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES, name_of_first
 
-Target = Literal["overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change"]
-TARGETS: tuple[str, ...] = get_args(Target)
 HYPERPARAMETERS = tuple(
     name
     for name, field in Method.model_fields.items()
@@ -75,7 +73,8 @@ def known_from_table(
     """The rows of a table that ended well, with their features and outcome.
 
     Args:
-        target: the column of the outcome, one of ``TARGETS``.
+        target: the column of the outcome, one of ``TARGETS``, or that of a further set of questions, such as
+            ``accuracy_change[arc]``.
         group: column whose equal values stay in one fold; ``none``: rows are independent. Without one, rows of the
             same data stay together where a table has several (a grid of hyperparameters).
         leave_out: feature groups (``text``, ``semantic``, ``perplexity``, ``dynamic``, ``static``,
@@ -122,7 +121,7 @@ def known_from_table(
 
 def _check_shares(outcome: pd.Series, target: str, place: str) -> None:
     """Raise UserError where an outcome is out of range: most often it is in percent."""
-    minimum = 0 if target == "overall_accuracy" else -1
+    minimum = 0 if name_of_first(target) == "overall_accuracy" else -1
     is_bad = ~outcome.between(minimum, 1)
     if is_bad.any():
         at = int(is_bad.to_numpy().argmax())

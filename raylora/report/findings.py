@@ -12,7 +12,7 @@ from scipy.stats import false_discovery_control, rankdata, spearmanr
 
 from raylora.errors import ErrorKind
 from raylora.mmlu.paired import ALPHA, LETTER_MOVED, balanced_change, false_discovery, holm, mcnemar, verdicts
-from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
+from raylora.mmlu.questions import LETTERS, subject_group
 from raylora.mmlu.shrinkage import shrunk, stderr_of_interval
 from raylora.mmlu.statistics import BALANCED_CHANGES, PREDICTION_SHARES, note_on_constant_answers
 from raylora.report.read_run import Answers, FinishedRun, answers_of, loss_curve, read_base
@@ -28,6 +28,7 @@ STAGES = {
     "probe": "probe_seconds",
     "training": "train_seconds",
     "MMLU": "mmlu_seconds",
+    "transfer": "transfer_seconds",
 }
 """By stage, the column of its seconds."""
 AGAIN = "; then the same command with --retry-failed"
@@ -201,7 +202,7 @@ def subjects(run: FinishedRun) -> dict[str, Any] | None:
     num_correct = np.bincount(codes, weights=reference.correct, minlength=len(names))
     return {
         "names": names.tolist(),
-        "groups": [SUBJECT_GROUPS.get(name, "other") for name in names],
+        "groups": list(map(subject_group, names)),
         "sizes": sizes.tolist(),
         "base": (num_correct / sizes).tolist(),
         "rows": rows,
@@ -435,6 +436,7 @@ def favourite_letters(run: FinishedRun, ranked: dict[str, Any]) -> dict[int, str
         letters = ", ".join(
             f"{letter} {before[row]:.0%} to {after[row]:.0%}"
             for letter, (before, after) in zip(LETTERS, shares.values(), strict=True)
+            if not np.isnan(before[row] + after[row])
         )
         change, low, high = (100 * values[row] for values in changes)
         balanced = f"balanced accuracy {change:+.1f} points, {low:+.1f} to {high:+.1f}"

@@ -26,11 +26,12 @@ from raylora.report import findings
 from raylora.report.outcomes import outcomes
 from raylora.report.power import power_of_run
 from raylora.report.read_run import FinishedRun, load_run
+from raylora.report.transfer import transfer
 from raylora.storage.atomic import write_text
 from raylora.storage.store import Store
 
 # Joined in this order: later ones use names of earlier ones.
-SCRIPTS = ("core.js", "table.js", "ranking.js", "figures.js", "heatmap.js", "sections.js")
+SCRIPTS = ("core.js", "table.js", "ranking.js", "figures.js", "heatmap.js", "transfer.js", "sections.js")
 
 
 def write_report(root: Path, price: float | None = None) -> Path:
@@ -85,6 +86,7 @@ def render(run: FinishedRun, price: float | None = None) -> str:
         generated=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         num_rows=len(run.table),
         num_good=int(run.ok.sum()),
+        has_transfer=data["transfer"] is not None,
         has_csv=(run.root / "results.csv").is_file(),
     )
     return page.encode("utf-8", "replace").decode()  # a file's name may hold bytes that are not UTF-8 (surrogates)
@@ -109,6 +111,7 @@ def page_data(run: FinishedRun, price: float | None) -> dict[str, Any]:
         "constant": findings.notes_on_constant_answers(run, ranked),
         "power": power_of_run(run, ranked),
         "subjects": findings.subjects(run),
+        "transfer": transfer(run),
         "curves": findings.curves(run),
         "features": findings.features(run),
         "costs": findings.costs(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from raylora.mmlu.questions import LETTERS
 from raylora.mmlu.statistics import PREDICTION_SHARES
 from raylora.records import ResultRow
 from raylora.report.findings import favourite_letters, notes_on_constant_answers, ranking
+from raylora.report.outcomes import outcomes
 from raylora.report.read_run import FinishedRun, load_run
+from raylora.report.transfer import transfer
 from raylora.storage.store import Store
 
 
@@ -34,7 +37,10 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(_ranking(good, console.width))
         run = load_run(store.root)
         ranked = ranking(run)
-        for note in [*letter_notes(run, ranked), *seed_notes(ranked), *discovery_notes(run, ranked)]:
+        notes = [letter_notes(run, ranked), seed_notes(ranked), discovery_notes(run, ranked), set_notes(run, ranked)]
+        if found := transfer(run):
+            notes.append([f"Other datasets' held-out examples: {found['sentence']}"])
+        for note in itertools.chain(*notes):
             console.print(note, soft_wrap=True)
     for row in good:
         if row.values.get("train_notes"):
@@ -43,6 +49,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)
     console.print("  results.csv, results.parquet   one row a dataset")
+    if (store.root / "transfer_table.csv").is_file():
+        console.print("  transfer_table.csv             what each adapter does to every dataset's held-out loss")
     if (store.root / "report.html").is_file():
         console.print("  report.html                    figures, for a browser")
     if (store.root / "run.json").is_file():
@@ -54,8 +62,9 @@ def letter_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     """Lines about models that prefer a letter: the base, and adapters that changed no more than that."""
     if not ranked["rows"]:
         return []
-    shares = [run.numbers(f"base_{name}")[ranked["rows"][0]] for name in PREDICTION_SHARES]
-    most = max(shares)
+    of_letters = [run.numbers(f"base_{name}")[ranked["rows"][0]] for name in PREDICTION_SHARES]
+    shares = [share for share in of_letters if not math.isnan(share)]
+    most = max(shares, default=0.0)
     notes = notes_on_constant_answers(run, ranked)
     if most > 0.5 and not any(note.startswith("The base") for note in notes):
         notes = [f"The base answers {LETTERS[shares.index(most)]} to {most:.0%} of the questions.", *notes]
@@ -95,6 +104,21 @@ def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     if not math.isnan(estimates[best]) and raw != moved:
         about = f"{label} {raw}, shrunk towards the mean of all {moved}"
         notes.append(f"The best of {len(rows)} noisy changes is partly luck: {about}.")
+    return notes
+
+
+def set_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
+    """A line for each further set of questions: how many changes of accuracy on it are real, the best and the worst."""
+    notes = []
+    for outcome in outcomes(run, ranked):
+        if outcome["column"] != f"accuracy_change[{outcome['set']}]":
+            continue
+        lines = {row: line["change"] for row, line in outcome["lines"].items() if not math.isnan(line["change"])}
+        verdicts = [outcome["verdicts"][row] for row in lines]
+        best, worst = max(lines, key=lines.__getitem__), min(lines, key=lines.__getitem__)
+        counts = f"{verdicts.count('gain')} better, {verdicts.count('loss')} worse, by Holm at 5%, of {len(lines)}"
+        ends = [f"{run.labels[row]} {lines[row]:+.3f}" for row in dict.fromkeys([best, worst])]
+        notes.append(f"{outcome['set']}: {counts}; {' to '.join(ends)}.")
     return notes
 
 

@@ -13,6 +13,7 @@ from raylora.errors import CannotGoOnError, ClusterLostError, ErrorKind, Stopped
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
+from raylora.report.transfer_tables import TransferTables
 from raylora.rows import ROW_COLUMNS, error_row
 from raylora.run.interrupts import Interrupts, exit_on_sigterm
 from raylora.run.live_table import LiveTable
@@ -36,7 +37,8 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
     store, config = plan.store, plan.config
     with store.held(config.fresh), _stopped_if_store_fails(plan):
         rows = plan.done()
-        tables = RunTables(store, ROW_COLUMNS, more)
+        tables = RunTables(store, ROW_COLUMNS, more, TransferTables(store) if plan.columns else None)
+        plan.write_columns()
         for experiment in plan.experiments:
             if experiment.error:
                 kind = ErrorKind(experiment.error_kind)

@@ -22,7 +22,7 @@ from raylora.storage.atomic import parse_json, to_json, write_atomically, write_
 from raylora.storage.objects import Remote
 from raylora.storage.places import cache_folder, is_remote, location
 from raylora.storage.run_lock import RunLock
-from raylora.storage.store import LOG, PRODUCTS, ROW, Store, row_of
+from raylora.storage.store import LOG, PRODUCTS, ROW, Store, products_of, row_of
 
 EDITION = "edition"
 """The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
@@ -110,13 +110,22 @@ class RemoteStore(Store):
             if name.endswith(REPORT_FILES) and not (self.root / name).is_file():
                 self._download(name, self.root / name)
 
+    def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
+        markers = {f"experiments/{name}/transfer.json": self.cells_path(name) for name in experiment_ids}
+        for marker, data in self._remote.read_many([*markers]).items():
+            local, path = self.root / marker, markers[marker]
+            # As in ``take_out``: an equal marker is of the same run of the stage.
+            if not path.is_file() or not local.is_file() or local.read_bytes() != data:
+                self._download(path.relative_to(self.root).as_posix(), path)
+                write_text(local, data.decode("utf-8"))
+
     # One experiment
 
     def take_out(self, experiment: Experiment) -> None:
         """Download the stages that were finished on other machines."""
         self._make_work_folder()
         folder, existing_names = self.folder(experiment), set(self._remote.list(_name(experiment)))
-        for stage, products in PRODUCTS.items():
+        for stage in PRODUCTS:
             marker = _name(experiment, f"{stage}.json")
             data = self._remote.read(marker) if marker in existing_names else None
             local = folder / f"{stage}.json"
@@ -124,7 +133,7 @@ class RemoteStore(Store):
                 continue
             # An equal local JSON file is of the same run of the stage, as the stage's seconds are in it: no download.
             if not local.is_file() or local.read_bytes() != data:
-                for name in products:
+                for name in products_of(experiment, stage):
                     self._download(_name(experiment, name), folder / name)
                 write_text(local, data.decode("utf-8"))
         if _name(experiment, LOG) in existing_names and not (folder / LOG).is_file():
@@ -161,7 +170,7 @@ class RemoteStore(Store):
         marker = _name(experiment, f"{stage}.json")
         # See ``forget_stage``: the old marker must not stand beside the new files.
         self._remote.remove(marker)
-        for name in PRODUCTS[stage]:
+        for name in products_of(experiment, stage):
             self._remote.upload(_name(experiment, name), self.folder(experiment) / name)
         self._remote.write(marker, text.encode("utf-8"))
         write_text(self.folder(experiment) / f"{stage}.json", text)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from raylora.records import ResultRow
 from raylora.storage.store import Store
-from raylora.storage.tables import CsvTable
+from raylora.storage.tables import RowsTable
 
 PERMIT = "tables-{}.permit"
 """The name of a permit's file, with an id for each run."""
@@ -31,15 +31,15 @@ class RunTables:
 
     Args:
         columns: of the store's tables, in their order.
-        more: a table beside those of the store.
+        more: tables beside those of the store.
     """
 
     pause = 10.0
     """The sink waits so many times as long as its last write took, so that writing takes less than a tenth of the run's
     time. Rows that come meanwhile are in the next write."""
 
-    def __init__(self, store: Store, columns: list[str], more: CsvTable | None = None) -> None:
-        self._store, self._columns, self._more = store, columns, more
+    def __init__(self, store: Store, columns: list[str], *more: RowsTable | None) -> None:
+        self._store, self._columns, self._more = store, columns, [table for table in more if table]
         # A local file, even where results go to an object store: both processes are on one node, and lock it.
         self._permit = store.root / PERMIT.format(uuid.uuid4().hex)
 
@@ -51,8 +51,8 @@ class RunTables:
         """
         ordered = sorted(rows, key=lambda row: (row.values["dataset"], row.values["experiment_id"]))
         self._store.write_tables(ordered, self._columns)
-        if self._more:
-            self._more.write(ordered)
+        for table in self._more:
+            table.write(ordered)
         return ordered
 
     def write_if_due(self, rows: Iterable[ResultRow]) -> None:

@@ -9,6 +9,7 @@ everything that the stage depends on. A stage whose origin has changed is run an
       base/<key>/scores.parquet                the base's answers, shared by all experiments
       experiments/<experiment_id>/
         result.json  features.json  train.json  adapter/  loss_curve.csv  mmlu.json  scores.parquet  log.txt
+        transfer.json  transfer.parquet      with --transfer, which adds base/<key>/columns.json and held_out.parquet
 
 ``remote_store.py`` keeps the same on an object store.
 """
@@ -36,8 +37,11 @@ from raylora.storage.tables import rows_to_table
 
 LOG = "log.txt"
 ROW = "result.json"
-PRODUCTS = {"features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",)}
-"""By stage, the files and folders beside its JSON file."""
+CELLS = "transfer.parquet"
+PRODUCTS = {
+    "features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",), "transfer": (CELLS,),
+}  # fmt: skip
+"""By stage, the files and folders beside its JSON file; ``mmlu`` has a file more for each further set of questions."""
 FILES_OF = {"adapter": ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")}
 """By product that is a folder, the files that it must hold."""
 
@@ -50,6 +54,16 @@ def safe_name(name: str, *identity: Any) -> str:
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^A-Za-z0-9_-]+", "_", ascii_name).strip("_-")[:67] or "dataset"
     return f"{slug}-{digest([name, *identity], 12)}"
+
+
+def products_of(experiment: Experiment, stage: str) -> list[str]:
+    """The files and folders that a stage of an experiment makes, beside its JSON file."""
+    further = experiment.set_keys if stage == "mmlu" else ()
+    return [*PRODUCTS[stage], *map(_scores_name, further)]
+
+
+def _scores_name(question_set: str) -> str:
+    return f"scores-{question_set}.parquet" if question_set else "scores.parquet"
 
 
 class Store:
@@ -160,7 +174,7 @@ class Store:
 
     def _missing_files(self, experiment: Experiment, stage: str) -> list[str]:
         """The names of a stage's files that somebody deleted or emptied."""
-        names = [name for product in PRODUCTS[stage] for name in FILES_OF.get(product, (product,))]
+        names = [name for product in products_of(experiment, stage) for name in FILES_OF.get(product, (product,))]
         paths = {name: self.folder(experiment) / name for name in names}
         return [name for name, path in paths.items() if not path.is_file() or not path.stat().st_size]
 
@@ -185,8 +199,16 @@ class Store:
     def adapter_folder(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "adapter"
 
-    def scores_path(self, experiment: Experiment) -> Path:
-        return self.folder(experiment) / "scores.parquet"
+    def scores_path(self, experiment: Experiment, question_set: str = "") -> Path:
+        """The adapter's answers to a set of questions, by its name; the first one's is empty."""
+        return self.folder(experiment) / _scores_name(question_set)
+
+    def cells_path(self, experiment_id: str) -> Path:
+        """Where an experiment's losses on the datasets' held-out examples are."""
+        return self.root / "experiments" / experiment_id / CELLS
+
+    def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
+        """Bring these files of finished experiments to this machine."""
 
     # Files that all experiments share (questions as token ids, the base's scores); the first worker makes them
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 
@@ -31,6 +32,12 @@ def rows_to_table(rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame
     return table
 
 
+class RowsTable(Protocol):
+    """A table that is made from all rows, anew each time."""
+
+    def write(self, rows: Sequence[ResultRow]) -> None: ...
+
+
 @dataclass(frozen=True)
 class CsvTable:
     """Some columns of the rows, in a CSV file of its own that the user named."""
@@ -40,7 +47,7 @@ class CsvTable:
     path: Path
     columns: list[str]
 
-    def write(self, rows: Iterable[ResultRow]) -> None:
+    def write(self, rows: Sequence[ResultRow]) -> None:
         """Write the file, atomically, in place of the old one.
 
         Raises:

@@ -209,6 +209,35 @@ def test_a_failed_experiment_is_tried_again_only_when_asked(ray_with_gpus, optio
 
 @pytest.mark.slow
 @pytest.mark.ci
+def test_a_run_with_transfer_leaves_its_tables_and_goes_on_where_it_was(ray_with_gpus, options, tmp_path):
+    """The datasets of two workers; a rerun after one row was lost makes that row alone, and the same tables."""
+    for name in ("a", "b", "c"):
+        write_dataset(tmp_path / "data" / "chunk_1", name, offset=ord(name), num=20)
+    (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
+    options = {**options, "stages": ("train",), "num_workers": 2, "transfer": True, "num_epochs": 1}
+    rows = run(options)
+    root = tmp_path / "results" / "chunk_1"
+    table = pd.read_csv(root / "transfer_table.csv", index_col=["dataset", "experiment_id"])
+    assert table.shape == (3, 3)
+    assert not table.isna().any(axis=None)
+    assert table.loc["a", "a"].item() == pytest.approx(rows["a"]["held_out_loss_change"])
+    assert rows["bad"]["status"] == "error"
+    assert 'id="transfer"' in (root / "report.html").read_text()
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("held_out.parquet")}
+    assert len(before) == 3
+    for name in ("result.json", "transfer.json", "transfer.parquet"):
+        (root / "experiments" / rows["b"]["experiment_id"] / name).unlink()
+    again = run(options)
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("held_out.parquet")} == before
+    assert again["a"] == rows["a"]
+    assert again["b"]["held_out_loss"] == pytest.approx(rows["b"]["held_out_loss"], abs=1e-5)
+    assert again["b"]["train_seconds"] == rows["b"]["train_seconds"], "not trained again"
+    changes = pd.read_csv(root / "transfer_table.csv", index_col=["dataset", "experiment_id"])
+    pd.testing.assert_frame_equal(changes, table, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 def test_stages_are_reused_by_later_runs_that_want_more(ray_with_gpus, options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_1", "data")
     early = run(options, stages=("mmlu",))["data"]

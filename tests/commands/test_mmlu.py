@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from raylora import evaluate_mmlu
 from raylora.commands import mmlu
 from raylora.commands.mmlu import Evaluated, print_tables, summary_of
+from raylora.commands.options import MmluConfig
+from raylora.config_sources import load_settings
 from raylora.mmlu.scoring import load_score
 from raylora.records import Score
 from tests.helpers.adapters import make_qwen2, save_kind
-from tests.helpers.questions import LOGPROBS, questions_of_two_subjects
+from tests.helpers.questions import LOGPROBS, as_dicts, questions_of_many_sizes, questions_of_two_subjects
 from tests.helpers.runs import letter_scores, make_score
 from tests.helpers.thinking import thinking_tokenizer
 from tests.helpers.tiny import make_tokenizer, save_model
@@ -72,12 +74,52 @@ def test_the_command_evaluates_a_model_and_its_adapters(tiny_model_folder, adapt
     assert [p.stat().st_mtime_ns for p in sorted(folder.rglob("*.parquet"))] == modified, "evaluated again"
 
 
+def test_further_sets_and_a_mask_have_columns_of_their_own(tiny_model_folder, adapter_folder, question_file, tmp_path):
+    many = questions_of_many_sizes()
+    (tmp_path / "many.json").write_text(json.dumps(as_dicts(many)))
+    (tmp_path / "mask.txt").write_text("anatomy/0\nvirology/1\n")
+    given = {
+        "model": str(tiny_model_folder),
+        "quantization": "none",
+        "num_fewshot": 2,
+        "mask": str(tmp_path / "mask.txt"),
+    }
+    given |= {"questions": (str(question_file), f"many={tmp_path / 'many.json'}")}
+    config = load_settings(MmluConfig, None, "mmlu", **given, adapter=[adapter_folder], output=tmp_path / "out")
+    stream = io.StringIO()
+    evaluated, failures = mmlu.evaluate_all(config, console := Console(file=stream, width=200))
+    assert not failures
+    mmlu.print_all(evaluated, console)
+    shown = stream.getvalue()
+    assert "asked 0-shot" in shown
+    assert "2 of 13 questions are left out" in shown
+    assert "many: 6 questions" in shown
+    assert "masked: 11 questions" in shown
+    (path,) = (tmp_path / "out").rglob("summary.csv")
+    summary = pd.read_csv(path)
+    assert list(summary["model"]) == ["base", "my_adapter"]
+    sizes = summary[["total_questions", "total_questions[masked]", "total_questions[many]"]]
+    assert sizes.iloc[1].tolist() == [13, 11, 6]
+    assert "prediction_share_j[many]" in summary
+    assert "prediction_share_e" not in summary
+    adapter = pd.read_parquet(summary["scores"][1])
+    left = adapter[~adapter["question_id"].isin(["anatomy/0", "virology/1"])]
+    assert summary["overall_accuracy[masked]"][1] == pytest.approx(left["correct"].mean())
+    of_many = pd.read_parquet(summary["scores[many]"][1])
+    assert list(of_many["question_id"]) == [q.question_id for q in many]
+    subjects = pd.read_csv(path.with_name("subjects.csv"), keep_default_na=False)
+    assert subjects.groupby("set").size().to_dict() == {"": 4, "many": 2, "masked": 4}
+    found = evaluate_mmlu(str(tiny_model_folder), adapter_folder, **{k: v for k, v in given.items() if k != "model"})
+    assert found["sets"]["many"]["overall_accuracy"] == summary["overall_accuracy[many]"][1]
+    assert found["sets"]["masked"]["overall_accuracy"] == pytest.approx(summary["overall_accuracy[masked]"][1])
+
+
 def test_a_favourite_letter_that_moved_is_named(tmp_path):
     evaluated = []
     for name, score in zip(("base", "only_letters", "knowledge"), letter_scores(), strict=True):
         info = {**score.info, "scoring": "letters"}
         evaluated.append(Evaluated(name, Score(score.questions, info), tmp_path / f"{name}.parquet"))
-    summary = summary_of(evaluated).set_index("model")
+    summary = summary_of({"": evaluated}).set_index("model")
     assert summary["verdict"].to_dict() == {"base": "", "only_letters": "letter", "knowledge": "gain"}
     assert summary["num_gained"].tolist()[1:] == [360, 432]
     assert summary["balanced_accuracy"].to_dict() == pytest.approx(
@@ -101,7 +143,7 @@ def test_the_probability_of_the_right_choice_and_constant_answers_are_printed(tm
     scores = {"base": base, "other": make_score(2, {"anatomy": 30}, base, 0.2)}
     info = {**base.info, "scoring": "logits"}
     evaluated = [Evaluated(name, Score(s.questions, info), tmp_path / name) for name, s in scores.items()]
-    summary = summary_of(evaluated).set_index("model")
+    summary = summary_of({"": evaluated}).set_index("model")
     assert summary["correct_probability"].between(0, 1).all()
     change = summary["correct_probability"]["other"] - summary["correct_probability"]["base"]
     assert summary["correct_probability_change"]["other"] == pytest.approx(change)

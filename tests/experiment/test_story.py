@@ -14,11 +14,14 @@ from raylora.experiment.runner import ExperimentRunner
 from raylora.experiment.story import run_experiment
 from raylora.experiment.together import train_together
 from raylora.experiment.workbench import Workbench
+from raylora.mmlu.question_set import load_question_set
+from raylora.mmlu.scoring import load_score
 from raylora.planning.plan import make_plan
 from raylora.report.terminal import print_results
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS, load_results
 from raylora.run.live_table import describe
 from tests.helpers.chunks import OPTIONS, planned, write_dataset
+from tests.helpers.questions import as_dicts, questions_of_many_sizes
 from tests.helpers.tiny import make_model
 
 
@@ -45,6 +48,73 @@ def test_questions_or_a_model_that_change_during_a_run_leave_nothing(options, tm
     plan.store.forget_stage(experiment, "train")
     with pytest.raises(MachineError, match="model: not what it was when the run began"):
         ExperimentRunner(plan.config, plan.store).run(experiment)
+
+
+def further_sets(tmp_path) -> dict:
+    """Options of a run with a further set and a mask, which leaves out 3 of the 20 questions."""
+    asked = load_question_set(load_config(mmlu="demo", max_samples=20)).questions
+    (tmp_path / "mask.json").write_text(json.dumps([q.question_id for q in asked[:3]]))
+    (tmp_path / "many.json").write_text(json.dumps(as_dicts(questions_of_many_sizes())))
+    return {"questions": f"many={tmp_path / 'many.json'}", "mask": str(tmp_path / "mask.json"), "scoring": "cloze"}
+
+
+def test_further_sets_and_a_mask_have_columns_in_the_row(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plan = planned(options, **further_sets(tmp_path), stages=("train", "mmlu"))
+    (experiment,) = plan.experiments
+    row = ExperimentRunner(plan.config, plan.store).run(experiment)
+    assert row.ok, row.values["error"]
+    v = row.values
+    score, base = (
+        load_score(p)
+        for p in (plan.store.scores_path(experiment), plan.store.base_file(experiment.base_key, "scores.parquet"))
+    )
+    assert v["total_questions"] == len(score.questions) == 20
+    left = score.questions.index >= 3
+    assert v["total_questions[masked]"] == left.sum() == 17
+    change = score.questions["correct"].astype(int) - base.questions["correct"].astype(int)
+    assert v["accuracy_change"] == pytest.approx(change.mean())
+    assert v["accuracy_change[masked]"] == pytest.approx(change[left].mean())
+    assert (v["total_questions[many]"], v["num_fewshot[many]"]) == (6, 0)
+    assert sum(v[f"prediction_share_{letter}[many]"] for letter in "abcdefghij") == pytest.approx(1)
+    assert v["correct_probability_change[many]"] is not None
+    assert "accuracy_stem[many]" not in v
+    assert "prediction_share_e" not in v
+    plan.store.write_tables([row], ROW_COLUMNS)
+    table = load_results(plan.store.root)
+    assert table["total_questions[many]"].dtype == "Int64"
+    assert table["mmlu_note[many]"].dtype == "string"
+    assert list(table.columns[: len(ROW_COLUMNS)]) == ROW_COLUMNS
+
+
+def test_what_one_set_was_asked_is_kept_when_the_next_one_is_killed(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    sets = further_sets(tmp_path)
+    plan = planned(options, **sets, stages=("train", "mmlu"))
+    (experiment,) = plan.experiments
+    runner = ExperimentRunner(plan.config, plan.store)
+
+    def stop(stage, done, total) -> None:
+        if plan.store.scores_path(experiment).is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(experiment, stop)
+    first = plan.store.scores_path(experiment).stat().st_mtime_ns
+    assert runner.run(experiment).ok
+    assert plan.store.scores_path(experiment).stat().st_mtime_ns == first
+    assert plan.store.scores_path(experiment, "many").is_file()
+    again = planned(options, **sets, stages=("train", "mmlu"))
+    assert again.done()
+    (tmp_path / "mask.json").write_text(json.dumps(json.loads((tmp_path / "mask.json").read_text())[:1]))
+    (changed,) = planned(options, **sets, stages=("train", "mmlu")).experiments
+    assert plan.store.why_not_done(changed, "mmlu") == "mask changed"
+    plan.store.forget_stage(experiment, "mmlu")
+    with pytest.raises(MachineError, match=r"mask\.json: not what it was when the run began"):
+        ExperimentRunner(plan.config, plan.store).run(experiment)
+    row = ExperimentRunner(plan.config, plan.store).run(changed)
+    assert row.values["total_questions[masked]"] == 19
+    assert plan.store.scores_path(experiment).stat().st_mtime_ns == first, "asked again for a mask"
 
 
 @pytest.mark.slow

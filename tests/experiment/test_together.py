@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from raylora.mmlu.scoring import load_score
 from raylora.planning.plan import find_files, make_plan
 from raylora.work_counts import work_counts
 from tests.helpers.chunks import OPTIONS, run, still, write_dataset
-from tests.helpers.questions import LOGPROBS
+from tests.helpers.questions import LOGPROBS, as_dicts, questions_of_many_sizes
 
 
 @pytest.fixture
@@ -85,21 +86,26 @@ def test_the_seeds_of_a_dataset_share_passes(options, tmp_path):
 
 def test_few_questions_are_asked_of_all_adapters_at_once(options):
     """Of the base too; each experiment's own run finds the answers, and they are those that it would get alone."""
-    options = {**options, "stages": ("train", "mmlu"), "limit": 3}
+    few = [q for q in questions_of_many_sizes() if len(q.choices) <= 4]
+    (options["data_root"] / "many.json").write_text(json.dumps(as_dicts(few)))
+    further = f"many={options['data_root'] / 'many.json'}"
+    options = {**options, "stages": ("train", "mmlu"), "limit": 3, "questions": (further,)}
     alone = plan_of(options)
     together = plan_of(options, output=options["output"] / "together", adapters_a_pass=3, token_budget=100_000)
     bench = Workbench(alone.config, alone.store)
     other = Workbench(together.config, together.store, bench.loaded)
     assert train_together(other, together.experiments) == 3
-    assert ask_together(other, together.experiments) == 4
+    assert ask_together(other, together.experiments) == 8, "three adapters and the base, of two sets"
     assert not bench.loaded.peft_model.peft_config, "every adapter was detached"
     for one, many in zip(alone.experiments, together.experiments, strict=True):
         asked = work_counts.questions
         row = run_experiment(other, many).values
         assert work_counts.questions == asked, "asked again"
         assert row["overall_accuracy"] == run_experiment(bench, one).values["overall_accuracy"]
-        found, expected = (load_score(p.store.scores_path(e)).questions for p, e in ((together, many), (alone, one)))
-        np.testing.assert_allclose(found[LOGPROBS], expected[LOGPROBS], atol=1e-3)  # as their weights differ by 1e-4
+        for name in ("", "many"):
+            paths = (together.store.scores_path(many, name), alone.store.scores_path(one, name))
+            found, expected = (load_score(path).questions[LOGPROBS] for path in paths)
+            np.testing.assert_allclose(found, expected, atol=1e-3)  # as their weights differ by 1e-4
     assert ask_together(other, together.experiments) == 0
     assert ask_together(bench, alone.experiments) == 0, "the questions of one fill its passes"
 
@@ -149,7 +155,6 @@ def test_a_base_that_was_changed_leaves_no_product(options):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_fills_its_passes_from_the_queue_and_has_every_row(options):
     """Five datasets, two of them at a time over the same passes, on a machine without a GPU."""
     ray.init(num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

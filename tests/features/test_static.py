@@ -231,7 +231,6 @@ def turns(name, num):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
     from raylora.data.datasets import read_dataset
 

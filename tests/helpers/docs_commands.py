@@ -17,8 +17,8 @@ from tests.helpers import ROOT
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 OPENINGS = (*sorted((ROOT / "cluster").iterdir()), *sorted((ROOT / "configs").glob("*.yaml")))
 PROGRAMS = {
-    ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "kubectl", "ls", "make", "mkdir", "mlflow",
-    "pip", "prometheus", "python", "ray", "raylora", "rm", "sbatch", "squeue", "srun", "ssh", "tail",
+    ".", "cd", "cp", "curl", "docker", "export", "git", "grep", "helm", "hf", "kubectl", "ls", "make", "mkdir",
+    "mlflow", "pip", "prometheus", "python", "ray", "raylora", "rm", "sbatch", "squeue", "srun", "ssh", "tail",
     "tensorboard", "wget",
 }  # fmt: skip
 """A block one of whose lines begins with one of these is a shell block: each of its lines is a command."""
@@ -72,6 +72,7 @@ RUN = {
         "python -m raylora.features --data-folder D --model-path M --output-csv F",
         "python -m raylora.features --single-dataset FILE --model-path M --output-csv F",
         "python -m raylora.batch --chunk chunk_001 --repeats 5",
+        "python -m raylora.batch --chunk chunk_001 --transfer",
         "python -m raylora.batch --chunk chunk_001 --mmlu own_test.json",
     ),
     "on a cluster": (
@@ -117,6 +118,10 @@ RUN = {
 
 NOT_RUN = {
     "raylora questions mmlu": "needs the Hugging Face hub (tests/commands/test_questions.py has a stand-in)",
+    "hf download": "needs the Hugging Face hub; tests/mmlu/test_question_forms.py writes files as they are there",
+    "python -m raylora.batch --chunk chunk_001 --questions": "is on the hub; tests/experiment/test_story.py has sets",
+    "python -m raylora.mmlu --model M --adapter DIR --questions FILE --questions": "so are these",
+    "python -m raylora.batch --chunk chunk_001 --mask": "the mask is on the hub; tests/mmlu/test_mask.py has its form",
     "raylora batch": "is python -m raylora.batch under another name",
     "make demo": "minutes, and an environment of its own; tests/whole/test_end_to_end.py runs two of its datasets",
     "make test": "is what runs this",

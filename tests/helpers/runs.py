@@ -18,15 +18,18 @@ import pandas as pd
 
 from raylora.config import Config, load_config
 from raylora.errors import ErrorKind
-from raylora.experiment.story import score_values
+from raylora.experiment.transfer import cell_of, transfer_values
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS
+from raylora.mmlu.row_values import score_values
 from raylora.mmlu.scoring import save_score
 from raylora.records import Experiment, ResultRow, Score, digest
+from raylora.report.transfer_tables import TransferTables
 from raylora.rows import FEATURE_COLUMNS, ROW_COLUMNS, TrainingMetrics, error_row, make_row
 from raylora.run.manifest import PACKAGES, version_of
 from raylora.storage.store import Store, safe_name
 from raylora.training.gradients import Step
 from raylora.training.loop import TrainingResult
+from raylora.training.losses import ExampleLoss
 
 SOURCES = ("dolly", "alpaca", "oasst", "flan_cot", "sharegpt", "code_feedback", "math_steps", "wiki_qa", "pubmed_qa")
 VARIANTS = ("1k", "3k", "filtered", "dedup", "shuffled", "long", "short", "mixed")
@@ -74,7 +77,7 @@ def make_score(seed: int, sizes: dict[str, int], base: Score | None, effect: flo
             "question": [f"Question {k}?" for k in ids],
             "answer": [LETTERS[a] for a in truth],
             "prediction": [LETTERS[g] for g in guess],
-            **{f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS)},
+            **{f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS[:4])},
             "correct": correct,
         }
     )
@@ -201,6 +204,28 @@ def write_run(
         }
     )
     return rows
+
+
+def write_transfer(root: Path, rows: list[ResultRow], seed: int = 0, num_examples: int = 50) -> None:
+    """What ``--transfer`` adds to such a run: cells drawn at random, an adapter's own dataset the most helped."""
+    random, store = np.random.default_rng(seed), Store(root)
+    good = [row for row in rows if row.ok]
+    names = list(dict.fromkeys(row.values["dataset"] for row in good))
+    levels = dict(zip(names, random.uniform(0.8, 2.5, len(names)), strict=True))
+    for row in good:
+        own, cells = row.values["dataset"], {}
+        for name in names:
+            before = levels[name] * random.lognormal(0, 0.3, num_examples)
+            effect = -0.25 if name == own else float(random.choice([0, 0, -0.05, 0.06]))
+            after = before + effect + random.normal(0, 0.1, num_examples)
+            held_out = pd.DataFrame({"conversation": range(num_examples), "num_supervised": 10})
+            held_out = held_out.assign(base_loss=10 * before)
+            cells[name] = cell_of(held_out, [ExampleLoss(10 * value, 10, value) for value in after])
+        row.values.update(transfer_values(cells, own), num_held_out_examples=num_examples, transfer_seconds=31.0)
+        table = pd.DataFrame([{"key": "", "on_dataset": n, "is_own": n == own, **c} for n, c in cells.items()])
+        table.to_parquet(store.cells_path(row.values["experiment_id"]))
+    store.write_tables(rows, ROW_COLUMNS)
+    TransferTables(store).write(rows)
 
 
 def _stages(

@@ -31,6 +31,11 @@ def test_what_names_no_option_is_unparsed(text):
     assert parse_answer(text) is None
 
 
+def test_an_answer_is_one_of_the_choices():
+    assert [parse_answer(text, 10) for text in ("J", "(I)", "I think so", "The answer is G")] == [9, 8, None, 6]
+    assert [parse_answer(text, 2) for text in ("A", "B", "C")] == [0, 1, None]
+
+
 @pytest.mark.parametrize(
     ("template", "scoring", "expected"), [("begun", "generate", "on"), ("switch", "generate", "off")]
 )

@@ -29,7 +29,7 @@ def test_lengths_are_of_the_texts_and_of_their_tokens():
     assert lengths_of(QUESTION, "byte") == [4, 14, 3, 1]
     assert lengths_of(QUESTION, "token") == [1, 3, 2, 1]
     assert lengths_of(QUESTION, "choice") == [1, 1, 1, 1]
-    assert columns_of(QUESTION)["num_bytes_c"] == 3
+    assert columns_of(QUESTION, "ABCD")["num_bytes_c"] == 3
 
 
 def test_the_answer_is_the_likeliest_by_what_is_asked_for():

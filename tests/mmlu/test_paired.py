@@ -163,7 +163,7 @@ def test_a_favourite_letter_that_moves_is_no_gain(shared_data):
     questions = json.loads((shared_data / "mmlu" / "test_all_subjects.json").read_text())
     right = np.array([LETTERS[q["answer"]] for q in questions])
     assert len(right) == 14042
-    sizes = np.array([(right == letter).sum() for letter in LETTERS])
+    sizes = np.array([(right == letter).sum() for letter in "ABCD"])
     half = np.random.default_rng(0).random(len(right)) < 0.5
     everywhere = np.ones(len(right), dtype=bool)
     for turned, p_value in ((everywhere, 1e-10), (half, 1e-5)):

@@ -26,7 +26,7 @@ from raylora.mmlu.prompts import (
     thinking_of,
 )
 from raylora.records import Question
-from tests.helpers.questions import SUBJECTS, encode, make_questions
+from tests.helpers.questions import SUBJECTS, encode, make_questions, questions_of_many_sizes
 from tests.helpers.thinking import thinking_tokenizer
 from tests.helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
@@ -186,3 +186,14 @@ def test_a_prompt_longer_than_the_window_loses_its_front(tokenizer):
 def test_encoded_questions_come_back_from_their_file(encoded, tmp_path):
     save_encoded(encoded, tmp_path / "q.parquet")
     assert load_encoded(tmp_path / "q.parquet", [e.question for e in encoded]) == encoded
+
+
+def test_prompts_show_as_many_letters_as_there_are_choices(tokenizer):
+    two, _, ten, *_ = questions_of_many_sizes()
+    assert harness_prompt(two, []) == (
+        "The following are multiple choice questions (with answers).\n\nWhat of 0?\nA. blue river\nB. cat\nAnswer:"
+    )
+    assert harness_prompt(ten, []).endswith("\nI. blue river\nJ. cat\nAnswer:")
+    assert "right option only: A or B." in chat_prompt(tokenizer, two, [])
+    assert "right option only: A, B, C, D, E, F, G, H, I or J." in chat_prompt(tokenizer, ten, [])
+    assert [len(e.continuations) for e in encode(tokenizer, [two, ten])] == [2, 10]

@@ -8,12 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from raylora.errors import UserError
+from raylora.mmlu.probabilities import choice_probabilities
+from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.scoring import answer_together, evaluate, find_token_budget, load_score, save_score
+from raylora.mmlu.statistics import compare, summarize
 from raylora.model.memory import GPU_TOKEN_BUDGET
 from tests.helpers.adapters import attach_random
-from tests.helpers.questions import LOGPROBS, ask, encode
+from tests.helpers.questions import LOGPROBS, ask, encode, questions_of_many_sizes
 from tests.helpers.tiny import load, make_loaded, make_model
 
 # Scores
@@ -37,6 +41,49 @@ def test_log_likelihoods_are_those_of_a_plain_loop_whatever_the_batch(tiny_model
     np.testing.assert_allclose(score.questions[columns].to_numpy(), expected, atol=1e-4)
     assert list(score.questions["question_id"]) == [e.question.question_id for e in encoded]
     assert list(score.questions["prediction"]) == ["ABCD"[int(np.argmax(row))] for row in expected]
+
+
+@pytest.mark.parametrize("scoring", ["letters", "cloze"])
+@pytest.mark.parametrize(("packs", "budget"), [(True, 1), (True, 1000), (False, 300)])
+def test_questions_may_have_two_to_ten_choices(tokenizer, scoring, packs, budget):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, pad_token_id=0)
+    model = make_model() if packs else MambaForCausalLM(config).eval()
+    questions = questions_of_many_sizes()
+    encoded = encode_questions(tokenizer, questions, {}, "harness", 2048, scoring=scoring)
+    score = ask(model, tokenizer, encoded, scoring, budget)
+    found = score.questions[[f"logprob_{letter}" for letter in "abcdefghij"]].to_numpy()
+    for e, row in zip(encoded, found, strict=True):
+        num = len(e.question.choices)
+        expected = [plain_logprob(model, e.context_ids, c) for c in e.continuations]
+        np.testing.assert_allclose(row[:num], expected, atol=1e-4)
+        assert np.isnan(row[num:]).all()
+    summary = summarize(score)
+    assert sum(summary[f"prediction_share_{letter}"] for letter in "abcdefghij") == pytest.approx(1)
+    probabilities = choice_probabilities(score).to_numpy()
+    np.testing.assert_allclose(np.nansum(probabilities, axis=1), 1)
+    assert (np.isnan(probabilities) == np.isnan(found)).all()
+    change = compare(score, score)
+    assert change["difference"] == change["balanced_accuracy_change"] == change["correct_probability_change"] == 0
+
+
+def test_a_set_of_two_choices_has_the_columns_of_four(tiny_model, tokenizer):
+    questions = [q for q in questions_of_many_sizes() if len(q.choices) == 2]
+    score = ask(tiny_model, tokenizer, encode(tokenizer, questions), "letters")
+    assert score.questions[["logprob_c", "logprob_d"]].isna().all(axis=None)
+    assert score.questions["logprob_c"].dtype == float
+    summary = summarize(score)
+    assert summary["prediction_share_a"] + summary["prediction_share_b"] == 1
+    assert summary["prediction_share_d"] == 0
+    assert "prediction_share_e" not in summary
+
+
+def test_written_answers_name_one_of_the_questions_own_choices(tiny_model, tokenizer):
+    encoded = encode(tokenizer, questions_of_many_sizes(), style="chat")
+    score = ask(tiny_model, tokenizer, encoded, "generate")
+    for predicted, e in zip(score.questions["prediction"], encoded, strict=True):
+        assert predicted == "" or predicted in "ABCDEFGHIJ"[: len(e.question.choices)]
+    assert score.questions["logprob_j"].isna().all()
 
 
 def of_budgets(loaded, encoded) -> list[np.ndarray]:

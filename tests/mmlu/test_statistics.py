@@ -129,8 +129,8 @@ def test_comparison_against_its_definition(pairs):
 
 def test_the_balanced_change_is_the_difference_of_balanced_accuracies():
     rng = np.random.default_rng(3)
-    answers, subjects = list(rng.choice(list(LETTERS), 200)), list(rng.choice(["anatomy", "virology"], 200))
-    ours, base = (answered(list(rng.choice(list(LETTERS), 200)), answers, subjects) for _ in range(2))
+    answers, subjects = list(rng.choice(list("ABCD"), 200)), list(rng.choice(["anatomy", "virology"], 200))
+    ours, base = (answered(list(rng.choice(list("ABCD"), 200)), answers, subjects) for _ in range(2))
     result = compare(ours, base)
     balanced, balanced_base = (summarize(score)["balanced_accuracy"] for score in (ours, base))
     assert result["balanced_accuracy_change"] == pytest.approx(balanced - balanced_base)
@@ -175,7 +175,7 @@ def test_a_subject_whose_favourite_letter_moved_did_not_get_better():
 
 
 def with_logprobs(score: Score, logprobs: np.ndarray, scoring: str = "letters") -> Score:
-    columns = {f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate(LETTERS)}
+    columns = {f"logprob_{letter.lower()}": logprobs[:, k] for k, letter in enumerate("ABCD")}
     return Score(score.questions.assign(**columns), {"scoring": scoring})
 
 

@@ -239,7 +239,7 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     write_dataset(tmp_path / "data" / "chunk_1", "long", num=40)
     (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
     options = {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
-    config = load_config(**options, chunk="chunk_1", dry_run=True)
+    config = load_config(**options, chunk="chunk_1", dry_run=True, questions="more=demo")
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
     assert [e.dataset for e in plan.experiments] == ["long", "short", "bad"], "by tokens"
@@ -251,10 +251,32 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     show_plan.print_plan(plan, console)
     shown = console.export_text()
     assert "for one worker, stages that are done not taken off" in shown
-    assert f"{plan.num_questions} questions can show changes of accuracy from " in shown
+    for name in ("", "more: "):
+        assert f"\n{name}{plan.num_questions} questions can show changes of accuracy from " in shown
     assert " after Holm over 3 datasets (at 5%, found in 80% of cases; an assumed 15% of the answers" in shown
     with pytest.raises(UserError, match="fewer --num-workers"):
         make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk).check_fit()
+
+
+def test_a_dry_run_counts_the_held_out_examples_of_all_datasets(tmp_path, tiny_model_folder):
+    for name, num in (("long", 200), ("short", 20)):
+        write_dataset(tmp_path / "data" / "chunk_1", name, num=num)
+    (tmp_path / "data" / "chunk_1" / "bad.json").write_text("[{")
+    options = {**OPTIONS, "model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    config = load_config(**options, chunk="chunk_1", stages=("train",))
+    chunk, files = find_files(config)
+    plan = make_plan(config.model_copy(update={"transfer": True}), files, chunk)
+    long, short, bad = plan.experiments
+    # A token of the training has two passes; what is left of the seconds is the same for both.
+    seconds, tokens = (long.estimated_seconds, short.estimated_seconds), (long.num_tokens, short.num_tokens)
+    a_pass = (seconds[0] - seconds[1]) / (2 * config.num_epochs * (tokens[0] - tokens[1]))
+    left = seconds[1] - 2 * config.num_epochs * tokens[1] * a_pass
+    share = estimate.SHARE_OF_RATE["train"] / estimate.SHARE_OF_RATE["evaluate"]
+    assert left == pytest.approx(share * a_pass * (tokens[0] + tokens[1]) / 10, rel=0.01)
+    assert bad.estimated_seconds is None
+    console = make_console(width=200, file=io.StringIO(), record=True)
+    show_plan.print_plan(plan, console)
+    assert "train: new; transfer: new" in console.export_text()
 
 
 def test_a_dataset_that_the_chat_template_refuses_costs_no_other(tmp_path, tiny_model_folder):

@@ -100,3 +100,10 @@ def test_a_prefix_costs_a_pass_and_each_subject_fills_its_own(shape):
     assert seconds(2 * 9000, 600, 600) == pytest.approx(2 * seconds(9000, 600))
     assert seconds(9000, 600) == seconds(9000) + 32 * 9.5e-3 / 2, "Python's launches bound a pass of 600 tokens"
     assert seconds(57 * 30_000, *[600] * 57) < 6 * 14042 * 125 / 36_000, "not as if each question had its shots"
+
+
+def test_further_sets_add_their_tokens():
+    one, other = QuestionTokens(100.0, (30,), 512), QuestionTokens(50.0, (20, 10), 512)
+    both = one.beside(other)
+    assert both.total == one.total + other.total
+    assert both.prefixes == (30, 20, 10)

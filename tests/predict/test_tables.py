@@ -39,6 +39,15 @@ def test_a_number_that_cannot_be_is_named_by_its_row(harm, told):
         known_from_table(harm(make_table(30, seed=6)), "overall_accuracy")
 
 
+def test_the_outcome_may_be_that_of_a_further_set():
+    table = make_table(30, seed=6)
+    table["accuracy_change[arc]"] = table["overall_accuracy"] - 0.5
+    assert (known_from_table(table, "accuracy_change[arc]").target < 0).any()
+    table["overall_accuracy[arc]"] = 100 * table["overall_accuracy"]
+    with pytest.raises(UserError, match=r"column overall_accuracy\[arc\], row 1: .* is not between 0 and 1"):
+        known_from_table(table, "overall_accuracy[arc]")
+
+
 def test_rows_without_a_hash_are_not_taken_for_one_dataset():
     table = make_table(30, seed=6).assign(data_hash=None)
     assert known_from_table(table, "overall_accuracy").groups is None

@@ -15,7 +15,7 @@ from raylora.report.page import write_report
 from raylora.report.read_run import load_run
 from tests.helpers.chromium import CHROMIUM, FLAGS
 from tests.helpers.odd import NASTY
-from tests.helpers.runs import dataset_names, write_run
+from tests.helpers.runs import dataset_names, write_run, write_transfer
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,23 @@ def test_the_ranking_goes_by_any_outcome(open_page, forty):
         assert f"Change in {title}" in page.locator("#ranking").inner_text()
     page.get_by_label("Rank by").select_option(label="by accuracy")
     assert "McNemar's exact test" in page.locator("#ranking").inner_text()
+
+
+def test_the_ranking_goes_by_a_further_set(open_page, tmp_path):
+    write_run(tmp_path / "run", ["a", "b", "c"])
+    table = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    further = ("accuracy_", "balanced_", "correct_probability", "mcnemar", "num_", "total_questions")
+    for name in [name for name in table if name.startswith(further)]:
+        table[f"{name}[arc]"] = -table[name] if name.endswith("_change") else table[name]
+    table.to_parquet(tmp_path / "run" / "results.parquet")
+    write_report(tmp_path / "run")
+    page = open_page(tmp_path / "run")
+    first = names_of(page, "ranking")
+    page.get_by_label("Rank by").select_option(label="by accuracy, arc")
+    assert names_of(page, "ranking") == first[::-1]
+    text = page.locator("#ranking").inner_text()
+    assert "Change in accuracy, arc in percentage points" in text
+    assert "questions can show changes of accuracy from" in text
 
 
 def test_shrunk_changes_and_what_the_questions_can_show_are_on_the_page(open_page, forty, letters_run):
@@ -173,6 +190,31 @@ def test_the_heat_map_tells_its_cells(open_page, forty):
     assert re.search(r"points: \d+ gained, \d+ lost", page.locator("#tip").inner_text())
     page.locator("#subjects summary").click()
     page.locator("#subjects tbody tr.row").nth(19).wait_for(state="attached")
+
+
+def test_the_map_of_adapters_by_datasets_tells_its_cells(open_page, tmp_path):
+    rows = write_run(tmp_path / "chunk", dataset_names(9), sizes={"anatomy": 20, "virology": 20})
+    write_transfer(tmp_path / "chunk", rows)
+    write_report(tmp_path / "chunk")
+    page = open_page(tmp_path / "chunk")
+    assert "Helped most: " in page.locator("#transfer").inner_text()
+    # All of the canvas, not its edge alone; and the tooltip, which a scroll hides, only when that is over.
+    page.locator("#transfer canvas").evaluate("node => node.scrollIntoView({ block: 'center' })")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    box = page.locator("#transfer canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.9)
+    assert re.search(
+        r"adapter of .*\non .* \(50 examples, .*\n.* nats a token, .* to ", page.locator("#tip").inner_text()
+    )
+    page.locator("#transfer summary").click()
+    page.locator("#transfer tbody tr.row").nth(8).wait_for(state="attached")
+    page.get_by_label("Order of the adapters").select_option("name")
+    box = page.locator("#transfer canvas").bounding_box()
+    page.mouse.click(box["x"] + 10, box["y"] + box["height"] - 9)
+    assert page.locator("#chosen .name").inner_text() == max(row.values["dataset"] for row in rows)
+    assert page.locator("header a", has_text="Transfer").count() == 1
+    narrow = open_page(tmp_path / "chunk", 320, 844, "dark")
+    assert narrow.evaluate("document.documentElement.scrollWidth") == 320
 
 
 def test_every_feature_can_be_looked_at(open_page, forty):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 
+import pandas as pd
 from rich.console import Console
 
 from raylora.report.terminal import print_results
@@ -69,6 +70,19 @@ def test_many_constant_adapters_are_one_line(tmp_path):
         "",
         "the model answers A to 600 of 600 questions: letters cannot show a change; try --scoring cloze",
     ]
+
+
+def test_a_further_set_is_one_line(tmp_path):
+    rows = write_run(tmp_path / "chunk", ["a", "b", "c"])
+    path = tmp_path / "chunk" / "results.parquet"
+    table = pd.read_parquet(path)
+    further = {"accuracy_change": [0.5, -0.5, 0.01], "mcnemar_p_value": [1e-9, 1e-9, 1.0]}
+    names = [f"balanced_accuracy_change{side}" for side in ("", "_low", "_high")]
+    further |= dict(zip(names, ([0.5, -0.5, 0], [0.4, -0.6, -0.1], [0.6, -0.4, 0.1]), strict=True))
+    table.assign(**{f"{name}[arc]": values for name, values in further.items()}).to_parquet(path)
+    best, worst, _ = table["dataset"]
+    shown = " ".join(printed(rows, tmp_path / "chunk").split())
+    assert f"arc: 1 better, 1 worse, by Holm at 5%, of 3; {best} +0.500 to {worst} -0.500." in shown
 
 
 def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -93,8 +94,9 @@ def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     ray_on_s3, objects, options, tmp_path, capsys
 ):
 
-    rows = run(options)
-    local = run({**options, "data_root": tmp_path / "data", "mmlu": str(DEMO_QUESTIONS), "output": tmp_path / "here"})
+    rows = run(options, transfer=True)
+    at_home = {"data_root": tmp_path / "data", "mmlu": str(DEMO_QUESTIONS), "output": tmp_path / "here"}
+    local = run({**options, **at_home}, transfer=True)
     assert len(rows) == NUM_DATASETS
     assert {k: still(v) for k, v in rows.items()} == {k: still(v) for k, v in local.items()}
     here = {p.relative_to(tmp_path / "here").as_posix() for p in (tmp_path / "here").rglob("*") if p.is_file()}
@@ -108,9 +110,12 @@ def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     assert sorted(table["dataset"]) == sorted(rows)
     assert list(pd.read_csv(location(f"s3://{BUCKET}/{OUT}/results.csv").open("rb"))["status"]) == ["ok"] * 3
     before = {n: d for n, d in objects.everything().items() if "/experiments/" in n or "/base/" in n}
-    assert run(options) == rows
+    cells = objects.get(f"{OUT}/transfer.csv")
+    assert len(pd.read_csv(io.BytesIO(cells))) == NUM_DATASETS**2
+    assert run(options, transfer=True) == rows
     assert {n: d for n, d in objects.everything().items() if n in before} == before
-    call_command("batch", [*command(options)[3:], "--dry-run"])
+    assert objects.get(f"{OUT}/transfer.csv") == cells
+    call_command("batch", [*command(options, "--transfer")[3:], "--dry-run"])
     assert "3 experiments, 3 done" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-// Subjects: a heat map of experiments by subjects, on a canvas that holds only what is in sight; and its table.
+// Heat maps, on a canvas that holds only what is in sight; that of experiments by subjects, and its table.
 
 const GROUP_NAMES = { stem: "STEM", humanities: "humanities", social_sciences: "social sciences", other: "other" };
 const shortSubject = (name) => name.replaceAll("_", " ").replace("high school", "HS").replace("professional", "prof.").replace("college", "coll.").replace("government and politics", "government").replace("conceptual", "conc.").replace("elementary", "elem.");
@@ -41,30 +41,60 @@ function drawSubjects() {
   const scaleBar = el("i", { class: "scale" });
   host.append(el("div", { class: "tools" }, el("label", {}, "Rows by", sort), el("span", { class: "key" }, `${MINUS}${(100 * limit).toFixed(0)}`, scaleBar, `+${(100 * limit).toFixed(0)} points and beyond`)));
 
-  const canvas = el("canvas", { role: "img", "aria-label": "Heat map of the change by experiment and subject; the table below has its figures" });
+  const map = heatMap(host, {
+    label: "Heat map of the change by experiment and subject; the table below has its figures",
+    rows, columns: order, limit, scaleBar, mean, real, value: change,
+    columnLabel: (s) => shortSubject(found.names[s]),
+    groups: groups.map((group) => ({ name: GROUP_NAMES[group], members: order.filter((s) => found.groups[s] === group) })).filter((group) => group.members.length),
+    tip(i, s) {
+      if (s === undefined) return [DATA.labels[i], `overall ${pointsOf(i)}`];
+      const subject = `${found.names[s].replaceAll("_", " ")} (${count(found.sizes[s], "question")}, base ${percent(found.base[s])})`;
+      if (i === undefined) return [subject];
+      if (i === null) return [`mean of ${count(rows.length, "experiment")}`, subject, `${points(mean[s])} points`];
+      return [DATA.labels[i], subject, `${points(change(i, s))} points: ${found.rows[i].gained[s]} gained, ${found.rows[i].lost[s]} lost`, `Holm p ${pValue(found.rows[i].holm[s])}${real(i, s) ? ": real" : found.rows[i].verdicts[s] === "letter" ? ": its favourite letter moved" : ""}`];
+    },
+  });
+  sort.addEventListener("change", () => {
+    const by = sort.value;
+    map.show(by === "change" ? rows : rows.slice().sort((a, b) => (by === "name" ? DATA.labels[a].localeCompare(DATA.labels[b], "en", { numeric: true }) : change(b, Number(by)) - change(a, Number(by)))));
+  });
+  subjectTable(host, found, order, rows, change, real, mean);
+}
+
+/**
+ * A heat map of experiments by columns; `show` gives it other rows.
+ *
+ * spec: `rows` (experiments), `columns` (keys), `value(i, c)` (null: nothing was measured), `limit` (the value of the
+ * deepest colour), `real(i, c)` (dotted), `tip(i, c)` (lines of the tooltip; i null: the mean, undefined: the heading),
+ * `columnLabel(c)`, `label` (of the picture), `scaleBar`; perhaps `mean` (by column), `groups` of columns, `own(i)` (the
+ * column that is outlined), `widest` (pixels of a cell).
+ */
+function heatMap(host, spec) {
+  const { label: title, columns, limit, scaleBar, mean = null, groups = [], own = () => undefined, widest = Infinity, value, real, tip: told, columnLabel } = spec;
+  const canvas = el("canvas", { role: "img", "aria-label": title });
   const spacer = el("div", {}, canvas);
   const scroller = el("div", { class: "heat", tabindex: "0" }, spacer);
   host.append(scroller);
-  let sorted = rows;
+  let sorted = spec.rows;
   let view = null;
 
   function layOut(width) {
     const wide = width >= 800;
     const label = Math.round(Math.min(230, 6.9 * LONGEST_NAME + 14, Math.max(104, width * 0.2)));
     const gap = wide ? 8 : 4; // between groups
-    const numGroups = new Set(found.groups).size;
-    const cell = (width - label - gap * (numGroups - 1) - 2) / order.length;
-    const row = rows.length > 150 ? 13 : 18;
-    const top = (cell >= 11 ? 138 : 4) + 20;
+    const cell = Math.min(widest, (width - label - gap * Math.max(0, groups.length - 1) - 2) / columns.length);
+    const row = sorted.length > 150 ? 13 : 18;
+    const top = (cell >= 11 ? 138 : 4) + (groups.length ? 20 : 0);
     const xs = new Map();
     let x = label;
-    order.forEach((s, k) => {
-      if (k && found.groups[s] !== found.groups[order[k - 1]]) x += gap;
+    columns.forEach((s) => {
+      if (groups.slice(1).some((group) => group.members[0] === s)) x += gap;
       xs.set(s, x);
       x += cell;
     });
-    const total = top + row + 6 + rows.length * row;
-    view = { width, label, cell, row, top, xs, total, first: top + row + 6, height: total <= 1000 ? total : 640 };
+    const first = top + (mean ? row + 6 : 2);
+    const total = first + sorted.length * row;
+    view = { width, label, cell, row, top, xs, total, first, height: total <= 1000 ? total : 640 };
     scroller.style.height = `${view.height}px`;
     spacer.style.height = `${total}px`;
     canvas.style.width = `${width}px`;
@@ -85,9 +115,14 @@ function drawSubjects() {
     scaleBar.style.background = `linear-gradient(to right, ${[-1, -0.5, 0, 0.5, 1].map(tint).join(", ")})`;
     pen.scale(ratio, ratio);
     const inset = cell >= 8 ? 1 : 0.3;
-    const cells = (y, value, sure) => order.forEach((s) => {
+    const cells = (y, value, sure, outlined) => columns.forEach((s) => {
+      if (value(s) === null) return;
       pen.fillStyle = tint(value(s) / limit);
       pen.fillRect(xs.get(s), y, cell - inset, row - 1);
+      if (outlined(s)) {
+        pen.strokeStyle = ink;
+        pen.strokeRect(xs.get(s) + 0.5, y + 0.5, cell - inset - 1, row - 2);
+      }
       if (!sure(s)) return;
       const strong = Math.abs(value(s)) > 0.6 * limit;
       pen.fillStyle = strong ? panel : ink;
@@ -109,35 +144,35 @@ function drawSubjects() {
       if (i === chosen) { pen.fillStyle = mark; pen.fillRect(0, y, label - 3, row - 1); }
       pen.fillStyle = i === chosen ? ink : soft;
       name(DATA.labels[i], y, i === chosen ? 600 : 400);
-      cells(y, (s) => change(i, s), (s) => real(i, s));
+      cells(y, (s) => value(i, s), (s) => real(i, s), (s) => own(i) === s);
     }
     pen.fillStyle = panel;
     pen.fillRect(0, 0, width, first - 1);
-    pen.fillStyle = ink;
-    name("mean", top, 600);
-    cells(top, (s) => mean[s], () => false);
+    if (mean) {
+      pen.fillStyle = ink;
+      name("mean", top, 600);
+      cells(top, (s) => mean[s], () => false, () => false);
+    }
     if (cell >= 11) {
       pen.font = font(11);
       pen.textAlign = "left";
-      for (const s of order) {
+      for (const s of columns) {
         pen.save();
         pen.translate(xs.get(s) + cell / 2, top - 5);
         pen.rotate(-Math.PI / 2);
         pen.fillStyle = soft;
-        pen.fillText(fitText(pen, shortSubject(found.names[s]), 132), 0, 0);
+        pen.fillText(fitText(pen, columnLabel(s), 132, true), 0, 0);
         pen.restore();
       }
     }
     pen.textBaseline = "alphabetic";
     pen.font = font(12, 600);
     pen.fillStyle = ink;
-    for (const group of groups) {
-      const members = order.filter((s) => found.groups[s] === group);
-      if (!members.length) continue;
+    for (const { name: heading, members } of groups) {
       const from = xs.get(members[0]);
       const to = xs.get(members.at(-1)) + cell;
       pen.textAlign = "center";
-      pen.fillText(fitText(pen, GROUP_NAMES[group], to - from), (from + to) / 2, 13);
+      pen.fillText(fitText(pen, heading, to - from), (from + to) / 2, 13);
       pen.fillRect(from, 18, to - from - inset, 1);
     }
   }
@@ -145,32 +180,22 @@ function drawSubjects() {
   function hit(event) {
     const box = canvas.getBoundingClientRect();
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-    const s = order.find((candidate) => x >= view.xs.get(candidate) && x < view.xs.get(candidate) + view.cell);
-    if (y >= view.top && y < view.top + view.row) return { i: null, s };
+    const s = columns.find((candidate) => x >= view.xs.get(candidate) && x < view.xs.get(candidate) + view.cell);
+    if (mean && y >= view.top && y < view.top + view.row) return { i: null, s };
     if (y < view.first) return { i: undefined, s };
     return { i: sorted[Math.floor((y - view.first + scroller.scrollTop) / view.row)], s };
   }
   canvas.addEventListener("pointermove", (event) => {
     const { i, s } = hit(event);
-    if (s === undefined && (i === undefined || i === null)) { hideTip(); return; }
-    if (s === undefined) { showTip(event, DATA.labels[i], `overall ${pointsOf(i)}`); return; }
-    const subject = `${found.names[s].replaceAll("_", " ")} (${count(found.sizes[s], "question")}, base ${percent(found.base[s])})`;
-    if (i === undefined) { showTip(event, subject); return; }
-    if (i === null) { showTip(event, `mean of ${count(rows.length, "experiment")}`, subject, `${points(mean[s])} points`); return; }
-    showTip(event, DATA.labels[i], subject, `${points(change(i, s))} points: ${found.rows[i].gained[s]} gained, ${found.rows[i].lost[s]} lost`, `Holm p ${pValue(found.rows[i].holm[s])}${real(i, s) ? ": real" : found.rows[i].verdicts[s] === "letter" ? ": its favourite letter moved" : ""}`);
+    if (s === undefined && (i === undefined || i === null)) hideTip();
+    else showTip(event, ...told(i, s));
   });
   canvas.addEventListener("pointerleave", hideTip);
   canvas.addEventListener("click", (event) => { const { i } = hit(event); if (i !== undefined && i !== null) choose(i); });
-  sort.addEventListener("change", () => {
-    const by = sort.value;
-    sorted = by === "change" ? rows : rows.slice().sort((a, b) => (by === "name" ? DATA.labels[a].localeCompare(DATA.labels[b], "en", { numeric: true }) : change(b, Number(by)) - change(a, Number(by))));
-    scroller.scrollTop = 0;
-    paint();
-  });
   scroller.addEventListener("scroll", paint, { passive: true });
   onChosen(paint);
   onResize(scroller, layOut);
-  subjectTable(host, found, order, rows, change, real, mean);
+  return { show(rows) { sorted = rows; scroller.scrollTop = 0; paint(); } };
 }
 
 function fitText(pen, text, width, ends = false) {

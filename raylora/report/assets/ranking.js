@@ -57,7 +57,7 @@ function aboutPairs() {
 const HAS_SHRUNK = RANKED.some((i) => SHRUNK[i] !== null);
 /** What can be ranked by: accuracy, which decides what is real on the rest of the page, and other outcomes. */
 const BY_ACCURACY = { title: "accuracy", column: "accuracy_change", line: lineOf, holm: HOLM, verdicts: VERDICT, digits: 1 };
-const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.name === "correct_probability" ? 2 : 1 }))];
+const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.kind === "correct_probability" ? 2 : 1 }))];
 
 function drawRanking() {
   const host = body("ranking");
@@ -82,7 +82,7 @@ function aboutAccuracy() {
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals ",
       SEEDS ? "that hold what a training with a fresh seed would change, on all questions like these: they count the noise of the seeds and that of the questions. Small dots are the seeds, large ones their mean. " : "(Tango's score interval, corrected for continuity). ",
       el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} real`),
-      ` (filled): the p-values of ${SEEDS ? "the change of accuracy over seeds" : "McNemar's exact test of accuracy"} and of the change of balanced accuracy (the mean over the four right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
+      ` (filled): the p-values of ${SEEDS ? "the change of accuracy over seeds" : "McNemar's exact test of accuracy"} and of the change of balanced accuracy (the mean over the right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
       letters ? `In ${letters}, ${SEEDS ? "only that of accuracy" : "only McNemar's"} passes, and balanced accuracy did not change: its favourite letter moved. A model that comes to prefer another letter gains where that letter happens to be right. ` : "",
       `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
       RANKED.length > 1 ? ` Where a few false ones among them do no harm: by the false-discovery rate (Benjamini and Hochberg, 5%) ${discovered} ${discovered === 1 ? "is" : "are"} real, of which 5% may be false on average.` : "",
@@ -93,22 +93,32 @@ function aboutAccuracy() {
   ];
 }
 
-function aboutOutcome({ name, title, verdicts }) {
+const ABOUT = {
+  accuracy: { test: "McNemar's exact test, and that of balanced accuracy,", meaning: "" },
+  balanced_accuracy: { test: "the change's interval", meaning: "It is the mean over the right letters: a preference for a letter does not move it. " },
+  correct_probability: {
+    test: "the paired t-test over questions",
+    meaning: "It is the mean over questions of the probability among a question's choices; of letters, the model's mean preference for each is taken off before. It moves where the highest choice stays the same. ",
+  },
+};
+
+function aboutOutcome({ kind, set, title, verdicts, power }) {
   const real = RANKED.filter((i) => ["gain", "loss"].includes(verdicts[i])).length;
-  const test = name === "correct_probability" ? "the paired t-test over questions" : "the change's interval";
   return [
     note(
       `Change in ${title} in percentage points, adapter minus base on the same questions, with 95% intervals. `,
-      name === "correct_probability" ? "It is the mean over questions of the probability among a question's choices; of letters, the model's mean preference for each is taken off before. It moves where the highest choice stays the same. " : "It is the mean over the right letters: a preference for a letter does not move it. ",
+      ABOUT[kind].meaning,
       el("b", {}, `${real} of ${count(RANKED.length, "change")} ${real === 1 ? "is" : "are"} real`),
-      ` (filled): the p-value of ${test} is below ${ALPHA}, Holm-adjusted over all ${RANKED.length}.`,
-      SEEDS && name === "correct_probability" ? " Of datasets with several seeds only the mean is shown, without an interval." : "",
+      ` (filled): the p-value of ${ABOUT[kind].test} is below ${ALPHA}, Holm-adjusted over all ${RANKED.length}.`,
+      SEEDS && (set || kind === "correct_probability") ? " Of datasets with several seeds only the mean is shown, without an interval." : "",
     ),
-    note("The rest of the page goes by accuracy. Whoever looks at several outcomes and takes the best one finds more by chance than 5%."),
+    ...(power ? [note(`${power}.`)] : []),
+    note("The rest of the page goes by accuracy on the first set of questions. Whoever looks at several outcomes and takes the best one finds more by chance than 5%."),
   ];
 }
 
-function drawRankingBy(host, { title, column, line, holm, verdicts, digits }) {
+function drawRankingBy(host, ranking) {
+  const { title, column, line, holm, verdicts, digits } = ranking;
   const isAccuracy = column === "accuracy_change";
   const letters = isAccuracy ? DATA.ranking.num_letters : 0;
   const own = numbers(column);
@@ -116,7 +126,7 @@ function drawRankingBy(host, { title, column, line, holm, verdicts, digits }) {
   const tone = (i) => (isReal(i) ? verdicts[i] : "none");
   const verdict = (i) => (verdicts[i] === "letter" ? "its favourite letter moved" : verdicts[i]);
   const order = RANKED.slice().sort((a, b) => (line(b).change ?? -Infinity) - (line(a).change ?? -Infinity));
-  host.append(...(isAccuracy ? aboutAccuracy() : aboutOutcome({ name: column.replace("_change", ""), title, verdicts })));
+  host.append(...(isAccuracy ? aboutAccuracy() : aboutOutcome(ranking)));
   const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "undecided", false]];
   host.append(el("div", { class: "keys" }, ...keys.map(([name, text, filled]) => el("span", { class: "key" }, el("i", { style: { borderColor: `var(--${name})`, background: filled ? `var(--${name})` : "none" } }), text))));
 

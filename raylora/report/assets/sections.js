@@ -33,7 +33,7 @@ function drawTime() {
   const rows = total.map((_, i) => i).filter((i) => total[i] > 0);
   const longest = Math.max(...rows.map((i) => total[i]));
   const [speed, memory] = [numbers("train_tokens_per_second"), numbers("peak_memory_bytes")];
-  const perStage = kinds.filter((k) => totals[k] > 0 && stages[k] !== "other").map((k) => ({ key: `stage${k}`, title: { "static features": "Features", probe: "Probe", training: "Training", MMLU: "MMLU" }[stages[k]], hint: stages[k], value: (i) => seconds[k][i], text: (i) => duration(seconds[k][i]), num: true, width: 82, from: 1000 }));
+  const perStage = kinds.filter((k) => totals[k] > 0 && stages[k] !== "other").map((k) => ({ key: `stage${k}`, title: { "static features": "Features", probe: "Probe", training: "Training", MMLU: "MMLU", transfer: "Transfer" }[stages[k]], hint: stages[k], value: (i) => seconds[k][i], text: (i) => duration(seconds[k][i]), num: true, width: 82, from: 1000 }));
   const table = new Table(host, [
     { key: "name", title: "Dataset", value: (i) => DATA.labels[i], draw: (i) => nameCell(DATA.labels[i]), width: nameWidth(0.38) },
     { key: "bar", title: "Time by stage", value: (i) => total[i], first: "descending", draw: (i) => el("div", { style: { width: `${Math.max(1, (100 * total[i]) / longest)}%` } }, stack(seconds.map((s) => s[i]), total[i])) },
@@ -96,7 +96,7 @@ function saveCsv() {
 }
 
 // A figure that cannot be drawn says so in its place, and the others are drawn.
-for (const [section, draw] of [["tiles", drawTiles], ["ranking", drawRanking], ["subjects", drawSubjects], ["losses", drawLosses], ["features", drawFeatures], ["time", drawTime], ["failures", drawFailures], ["table", drawTable]]) {
+for (const [section, draw] of [["tiles", drawTiles], ["ranking", drawRanking], ["subjects", drawSubjects], ["transfer", drawTransfer], ["losses", drawLosses], ["features", drawFeatures], ["time", drawTime], ["failures", drawFailures], ["table", drawTable]]) {
   try {
     draw();
   } catch (error) {

@@ -1,0 +1,124 @@
+"""``--mask``: questions that a second set of numbers leaves out, as their labels are wrong or their texts unclear.
+
+A mask is a list of question ids, or a table in MMLU-Redux's form (Gema et al. 2024, "Are We Done with MMLU?",
+arXiv:2406.04127), which has the questions that people have read again, with an ``error_type`` that is ``ok`` or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raylora.errors import UserError, one_line, reason
+from raylora.records import Question
+from raylora.storage.places import location, reading
+
+ID_COLUMNS = ("question_id", "id")
+ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
+RIGHT = "ok"
+"""The ``error_type`` of a question of MMLU-Redux with which nothing is wrong."""
+
+
+def find_masked(file: str, questions: Sequence[Question]) -> frozenset[str]:
+    """The ids of the questions that a mask leaves out.
+
+    Args:
+        file: ids, one a line, in a JSON list, or in a column ``question_id`` (or ``id``) of a CSV, JSON, JSON lines,
+            Parquet or Arrow file; or a table with the columns ``question``, ``choices`` and ``error_type``; or a folder
+            of such files. An id is ``subject/N``, N counting from 0 within the subject, or that of the questions' file.
+        questions: all of the set.
+
+    Raises:
+        UserError: it cannot be read, is no mask, or lists none of the questions.
+    """
+    path = location(file).expanduser()
+    with reading(path):
+        wrong = [_key_of(place, value) for place, value in _entries(path)]
+    listed = {key for key in wrong if key is not None}
+    masked = frozenset(q.question_id for q in questions if listed.intersection(_keys_of(q)))
+    if not masked:
+        raise UserError(f"--mask {path}: it lists {len(listed)} questions, and none of the set's {len(questions)}")
+    return masked
+
+
+def _keys_of(question: Question) -> set[str]:
+    """What a mask may call a question."""
+    return {question.question_id, question.own_id, _text_key(question.question, question.choices)} - {""}
+
+
+def _text_key(question: str, choices: Sequence[str]) -> str:
+    """A question without its white space and case, in which copies of MMLU differ; longer than any id."""
+    return json.dumps(["".join(text.split()).casefold() for text in (question, *choices)], ensure_ascii=False)
+
+
+def _key_of(place: str, entry: Any) -> str | None:
+    """What an entry of a mask calls the question that is left out; None where it says that nothing is wrong with it.
+
+    Raises:
+        UserError: it is no entry of a mask.
+    """
+    if isinstance(entry, str) and entry.strip():
+        return entry.strip()
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return str(entry)
+    if not isinstance(entry, dict):
+        raise UserError(f"{place}: expected a question's id, or an object with question_id; found {str(entry)[:40]!r}")
+    if "error_type" in entry and str(entry["error_type"]).strip() == RIGHT:
+        return None
+    for name in ID_COLUMNS:
+        if entry.get(name) not in (None, ""):
+            return str(entry[name]).strip()
+    question, choices = entry.get("question"), entry.get("choices")
+    is_known = "error_type" in entry and isinstance(question, str)
+    if is_known and isinstance(choices, list) and all(isinstance(c, str) for c in choices):
+        return _text_key(str(question), choices)
+    raise UserError(f"{place}: has neither question_id nor question, choices and error_type (MMLU-Redux)")
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each entry of a mask with its place."""
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--mask {path}: no {', '.join(ENDINGS)} file in it")
+    for file in files:
+        try:
+            yield from ((f"--mask {file}: entry {number}", entry) for number, entry in enumerate(_read(file), 1))
+        except OSError as error:
+            raise UserError(f"--mask {file}: cannot be read: {reason(error)}") from None
+        except (ValueError, RecursionError, csv.Error) as error:  # pyarrow's errors, and those of JSON, are ValueErrors
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"--mask {file}: cannot be read: {one_line(error)}") from None
+
+
+def _read(file: Path) -> list[Any]:
+    suffix = file.suffix.lower()
+    if suffix in {".parquet", ".arrow"}:
+        with file.open("rb") as stream:
+            table = pq.read_table(stream) if suffix == ".parquet" else _read_arrow(stream.read())
+        entries: list[Any] = table.to_pylist()
+        return entries
+    text = file.read_text(encoding="utf-8-sig")
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        return found if isinstance(found, list) else [found]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return [json.loads(line) if line.startswith(("{", '"')) else line for line in lines]
+
+
+def _read_arrow(data: bytes) -> pa.Table:
+    """An Arrow file, or a stream, as Hugging Face's datasets writes it."""
+    try:
+        return pa.ipc.open_file(data).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_stream(data).read_all()
