@@ -29,7 +29,7 @@ PICTURE = ROOT / "docs" / "report.png"
 OPENING = "The demo ends so:\n\n"
 WIDTH = 98
 """Characters in a line of the example: the names of the datasets are whole, and there is room for p(right)."""
-SIZE = {"width": 1280, "height": 1390}
+SIZE = {"width": 1280, "height": 1620}
 """Of the picture, in CSS pixels: the page from its head to its first figures."""
 
 
