@@ -132,7 +132,7 @@ def trained(num_seeds: int, num_questions: int) -> tuple[np.ndarray, np.ndarray]
         return common.score(loaded, encoded).questions["correct"].to_numpy().astype(bool)
 
     method = Method(num_epochs=2, learning_rate=1e-2, max_length=128)
-    dataset = read_dataset(DEMO_FOLDER / DEMO_CHUNK / "grounded_final.json")
+    dataset = read_dataset(DEMO_FOLDER / DEMO_CHUNK / "country_facts.json")
     base, right = answers(), []
     for seed in range(num_seeds):
         mixed = (dataset.seed ^ seed) % 2**62

@@ -18,7 +18,7 @@ def test_a_disk_without_room_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(examples, "MEMORY_CHARS", 0)
     with pytest.raises(MachineError, match="RAYLORA_CACHE") as raised:
-        read_dataset(DEMO_FOLDER / "chunk_demo" / "clean_messages.json")
+        read_dataset(DEMO_FOLDER / "chunk_demo" / "country_facts.json")
     assert raised.value.kind is ErrorKind.CACHE_FULL
 
 

@@ -16,7 +16,9 @@ from raylora.commands.run_command import call_command
 from raylora.config import Config, load_config
 from raylora.data.datasets import read_dataset
 from raylora.errors import UserError
+from raylora.planning.plan import DEMO_CHUNK, DEMO_FOLDER
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS
+from tests.helpers.demo import OPENING, README, put_into
 from tests.helpers.docs_changes import apply_diffs, copy_of_the_code, write_question_set
 from tests.helpers.docs_commands import NOT_RUN, PAGES, ROOT, RUN, Command, all_commands, blocks, commands_of_page
 
@@ -244,3 +246,13 @@ def test_ray_is_imported_where_the_readme_says():
     sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "raylora").rglob("*.py")}
     with_ray = {name for name, text in sources.items() if re.search(r"^\s*(import|from) ray\b", text, re.M)}
     assert with_ray == {"raylora/cluster/ray_run.py"}
+
+
+def test_readmes_example_is_of_the_demos_datasets_and_is_replaced_as_a_block():
+    page = README.read_text(encoding="utf-8")
+    before, _, after = page.partition(OPENING)
+    example = re.match(r"(    .*\n|\n(?=    ))*", after)[0]
+    for path in (DEMO_FOLDER / DEMO_CHUNK).iterdir():
+        assert f"    {path.stem} " in example
+    again = put_into(page, "a line\n\nanother")
+    assert again == before + OPENING + "    a line\n\n    another\n" + after.removeprefix(example)

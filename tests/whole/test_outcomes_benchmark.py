@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from benchmarks import outcomes
+from benchmarks import outcomes, small_datasets
+from raylora.data.datasets import read_dataset
 from raylora.mmlu.statistics import compare
 from tests.helpers.runs import make_score, write_run
 
@@ -35,3 +36,11 @@ def test_a_runs_adapters_have_a_row_each(tmp_path):
 def test_the_interval_of_a_probability_holds_where_letters_are_calibrated_by_the_same_questions():
     """Four standard errors of a simulated 0.95 are 0.028."""
     assert outcomes.coverage(57, [0.23, 0.25, 0.25, 0.27], (1.0, 0.5), 1000) > 0.922
+
+
+def test_twenty_four_different_datasets_are_made_of_the_demos_material(tmp_path):
+    paths = small_datasets.write_datasets(tmp_path)
+    assert len({path.read_text() for path in paths}) == 24
+    for path in paths:
+        dataset = read_dataset(path)
+        assert (len(dataset.examples), dataset.num_bad_records) == (int(path.stem.split("_")[-2]), 0)

@@ -101,7 +101,7 @@ def metadata_of(built: Path) -> Message:
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = {name for name in files_of_the_wheel(built) if ".dist-info/" not in name}
     assert names == {f"raylora/{name}" for name in files_below(ROOT / "raylora")}
-    for known in ("py.typed", "demo/questions.json", "demo/chunk_demo/clean_messages.json", "report/assets/page.html"):
+    for known in ("py.typed", "demo/questions.json", "demo/chunk_demo/country_facts.json", "report/assets/page.html"):
         assert f"raylora/{known}" in names
 
 
