@@ -51,37 +51,57 @@ def digest(value: Any, length: int = 64) -> str:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. ``role`` is ``system``, ``user`` or ``assistant``."""
+    """One turn of a conversation. ``role`` is ``system``, ``user``, ``assistant`` or ``tool``, what a tool returned."""
 
     role: str
     content: str
+    extra: str = ""
+    """What else the chat template is told of the turn (``tool_calls``, ``name``, ``tool_call_id``): a JSON object as
+    text; empty where there is nothing."""
+    is_trained: bool = True
+    """False where the record says that nothing is to be learned from the turn (``weight: 0``, ``train: false``)."""
+
+    @property
+    def values(self) -> tuple[str | bool, ...]:
+        """All of it as JSON values, (role, content) of a plain turn: digests of older versions are of these."""
+        is_plain = self.is_trained and not self.extra
+        return (self.role, self.content) if is_plain else (self.role, self.content, self.extra, self.is_trained)
 
 
 @dataclass(frozen=True)
 class Example:
     """A training pair: the conversation so far, and the answer that the model should give.
 
-    A conversation with several assistant turns makes one Example of each.
+    A conversation with several assistant turns makes one Example of each that is to be learned.
     """
 
     messages: tuple[Message, ...]
-    """The conversation up to the answer; the last one is the user's."""
+    """The conversation up to the answer. Empty where the record is a plain text: all of it is the answer then."""
     answer: str
     question: str
     """The question without its context; the last user message if there is no context."""
     context: str = ""
-    """The passage that the answer should rest on, which is in ``messages`` too; empty if there is none."""
+    """The passage that the answer should rest on, which is in ``messages`` too; empty if there is none. In a conversation
+    with tools what they returned since the question."""
     conversation: str = ""
     """Identity by content of the conversation whose turns gave several Examples; empty where this is its only one."""
     num_repeated: int = 0
     """How many of ``messages``, from the front, an earlier Example of the conversation ends with or holds as well."""
+    tools: str = ""
+    """The tools that the model may call, for the chat template: a JSON list as text; empty where there are none."""
+
+    @property
+    def asked(self) -> str:
+        """The last user turn, context and question; empty where there is none."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
 
     @cached_property
     def digest(self) -> str:
         """Identity by content, so that order and place in the file do not matter."""
         # With the conversation, as two that begin alike, and differ later, have equal first examples.
-        conversation = [self.conversation] if self.conversation else []
-        return digest([[(m.role, m.content) for m in self.messages], self.answer, *conversation])
+        rest: list[Any] = [self.conversation] if self.conversation else []
+        rest += [[self.tools]] if self.tools else []
+        return digest([[m.values for m in self.messages], self.answer, *rest])
 
 
 def digests_of(examples: Sequence[Example]) -> np.ndarray:
@@ -118,6 +138,10 @@ class Dataset:
     """Records that ``--salvage`` lost, after the place where the file breaks off; -1 if their number is unknown."""
     data_hash: str = ""
     """SHA-256 of the file's bytes in hex; empty if the examples are not from a file."""
+    record_form: str = ""
+    """The forms of its records, such as ``question/answer``; with how many records each has, if there are several."""
+    ignored_keys: str = ""
+    """The keys of records and turns that no form uses, with commas between them."""
 
     @cached_property
     def seed(self) -> int:
@@ -205,6 +229,9 @@ class Experiment:
     """Why it cannot run, if that is known before anything starts. It still gets a row."""
     error_kind: str = ""
     """An ``ErrorKind``; empty where there is no error."""
+    record_form: str = ""
+    """As ``Dataset.record_form``; ``ignored_keys`` as well."""
+    ignored_keys: str = ""
 
     @property
     def base_keys(self) -> dict[str, str]:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from raylora.data.examples import Chosen, count_chars, keep_examples, order_by_content
 from raylora.data.json_stream import RecordStream, shown_path
-from raylora.data.parse_record import is_record, parse_record
+from raylora.data.parse_record import FormCounts, is_record, parse_record
+from raylora.data.record_values import leaves_of
 from raylora.errors import ErrorKind, UserError, errors_are, reason
 from raylora.records import BadRecord, Dataset, Example, digests_of
 from raylora.storage.places import reading
@@ -109,6 +109,9 @@ class Survey:
     """An ``ErrorKind``; empty where there is no error."""
     sample: list[Example] = field(default_factory=list)
     """The first ``SURVEY_SAMPLE_SIZE`` examples."""
+    record_form: str = ""
+    """As ``Dataset.record_form``; ``ignored_keys`` as well."""
+    ignored_keys: str = ""
 
 
 def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Survey:
@@ -125,6 +128,7 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
     except UserError as error:
         result = Survey(error=str(error), error_kind=error.kind)
     result.data_hash = reader.records.hash
+    result.record_form, result.ignored_keys = reader.forms.record_form, reader.forms.ignored_keys
     return result
 
 
@@ -151,6 +155,8 @@ def read_dataset(path: Path, salvage: bool = False, limit: int | None = None) ->
         num_bad_records=reader.num_bad,
         num_lost_records=reader.records.num_lost,
         data_hash=reader.records.hash,
+        record_form=reader.forms.record_form,
+        ignored_keys=reader.forms.ignored_keys,
     )
 
 
@@ -165,6 +171,7 @@ class _Reader:
         self.path, self.limit = path, limit
         self.records = RecordStream(path, is_record, salvage)
         self.num_items = self.num_chars = self.num_bad = 0
+        self.forms = FormCounts()
         self.bad: list[BadRecord] = []
         """The first ``MAX_KEPT_BAD_RECORDS``."""
 
@@ -177,11 +184,13 @@ class _Reader:
             if record.error:
                 self._skip(record.place, record.error)
                 continue
-            self.num_chars += sum(len(s) for s in _strings(record.value))
-            examples, errors = parse_record(record.value)
-            num_examples += len(examples)
-            yield from examples
-            for error in errors:
+            self.num_chars += sum(len(leaf) for leaf in leaves_of(record.value) if isinstance(leaf, str))
+            parsed = parse_record(record.value)
+            num_examples += len(parsed.examples)
+            if parsed.examples:
+                self.forms.add(parsed)
+            yield from parsed.examples
+            for error in parsed.errors:
                 self._skip(f"{record.place}{error.place}", str(error))
         if not num_examples:
             why = f"; the first: {self.bad[0].place}: {self.bad[0].reason}" if self.bad else ""
@@ -192,16 +201,3 @@ class _Reader:
         self.num_bad += 1
         if self.num_bad <= MAX_KEPT_BAD_RECORDS:
             self.bad.append(BadRecord(place, cause))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings within a JSON value, at any depth, but for the keys of objects."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)

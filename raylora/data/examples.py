@@ -9,6 +9,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
@@ -54,10 +55,10 @@ class StoredExamples(_Examples):
     def append(self, example: Example) -> None:
         """Raises MachineError where the disk is full."""
         self._digests += bytes.fromhex(example.digest)
-        messages = [[m.role, m.content] for m in example.messages]
-        # Most often the question is the last message: None, so that it is not stored twice.
-        question = None if example.question == example.messages[-1].content else example.question
-        rest = [example.context, example.conversation, example.num_repeated]
+        messages = [m.values for m in example.messages]
+        # Most often the question is the last user message: None, so that it is not stored twice.
+        question = None if example.question == example.asked else example.question
+        rest = [example.context, example.conversation, example.num_repeated, example.tools]
         text = json.dumps([messages, example.answer, question, *rest], ensure_ascii=False)
         self._disk_list.append(text.encode("utf-8", "surrogatepass"))
 
@@ -71,8 +72,8 @@ class StoredExamples(_Examples):
 
     def _read(self, number: int) -> Example:
         turns, answer, question, *rest = json.loads(self._disk_list[number].decode("utf-8", "surrogatepass"))
-        messages = tuple(Message(role, content) for role, content in turns)
-        return Example(messages, answer, messages[-1].content if question is None else question, *rest)
+        example = Example(tuple(Message(*values) for values in turns), answer, question or "", *rest)
+        return example if question is not None else replace(example, question=example.asked)
 
 
 class Chosen(_Examples):
@@ -95,7 +96,7 @@ class Chosen(_Examples):
 
 def count_chars(example: Example) -> int:
     """Characters of an example's messages and answer."""
-    return len(example.answer) + sum(len(m.content) for m in example.messages)
+    return len(example.answer) + sum(len(m.content) + len(m.extra) for m in example.messages)
 
 
 def keep_examples(examples: Iterable[Example]) -> Sequence[Example]:

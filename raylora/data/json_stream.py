@@ -27,6 +27,8 @@ such values are ``-Infinity`` (9 characters) and the two escapes of one characte
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SPACE_AND_COMMAS = re.compile(r"[ \t\n\r,]*")
 _decode_utf8 = json.JSONDecoder().raw_decode
+_decode_any_digits = json.JSONDecoder(parse_int=str).raw_decode
+"""Goes past an integer of more digits than Python reads (4300), which is a string here."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,17 @@ class Record:
     place: str
     value: Any
     error: str = ""
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for a value that is JSON, but cannot be a Python value, and says why."""
+
+    error: str
+
+
+def _record(place: str, value: Any) -> Record:
+    return Record(place, None, value.error) if isinstance(value, _Unreadable) else Record(place, value)
 
 
 class RecordStream:
@@ -68,9 +81,6 @@ class RecordStream:
             except RecursionError:
                 window.drain()
                 raise UserError(f"{shown_path(self.path)}: nested too deeply to be a dataset") from None
-            except ValueError as error:  # an integer of more digits than Python reads, 4300
-                window.drain()
-                raise UserError(f"{shown_path(self.path)}: {short(error)}") from None
             finally:
                 self.hash = window.hash
 
@@ -79,7 +89,7 @@ class RecordStream:
         if window.is_blank_from(window.pos):
             raise UserError(f"{shown_path(self.path)}: line 1: empty; delete the file or write it again")
         if first == "[":
-            yield from self._list(window)
+            yield from self._lines(window) if self._is_list_a_line(window) else self._list(window)
             return
         form = self._form(window)
         window.rewind()
@@ -90,22 +100,32 @@ class RecordStream:
         else:
             window.skip()
             value = window.value()
-            if not isinstance(value, dict):
+            if not isinstance(value, dict | _Unreadable):
                 raise UserError(f"{shown_path(self.path)}: line 1: expected a list of records, found {kind(value)}")
-            yield Record("record 1", value)
+            yield _record("record 1", value)
+
+    def _is_list_a_line(self, window: _Window) -> bool:
+        """Whether the list that begins the file is a record, a line as those behind it, and not a list of records."""
+        try:
+            value = json.loads(window.line_before_another())
+        except json.JSONDecodeError:
+            return False
+        except (ValueError, RecursionError):  # a line that only Python cannot read
+            return self.path.suffix.lower() == ".jsonl"
+        return not (isinstance(value, list) and value and isinstance(value[0], dict) and self._is_record(value[0]))
 
     def _list(self, window: _Window) -> Iterator[Record]:
         number, end = 0, None
         try:
             for number, value in enumerate(window.array(), 1):
-                yield Record(f"record {number}", value)
+                yield _record(f"record {number}", value)
             end = window.place()
             window.expect_end()
         except NotJsonError as error:
             breaks_off = self._breaks_off(window, error)
             for value in () if end else window.leading():
                 number += 1
-                yield Record(f"record {number}", value)
+                yield _record(f"record {number}", value)
             if not self._salvage or not number:
                 raise self._broken(error, breaks_off, number) from None
             # A file that breaks off loses the record that it breaks off in; after other damage the number is unknown.
@@ -122,7 +142,7 @@ class RecordStream:
                 window.skip_value()
                 continue
             for number, value in enumerate(window.array(), 1):
-                yield Record(f"record {number}", value)
+                yield _record(f"record {number}", value)
         if not number:
             raise self._empty_list()
 
@@ -150,6 +170,10 @@ class RecordStream:
             if is_object if is_whole_line else self.path.suffix.lower() == ".jsonl":
                 return "lines"
             raise self._broken(error, self._breaks_off(window, error), 0) from None
+        except RecursionError:
+            if self.path.suffix.lower() == ".jsonl":
+                return "lines"  # only that line is bad
+            raise
         if len(list_indices) != 1 or self._is_record(keys):
             return "value"
         (list_index,) = list_indices.values()
@@ -165,6 +189,8 @@ class RecordStream:
                 yield Record(f"line {number}", None, f"column {error.colno}: not JSON: {error.msg}")
             except ValueError as error:  # an integer of more than 4300 digits
                 yield Record(f"line {number}", None, short(error))
+            except RecursionError:
+                yield Record(f"line {number}", None, "nested too deeply")
 
     def _empty_list(self) -> UserError:
         return UserError(f"{shown_path(self.path)}: line 1: an empty list; a dataset needs at least one record")
@@ -282,23 +308,26 @@ class _Window:
     def value(self) -> Any:
         """The value that begins here.
 
+        Where an integer in it has more digits than Python reads, ``_Unreadable`` stands for all of it.
+
         Raises:
             NotJsonError: there is none.
-            ValueError: an integer in it has more digits than Python reads.
         """
+        decode, too_long = _decode_utf8, ""
         while True:
             try:
-                value, end = _decode_utf8(self.text, self.pos)
+                value, end = decode(self.text, self.pos)
                 if end < len(self.text) - 2 or self.at_end:  # 1.5 near the window's end may be the start of 1.5e-3
                     self.pos = end
-                    return value
+                    return _Unreadable(too_long) if too_long else value
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - CUT_MARGIN
                 if self.at_end or not cut:
                     raise self.error(error.msg, error.pos) from None
-            except ValueError:  # too many digits; read on, they may be those of a float, which has no limit
+            except ValueError as error:  # too many digits; where the window ends in them they may be those of a float
                 if self.at_end or not self.text[-1:].isdecimal():
-                    raise
+                    decode, too_long = _decode_any_digits, short(error)
+                    continue
             self.more()
 
     def array(self) -> Iterator[Any]:
@@ -369,6 +398,13 @@ class _Window:
             elif not self.more():
                 yield self.text[self.pos :]
                 return
+
+    def line_before_another(self) -> str:
+        """The line from here, if another one that is not blank follows; else, or where it is longer than a piece, ""."""
+        while "\n" not in self.text and len(self.text) < PIECE and self.more():
+            pass
+        line, end, _ = self.text[self.pos :].partition("\n")
+        return line if end and not self.is_blank_from(self.pos + len(line)) else ""
 
 
 def shown_path(path: Path) -> str:

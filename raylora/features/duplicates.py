@@ -35,7 +35,7 @@ class _Texts:
         self._examples = examples
 
     def __iter__(self) -> Iterator[str]:
-        return (f"{e.messages[-1].content}\n{e.answer}" for e in self._examples)
+        return (f"{e.asked}\n{e.answer}" for e in self._examples)
 
 
 def share_with_a_double(texts: Iterable[str]) -> float:

@@ -140,9 +140,9 @@ def as_dataset(dataset: Dataset | Sequence[Example] | Sequence[Mapping[str, Any]
             examples.append(record)
             num_chars += sum(len(m.content) for m in record.messages) + len(record.answer)
         else:
-            parsed, errors = parse_record(dict(record))
-            examples += parsed
-            num_bad += len(errors)
+            parsed = parse_record(dict(record))
+            examples += parsed.examples
+            num_bad += len(parsed.errors)
             num_chars += _num_chars(record)
     if not examples:
         raise UserError("the dataset has no valid example", kind=ErrorKind.BAD_RECORDS)

@@ -33,16 +33,17 @@ def text_features(examples: Sequence[Example], tokenizer: Any) -> tuple[dict[str
     num_words = num_long = 0
     counter = _TokenCounter(tokenizer)
     for example in examples:
-        question = example.messages[-1].content
+        question = example.asked
         question_words, answer_words = words_of(question), words_of(example.answer)
         for name, words in (("in_ttr", question_words), ("out_ttr", answer_words)):
             if words:
                 scores[name].append(len(set(words)) / len(words))
         if len(answer_words) >= 3:
             scores["repetition"].append(repetition(answer_words))
-        grounded = _groundedness(words_of(example.context or example.question), answer_words)
-        if grounded is not None:
-            scores["grounded"].append(grounded)
+        if ground := example.context or example.question:  # a plain text has neither
+            grounded = _groundedness(words_of(ground), answer_words)
+            if grounded is not None:
+                scores["grounded"].append(grounded)
         for words in (question_words, answer_words):
             num_words += len(words)
             num_long += sum(len(word) > LONG_WORD for word in words)
