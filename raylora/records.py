@@ -81,8 +81,8 @@ class Example:
     question: str
     """The question without its context; the last user message if there is no context."""
     context: str = ""
-    """The passage that the answer should rest on, which is in ``messages`` too; empty if there is none. In a conversation
-    with tools what they returned since the question."""
+    """The passage that the answer should rest on, which is in ``messages`` too; empty if there is none. Where tools
+    were called just before the answer, what they returned."""
     conversation: str = ""
     """Identity by content of the conversation whose turns gave several Examples; empty where this is its only one."""
     num_repeated: int = 0

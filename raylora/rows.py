@@ -149,7 +149,8 @@ RESULT_COLUMNS = (
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
     "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
-    "num_bad_records", "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds",
+    "record_form", "ignored_keys", "num_bad_records", "num_lost_records", "bad_records",
+    "token_budget", "mmlu_oom_backoffs", "text_seconds",
     "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "transfer_seconds", "total_seconds",
     "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
 )  # fmt: skip
@@ -174,6 +175,8 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         "status": status,
         "error": "",
         "data_hash": experiment.data_hash,
+        "record_form": experiment.record_form,
+        "ignored_keys": experiment.ignored_keys,
         "estimated_seconds": experiment.estimated_seconds,
         "estimated_peak_memory_bytes": experiment.estimated_peak_memory_bytes,
         "num_attempts": 1,
@@ -208,7 +211,8 @@ CATEGORIES = frozenset(
 """Columns of texts with few different values."""
 TEXTS = frozenset(
     {
-        "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "mmlu_note",
+        "dataset", "experiment_id", "error", "data_hash", "record_form", "ignored_keys", "bad_records",
+        "feature_notes", "train_notes", "mmlu_note",
         "transfer_note", "dataset_name",
     }
 )  # fmt: skip

@@ -65,8 +65,8 @@ def parse_conversation(
 ) -> tuple[list[Example], list[BadRecordError]]:
     """An example for each answer, with all turns before it as its messages; an error for each turn left out.
 
-    A conversation is read up to a turn that makes all behind it doubtful: of an unknown speaker, a second system turn, a
-    question without text. Only left out are answers to nothing: a greeting, and answers without text.
+    A conversation is read up to a turn that makes all behind it doubtful: of an unknown speaker, a later system turn,
+    a question without text. Of a greeting, and of an answer without text, nothing else is left out.
 
     Args:
         values: the turns as they are in the file.
@@ -338,5 +338,7 @@ def parse_tools(value: Any) -> str:
         return ""
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRecordError("tools: expected a list of objects, or its JSON text")
-    wrapped = [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
+    wrapped = [
+        tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools
+    ]
     return json_text(wrapped, "tools")

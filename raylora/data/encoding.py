@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
+from raylora.data.chat import render_chat, untrained_spans
 from raylora.data.disk_list import DiskList
-from raylora.errors import ErrorKind, UserError
 from raylora.records import Example, Message
 
 IGNORE_INDEX = -100
@@ -42,44 +42,12 @@ class EncodedExample:
     """The answer without the end-of-turn token."""
     num_repeated: int = 0
     """Tokens at the front that an earlier example of the conversation supervises where ``train_on`` is ``all``."""
+    is_untrained: list[bool] = field(default_factory=list, repr=False)
+    """The tokens of which nothing is to be learned, not even where ``train_on`` is ``all``: of turns with ``weight: 0``
+    and the like. Empty where there are none."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any) -> str:
-    """The conversation as text, by the tokenizer's chat template.
-
-    Tokenizers of base models have none: they get ``User: ...`` and ``Assistant: ...``, one turn a line. A template that
-    refuses a system turn gets it at the beginning of the next turn.
-
-    Args:
-        variables: what else the template is told, such as ``enable_thinking``.
-
-    Raises:
-        UserError: the template refuses the conversation.
-    """
-    dicts = [{"role": m.role, "content": m.content} for m in messages]
-    if not tokenizer.chat_template:
-        text = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
-        return text + ("Assistant: " if add_generation_prompt else "")
-    try:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **variables}
-        return str(tokenizer.apply_chat_template(dicts, **options))
-    except Exception as error:  # a template may raise anything; most often it refuses a system turn
-        if dicts and dicts[0]["role"] == "system" and len(dicts) > 1:
-            merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
-            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, **variables)
-        raise UserError(
-            f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; fix "
-            "or remove it",
-            kind=ErrorKind.CHAT_TEMPLATE,
-        ) from error
-
-
-def _shortened(messages: Sequence[dict[str, str]]) -> str:
-    last_turns = [f"{m['role']}: {' '.join(m['content'].split())[:40]}" for m in messages[-2:]]
-    return repr(" / ".join(last_turns))
 
 
 def encode_example(tokenizer: Any, example: Example, max_length: int) -> EncodedExample:
@@ -120,14 +88,22 @@ def _tokenize_rendered(
     tokenizer: Any, group: Sequence[_Rendered]
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """Of each text its token ids, and (start, end) of each token, in characters."""
-    encoded = tokenizer(
-        [rendered.text for rendered in group],
-        add_special_tokens=not tokenizer.chat_template,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        truncation=False,
-    )
-    return encoded["input_ids"], encoded["offset_mapping"]
+    ids: list[list[int]] = [[] for _ in group]
+    offsets: list[list[tuple[int, int]]] = [[] for _ in group]
+    for add_special_tokens in (False, True):  # what a chat template renders has them already
+        numbers = [i for i, r in enumerate(group) if (r.is_plain or not tokenizer.chat_template) == add_special_tokens]
+        if not numbers:
+            continue
+        encoded = tokenizer(
+            [group[i].text for i in numbers],
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+        )
+        for i, its_ids, its_offsets in zip(numbers, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            ids[i], offsets[i] = its_ids, its_offsets
+    return ids, offsets
 
 
 def pad_token_of(tokenizer: Any) -> int:
@@ -145,21 +121,29 @@ class _Rendered:
     answer: tuple[int, int]
     repeated_end: int
     """Where the turns end that an earlier example of the conversation has too; 0 where there are none."""
+    untrained: Sequence[tuple[int, int]] = ()
+    """(start, end) of each turn behind these of which nothing is to be learned."""
+    is_plain: bool = False
+    """Whether no template rendered it: the record is a text."""
 
 
 def _render(tokenizer: Any, example: Example) -> _Rendered:
-    prompt = render_chat(tokenizer, example.messages, add_generation_prompt=True)
-    whole = render_chat(tokenizer, [*example.messages, Message("assistant", example.answer)], False)
+    if not example.messages:
+        text = example.answer + (tokenizer.eos_token or "")
+        return _Rendered(text, (0, 0), (0, len(example.answer)), 0, is_plain=True)
+    prompt = render_chat(tokenizer, example.messages, True, example.tools)
+    whole = render_chat(tokenizer, [*example.messages, Message("assistant", example.answer)], False, example.tools)
     if not tokenizer.chat_template:
         whole = prompt + example.answer + (tokenizer.eos_token or "")
     answer_start, answer_end = _find_answer(tokenizer, example, prompt, whole)
     # Many templates put a line break after the end-of-turn token: no use to supervise it.
     whole = whole[:answer_end] + whole[answer_end:].rstrip()
-    last_user = example.messages[-1].content.strip()
+    last_user = example.asked.strip()
     question_start = whole.rfind(last_user, 0, answer_start) if last_user else -1
     question = (question_start, question_start + len(last_user)) if question_start >= 0 else (0, 0)
     repeated_end = _find_repeated_end(tokenizer, example, whole, whole[answer_end:]) if example.num_repeated else 0
-    return _Rendered(whole, question, (answer_start, answer_end), min(repeated_end, answer_start))
+    untrained = untrained_spans(tokenizer, example, whole, whole[answer_end:])
+    return _Rendered(whole, question, (answer_start, answer_end), min(repeated_end, answer_start), untrained)
 
 
 def _find_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> tuple[int, int]:
@@ -176,7 +160,7 @@ def _find_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> t
                 if completion.startswith(answer, skipped):
                     start = len(prompt) + skipped
                     return start, start + len(answer)
-    other = render_chat(tokenizer, [*example.messages, Message("assistant", ANOTHER_ANSWER)], False)
+    other = render_chat(tokenizer, [*example.messages, Message("assistant", ANOTHER_ANSWER)], False, example.tools)
     before, separator, after = other.rpartition(ANOTHER_ANSWER)
     start = common_prefix_length(whole, before)
     if separator and whole.endswith(after) and start <= len(whole) - len(after):
@@ -192,7 +176,7 @@ def _find_repeated_end(tokenizer: Any, example: Example, whole: str, end_of_turn
     place of that turn, which ends where the same text follows in both.
     """
     earlier, last = example.messages[: example.num_repeated], example.messages[example.num_repeated - 1]
-    rendered = render_chat(tokenizer, earlier, add_generation_prompt=False)
+    rendered = render_chat(tokenizer, earlier, False, example.tools)
     # As in the earlier example: without the line break behind the end-of-turn token, with all white space before it.
     end = max(len(rendered.rstrip()), rendered.rfind(last.content) + len(last.content))
     if end <= len(rendered) and whole.startswith(rendered[:end]):
@@ -200,7 +184,7 @@ def _find_repeated_end(tokenizer: Any, example: Example, whole: str, end_of_turn
     # It must not end as the turn does: the same text would begin too early.
     other = ANOTHER_ANSWER.removesuffix("." if last.content.rstrip().endswith(".") else "")
     messages = [*earlier[:-1], Message(last.role, other), *example.messages[example.num_repeated :]]
-    changed = render_chat(tokenizer, [*messages, Message("assistant", example.answer)], False).rstrip()
+    changed = render_chat(tokenizer, [*messages, Message("assistant", example.answer)], False, example.tools).rstrip()
     end = len(whole) - common_prefix_length(whole[::-1], changed[::-1])
     return end + len(end_of_turn) if whole.startswith(end_of_turn, end) else end
 
@@ -227,7 +211,17 @@ def _mark_tokens(
         is_new = (end > start) & (start >= rendered.repeated_end)
         num_repeated = max(int(is_new.argmax()) - keep.start, 0)
     marks = is_question[keep], is_answer[keep], is_text[keep]
-    return EncodedExample(input_ids[keep], *marks, num_repeated), keep
+    is_untrained = _covered(rendered.untrained, start[keep], end[keep]) if rendered.untrained else []
+    return EncodedExample(input_ids[keep], *marks, num_repeated, is_untrained if any(is_untrained) else []), keep
+
+
+def _covered(spans: Sequence[tuple[int, int]], start: np.ndarray, end: np.ndarray) -> list[bool]:
+    """Which tokens, from ``start`` to ``end`` (T,), have a character within a span."""
+    num_covered = np.zeros(max(int(end.max(initial=0)), *(b for _, b in spans)) + 2, dtype=np.int64)
+    for a, b in spans:
+        num_covered[a + 1 : b + 1] = 1
+    num_covered = num_covered.cumsum()  # of the characters before each
+    return (num_covered[end] > num_covered[start]).tolist()
 
 
 def _kept_window(is_answer: list[bool], max_length: int) -> slice:
@@ -246,7 +240,8 @@ def labels_of(encoded: EncodedExample, train_on: TrainOn) -> list[int]:
     """
     supervised = encoded.is_answer
     if train_on == "all":
-        supervised = [i >= encoded.num_repeated for i in range(len(encoded))]
+        untrained = encoded.is_untrained or [False] * len(encoded)
+        supervised = [i >= encoded.num_repeated and not untrained[i] for i in range(len(encoded))]
     labels = [t if wanted else IGNORE_INDEX for t, wanted in zip(encoded.input_ids, supervised, strict=True)]
     return [IGNORE_INDEX, *labels[1:]]
 
@@ -266,7 +261,7 @@ def supervised_counts(examples: Sequence[EncodedExample], train_on: TrainOn) -> 
 class StoredEncoded(Sequence[EncodedExample]):
     """Encoded examples in a ``DiskList``: in memory while they are few, on disk when they are many.
 
-    A token takes five bytes: four for its id, one for its three marks.
+    A token takes five bytes: four for its id, one for its four marks.
     """
 
     def __init__(self, examples: Iterable[EncodedExample]) -> None:
@@ -275,13 +270,16 @@ class StoredEncoded(Sequence[EncodedExample]):
         self._lengths = array("i")
         self._num_answer = array("i")
         self._num_repeated = array("i")
+        self._num_untrained = array("i")  # of those that are not repeated
         for e in examples:
-            marks = np.array([e.is_question, e.is_answer, e.is_answer_text], dtype=np.uint8)  # (3, T)
-            bits = marks[0] | marks[1] << 1 | marks[2] << 2
+            untrained = e.is_untrained or [False] * len(e)
+            marks = np.array([e.is_question, e.is_answer, e.is_answer_text, untrained], dtype=np.uint8)  # (4, T)
+            bits = marks[0] | marks[1] << 1 | marks[2] << 2 | marks[3] << 3
             self._disk_list.append(np.array(e.input_ids, dtype="<i4").tobytes() + bits.astype(np.uint8).tobytes())
             self._lengths.append(len(e))
             self._num_answer.append(int(marks[1, 1:].sum()))
             self._num_repeated.append(e.num_repeated)
+            self._num_untrained.append(int(marks[3, max(e.num_repeated, 1) :].sum()))
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -291,8 +289,8 @@ class StoredEncoded(Sequence[EncodedExample]):
     def supervised_counts(self, train_on: TrainOn) -> list[int]:
         """See the function of the same name."""
         if train_on == "all":
-            pairs = zip(self._lengths, self._num_repeated, strict=True)
-            return [max(length - max(repeated, 1), 0) for length, repeated in pairs]
+            counts = zip(self._lengths, self._num_repeated, self._num_untrained, strict=True)
+            return [max(length - max(repeated, 1), 0) - untrained for length, repeated, untrained in counts]
         return self._num_answer.tolist()
 
     def __len__(self) -> int:
@@ -308,6 +306,7 @@ class StoredEncoded(Sequence[EncodedExample]):
         number = range(len(self))[index]
         data, length = self._disk_list[number], self._lengths[number]
         bits = np.frombuffer(data, dtype=np.uint8, offset=4 * length)
-        question, answer, text = ((bits & bit).astype(bool).tolist() for bit in (1, 2, 4))
+        question, answer, text, untrained = ((bits & bit).astype(bool).tolist() for bit in (1, 2, 4, 8))
         ids = np.frombuffer(data, dtype="<i4", count=length).tolist()
-        return EncodedExample(ids, question, answer, text, self._num_repeated[number])
+        untrained = untrained if any(untrained) else []
+        return EncodedExample(ids, question, answer, text, self._num_repeated[number], untrained)

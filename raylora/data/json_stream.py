@@ -400,7 +400,7 @@ class _Window:
                 return
 
     def line_before_another(self) -> str:
-        """The line from here, if another one that is not blank follows; else, or where it is longer than a piece, ""."""
+        """The line from here; empty where none but blank ones follow it, or where it is longer than a piece."""
         while "\n" not in self.text and len(self.text) < PIECE and self.more():
             pass
         line, end, _ = self.text[self.pos :].partition("\n")

@@ -140,7 +140,7 @@ def _check_nothing_lost(record: dict[Any, Any], unused: list[Any], result: Parse
         leaves = list(itertools.islice(leaves_of(record[key]), MAX_LEAVES + 1))
         if len(leaves) > MAX_LEAVES or not all(stands_in(text_of(leaf, key).strip(), messages) for leaf in leaves):
             raise BadRecordError(
-                f"{key} is not known beside {result.form}, and its text is not in the question; put it there, or remove it"
+                f"{key} has no use beside {result.form}, and its text is not in the question; put it there or remove it"
             )
 
 

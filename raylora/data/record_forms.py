@@ -1,4 +1,4 @@
-"""The forms that a record may have: which keys tell them, and where they come from. docs/datasets.md shows the table."""
+"""The forms that a record may have: by which keys they are known, and where they come from."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ FORMS = (
 """In the order in which they are tried."""
 LIST_OF_TURNS = "list of turns"
 """The name of the form of a record that is no object, but a conversation itself."""
-ACCEPTED = "messages, conversations, qa_pairs, text, or pairs such as instruction/output, question/answer, prompt/completion"
+ACCEPTED = (
+    "messages, conversations, qa_pairs, text, or pairs such as instruction/output, question/answer, prompt/completion"
+)
 
 
 def find_form(keys: Collection[Any]) -> Form | None:

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylora.config import Scoring
-from raylora.data.encoding import common_prefix_length, render_chat
+from raylora.data.chat import render_chat
+from raylora.data.encoding import common_prefix_length
 from raylora.errors import UserError
 from raylora.mmlu.letters import closing_mark, marks_thought, open_thought
 from raylora.mmlu.questions import LETTERS, NO_SUBJECT
@@ -186,7 +187,8 @@ def chat_prompt(
         answer = shot.choices[shot.answer] if scoring == "cloze" else LETTERS[shot.answer]
         messages += [ask(shot), Message("assistant", answer)]
     messages.append(ask(question))
-    variables = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+    knows_thinking = "enable_thinking" in str(tokenizer.chat_template)
+    variables: dict[str, Any] = {"enable_thinking": False} if knows_thinking else {}
     prompt = render_chat(tokenizer, messages, add_generation_prompt=True, **variables)
     if thinking == "closed" and (opening := open_thought(prompt)):
         prompt = f"{prompt.rstrip()}\n\n{closing_mark(opening)}\n\n"  # as Qwen3's template writes it

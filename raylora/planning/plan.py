@@ -202,6 +202,8 @@ def _experiments_of(
                 estimated_seconds=estimate.seconds,
                 error=error,
                 error_kind=error_kind,
+                record_form=survey.record_form,
+                ignored_keys=survey.ignored_keys,
             )
         )
     return experiments

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +13,9 @@ from raylora.mmlu.power import measured_share, power_line
 from raylora.planning.estimate import gigabytes
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow, digest
+
+MAX_SHOWN_NAMES = 5
+"""Datasets that a line names; of more it says how many."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -29,6 +33,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
         table.add_row(*cells)
     console.print(table)
+    for line in lines_on_forms(plan.experiments):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
     if plan.num_questions and plan.experiments:
@@ -44,6 +50,23 @@ def print_plan(plan: Plan, console: Console) -> None:
             "of each dataset and the model's shape (raylora/planning/estimate.py).",
             soft_wrap=True,
         )
+
+
+def lines_on_forms(experiments: Iterable[Experiment]) -> list[str]:
+    """What the records of the datasets are, and which of their keys are not used: a line for all that are alike."""
+    datasets: dict[tuple[str, str], dict[str, None]] = {}
+    for e in experiments:
+        if e.record_form:
+            datasets.setdefault((e.record_form, e.ignored_keys), {})[e.dataset] = None
+    return [
+        f"{_some(names)}: records of the form {form}" + (f"; keys left aside: {ignored}" if ignored else "")
+        for (form, ignored), names in datasets.items()
+    ]
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(itertools.islice(names, MAX_SHOWN_NAMES))
+    return f"{shown} and {len(names) - MAX_SHOWN_NAMES} more" if len(names) > MAX_SHOWN_NAMES else shown
 
 
 def power_of(plan: Plan, done: Iterable[ResultRow], question_set: str = "") -> str:

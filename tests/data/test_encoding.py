@@ -22,7 +22,7 @@ from tests.helpers.training import make_examples
 def test_packed_tokens_are_the_same(tokenizer, on_disk, monkeypatch, train_on):
     monkeypatch.setattr(encoding, "ENCODED_TOGETHER", 7)
     told = [Example((Message("user", q),), a, q) for q, a in PAIRS]
-    told += parse_record(conversation(["What is it?", "That.", "And why?", "So."]))[0]
+    told += parse_record(conversation(["What is it?", "That.", "And why?", "So."])).examples
     plain = [encode_example(tokenizer, e, 20) for e in told]
     packed = StoredEncoded(encode_each(tokenizer, told, 20))
     assert list(packed) == plain
@@ -175,7 +175,7 @@ def supervised_texts(tokenizer, examples, max_length=4096):
 def test_all_supervises_each_token_of_a_conversation_once(tokenizer, monkeypatch, template, contents):
     """What its examples supervise, one after another, is the whole conversation, but for its first token."""
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[template])
-    examples, _ = parse_record(conversation(contents))
+    examples = parse_record(conversation(contents)).examples
     whole = encode_example(tokenizer, examples[-1], 100_000)
     assert "".join(supervised_texts(tokenizer, examples, 100_000)) == tokenizer.decode(whole.input_ids[1:])
 
@@ -187,7 +187,7 @@ def test_all_supervises_each_turn_once_whatever_the_template_does_to_earlier_one
 ):
     monkeypatch.setattr(tokenizer, "chat_template", {**TEMPLATES, "forgetful": FORGETFUL}[template])
     contents = [f"<think>\nT{i}\n</think>\n\nW{i}{end}" if i % 2 else f"W{i}{end}" for i in range(10)]
-    examples, _ = parse_record(conversation(contents))
+    examples = parse_record(conversation(contents)).examples
     texts = supervised_texts(tokenizer, examples)
     for i in range(10):
         assert [k for k, text in enumerate(texts) if f"W{i}" in text] == [i // 2], (i, texts)
@@ -200,7 +200,7 @@ def test_all_supervises_each_turn_once_whatever_the_template_does_to_earlier_one
 
 
 def test_all_supervises_what_is_left_of_a_turn_whose_front_is_cut(tokenizer):
-    examples, _ = parse_record(conversation(["word " * 40, "yes " * 40, "and " * 40, "no " * 40]))
+    examples = parse_record(conversation(["word " * 40, "yes " * 40, "and " * 40, "no " * 40])).examples
     whole, cut = (encode_example(tokenizer, examples[1], length) for length in (4096, 64))
     assert whole.num_repeated > 0
     assert len(cut) == 64

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raylora.data import json_stream, parse_record
+from raylora.data.datasets import read_dataset
 from raylora.data.json_stream import RecordStream
 from raylora.errors import UserError
+from tests.helpers.formats import conversation
 
 
 def read(path, salvage=False):
@@ -70,3 +72,40 @@ def test_what_is_wrong_is_said_in_the_decoders_words_at_its_place(tmp_path, monk
     found = str(read(path)[0])
     assert f"line {raised.value.lineno}, column {raised.value.colno}: " in found
     assert raised.value.msg in found or "breaks off" in found
+
+
+HUGE = '{"question": "Q", "answer": "A", "id": ' + "9" * 5000 + "}"
+GOOD = '{"question": "Q2", "answer": "A"}'
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [f"{HUGE}\n{GOOD}\n", f"{GOOD}\n{HUGE}\n", f"[{HUGE}, {GOOD}]", f'{{"n": {"9" * 5000}, "rows": [{GOOD}, {HUGE}]}}'],
+)
+def test_an_integer_that_python_cannot_read_costs_its_record_alone(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    dataset = read_dataset(tmp_path / name)
+    assert [e.question for e in dataset.examples] == ["Q2"]
+    assert ["4300 digits" in bad.reason for bad in dataset.bad_records] == [True]
+
+
+def test_a_line_nested_too_deeply_costs_itself_alone(tmp_path):
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for lines in ([GOOD, deep], [deep, GOOD]):
+        (tmp_path / "data.jsonl").write_text("\n".join(lines))
+        assert [bad.reason for bad in read_dataset(tmp_path / "data.jsonl").bad_records] == ["nested too deeply"]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n\n"])
+def test_lines_may_be_lists_of_turns(tmp_path, name, before):
+    lines = [json.dumps(conversation([f"Q{i}", "A"])["messages"]) for i in range(3)]
+    (tmp_path / name).write_text(before + "\n".join([*lines, "[{", ""]), encoding="utf-8")
+    dataset = read_dataset(tmp_path / name)
+    assert [e.question for e in dataset.examples] == ["Q0", "Q1", "Q2"]
+    assert (dataset.num_bad_records, dataset.record_form) == (1, "list of turns")
+    (tmp_path / name).write_text(f"[{', '.join(lines)}]\n")
+    assert read_dataset(tmp_path / name).examples == dataset.examples
+    (tmp_path / name).write_text(f"[{GOOD}]\n]")
+    assert len(read_dataset(tmp_path / name, salvage=True).examples) == 1, "a list of records is no line"

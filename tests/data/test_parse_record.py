@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylora.data.datasets import read_dataset
+from raylora.data.datasets import read_dataset, survey
 from tests.helpers.formats import FORMATS, TEXT, conversation, write_data
 
 
@@ -64,10 +64,10 @@ def test_bad_records_are_counted_with_place_and_reason(tmp_path):
         "an object": 7,
         "its keys are foo": {"foo": 1},
         "answer is empty": {"question": "Q", "answer": " "},
-        "answer: expected text, found a number": {"question": "Q", "answer": 3},
-        "question: expected text, found null": {"question": None, "answer": "A"},
+        "answer: expected text, found a list": {"question": "Q", "answer": [3]},
+        "its keys are answer (null: question)": {"question": None, "answer": "A"},
         "half a character": {"question": "Q", "answer": "\ud800"},
-        "role tool": {"messages": [{"role": "tool", "content": "x"}]},
+        "role narrator": {"messages": [{"role": "narrator", "content": "x"}]},
         "no user turn": {"messages": [{"role": "assistant", "content": "x"}]},
         "there is no assistant turn": {"messages": [{"role": "user", "content": "x"}]},
         "its conversation is empty": {"messages": []},
@@ -110,3 +110,216 @@ def test_examples_of_a_conversation_know_it_and_what_earlier_ones_hold(tmp_path)
     assert identities[9:] == ["", ""], "a record of one answer is a conversation of its own"
     assert examples[9].digest == examples[10].digest != examples[0].digest
     assert examples[0].digest == examples[6].digest != examples[3].digest, "two that begin alike are not the same"
+
+
+# What carries meaning
+
+
+def read(tmp_path, *records):
+    return read_dataset(write_data(tmp_path, list(records)))
+
+
+def told(example):
+    """The turns before the answer, and the answer."""
+    return [*((m.role, m.content) for m in example.messages), example.answer]
+
+
+ASKED = {"from": "human", "value": "2+2?"}
+ANSWERED = {"from": "gpt", "value": "4"}
+SAID = [("user", "2+2?"), "4"]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [ASKED, ANSWERED]},
+        {"question": "2+2?", "answer": "4"},
+        {"prompt": [{"role": "user", "content": "2+2?"}], "completion": "4"},
+        {"qa_pairs": [{"question": "2+2?", "output": 4}]},
+        {"conversation": [{"human": "2+2?", "assistant": "4"}]},
+        {"prompt": "2+2?", "chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+    ],
+)
+def test_a_system_text_beside_the_conversation_is_its_first_turn(tmp_path, record, key):
+    (example,) = read(tmp_path, {key: "Be brief.", **record}).examples
+    assert told(example) == [("system", "Be brief."), *SAID]
+
+
+def test_a_system_key_and_a_system_turn_are_one_or_a_reason(tmp_path):
+    turns = [{"from": "system", "value": "Be brief."}, ASKED, ANSWERED]
+    same, other = {"system": "Be brief.", "conversations": turns}, {"system": "Rhyme.", "conversations": turns}
+    dataset = read(tmp_path, same, other, {"system": "A", "system_prompt": "B", "question": "Q", "answer": "A"})
+    assert told(dataset.examples[0]) == [("system", "Be brief."), *SAID]
+    assert "another system text" in dataset.bad_records[0].reason
+    assert "system_prompt has no use" in dataset.bad_records[1].reason
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["1+1?", "2"]],
+        [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}],
+        '[["1+1?", 2]]',  # a list in a table's cell
+    ],
+)
+@pytest.mark.parametrize("keys", [("instruction", "output"), ("query", "response"), ("prompt", "completion")])
+def test_a_history_stands_before_the_question(tmp_path, history, keys):
+    (example,) = read(tmp_path, {keys[0]: "2+2?", keys[1]: "4", "history": history}).examples
+    assert told(example) == [("user", "1+1?"), ("assistant", "2"), *SAID]
+    assert read(tmp_path, {keys[0]: "2+2?", keys[1]: "4", "history": []}).examples[0].messages == example.messages[-1:]
+
+
+@pytest.mark.parametrize(
+    ("record", "user"),
+    [
+        ({"instruction": "Translate.", "question": "cat", "answer": "chat"}, "Translate.\n\ncat"),
+        ({"instruction": "Translate.", "question": "cat", "output": "chat"}, "Translate.\n\ncat"),
+        ({"question": "Translate.", "input": "cat", "answer": "chat"}, "Translate.\n\ncat"),
+        ({"instruction": "Translate.", "prompt": "cat", "completion": "chat"}, "Translate.\n\ncat"),
+        ({"prompt": "Translate.", "input": "cat", "completion": "chat"}, "Translate.\n\ncat"),
+        ({"instruction": "Translate.", "prompt": "Translate. cat", "completion": "chat"}, "Translate. cat"),
+        ({"question": "2+2?", "input": None, "answer": 4}, "2+2?"),
+        ({"instruction": "Square it.", "input": 4, "output": True}, "Square it.\n\n4"),
+        ({"question": "Which? A) cat B) dog", "options": ["cat", "dog"], "answer": "A"}, "Which? A) cat B) dog"),
+    ],
+)
+def test_instructions_and_inputs_beside_a_question_are_in_it(tmp_path, record, user):
+    (example,) = read(tmp_path, record).examples
+    assert told(example)[0] == ("user", user)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"conversations": [ASKED, ANSWERED], "instruction": "Rhyme."}, "instruction has no use beside conversations"),
+        ({"conversations": [ASKED, ANSWERED], "history": [["a", "b"]]}, "history has no use"),
+        ({"text": "Four.", "system": "Rhyme."}, "system has no use beside text"),
+        ({"question": "Which?", "options": ["cat", "dog"], "answer": "A"}, "options has no use"),
+        ({"question": "Which?", "choices": [3, 4], "answer": 1}, "choices has no use"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b", "input": "c"}, "input has no use"),
+        ({"question": "Q", "answer": "A", "history": "once"}, "history: expected a list"),
+        ({"question": "Q", "answer": "A", "history": [["a", ""]]}, "history: turn 2"),
+        ({"question": "Q", "answer": "A", "tools": "a hammer"}, "tools: expected a list"),
+        (
+            {"prompt": "a", "chosen": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
+            "not its",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "b", "weight": 0.5}]}, "weight"),
+    ],
+)
+def test_what_no_form_uses_is_a_reason_that_names_the_key(tmp_path, record, reason):
+    dataset = read(tmp_path, record, {"question": "Q", "answer": "A"})
+    assert reason in dataset.bad_records[0].reason
+    assert dataset.num_bad_records == len(dataset.examples) == 1
+
+
+def test_keys_of_null_are_not_there(tmp_path):
+    part = {"type": "text", "text": "2+2?", "image": None}
+    turns = [
+        {"role": "user", "from": None, "content": [part], "tool_calls": None, "weight": None},
+        {"role": None, "from": "gpt", "value": "4", "function_call": None, "train": None},
+    ]
+    record = {"messages": turns, "instruction": None, "output": None, "tools": None, "history": None, "system": None}
+    pair = {"messages": None, "instruction": None, "output": None, "question": "2+2?", "answer": "4", "input": None}
+    dataset = read(tmp_path, record, pair, {**record, "system": float("nan")})
+    assert [told(e) for e in dataset.examples] == [SAID] * 3
+    assert dataset.ignored_keys == ""
+
+
+@pytest.mark.parametrize(("answer", "text"), [(4, "4"), (True, "true"), (3.5, "3.5"), (-2, "-2"), (False, "false")])
+def test_numbers_and_booleans_are_their_texts(tmp_path, answer, text):
+    turns = {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": answer}]}
+    assert [e.answer for e in read(tmp_path, {"question": 3, "answer": answer}, turns).examples] == [text, text]
+
+
+@pytest.mark.parametrize(("key", "no", "yes"), [("weight", 0, 1), ("train", False, True), ("loss", False, None)])
+def test_turns_not_to_be_learned_are_context_and_no_answers(tmp_path, key, no, yes):
+    turns = [ASKED, {"from": "gpt", "value": "5", key: no}, {"from": "human", "value": "Sure?"}]
+    (example,) = read(tmp_path, {"conversations": [*turns, {**ANSWERED, key: yes}]}).examples
+    assert told(example) == [("user", "2+2?"), ("assistant", "5"), ("user", "Sure?"), "4"]
+    assert [m.is_trained for m in example.messages] == [True, False, True]
+    good = {"question": "Q", "answer": "A"}
+    dataset = read(tmp_path, {"conversations": turns}, good)
+    assert "no answer is to be learned" in dataset.bad_records[0].reason
+    trained = read(tmp_path, {"conversations": [ASKED, ANSWERED, turns[2], ANSWERED]}).examples
+    assert example.digest not in {e.digest for e in trained}
+
+
+def test_forms_and_keys_left_aside_are_said_in_any_order(tmp_path):
+    records = [{"question": f"{i}?", "answer": "A", "id": i, f"key{i:02}": 1} for i in range(30)]
+    records += [{"messages": [{"role": "user", "content": "Q", "at": 5}, {"role": "gpt", "content": "A"}]}]
+    records += [{"prompt": "P", "chosen": "C", "rejected": "R", "score": None, "tags": []}]
+    one, two = read(tmp_path, *records), read(tmp_path, *records[::-1])
+    assert one.record_form == two.record_form == "question/answer (30), messages (1), prompt/chosen (1)"
+    assert one.ignored_keys == two.ignored_keys
+    assert one.ignored_keys.startswith("id, key00, key01")
+    assert one.ignored_keys.endswith("and 13 more")
+    found = survey(write_data(tmp_path, records[-2:]))
+    assert (found.record_form, found.ignored_keys) == ("messages (1), prompt/chosen (1)", "messages[].at, rejected")
+
+
+# Conversations of the wild
+
+
+def test_lists_of_turns_are_prompts_completions_and_chosen_answers(tmp_path):
+    first = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    answer = [{"role": "assistant", "content": "4"}]
+    dataset = read(
+        tmp_path,
+        {"prompt": first, "completion": answer},
+        {"prompt": first, "chosen": answer, "rejected": [{"role": "assistant", "content": "5"}]},
+        {"prompt": first, "chosen": [*first, *answer]},
+        {"chosen": [*first, *answer], "rejected": first},
+    )
+    assert [told(e) for e in dataset.examples] == [[("user", "1+1?"), ("assistant", "2"), *SAID]] * 4
+    assert dataset.num_bad_records == 0
+
+
+@pytest.mark.parametrize(
+    ("turns", "answers", "bad"),
+    [
+        ("gpt:Hello! human:2+2? gpt:4", ["4"], [(1, "no user turn")]),
+        ("human:Hi gpt:Hello. gpt:Who? human:2+2? gpt:4", ["Hello.\n\nWho?", "4"], []),
+        ("human:Hi human:2+2? gpt:4", ["4"], []),
+        ("human:Hi gpt: human:2+2? gpt:4", ["4"], [(2, "empty")]),
+        ("human:2+2? gpt:4 human: gpt:Hm. human:3+3? gpt:6", ["4"], [(3, "content is empty; the turns behind it, 3")]),
+        ("human:2+2? bing:4", ["4"], []),
+        ("human:2+2? Bard:4", ["4"], []),
+        ("developer:Brief. human:2+2? ChatGPT:4", ["4"], []),
+        ("system:Be. developer:Brief. human:2+2? gpt:4", ["4"], []),
+        ("system: human:2+2? gpt:4", ["4"], []),
+        ("human:2+2? gpt:4 system:Rhyme. human:3+3? gpt:6", ["4"], [(3, "system turn")]),
+        ("human:2+2? gpt:4 narrator:They_part. human:3+3? gpt:6", ["4"], [(3, "role narrator")]),
+        ("human:2+2? gpt:4 human:bye", ["4"], []),
+        ("human:2+2? function_call:calc() observation:4 gpt:4", ["4"], []),
+    ],
+)
+def test_what_is_good_of_a_conversation_is_kept(tmp_path, turns, answers, bad):
+    values = [dict(zip(("from", "value"), turn.split(":"), strict=True)) for turn in turns.split(" ")]
+    dataset = read(tmp_path, {"conversations": values})
+    assert [e.answer for e in dataset.examples] == answers
+    assert [b.place for b in dataset.bad_records] == [f"record 1, turn {number}" for number, _ in bad]
+    for record, (_, reason) in zip(dataset.bad_records, bad, strict=True):
+        assert reason in record.reason
+
+
+def test_a_conversation_without_any_good_answer_is_one_bad_record(tmp_path):
+    turns = [{"from": "gpt", "value": "Hello!"}, ASKED, {"from": "narrator", "value": "They part."}, ANSWERED]
+    dataset = read(tmp_path, {"conversations": turns}, {"question": "Q", "answer": "A"})
+    assert [(b.place, b.reason[:22]) for b in dataset.bad_records] == [("record 1", "turn 3: role narrator;")]
+
+
+@pytest.mark.parametrize("num_turns", [50_000])
+def test_long_runs_of_one_speaker_take_no_longer_than_they_are(tmp_path, num_turns):
+    started = time.thread_time()
+    runs = [[{**ASKED, "value": f"{i}"} for i in range(num_turns)], [{**ANSWERED, "value": ""}] * num_turns]
+    dataset = read(tmp_path, {"conversations": [*runs[0], *runs[1], ANSWERED]})
+    assert len(dataset.examples) == 1
+    hard = {"conversations": [{**ASKED, "value": "a" * num_turns}, ANSWERED], "input": "a" * (num_turns // 2) + "b"}
+    read(tmp_path, hard, {**hard, "input": "a" * (num_turns // 2)}, {"question": "Q", "answer": "A"})
+    assert time.thread_time() - started < 20  # quadratic: minutes

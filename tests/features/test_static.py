@@ -227,7 +227,7 @@ def test_of_single_turns_the_first_are_held_out():
 
 def turns(name, num):
     contents = [f"{who}{name}{k}" for k in range(num) for who in ("question ", "answer ")]
-    return parse_record(conversation(contents))[0]
+    return parse_record(conversation(contents)).examples
 
 
 @pytest.mark.slow

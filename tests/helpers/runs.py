@@ -234,7 +234,7 @@ def _stages(
     random = np.random.default_rng(number)
     quality, seed = float(random.normal()), 1000 * number + k
     values: dict[str, Any] = {"num_examples": 900 + number, "num_bad_records": 0, "num_lost_records": 0}
-    values["bad_records"] = ""
+    values |= {"bad_records": "", "record_form": "question/answer", "ignored_keys": "id"}
     if number % 13 == 5:
         values |= {"num_bad_records": 2, "bad_records": "record 17: question is empty; record 40: nobody answers"}
     seconds = {}
