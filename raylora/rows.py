@@ -13,7 +13,7 @@ import pandas as pd
 from raylora.config import Config, Method
 from raylora.errors import ErrorKind, UserError, one_line, reason
 from raylora.records import Experiment, ResultRow
-from raylora.storage.places import location, reading
+from raylora.storage.places import check_regular, location, reading
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,7 @@ def read_table(path: Path) -> pd.DataFrame:
         if not files:
             raise UserError(f"{path}: no results.csv or results.parquet here; give a table or the folder of a run")
         file = files[0]
+    check_regular(file)
     try:
         # Parquet is recognized by its first bytes, as the ending of a user's file may be anything.
         with reading(file), file.open("rb") as stream:

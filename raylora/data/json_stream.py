@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from raylora.errors import ErrorKind, NotJsonError, UserError, reason
+from raylora.storage.places import check_regular
 
 PIECE = 1 << 20
 """Bytes read at a time; more where a single value is longer."""
@@ -188,6 +189,7 @@ class _Window:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_regular(path)
         try:
             self._file = path.open("rb")
         except OSError as error:

@@ -35,7 +35,7 @@ class Column:
     """A dataset of the run, on whose held-out examples every adapter is scored."""
 
     name: str
-    """The dataset's; the file's where two files of a chunk share it."""
+    """The dataset's."""
     path: str
     data_hash: str
     key: str

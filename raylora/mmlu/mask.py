@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from raylora.errors import UserError, one_line, reason
 from raylora.records import Question
-from raylora.storage.places import location, reading
+from raylora.storage.places import check_regular, location, reading
 
 ID_COLUMNS = ("question_id", "id")
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
@@ -100,6 +100,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read(file: Path) -> list[Any]:
+    check_regular(file)
     suffix = file.suffix.lower()
     if suffix in {".parquet", ".arrow"}:
         with file.open("rb") as stream:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylora.errors import UserError, reason
+from raylora.storage.places import check_regular
 
 Fields = dict[str, Any]
 Record = tuple[str, Fields]
@@ -140,6 +141,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
 
 def _bytes_of(path: Path) -> bytes:
+    check_regular(path)
     try:
         return path.read_bytes()
     except OSError as error:

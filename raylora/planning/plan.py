@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     estimator = Estimator(config, source, list(question_sets.values()), num_experiments)
     masked = question_sets[""].masked if config.mask and question_sets else None
     shared = (model_settings, question_settings, masked, estimator, config)
-    experiments = [e for path in files for e in _experiments_of(path, *shared)]
+    experiments = [e for path, name in _names_of(files) for e in _experiments_of(path, name, *shared)]
     # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the
     # longest dataset bounds the run: benchmarks/NOTES.md). Ids break ties, so that the order is always the same.
     experiments.sort(key=lambda e: (-e.num_tokens * float(e.settings["num_epochs"]), e.experiment_id))
@@ -121,8 +122,15 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_first, sizes, estimator.misfit, columns)
 
 
+def _names_of(files: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each file with its dataset's name: without its ending, unless another file has the same name without it."""
+    stems = Counter(path.stem for path in files)
+    return [(path, path.stem if stems[path.stem] == 1 else path.name) for path in files]
+
+
 def _experiments_of(
     path: Path,
+    dataset: str,
     model_settings: dict[str, Any],
     question_settings: dict[str, dict[str, Any]],
     masked: frozenset[str] | None,
@@ -132,13 +140,14 @@ def _experiments_of(
     """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed.
 
     Args:
+        dataset: its name.
         question_settings: from ``questions_key``, by the name of a set of questions; empty without MMLU.
         masked: ids of the questions that ``--mask`` leaves out; None without it.
     """
     survey = datasets.survey(path, config.salvage, config.max_records)
-    dataset, error, error_kind = path.stem, survey.error, survey.error_kind
+    error, error_kind = survey.error, survey.error_kind
     if printable(path.name) != path.name:
-        dataset, error = printable(path.stem), f"{printable(str(path))}: its name is not UTF-8: rename it"
+        dataset, error = printable(dataset), f"{printable(str(path))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
     loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
     of_questions = {"questions": digest(question_settings.get("", {}))}
@@ -174,9 +183,8 @@ def _experiments_of(
         sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
         # An adapter that was trained on fewer examples is another one.
         transfer = ["transfer"] if config.has_transfer else []
-        name = safe_name(
-            dataset, printable(path.suffix), settings, model_settings, config.max_records, config.seed, *transfer
-        )
+        of_run = (settings, model_settings, config.max_records, config.seed, *transfer)
+        name = safe_name(printable(path.stem), printable(path.suffix), *of_run)
         experiments.append(
             Experiment(
                 experiment_id=name,
@@ -230,7 +238,7 @@ def _find_files(config: Config) -> tuple[str, list[Path]]:
         folder = datasets.find_chunk(config.data_root, config.chunk)
     files = datasets.list_dataset_files(folder)
     if ranks := read_order(config.order):
-        files.sort(key=lambda path: ranks.get(path.stem, len(ranks)))
+        files.sort(key=lambda path: ranks.get(path.name, ranks.get(path.stem, len(ranks))))
     return folder.name, files[: config.limit]
 
 

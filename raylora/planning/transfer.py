@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from raylora.config import Config, method_of
 from raylora.data.held_out import LEFT_OUT_SHARE, MAX_LEFT_OUT, count_left_out
@@ -32,10 +30,9 @@ def with_transfer(
         model_key: identity of the base, and how it is loaded.
     """
     by_path = {e.path: e for e in sorted(experiments, key=lambda e: (e.dataset, e.path)) if not e.error}
-    num_of_name = Counter(e.dataset for e in by_path.values())
     columns = tuple(
         Column(
-            e.dataset if num_of_name[e.dataset] == 1 else Path(e.path).name,  # a .json beside a .jsonl
+            e.dataset,
             e.path,
             e.data_hash,
             digest(

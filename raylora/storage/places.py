@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, cast
@@ -72,6 +73,22 @@ def _check_protocol(text: str, protocol: str) -> None:
         raise UserError(f"{text}: needs a package more: {fix}") from None
     except ValueError:
         raise UserError(f"{text}: {protocol}:// is no protocol that fsspec knows") from None
+
+
+def check_regular(path: Path) -> None:
+    """Check that a local path is no pipe, socket or device: what a run reads is read again, and a pipe may never end.
+
+    Raises:
+        UserError: it is one. What cannot be looked at raises nothing: opening it will say why.
+    """
+    if is_remote(path):
+        return
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a null character in its name
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: a pipe or a device, which cannot be read twice: write its content into a file")
 
 
 def is_remote(path: Path) -> bool:

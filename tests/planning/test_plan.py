@@ -114,6 +114,16 @@ def test_names_never_leave_the_output_folder_nor_collide(options, tmp_path):
     for experiment in plan.experiments:
         assert plan.store.folder(experiment).resolve().parent == (tmp_path / "results/chunk_1/experiments").resolve()
         assert experiment.experiment_id.isascii()
+    assert {"a.json", "a.jsonl", "a b"} < {e.dataset for e in plan.experiments}, "of one stem, they are named whole"
+
+
+def test_a_pipe_in_a_chunk_is_a_row_and_hangs_nothing(options, tmp_path):
+    folder = tmp_path / "data" / "chunk_1"
+    write_dataset(folder, "a", num=2)
+    os.mkfifo(folder / "b.json")
+    good, bad = sorted(planned(options).experiments, key=lambda e: e.dataset)
+    assert not good.error
+    assert bad.error.startswith(f"{folder / 'b.json'}: a pipe or a device, which cannot be read twice: ")
 
 
 def test_repeats_share_their_features_and_another_seed_asks_the_same_questions(options, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -14,11 +15,16 @@ from hypothesis import strategies as st
 from raylora import errors, rows
 from raylora.config import EvaluationConfig, load_config
 from raylora.config_sources import load_settings
+from raylora.data.datasets import read_dataset
 from raylora.errors import UserError
+from raylora.mmlu.mask import find_masked
 from raylora.mmlu.question_set import load_question_set
+from raylora.mmlu.questions import load_questions
 from raylora.planning.plan import find_files
-from raylora.storage.places import location
+from raylora.rows import read_table
+from raylora.storage.places import check_regular, location
 from tests.helpers.objects import BUCKET
+from tests.helpers.questions import make_questions
 
 # Places
 
@@ -84,3 +90,16 @@ def test_what_is_not_there_is_one_line(objects):
             load_question_set(load_settings(EvaluationConfig, None, "test", mmlu=f"{root}/q.json"))
         with pytest.raises(UserError, match="no such table"):
             rows.load_results(root)
+
+
+def test_a_pipe_or_a_device_is_one_line_wherever_a_file_is_read(tmp_path):
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    (question,) = make_questions(1)[:1]
+    readers = (read_dataset, load_questions, read_table, lambda path: find_masked(str(path), [question]))
+    for path in (pipe, Path("/dev/zero")):
+        for read in readers:
+            with pytest.raises(UserError, match=f"{path}: a pipe or a device, which cannot be read twice"):
+                read(path)
+    check_regular(tmp_path)
+    check_regular(tmp_path / "nothing there")
