@@ -34,7 +34,6 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_row(
     options, tmp_path, capsys, monkeypatch
 ):
