@@ -151,7 +151,8 @@ RUN_RECORD_COLUMNS = (
     "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
     "num_bad_records", "num_lost_records", "bad_records", "token_budget", "mmlu_oom_backoffs", "text_seconds",
     "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "transfer_seconds", "total_seconds",
-    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
+    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts", "num_adapted_modules",
+    "modules_without_adapter",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -177,6 +178,8 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         "estimated_seconds": experiment.estimated_seconds,
         "estimated_peak_memory_bytes": experiment.estimated_peak_memory_bytes,
         "num_attempts": 1,
+        "num_adapted_modules": experiment.num_adapted_modules,
+        "modules_without_adapter": experiment.modules_without_adapter,
         **{name: getattr(config, name) for name in RUN_RECORD_COLUMNS if name in type(config).model_fields},
         **settings,
     }
@@ -209,7 +212,7 @@ CATEGORIES = frozenset(
 TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "bad_records", "feature_notes", "train_notes", "mmlu_note",
-        "transfer_note", "dataset_name",
+        "transfer_note", "dataset_name", "modules_without_adapter",
     }
 )  # fmt: skip
 """Columns of names and notes."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylora.mmlu.power import measured_share, power_line
-from raylora.planning.estimate import gigabytes
+from raylora.planning.hardware import gigabytes
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow, digest
 
@@ -29,6 +29,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
         table.add_row(*cells)
     console.print(table)
+    for adapted in plan.adapted:
+        console.print(f"Of the model {adapted.summary}.", soft_wrap=True)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
     if plan.num_questions and plan.experiments:
