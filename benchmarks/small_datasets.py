@@ -4,7 +4,7 @@
     python -m raylora.batch --config configs/demo.yaml --data-root FOLDER --chunk small --stages train,mmlu
     python -m benchmarks.outcomes results/small
 
-Of each of four of the demo's datasets 8, 12 and 16 records, drawn twice. The repeated facts are not among them: drawn
+Of each of four of the demo's datasets 4, 7 and 10 records, drawn twice. The repeated facts are not among them: drawn
 records of theirs would be the same ones.
 """
 
@@ -21,7 +21,7 @@ from raylora.planning.plan import DEMO_CHUNK, DEMO_FOLDER
 from raylora.records import Message
 
 SOURCES = ("country_facts.json", "country_wrong_facts.jsonl", "general_knowledge.json", "shuffled_answers.jsonl")
-SIZES = (8, 12, 16)
+SIZES = (4, 7, 10)
 NUM_DRAWS = 2
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from raylora.config_sources import SETTINGS, Settings, load_settings, split_commas
+from raylora.config_sources import SETTINGS, Settings, load_settings, read_json, split_commas
 from raylora.storage.places import Location, LocationText, location
 
 if TYPE_CHECKING:  # imports pandas, half a second: errors in options and --help need not wait for it
@@ -25,6 +25,8 @@ Stage = Literal["features", "train", "mmlu"]
 TrackerName = Literal["mlflow", "tensorboard", "wandb"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of attention and MLP, as Llama and models like it name them."""
+AUTO, ALL_LINEAR = "auto", "all-linear"
+"""Values of ``--target-modules`` that stand for names (``model/targets.py``)."""
 LARGEST_SEED = 2**53
 """Up to here every integer is a float64 too, as which tables may be read."""
 TARGETS = ("overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change")
@@ -42,7 +44,10 @@ class Method(BaseModel):
     lora_alpha: float = Field(32, gt=0, description="LoRA scaling: the update is alpha / r * B A")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: Annotated[tuple[str, ...], NoDecode] = Field(
-        LORA_TARGETS, min_length=1, description="modules that get an adapter, separated by commas"
+        (AUTO,),
+        min_length=1,
+        description="layers that get an adapter: names with commas between, all-linear, or auto (Llama's seven names "
+        "where the model has them, else all-linear)",
     )
     num_epochs: float = Field(3, gt=0, le=1000, description="passes over the dataset")
     batch_size: int = Field(4, ge=1, description="examples in a minibatch; halves by itself when memory runs out")
@@ -81,7 +86,7 @@ class ModelOptions(BaseModel):
         description="with 8bit: LLM.int8's own arithmetic, where what shares a batch moves the numbers (else int8 "
         "weights alone)",
     )
-    max_memory: dict[str, str] = Field(
+    max_memory: Annotated[dict[str, str], BeforeValidator(read_json)] = Field(
         {},
         description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}',
     )
@@ -214,7 +219,7 @@ class RunOptions(BaseModel):
     stages: Annotated[tuple[Stage, ...], NoDecode] = Field(
         ("features", "train", "mmlu"), min_length=1, description="stages to run, separated by commas"
     )
-    grid: dict[str, list[Any]] = Field(
+    grid: Annotated[dict[str, list[Any]], BeforeValidator(read_json)] = Field(
         {}, description='several values a hyperparameter, all combinations: {"lora_r":[8,16]}'
     )
     repeats: int = Field(

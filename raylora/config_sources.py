@@ -39,6 +39,19 @@ def split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def read_json(value: Any) -> Any:
+    """Text as the JSON value that it holds. Other values as they are.
+
+    The command line and variables are read before; this is for text in a YAML file, or from Python.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"expected JSON: {error}") from None
+
+
 class _Environment(EnvSettingsSource):
     """The environment variables that set options. ``MODEL_NAME`` counts where ``RAYLORA_MODEL`` is not set."""
 

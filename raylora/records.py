@@ -225,6 +225,10 @@ class Experiment:
     estimated_peak_memory_bytes: int | None = None
     estimated_seconds: float | None = None
     """Seconds of all its stages on one worker. Both estimates are None where they cannot be made."""
+    num_adapted_modules: int | None = None
+    """Layers, and parameters of fused experts, that get an adapter; None where they are not known before it is run."""
+    modules_without_adapter: str | None = None
+    """Names of linear layers and of fused experts that get none, but for the output head, with commas between."""
     error: str = ""
     """Why it cannot run, if that is known before anything starts. It still gets a row."""
     error_kind: str = ""

@@ -152,7 +152,8 @@ RUN_RECORD_COLUMNS = (
     "record_form", "ignored_keys", "num_bad_records", "num_lost_records", "bad_records",
     "token_budget", "mmlu_oom_backoffs", "text_seconds",
     "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "transfer_seconds", "total_seconds",
-    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts",
+    "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts", "num_adapted_modules",
+    "modules_without_adapter",
 )  # fmt: skip
 ROW_COLUMNS = [
     *RESULT_COLUMNS,
@@ -180,6 +181,8 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         "estimated_seconds": experiment.estimated_seconds,
         "estimated_peak_memory_bytes": experiment.estimated_peak_memory_bytes,
         "num_attempts": 1,
+        "num_adapted_modules": experiment.num_adapted_modules,
+        "modules_without_adapter": experiment.modules_without_adapter,
         **{name: getattr(config, name) for name in RUN_RECORD_COLUMNS if name in type(config).model_fields},
         **settings,
     }
@@ -212,8 +215,7 @@ CATEGORIES = frozenset(
 TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "record_form", "ignored_keys", "bad_records",
-        "feature_notes", "train_notes", "mmlu_note",
-        "transfer_note", "dataset_name",
+        "feature_notes", "train_notes", "mmlu_note", "transfer_note", "dataset_name", "modules_without_adapter",
     }
 )  # fmt: skip
 """Columns of names and notes."""

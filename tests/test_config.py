@@ -19,7 +19,7 @@ def test_defaults_are_those_of_the_method():
         lora_r=16, lora_alpha=32, lora_dropout=0.1, num_epochs=3, batch_size=4, gradient_accumulation=4,
         learning_rate=2e-4, max_grad_norm=0.3, warmup_ratio=0.03, lr_scheduler="cosine", adam_beta1=0.9,
         adam_beta2=0.999, weight_decay=0.01,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=("auto",),
     )  # fmt: skip
     assert load_config([]).quantization == "8bit"
 

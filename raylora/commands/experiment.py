@@ -18,6 +18,8 @@ from raylora.rows import ROW_COLUMNS
 
 def run(config: ExperimentConfig) -> int:
     plan = make_plan(config, [config.file], "single")
+    for note in plan.notes:
+        make_console().print(f"Note: {note}", soft_wrap=True)
     if config.dry_run:
         print_plan(plan, make_console())
         return 0

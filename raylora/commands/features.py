@@ -88,6 +88,8 @@ def run(config: FeaturesConfig) -> int:
         return 0
     name, files = find_datasets(config)
     plan = make_plan(config, files, name)
+    for note in plan.notes:
+        console.print(f"Note: {note}", soft_wrap=True)
     if config.dry_run:
         print_plan(plan, console)
         return 0

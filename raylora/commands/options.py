@@ -42,7 +42,9 @@ class ExperimentConfig(Config):
 class MmluConfig(EvaluationConfig):
     """Evaluate a model and its adapters on MMLU."""
 
-    adapter: CliVariadicArg[list[Path]] = Field([], description="folders of PEFT adapters")
+    adapter: Annotated[CliVariadicArg[list[Path]], NoDecode, BeforeValidator(split_commas)] = Field(
+        [], description="folders of PEFT adapters"
+    )
 
 
 class FeaturesConfig(Config):

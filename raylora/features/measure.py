@@ -178,11 +178,21 @@ def measure_all(
     return [results[i] for i in range(len(items))]
 
 
-def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int) -> list[float]:
-    """Mean token loss, in nats, of each answer without its question: only the begin-of-text token precedes it."""
-    tokenizer = loaded.tokenizer
+def start_token(tokenizer: Any) -> int | None:
+    """The token that a text begins with; None where a tokenizer has neither of the two."""
     # Some tokenizers have no begin-of-text token; their models were trained on texts separated by the end token.
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start: int | None = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if start is None else start
+
+
+def answers_alone(loaded: LoadedModel, items: Sequence[Item], token_budget: int) -> Sequence[float | None]:
+    """Mean token loss, in nats, of each answer without its question: only the begin-of-text token precedes it.
+
+    Without such a token, each is None.
+    """
+    start = start_token(loaded.tokenizer)
+    if start is None:
+        return [None] * len(items)
     answers = [list(itertools.compress(i.encoded.input_ids, i.encoded.is_answer_text)) for i in items]
     rows, labels = [[start, *answer] for answer in answers], [[IGNORE_INDEX, *answer] for answer in answers]
 

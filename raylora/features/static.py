@@ -19,7 +19,7 @@ from raylora.data.held_out import Split, split_conversations
 from raylora.data.parse_record import parse_record
 from raylora.errors import ErrorKind, UserError
 from raylora.features import text
-from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all
+from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all, start_token
 from raylora.model.loading import borrowed
 from raylora.model.onednn import onednn_linears
 from raylora.records import Dataset, Example, ProgressCallback, ignore_progress
@@ -205,12 +205,15 @@ def extract_static(
             measured = [*measured_held_out, *measure_all(loaded, others, train_on, token_budget, progress)]
             losses_alone = answers_alone(loaded, usable, token_budget)
         # An example on which the model overflows (NaN, infinity) is left out: it would make every mean infinite or NaN.
-        is_valid = [m.is_finite and math.isfinite(loss) for m, loss in zip(measured, losses_alone, strict=True)]
+        finite_alone = [loss is None or math.isfinite(loss) for loss in losses_alone]
+        is_valid = [m.is_finite and finite for m, finite in zip(measured, finite_alone, strict=True)]
         measured = list(itertools.compress(measured, is_valid))
         losses_alone = list(itertools.compress(losses_alone, is_valid))
         num_valid = len(measured)
         if measured:
             values |= _semantic(measured) | _perplexity(measured, losses_alone) | _activations(measured)
+        if measured and start_token(tokenizer) is None:
+            notes["instruction_following_difficulty"] = "the tokenizer has no token that begins or ends a text"
     for name in STATIC_NAMES:
         if values[name] is None:
             notes.setdefault(name, _reason(name, len(usable), num_valid))
@@ -265,11 +268,11 @@ def outlier_ratio(embeddings: np.ndarray) -> float:
     return float(np.mean([(forest.fit_predict(embeddings) < 0).mean() for forest in forests]))
 
 
-def _perplexity(measured: Sequence[Measured], losses_alone: Sequence[float]) -> dict[str, float | None]:
-    """``losses_alone`` are the losses of the answers without their questions, in nats a token."""
+def _perplexity(measured: Sequence[Measured], losses_alone: Sequence[float | None]) -> dict[str, float | None]:
+    """``losses_alone`` are the losses of the answers without their questions, in nats a token, None if unknown."""
     with np.errstate(over="ignore"):  # a perplexity that overflows makes the mean infinite, and the feature None
         of_all, of_answer = np.exp([m.loss for m in measured]), np.exp([m.answer_loss for m in measured])
-    ratios = [m.answer_loss / alone for m, alone in zip(measured, losses_alone, strict=True) if alone > 0]
+    ratios = [m.answer_loss / alone for m, alone in zip(measured, losses_alone, strict=True) if alone and alone > 0]
     return {
         "reference_perplexity": _finite_mean(of_all),
         "reference_perplexity_std": _finite_std(of_all),

@@ -101,7 +101,9 @@ def add_adapters(out: torch.Tensor, x: torch.Tensor, matrix: AdaptedMatrix, rows
 
 
 class AdaptedProduct(torch.autograd.Function):
-    """base(x) + scale * B A (mask * x), each token with its adapter's A and B: x (..., in), the result (..., out).
+    """base(x) + scale * B A (mask * x), each token with its adapter's A and B: x (..., in), the result (T, out).
+
+    Models may add to a layer's output in place, as Falcon does: autograd allows that only where it is no view.
 
     The base is that of ``layer``; where there is none, ``base`` is its product. The gradients of A and B are added to
     those of the token's group. Saved for the backward pass are x, which other modules save as well, A x, and the mask
@@ -123,20 +125,20 @@ class AdaptedProduct(torch.autograd.Function):
             out = layer.multiply(flat)
         else:
             assert base is not None
-            out = base.reshape(-1, base.shape[-1]).clone()
+            out, ctx.base_shape = base.reshape(-1, base.shape[-1]).clone(), base.shape
         # In one dtype: autocast would lower the precision of some of these products and not of others.
         with torch.autocast(out.device.type, enabled=False):
             dropped, mask = _drop(flat, matrix, rows, matrix.a.dtype)
             h = add_adapters(out, dropped, matrix, rows)
         ctx.save_for_backward(x, h, *([] if mask is None else [mask]))
         ctx.layer, ctx.matrix, ctx.rows = layer, matrix, rows
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, h, *masks = ctx.saved_tensors
         layer, matrix, rows = ctx.layer, ctx.matrix, ctx.rows
-        flat, d_base = x.reshape(-1, x.shape[-1]), gradients[0].reshape(len(h), -1)
+        flat, d_base = x.reshape(-1, x.shape[-1]), gradients[0]
         d_out = d_base.to(h.dtype)
         d_h = products_back(d_out, matrix.b, rows.adapter_ends)
         if not _is_scaled(rows):
@@ -157,7 +159,7 @@ class AdaptedProduct(torch.autograd.Function):
                 else:
                     d_x += d_dropped.mul_(masks[0]) if masks else d_dropped
             d_x = d_x.to(x.dtype).view(x.shape)
-        return d_x, gradients[0] if layer is None else None, None, None, None, None
+        return d_x, d_base.view(ctx.base_shape) if layer is None else None, None, None, None, None
 
 
 def _is_scaled(rows: PassRows) -> bool:

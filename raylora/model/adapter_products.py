@@ -77,9 +77,11 @@ def _places_of_linear(model: Any) -> dict[int, int]:
 
     Dropout draws by it: a place among the adapted ones would depend on what else is adapted for others in the pass.
     """
+    from transformers.pytorch_utils import Conv1D
+
     inside = (".base_layer", ".lora_")  # of PEFT's modules
     named = [(name, m) for name, m in model.named_modules() if not any(part in name for part in inside)]
-    linear = (m for _, m in named if type(m).__name__ in LINEAR or isinstance(m, torch.nn.Linear))
+    linear = (m for _, m in named if type(m).__name__ in LINEAR or isinstance(m, torch.nn.Linear | Conv1D))
     return {id(module): place for place, module in enumerate(linear)}
 
 
@@ -313,7 +315,7 @@ class AdapterProducts:
         layer = frozen_layer(module.base_layer)
         base = module.base_layer(x, *args, **kwargs) if layer is None else None
         product: torch.Tensor = AdaptedProduct.apply(x, base, self._anchor, layer, matrix, self._rows_on[x.device])
-        return product
+        return product.view(*x.shape[:-1], product.shape[-1])
 
     def _add_to_base(self, matrix: AdaptedMatrix, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The product of the base's own forward pass, to which the adapters' are added in place."""

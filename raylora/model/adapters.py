@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from raylora.config import Method
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
-from raylora.model import memory
+from raylora.model import memory, targets
 from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, is_plain_lora, overwritten_by
 from raylora.model.device import compute_dtype, cuda_devices
 from raylora.model.snapshot import Snapshot
@@ -89,18 +89,21 @@ class LoadedModel:
             Its parameters, sorted by name.
 
         Raises:
-            UserError: the model has none of the target modules.
+            UserError: the model has none of the target modules, or they are fused experts, and others are attached.
         """
         from peft import LoraConfig, get_peft_model
 
+        names = targets.resolve(self.model, method.target_modules)
         config = LoraConfig(
             r=method.lora_r,
             lora_alpha=method.lora_alpha,
             lora_dropout=method.lora_dropout,
-            target_modules=list(method.target_modules),
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.source,
+            **targets.lora_options(self.model, names),
         )
+        if self._has_experts:
+            raise _shares_no_pass()
         if not self._plain:
             self.unwrap()
         with torch.random.fork_rng(devices=cuda_devices()), self._adding(name):
@@ -111,8 +114,28 @@ class LoadedModel:
                 else:
                     self._peft.add_adapter(name, config)
             except ValueError as error:
-                raise UserError(f"--target-modules: {one_line(error)}", kind=ErrorKind.TARGET_MODULES) from error
+                raise targets.refusal(self.model, names, error) from error
+            self._check_experts(name)
         return self._activate(name, trainable=True)
+
+    def _check_experts(self, name: str) -> None:
+        """Note where an adapter that was just added is on fused experts: it has the model for itself.
+
+        Raises:
+            UserError: others are attached. PEFT asks that all of them be on the same experts.
+        """
+        if getattr(self._peft.peft_config[name], "target_parameters", None):
+            if len(self._peft.peft_config) > 1:
+                raise _shares_no_pass()
+            self._plain = False
+
+    @property
+    def _has_experts(self) -> bool:
+        """Whether an adapter of fused experts, that is being trained, is attached."""
+        return self._peft is not None and any(
+            getattr(config, "target_parameters", None) and not config.inference_mode
+            for config in self._peft.peft_config.values()
+        )
 
     @contextlib.contextmanager
     def _adding(self, name: str, overwritten: Container[str] = ()) -> Iterator[None]:
@@ -332,11 +355,14 @@ class LoadedModel:
             if (factors := _factors(module, name)) is None:
                 continue
             if key not in self._weight_norms:
-                weight = plain_weight(module.get_base_layer())
-                self._weight_norms[key] = float(torch.linalg.vector_norm(weight.float()))
+                self._weight_norms[key] = float(torch.linalg.vector_norm(_frozen_weight(module).float()))
             a, b = (factor.detach().double() for factor in factors)
+            # The rank's rows of each expert are side by side in A, its experts' columns of each rank in B, as in
+            # ``ParamWrapper.get_delta_weight``; a layer that is no experts' is one.
+            num_experts = getattr(module, "num_experts", 1)
+            a, b = a.view(num_experts, -1, a.shape[1]), b.view(len(b), -1, num_experts).permute(2, 0, 1)
             # ||B A||^2 is the sum of (B^T B) * (A A^T), two r x r matrices: B A itself would be as large as W.
-            update = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+            update = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt()
             ratios.append(float(module.scaling[name] * update) / self._weight_norms[key])
         return sum(ratios) / len(ratios)
 
@@ -358,6 +384,11 @@ class LoadedModel:
         return (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
 
 
+def _shares_no_pass() -> UserError:
+    text = "--target-modules: adapters of fused experts cannot share a pass"
+    return UserError(text, kind=ErrorKind.TARGET_MODULES)
+
+
 def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A (r, in) and B (out, r) of a module's adapter; None where it has none by that name."""
     if name in module.lora_A:
@@ -365,6 +396,14 @@ def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor] | None
     if name in module.lora_embedding_A:
         return module.lora_embedding_A[name], module.lora_embedding_B[name]
     return None
+
+
+def _frozen_weight(module: Any) -> torch.Tensor:
+    """The floating-point numbers that one of PEFT's modules adapts: a linear layer's, or a parameter of experts."""
+    if hasattr(module, "parameter_name"):
+        parameter: torch.Tensor = module.get_param()
+        return parameter
+    return plain_weight(module.get_base_layer())
 
 
 def plain_weight(layer: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Frozen matrices: their product and their input's gradient, however the weights are stored.
 
 A layer of quantized or reordered weights has two methods, ``multiply`` and ``multiply_back``, which know nothing of
-autograd: its forward pass is ``FrozenProduct``, and a training puts both into one autograd function with an adapter's
+autograd: its forward pass is ``frozen_product``, and a training puts both into one autograd function with an adapter's
 products, whose gradient is then added in place (``model/adapter_products.py``).
 
 N tokens; a matrix has ``in`` inputs and ``out`` outputs.
@@ -26,19 +26,27 @@ class FrozenLayer(Protocol):
         """The gradient of x (N, in), a new tensor, from that of the product (N, out)."""
 
 
+def frozen_product(x: torch.Tensor, layer: FrozenLayer) -> torch.Tensor:
+    """x (..., in) times a frozen layer's weight, plus its bias: (..., out)."""
+    product: torch.Tensor = FrozenProduct.apply(x, layer)
+    return product.view(*x.shape[:-1], product.shape[-1])
+
+
 class FrozenProduct(torch.autograd.Function):
-    """x (..., in) times a frozen layer's weight, plus its bias: (..., out). Nothing is saved but the layer itself."""
+    """The same as (N, out). Nothing is saved but the layer itself.
+
+    The view is made outside, as models add to a layer's output in place (Falcon), which autograd refuses for a view
+    that a function returns.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: FrozenLayer) -> torch.Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        product = layer.multiply(x.reshape(-1, x.shape[-1]))
-        return product.view(*x.shape[:-1], product.shape[-1])
+        ctx.layer, ctx.dtype, ctx.shape = layer, x.dtype, x.shape
+        return layer.multiply(x.reshape(-1, x.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        flat = ctx.layer.multiply_back(gradients[0].reshape(-1, gradients[0].shape[-1]))
-        return flat.to(ctx.dtype).view(*gradients[0].shape[:-1], flat.shape[-1]), None
+        return ctx.layer.multiply_back(gradients[0]).to(ctx.dtype).view(ctx.shape), None
 
 
 class PlainLinear:

@@ -65,6 +65,26 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 
 @errors_are(ErrorKind.MODEL)
+def check_tokenizer(tokenizer: Any, model: Any, name: str | None) -> None:
+    """Check that a model has an embedding for every token of its tokenizer.
+
+    Args:
+        model: loaded, or a skeleton.
+        name: what the user calls it.
+
+    Raises:
+        UserError: it has not: a text with that token would end the run, on a GPU with its worker.
+    """
+    num_rows = len(model.get_input_embeddings().weight)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= num_rows:
+        raise UserError(
+            f"--model {name}: its tokenizer knows token {number} ({token!r}), its embeddings have {num_rows} rows: "
+            "resize them (resize_token_embeddings), or take the tokenizer that belongs to the model"
+        )
+
+
+@errors_are(ErrorKind.MODEL)
 def load_model(options: ModelOptions, device: torch.device | None = None) -> LoadedModel:
     """The base model of ``options``, quantized, in eval mode, its parameters frozen.
 
@@ -112,6 +132,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
                 "safetensors, or give --allow-pickle if you trust who made them"
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
+    check_tokenizer(tokenizer, model, options.model)
     return wrap_model(model, tokenizer, source, options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from raylora.model.frozen import FrozenProduct
+from raylora.model.frozen import frozen_product
 from raylora.model.memory import COPIES_MEMORY_SHARE
 
 MIN_FEATURES = 128
@@ -81,4 +81,4 @@ def _replace(layer: Any, weight: torch.Tensor, transposed: torch.Tensor | None =
     layer.forward = layer.multiply
     if transposed is not None:
         layer.multiply_back = functools.partial(_multiply, transposed, None)
-        layer.forward = lambda states: FrozenProduct.apply(states, layer)
+        layer.forward = lambda states: frozen_product(states, layer)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from raylora.model.frozen import FrozenProduct
+from raylora.model.frozen import frozen_product
 
 
 class WeightOnly:
@@ -26,8 +26,7 @@ class WeightOnly:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) times the weight (out, in), plus bias: (..., out). Only x gets a gradient."""
-        product: torch.Tensor = FrozenProduct.apply(x, self)
-        return product
+        return frozen_product(x, self)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """See ``FrozenLayer``. It computes in x's dtype, or in autocast's where that is on."""

@@ -38,7 +38,7 @@ from raylora.model.memory import (
 )
 from raylora.model.sources import resolve_model
 from raylora.planning.gpu_passes import OPTIMIZER_BYTES, STEP_SECONDS, is_graphed, run_seconds
-from raylora.planning.hardware import Hardware, hardware_of
+from raylora.planning.hardware import Hardware, gigabytes, hardware_of
 from raylora.planning.questions import (
     QuestionTokens,
     count_question_tokens,
@@ -47,7 +47,7 @@ from raylora.planning.questions import (
     question_seconds,
     tokens_in_batch,
 )
-from raylora.planning.shape import BYTES_A_WEIGHT, LLM_INT8, Shape, shape_of
+from raylora.planning.shape import LLM_INT8, Shape, base_bytes, shape_of, shape_of_skeleton
 from raylora.records import Example, Message
 from raylora.training.gradients import MOST_GROUPS
 from raylora.training.slots import adapters_that_fit
@@ -70,20 +70,6 @@ GENERAL_TOKENS = 1800
 HOST_SECONDS = 2.5
 """What an experiment on a GPU takes besides its passes: reading, tokenization, text features, attaching and writing an
 adapter. What is left of the 31 seconds of an experiment on an H200 (benchmarks/NOTES.md)."""
-
-
-def weight_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
-    """Bytes of the base's weights. Quantization makes only the matrices in its layers smaller."""
-    return int(
-        shape.layer_weights * BYTES_A_WEIGHT.get(quantization, machine.dtype_bytes)
-        + shape.other_weights * machine.dtype_bytes
-    )
-
-
-def base_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
-    """Bytes of the base while it runs: its weights, and one quantized matrix at a time as floats for its product."""
-    floats = 0 if quantization in {"none", "fp8"} else shape.largest_matrix * machine.dtype_bytes
-    return weight_bytes(shape, quantization, machine) + floats
 
 
 def training_bytes(shape: Shape, method: Method, num_tokens: int, machine: Hardware, checkpointing: bool) -> int:
@@ -127,26 +113,33 @@ class Estimate:
 class Estimator:
     """Estimates the experiments of a run, which share a model and a machine.
 
-    ``misfit`` says why the model does not fit the machine; it is empty if it does, or if its shape is not known.
+    ``misfit`` says why the model does not fit the machine, ``note`` that its shape is not known; empty where not so.
 
     Args:
         source: the folder or the Hugging Face name that the model is loaded from.
         asked: the sets of questions; none where they are not asked.
         num_experiments: of the whole run. On a GPU several are trained together.
+        model: its skeleton, if it has one.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
     """
 
-    def __init__(self, config: Config, source: str, asked: Sequence[QuestionSet], num_experiments: int = 1) -> None:
+    def __init__(
+        self, config: Config, source: str, asked: Sequence[QuestionSet], num_experiments: int, model: Any
+    ) -> None:
         self._config = config
         self._num_together = config.adapters_a_pass or num_experiments
         self._tokenizer = load_tokenizer(source, config.trust_remote_code)
-        self._machine = hardware_of(config)
-        self._shape = shape_of(source, config.target_modules, config.trust_remote_code)
+        self._machine, self._model = hardware_of(config), model
+        self._shape = self._shape_with(config.target_modules)
         self._storage = LLM_INT8 if config.int8_activations else config.quantization
         self._questions = functools.reduce(QuestionTokens.beside, map(self._count_questions, asked), QuestionTokens())
         self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
+        self.note = "" if self._shape else f"no estimates: the configuration of {config.model} does not say enough"
+
+    def _shape_with(self, names: Sequence[str]) -> Shape | None:
+        return self._model and shape_of_skeleton(self._model, names)
 
     def of(
         self, sample: Sequence[Example], num_examples: int, num_chars: int, method: Method, stages: Sequence[Stage]
@@ -165,7 +158,8 @@ class Estimator:
         if self._shape is None or not sizes.num_tokens:
             return sizes, Estimate(None, None)
         work = work_of(self._config, method, sizes, self._questions, stages)
-        return sizes, estimate(self._shape, self._machine, self._storage, method, sizes, work, self._num_together)
+        shape = self._shape_with(method.target_modules) or self._shape
+        return sizes, estimate(shape, self._machine, self._storage, method, sizes, work, self._num_together)
 
     def of_losses(self, method: Method, num_tokens: float) -> Estimate:
         """What losses of so many tokens take, without training."""
@@ -256,7 +250,8 @@ def estimate(
     # onednn.py reorders copies of the weights, for forward and backward pass, unless they take too much memory.
     copies = 2 * machine.dtype_bytes * shape.layer_weights if storage == "none" else 0
     peak += copies if copies <= COPIES_MEMORY_SHARE * machine.memory_bytes else 0
-    operations = 2 * shape.layer_weights  # of a token's forward pass: a multiplication and an addition for each weight
+    # Of a token's forward pass: a multiplication and an addition for each weight.
+    operations = 2 * (shape.layer_weights + shape.used_expert_weights)
     seconds = None
     if machine.rate:
         seconds = operations * work.evaluated / (SHARE_OF_RATE["evaluate"] * machine.rate)
@@ -443,8 +438,3 @@ def _least_bytes(shape: Shape, quantization: str, config: Config, machine: Hardw
     if "train" not in config.stages and not config.probe_steps:
         return base
     return base + min(training_bytes(shape, m, 64, machine, True) for m in config.grid_methods())
-
-
-def gigabytes(num_bytes: float) -> str:
-    """Bytes as text, in GB of 10^9 bytes."""
-    return f"{num_bytes / 1e9:.1f} GB"

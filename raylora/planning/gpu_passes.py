@@ -88,11 +88,12 @@ def pass_seconds(
     assert machine.bandwidth is not None
     costs, directions = COSTS[machine.kernels], 2 if backward else 1
     rate = machine.rate * (FP8_RATE if storage == "fp8" else 1)
-    products = directions * 2 * shape.layer_weights * num_tokens / (PRODUCTS_SHARE * rate)
+    weights = shape.layer_weights + shape.used_expert_weights
+    products = directions * 2 * weights * num_tokens / (PRODUCTS_SHARE * rate)
     moves = (costs.trained if backward else costs.read) + (costs.dropout if dropout else 0)
     moves += LLM_INT8_MOVES if storage == LLM_INT8 else 0
     moved = moves * shape.widths * machine.dtype_bytes * num_tokens
-    moved += directions * weight_traffic(shape, machine, storage)
+    moved += directions * (weight_traffic(shape, machine, storage) + shape.expert_weights * machine.dtype_bytes)
     busy = products + moved / machine.bandwidth
     if graphed:
         return busy

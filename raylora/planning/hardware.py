@@ -154,3 +154,8 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - started
 
     return min(seconds() for _ in range(5))
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Bytes as text, in GB of 10^9 bytes."""
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -5,21 +5,22 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from raylora.config import Config, FeatureOptions
+from raylora.config import AUTO, LORA_TARGETS, Config, FeatureOptions, Method
 from raylora.data import datasets
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
 from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
-from raylora.model.loading import check_window
+from raylora.model.loading import check_tokenizer, check_window, load_tokenizer
 from raylora.model.sources import quiet_libraries, resolve_model
+from raylora.model.targets import Adapted, adapt, resolve, skeleton
 from raylora.planning.estimate import Estimator
 from raylora.planning.hardware import check_fp8_here
 from raylora.planning.transfer import left_out_key, with_transfer
@@ -48,6 +49,8 @@ class Plan:
     """Questions of the first set, MMLU, that each model is asked; 0 without MMLU."""
     num_further: dict[str, int] = field(default_factory=dict)
     """The same of each further set, by its name."""
+    adapted: tuple[Adapted, ...] = ()
+    """What gets an adapter with each of the run's target modules; empty where the model's layers are not known."""
     misfit: str = ""
     """Why this machine cannot train the model at all; empty if it can. It stops a run that has anything to do."""
     columns: tuple[Column, ...] = ()
@@ -103,10 +106,17 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
             question_settings[name] = questions_key(config, found, thinking)
             notes += found.notes
         notes += filter(None, [note_on_thinking(thinking)])
-    num_experiments = min(len(files) * len(config.grid_methods()), config.max_experiments or 2**62)
-    estimator = Estimator(config, source, list(question_sets.values()), num_experiments)
+    bare = skeleton(source, config.trust_remote_code)
+    if bare is not None:
+        check_tokenizer(load_tokenizer(source, config.trust_remote_code), bare, config.model)
+    methods = planned_methods(config, bare)
+    adapted = tuple(dict.fromkeys(filter(None, methods.values())))
+    notes += filter(None, [found.note for found in adapted])
+    num_experiments = min(len(files) * len(methods), config.max_experiments or 2**62)
+    estimator = Estimator(config, source, list(question_sets.values()), num_experiments, bare)
+    notes += filter(None, [estimator.note])
     masked = question_sets[""].masked if config.mask and question_sets else None
-    shared = (model_settings, question_settings, masked, estimator, config)
+    shared = (model_settings, question_settings, masked, estimator, config, methods)
     experiments = [e for path, name in _names_of(files) for e in _experiments_of(path, name, *shared)]
     # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the
     # longest dataset bounds the run: benchmarks/NOTES.md). Ids break ties, so that the order is always the same.
@@ -119,7 +129,33 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         experiments, columns = with_transfer(experiments, config, digest(model_settings), estimator)
     sizes = {name: len(question_set.questions) for name, question_set in question_sets.items()}
     num_first = sizes.pop("", 0)
-    return Plan(config, chunk, store, tuple(experiments), hashes, notes, num_first, sizes, estimator.misfit, columns)
+    run = (tuple(experiments), hashes, notes, num_first, sizes, adapted)
+    return Plan(config, chunk, store, *run, estimator.misfit, columns)
+
+
+def planned_methods(config: Config, model: Any | None) -> dict[Method, Adapted | None]:
+    """The hyperparameters of the run's experiments, with names in place of ``auto``, and what gets an adapter.
+
+    Args:
+        model: a skeleton; None where there is none: ``auto`` is then Llama's seven names.
+
+    Raises:
+        UserError: nothing of the model would get an adapter.
+    """
+    needed = bool(set(config.stages) & {"train", "mmlu"} or config.probe_steps)
+    methods: dict[Method, Adapted | None] = {}
+    of_names: dict[tuple[tuple[str, ...], bool], Adapted] = {}
+    for method in config.grid_methods():
+        if model is None:
+            names = tuple(name for n in method.target_modules for name in (LORA_TARGETS if n == AUTO else (n,)))
+            methods.setdefault(method.model_copy(update={"target_modules": names}))
+            continue
+        key = method.target_modules, method.lora_dropout > 0
+        if needed and key not in of_names:
+            of_names[key] = adapt(model, resolve(model, method.target_modules), method.lora_dropout)
+        names = of_names[key].target_modules if needed else resolve(model, method.target_modules)
+        methods.setdefault(method.model_copy(update={"target_modules": names}), of_names.get(key))
+    return methods
 
 
 def _names_of(files: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -136,6 +172,7 @@ def _experiments_of(
     masked: frozenset[str] | None,
     estimator: Estimator,
     config: Config,
+    methods: Mapping[Method, Adapted | None],
 ) -> list[Experiment]:
     """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed.
 
@@ -143,6 +180,7 @@ def _experiments_of(
         dataset: its name.
         question_settings: from ``questions_key``, by the name of a set of questions; empty without MMLU.
         masked: ids of the questions that ``--mask`` leaves out; None without it.
+        methods: from ``planned_methods``.
     """
     survey = datasets.survey(path, config.salvage, config.max_records)
     error, error_kind = survey.error, survey.error_kind
@@ -156,7 +194,7 @@ def _experiments_of(
         of_questions["mask"] = digest(sorted(masked))
     base_keys = {name: score_key(model_settings, settings) for name, settings in question_settings.items()}
     first_seed, experiments = config.seeds[0], []
-    for method in config.grid_methods():
+    for method, adapted in methods.items():
         settings = method.model_dump(mode="json")
         hyperparameters = {name: value for name, value in settings.items() if name != "seed"}
         train = {
@@ -200,6 +238,8 @@ def _experiments_of(
                 num_tokens=sizes.num_tokens,
                 estimated_peak_memory_bytes=estimate.peak_memory_bytes,
                 estimated_seconds=estimate.seconds,
+                num_adapted_modules=None if adapted is None else len(adapted.modules),
+                modules_without_adapter=None if adapted is None else ",".join(adapted.without),
                 error=error,
                 error_kind=error_kind,
                 record_form=survey.record_form,

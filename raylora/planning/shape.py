@@ -6,11 +6,15 @@ They are counted on a model on torch's meta device, which needs its configuratio
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from raylora.model.targets import fused_experts, linear_layers, resolve, skeleton
+from raylora.planning.hardware import Hardware
 
 log = logging.getLogger("raylora")
 LLM_INT8 = "LLM.int8"
@@ -29,7 +33,7 @@ class Shape:
     largest_matrix: int
     """Weights of the largest of these matrices."""
     other_weights: int
-    """Weights of embeddings, norms and output head."""
+    """Weights of embeddings, norms, output head and fused experts."""
     adapter_rows: int
     """Inputs plus outputs of the matrices that get an adapter: an adapter of rank r has r times as many parameters."""
     adapted_inputs: int
@@ -42,50 +46,80 @@ class Shape:
     """Outputs of the output head."""
     kept_numbers: int
     """Numbers in a token's keys and values, of all layers."""
+    expert_weights: int = 0
+    """Weights of fused experts, which are among ``other_weights``: they are not quantized."""
+    used_expert_weights: int = 0
+    """Those of them that one token is multiplied with."""
 
 
 def shape_of(source: str, target_modules: Sequence[str], trust_remote_code: bool = False) -> Shape | None:
     """The shape of a model, from its configuration alone; None where that does not say enough."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    model = skeleton(source, trust_remote_code)
+    return None if model is None else shape_of_skeleton(model, target_modules)
 
+
+def shape_of_skeleton(model: Any, target_modules: Sequence[str]) -> Shape | None:
+    """The shape of a model that lies on torch's meta device; None where its weights cannot be counted."""
+    if getattr(model.config, "quantization_config", None):
+        return None  # stored quantized: its weights take fewer bytes than the model built here would have
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            return None  # stored quantized: its weights take fewer bytes than the model built here would have
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return _count_weights(model, config.get_text_config(), target_modules)
-    except Exception:  # a model's own code may raise anything; if something is wrong, loading the model reports it
-        log.info("no estimate: this model cannot be built from its configuration alone", exc_info=True)
+        return _count_weights(model, model.config.get_text_config(), resolve(model, target_modules))
+    except (AttributeError, TypeError, ValueError, ArithmeticError):  # a configuration without the usual names
+        log.info("no estimate: the configuration of this model does not say enough", exc_info=True)
         return None
+
+
+def weight_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
+    """Bytes of the base's weights. Quantization makes only the matrices in its layers smaller."""
+    return int(
+        shape.layer_weights * BYTES_A_WEIGHT.get(quantization, machine.dtype_bytes)
+        + shape.other_weights * machine.dtype_bytes
+    )
+
+
+def base_bytes(shape: Shape, quantization: str, machine: Hardware) -> int:
+    """Bytes of the base while it runs: its weights, and one quantized matrix at a time as floats for its product."""
+    floats = 0 if quantization in {"none", "fp8"} else shape.largest_matrix * machine.dtype_bytes
+    return weight_bytes(shape, quantization, machine) + floats
 
 
 def _count_weights(model: Any, config: Any, target_modules: Sequence[str]) -> Shape | None:
-    """The shape of a model; None where most weights are not in ``Linear`` modules, as in fused experts.
-
-    Such weights are neither quantized nor multiplied with every token, so that no estimate would be right.
-    """
+    """The shape of a model; None where most weights are neither in linear layers nor in experts."""
     head = model.get_output_embeddings()
-    matrices = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    adapted = [m for name, m in matrices.items() if name.rpartition(".")[2] in target_modules]
-    in_layers = sum(m.weight.numel() for m in matrices.values())
+    matrices = {name: (1, *_size_of(m)) for name, m in linear_layers(model).items()}
+    experts = {name: tuple(p.shape) for name, p in fused_experts(model).items()}
+    both = matrices | experts
+    adapted = [size for name, size in both.items() if f".{name}".endswith(tuple(f".{n}" for n in target_modules))]
+    in_layers, in_experts = (sum(math.prod(size) for size in sizes.values()) for sizes in (matrices, experts))
     num_all = sum(p.numel() for p in model.parameters())
     # By identity, as input embeddings and output head may be one tensor, which is then counted once.
-    embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), head) if m is not None}
-    if in_layers < (num_all - sum(embeddings.values())) / 2:
+    tables = [head, *(m for m in model.modules() if isinstance(m, torch.nn.Embedding))]
+    embeddings = {id(m.weight): m.weight.numel() for m in tables if m is not None}
+    if in_layers + in_experts < (num_all - sum(embeddings.values())) / 2:
         return None
+    # Each token goes through some of the experts.
+    num_used = int(config.num_experts_per_tok) if experts else 0
+    used = [*matrices.values(), *((min(num_used, num), *size) for num, *size in experts.values())]
     return Shape(
         layer_weights=in_layers,
-        largest_matrix=max(m.weight.numel() for m in matrices.values()),
+        largest_matrix=max(math.prod(size[1:]) for size in both.values()),
         other_weights=num_all - in_layers,
-        adapter_rows=sum(m.in_features + m.out_features for m in adapted),
-        adapted_inputs=sum(m.in_features for m in adapted),
-        widths=sum(m.in_features + m.out_features for m in matrices.values()),
+        adapter_rows=sum(num * (inputs + outputs) for num, inputs, outputs in adapted),
+        adapted_inputs=sum(inputs for _, inputs, _ in adapted),
+        widths=sum(num * (inputs + outputs) for num, inputs, outputs in used),
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
         kept_numbers=2 * int(config.num_hidden_layers) * _key_width(config),
+        expert_weights=in_experts,
+        used_expert_weights=sum(math.prod(size) for size in used) - in_layers,
     )
+
+
+def _size_of(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer: a ``Linear`` has weights (out, in), GPT-2's ``Conv1D`` (in, out)."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, torch.nn.Linear) else (rows, columns)
 
 
 def _key_width(config: Any) -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylora.mmlu.power import measured_share, power_line
-from raylora.planning.estimate import gigabytes
+from raylora.planning.hardware import gigabytes
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow, digest
 
@@ -35,6 +35,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     for line in lines_on_forms(plan.experiments):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+    for adapted in plan.adapted:
+        console.print(f"Of the model {adapted.summary}.", soft_wrap=True)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
     if plan.num_questions and plan.experiments:

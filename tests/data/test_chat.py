@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from raylora.data.chat import render_chat
 from raylora.data.encoding import IGNORE_INDEX, StoredEncoded, encode_each, encode_example, labels_of, supervised_counts
 from raylora.data.parse_record import parse_record
-from tests.data.test_encoding import FORGETFUL, TEMPLATES
 from tests.helpers.formats import TEXT
+from tests.helpers.templates import FORGETFUL, TEMPLATES
 from tests.helpers.tiny import CHAT_TEMPLATE
 
 HERMES = (

@@ -21,6 +21,7 @@ from raylora.report.terminal import print_results
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS, load_results
 from raylora.run.live_table import describe
 from tests.helpers.chunks import OPTIONS, planned, write_dataset
+from tests.helpers.families import EXPERTS, save_family
 from tests.helpers.questions import as_dicts, questions_of_many_sizes
 from tests.helpers.tiny import make_model
 
@@ -170,7 +171,6 @@ def error_kind_of(options, **more) -> str:
     [
         (None, {}),
         ("diverged", {"learning_rate": 9.0, "max_grad_norm": 1e30, "lora_alpha": 1e30}),
-        ("target_modules", {"target_modules": ("no_such_module",)}),
         ("adapter", {"stages": ("mmlu",)}),
     ],
 )
@@ -269,3 +269,22 @@ def test_an_adapter_that_is_what_it_was_is_no_good_row_without_a_word(options, t
     assert table["train_notes"].tolist() == [note]
     if rate == 0:
         assert row.values["accuracy_change"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "without"),
+    [
+        ("gpt2", {}, ""),
+        ("mixtral", {}, ",".join(EXPERTS)),
+        ("mixtral", {"target_modules": EXPERTS, "lora_dropout": 0.0}, "q_proj,k_proj,v_proj,o_proj"),
+    ],
+)
+def test_models_whose_layers_have_other_names_give_good_rows(options, tmp_path, name, more, without):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plan = planned(options, model=str(save_family(name, tmp_path / name)), num_epochs=1, probe_steps=1, **more)
+    row = ExperimentRunner(plan.config, plan.store).run(plan.experiments[0])
+    assert row.ok, row.values["error"]
+    assert row.values["modules_without_adapter"] == without
+    assert row.values["relative_weight_update"] > 0
+    assert row.values["estimated_peak_memory_bytes"] > 0
+    assert row.values["overall_accuracy"] >= 0

@@ -171,7 +171,6 @@ def test_a_run_fills_its_passes_from_the_queue_and_has_every_row(options):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_that_shares_passes_has_every_row(options):
     ray.init(num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.ensemble import IsolationForest
+from transformers import PreTrainedTokenizerFast
 
 from raylora import StaticFeatureExtractor
 from raylora.data.datasets import sample_examples
@@ -21,6 +23,7 @@ from raylora.features import static
 from raylora.features.static import as_dataset, extract_static
 from tests.helpers.feature_rows import WORDS, assert_same_row, make_records, token_losses
 from tests.helpers.formats import conversation
+from tests.helpers.tiny import make_tokenizer
 
 
 def test_characters_are_those_of_the_records(tmp_path, loaded):
@@ -248,3 +251,13 @@ def test_real_prose_and_noise_differ_as_they_should(smollm2, shared_data):
     assert rows["shuffled"]["base_model_perplexity"] > rows["clean"]["base_model_perplexity"]
     assert rows["shuffled"]["io_similarity"] < rows["clean"]["io_similarity"]
     assert rows["noise"]["base_model_perplexity"] > 5 * rows["clean"]["base_model_perplexity"]
+
+
+def test_a_tokenizer_without_begin_and_end_leaves_one_feature_out(tiny_model):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(make_tokenizer().backend_tokenizer))
+    dataset = as_dataset(make_records(3))
+    result = extract_static(tiny_model, tokenizer, dataset, dataset.examples)
+    assert result.values["instruction_following_difficulty"] is None
+    assert result.notes["instruction_following_difficulty"] == "the tokenizer has no token that begins or ends a text"
+    assert result.values["base_model_perplexity"] > 1
+    assert result.values["static_valid_count"] == 3

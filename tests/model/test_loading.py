@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raylora.api import evaluate_mmlu_with_model
-from raylora.config import Method
+from raylora.config import Method, load_config
 from raylora.errors import UserError
 from raylora.model.loading import as_loaded, borrowed, uses_llm_int8
-from tests.helpers.tiny import load
+from raylora.planning.plan import make_plan
+from tests.helpers.chunks import write_dataset
+from tests.helpers.tiny import load, make_tokenizer
 
 
 def test_a_damaged_model_folder_is_one_line(tmp_path, tiny_model_folder):
@@ -84,3 +87,18 @@ def test_what_bitsandbytes_may_repack_is_what_it_was(outlier_model_folder, token
         with borrowed(model, tokenizer):
             assert not layer.support_avx512bf16_for_cpu
         assert layer.support_avx512bf16_for_cpu == may_repack
+
+
+def test_a_tokenizer_that_knows_more_than_the_embeddings_is_one_line_before_anything_runs(tmp_path, tiny_model_folder):
+    folder = tmp_path / "beyond"
+    shutil.copytree(tiny_model_folder, folder)
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.add_tokens(["<extra>", "plants"])
+    tokenizer.save_pretrained(folder)
+    num_rows = len(make_tokenizer())
+    expected = rf"knows token {num_rows + 1} \('plants'\), its embeddings have {num_rows} rows: resize"
+    with pytest.raises(UserError, match=expected):
+        load(folder, "none")
+    config = load_config(model=str(folder), quantization="none", stages=("train",))
+    with pytest.raises(UserError, match=expected):
+        make_plan(config, [write_dataset(tmp_path, "data_a")], "single")

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from raylora.config import ModelOptions, load_config
 from raylora.console import make_console
@@ -20,10 +20,11 @@ from raylora.model.loading import load_model
 from raylora.planning import estimate, hardware, show_plan
 from raylora.planning.plan import find_files, make_plan
 from raylora.planning.questions import QuestionTokens
-from raylora.planning.shape import LLM_INT8, Shape, shape_of
-from raylora.records import Example, Message
+from raylora.planning.shape import LLM_INT8, Shape, base_bytes, shape_of, shape_of_skeleton, weight_bytes
+from raylora.records import Example, Experiment, Message
 from raylora.training.gradients import GradientAccumulator, Job
 from tests.helpers.chunks import OPTIONS, write_dataset
+from tests.helpers.families import FAMILIES, load_family, make_family
 from tests.helpers.shapes import h200, llama_3_8b, shape_of_8b
 from tests.helpers.tiny import make_tokenizer
 
@@ -53,7 +54,7 @@ def test_weights_take_what_they_take(folder, quantization):
     shape = shape_of(str(folder), load_config(model="x").target_modules)
     loaded = load_model(ModelOptions(model=str(folder), quantization=quantization), torch.device("cpu"))
     held = loaded.model.get_memory_footprint(return_buffers=False)
-    assert estimate.weight_bytes(shape, quantization, CPU) == pytest.approx(held, rel=0.05)
+    assert weight_bytes(shape, quantization, CPU) == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -87,12 +88,12 @@ def test_an_8b_model_is_known_by_its_configuration(tmp_path):
     config = load_config(model=source)
     shape = shape_of(source, config.target_modules)
     assert shape.layer_weights + shape.other_weights == 8_030_261_248
-    assert estimate.weight_bytes(shape, "none", gpu(80)) == 2 * 8_030_261_248
-    assert estimate.weight_bytes(shape, "8bit", gpu(80)) == pytest.approx(9.08e9, rel=0.01)
-    assert estimate.weight_bytes(shape, "4bit", gpu(80)) == pytest.approx(5.70e9, rel=0.01)
+    assert weight_bytes(shape, "none", gpu(80)) == 2 * 8_030_261_248
+    assert weight_bytes(shape, "8bit", gpu(80)) == pytest.approx(9.08e9, rel=0.01)
+    assert weight_bytes(shape, "4bit", gpu(80)) == pytest.approx(5.70e9, rel=0.01)
     for quantization, floats in (("none", 0), ("8bit", 2 * 4096 * 14336), ("4bit", 2 * 4096 * 14336)):
-        weights = estimate.weight_bytes(shape, quantization, gpu(80))
-        assert estimate.base_bytes(shape, quantization, gpu(80)) - weights == floats, "one matrix at a time"
+        weights = weight_bytes(shape, quantization, gpu(80))
+        assert base_bytes(shape, quantization, gpu(80)) - weights == floats, "one matrix at a time"
     assert 16 * config.lora_r * shape.adapter_rows == 16 * 41_943_040, "PEFT counts as many for r 16"
 
 
@@ -251,11 +252,23 @@ def test_a_dry_run_says_what_it_takes(tmp_path, tiny_model_folder):
     show_plan.print_plan(plan, console)
     shown = console.export_text()
     assert "for one worker, stages that are done not taken off" in shown
+    assert "\nlong, short: records of the form question/answer\n" in shown
     for name in ("", "more: "):
         assert f"\n{name}{plan.num_questions} questions can show changes of accuracy from " in shown
     assert " after Holm over 3 datasets (at 5%, found in 80% of cases; an assumed 15% of the answers" in shown
     with pytest.raises(UserError, match="fewer --num-workers"):
         make_plan(config.model_copy(update={"num_workers": 10_000}), files, chunk).check_fit()
+
+
+def test_a_dry_run_has_a_line_for_all_datasets_of_one_form():
+    shown = [("a", "question/answer", "id"), ("b", "question/answer", ""), ("bad", "", "")]
+    shown += [(f"c{i}", "messages", "id, [red]") for i in range(7)]
+    experiments = [Experiment(n, n, n, {}, "", {}, "", record_form=f, ignored_keys=k) for n, f, k in shown]
+    assert show_plan.lines_on_forms([*experiments, experiments[0]]) == [
+        "a: records of the form question/answer; keys left aside: id",
+        "b: records of the form question/answer",
+        "c0, c1, c2, c3, c4 and 2 more: records of the form messages; keys left aside: id, [red]",
+    ]
 
 
 def test_a_dry_run_counts_the_held_out_examples_of_all_datasets(tmp_path, tiny_model_folder):
@@ -305,3 +318,31 @@ def test_a_model_of_which_nothing_is_known_gets_no_estimate(tmp_path, change):
         values = {"model_type": "no such type"}
     path.write_text(json.dumps(values))
     assert shape_of(source, load_config(model="x").target_modules) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_an_estimate(name, tmp_path):
+    model = make_family(name)
+    config = load_config(model="x", quantization="none")
+    with torch.device("meta"):
+        shape = shape_of_skeleton(AutoModelForCausalLM.from_config(model.config), config.target_modules)
+    num_weights = sum(p.numel() for p in model.parameters())
+    assert weight_bytes(shape, "none", CPU) == 4 * num_weights
+    loaded = load_family(name)
+    assert config.lora_r * shape.adapter_rows == sum(p.numel() for p in loaded.attach(config.method(), 0))
+    experts = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n)
+    assert (shape.expert_weights, shape.used_expert_weights) == (experts, experts / 2), "2 of 4 experts a token"
+    sizes = estimate.Sizes(100, 40.0, 60)
+    work = estimate.work_of(config, config.method(), sizes, QuestionTokens(), ("features", "train"))
+    found = estimate.estimate(shape, CPU, "none", config.method(), sizes, work)
+    assert found.peak_memory_bytes > 4 * num_weights
+
+
+def test_experts_count_as_stored_and_as_used(tmp_path):
+    """Mixtral 8x7B: 46.7 billion weights, of which a token uses 12.9 (Jiang et al. 2024, table 1)."""
+    MixtralConfig().save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path), ("auto",))
+    assert shape.layer_weights + shape.other_weights == pytest.approx(46.7e9, rel=0.01)
+    unused = shape.expert_weights - shape.used_expert_weights
+    assert shape.layer_weights + shape.other_weights - unused == pytest.approx(12.9e9, rel=0.01)
+    assert weight_bytes(shape, "4bit", gpu(80)) > 2 * shape.expert_weights, "experts are not quantized"

@@ -11,13 +11,16 @@ import sys
 import pytest
 
 from raylora.commands.run_command import call_command
-from raylora.config import load_config
-from raylora.errors import UserError
+from raylora.config import LORA_TARGETS, load_config
+from raylora.console import make_console
+from raylora.errors import ErrorKind, UserError
 from raylora.mmlu.power import power_line
-from raylora.planning.plan import find_files, make_plan, read_order
-from raylora.planning.show_plan import power_of
+from raylora.planning.plan import find_files, make_plan, planned_methods, read_order
+from raylora.planning.show_plan import power_of, print_plan
 from raylora.records import ResultRow
+from raylora.rows import make_row
 from tests.helpers.chunks import OPTIONS, planned, run, write_dataset
+from tests.helpers.families import save_family
 from tests.helpers.feature_rows import make_records
 from tests.helpers.objects import BUCKET
 
@@ -34,7 +37,6 @@ def test_dry_run_shows_sizes_and_what_is_done_and_starts_nothing(options, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_row(
     options, tmp_path, capsys, monkeypatch
 ):
@@ -232,3 +234,49 @@ def test_what_the_questions_can_show_is_measured_from_rows_that_are_there(option
     failed = ResultRow({"num_gained": None, "num_lost": None, "total_questions": None})
     assert power_of(plan, [*rows, failed]) == power_line(num, 1, 3 / num, num_tests=2), "seeds are tested together"
     assert power_of(plan, [failed]) == power_line(num, 1, None, num_tests=2)
+
+
+def plan_of(options, model, **more):
+    return planned(options, model=str(model), stages=("train",), **more)
+
+
+def test_auto_is_no_other_experiment_than_its_names(options, tmp_path, tiny_model_folder):
+    """Rows and adapters of runs before there was an auto count as done."""
+    write_dataset(tmp_path / "data" / "chunk_1", "data_a")
+    (auto,) = plan_of(options, tiny_model_folder).experiments
+    (named,) = plan_of(options, tiny_model_folder, target_modules=",".join(LORA_TARGETS)).experiments
+    assert (auto.experiment_id, auto.identity, auto.origins) == (named.experiment_id, named.identity, named.origins)
+    assert auto.settings["target_modules"] == list(LORA_TARGETS)
+    assert (auto.num_adapted_modules, auto.modules_without_adapter) == (14, "")
+    grid = {"target_modules": ["auto", ",".join(LORA_TARGETS), "q_proj"]}
+    assert len(plan_of(options, tiny_model_folder, grid=grid).experiments) == 2
+
+
+def test_names_that_match_in_part_are_noted_and_the_row_has_those_that_do(options, tmp_path, capsys):
+    write_dataset(tmp_path / "data" / "chunk_1", "data_a")
+    plan = plan_of(options, save_family("phi3", tmp_path / "phi3"), target_modules=LORA_TARGETS)
+    assert len(plan.notes) == 1
+    assert "no layer is called q_proj or k_proj or v_proj or gate_proj or up_proj" in plan.notes[0]
+    row = make_row(plan.config, plan.experiments[0], "ok").values
+    assert (row["target_modules"], row["num_adapted_modules"]) == ("o_proj,down_proj", 4)
+    assert row["modules_without_adapter"] == "qkv_proj,gate_up_proj"
+    print_plan(plan, make_console())
+    assert "4 layers get an adapter (o_proj, down_proj); without one: qkv_proj, gate_up_proj" in capsys.readouterr().out
+
+
+def test_names_that_match_nothing_stop_the_run_before_it_begins(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "data_a")
+    folder = save_family("gpt2", tmp_path / "gpt2")
+    with pytest.raises(UserError, match="no layer is called q_proj; there are c_attn, c_proj, c_fc") as raised:
+        plan_of(options, folder, target_modules="q_proj")
+    assert raised.value.kind is ErrorKind.TARGET_MODULES
+    (experiment,) = plan_of(options, folder).experiments
+    assert experiment.settings["target_modules"] == ["c_attn", "c_proj", "c_fc"]
+    assert not plan_of(options, folder).notes
+    assert planned(options, model=str(folder), stages=("features",), probe_steps=0, target_modules="q_proj").experiments
+
+
+def test_a_model_whose_layers_are_not_known_has_the_seven_names(options, tmp_path, tiny_model_folder):
+    """Its own code may be missing here, and be on the machines that run it."""
+    config = load_config(**{**options, "chunk": "chunk_1", "grid": {"target_modules": ["auto", "c_attn"]}})
+    assert [m.target_modules for m in planned_methods(config, None)] == [LORA_TARGETS, ("c_attn",)]

@@ -55,7 +55,6 @@ def train(loaded, encoded, method=METHOD, seed=0, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_lora_learns_facts_that_its_base_does_not_know(tokenizer):
     """A tiny model trained on facts answers multiple-choice questions about them clearly better than its base."""
     options = ("red", "blue", "green", "white")

@@ -15,6 +15,7 @@ import pytest
 from raylora.commands.run_command import call_command
 from raylora.config import Config, load_config
 from raylora.data.datasets import read_dataset
+from raylora.data.record_forms import FORMS, SPEAKERS
 from raylora.errors import UserError
 from raylora.planning.plan import DEMO_CHUNK, DEMO_FOLDER
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS
@@ -211,7 +212,20 @@ def test_records_of_every_form_are_read(tmp_path):
     (example,) = blocks("docs/datasets.md", "json")
     (tmp_path / "forms.json").write_text(example)
     dataset = read_dataset(tmp_path / "forms.json")
-    assert (len(dataset.examples), dataset.num_bad_records) == (4, 0)
+    assert (len(dataset.examples), dataset.num_bad_records) == (6, 0)
+
+
+def quoted(words):
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def test_the_tables_of_forms_and_speakers_are_the_codes():
+    page = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    forms = [f"| {quoted(f.keys)}: {f.shape} | {quoted(f.used)} | {f.known_from} |" for f in FORMS]
+    speakers = [f"| {role} | {quoted(names)} |" for role, names in SPEAKERS.items()]
+    for name, rows in (("forms", forms), ("speakers", speakers)):
+        table = page.split(f"<!-- {name}: raylora/data/record_forms.py -->\n")[1].split("\n\n")[0]
+        assert table.splitlines()[2:] == rows, "\n".join(rows)
 
 
 def test_a_new_question_set(tiny_model_folder, tmp_path, monkeypatch):
