@@ -20,6 +20,18 @@ def test_examples_on_disk_are_those_in_memory(tmp_path, on_disk, monkeypatch):
         *({"question": q, "answer": a} for q, a in PAIRS),
         {"context_text": "Cats purr.", "qa_pairs": [{"question": "Who?", "output": "Cats \u2028 é 😀"}] * 2},
         {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user", "assistant")]},
+        {"text": "A text of no question."},
+        {
+            "messages": [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+                {"role": "tool", "content": "R"},
+                {"role": "assistant", "content": "bad", "weight": 0},
+                {"role": "user", "content": "Again"},
+                {"role": "assistant", "content": "A"},
+            ],
+            "tools": [{"name": "f"}],
+        },
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(content))

@@ -288,3 +288,56 @@ def test_models_whose_layers_have_other_names_give_good_rows(options, tmp_path, 
     assert row.values["relative_weight_update"] > 0
     assert row.values["estimated_peak_memory_bytes"] > 0
     assert row.values["overall_accuracy"] >= 0
+
+
+ODD_RECORDS = {
+    "texts": ([{"text": f"Text {i} of many words."} for i in range(8)], "text", ""),
+    "tools": (
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"What is {i}?", "at": i},
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": f'{{"n": {i}}}'}}]},
+                    {"role": "tool", "content": f"It is {i}."},
+                    {"role": "assistant", "content": f"It is {i}, they say."},
+                ],
+                "tools": [{"name": "look"}],
+            }
+            for i in range(8)
+        ],
+        "messages",
+        "messages[].at",
+    ),
+    "weights": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": f"What is {i}?"},
+                    {"from": "gpt", "value": "Nobody knows.", "weight": 0},
+                    {"from": "human", "value": "Sure?"},
+                    {"from": "gpt", "value": f"It is {i}."},
+                ]
+            }
+            for i in range(8)
+        ],
+        "conversations",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("train_on", ["answer", "all"])
+@pytest.mark.parametrize("name", ODD_RECORDS)
+def test_texts_tools_and_turns_not_to_be_learned_give_good_rows(options, tmp_path, name, train_on):
+    records, form, ignored = ODD_RECORDS[name]
+    (tmp_path / "data" / "chunk_1").mkdir(parents=True)
+    (tmp_path / "data" / "chunk_1" / "data.json").write_text(json.dumps(records))
+    plan = planned(options, stages=("features", "train"), train_on=train_on)
+    (experiment,) = plan.experiments
+    values = ExperimentRunner(plan.config, plan.store).run(experiment).values
+    assert (values["status"], values["num_examples"], values["num_bad_records"]) == ("ok", 8, 0), values["error"]
+    assert (values["record_form"], values["ignored_keys"]) == (form, ignored)
+    assert values["num_supervised_tokens"] > 8
+    assert values["train_final_loss"] > 0
+    assert values["static_valid_count"] == min(8, values["sample_size"])
+    assert values["base_model_perplexity"] > 1

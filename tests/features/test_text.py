@@ -50,3 +50,11 @@ def test_text_features_by_hand(tokenizer):
         abs=1e-9,
     ), values
     assert notes == {}
+
+
+def test_plain_texts_have_no_question_and_no_ground(tokenizer):
+    values, notes = text.text_features(as_dataset([{"text": "Two and two make four."}] * 2).examples, tokenizer)
+    assert (values["avg_input_length"], values["io_length_ratio"], values["approximate_duplicates"]) == (0, None, 1)
+    assert (values["answer_groundedness"], values["input_ttr"]) == (None, None)
+    assert values["avg_output_length"] > 5
+    assert set(notes) == {"answer_groundedness", "input_ttr", "io_length_ratio"}

@@ -15,6 +15,7 @@ import pytest
 
 from raylora.config import load_config
 from raylora.data.datasets import read_dataset
+from raylora.data.record_forms import FORMS
 from raylora.errors import UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.mmlu.questions import load_questions
@@ -45,6 +46,10 @@ def sources() -> list[tuple[str, bytes]]:
         except ValueError:
             small = b"\n".join(raw.splitlines()[:3])
         found.append((path.suffix, small))
+    for form in FORMS:
+        found.append((".json", json.dumps([form.example] * 2).encode()))
+    found.append((".jsonl", b"\n".join(json.dumps(form.example).encode() for form in FORMS)))
+    found.append((".jsonl", b"\n".join([json.dumps(FORMS[0].example["messages"]).encode()] * 3)))
     questions = json.loads((DEMO / "questions.json").read_text())[:4]
     found.append(("questions.json", json.dumps(questions).encode()))
     found.append(("questions.csv", b'"What?",a,b,c,d,A\n"Why, then?",1,2,3,4,B\n'))
@@ -129,7 +134,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_ten_thousand_mutated_files(tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_twenty_thousand_mutated_files(tmp_path, monkeypatch, seed):
     monkeypatch.setenv("MODEL_NAME", "demo")
-    assert sum(check(tmp_path, 2400, seed).values()) == 2400
+    assert sum(check(tmp_path, 2000, seed).values()) == 2000
