@@ -43,7 +43,7 @@ FIXES = {
     ErrorKind.USAGE: "as the cause says" + AGAIN,
     ErrorKind.QUESTIONS: "give that machine the questions of --mmlu; the same command tries it again",
     ErrorKind.MODEL: "fix it on the machine that the cause names; the same command tries it again",
-    ErrorKind.TARGET_MODULES: "give --target-modules names of the model's linear layers",
+    ErrorKind.TARGET_MODULES: "--target-modules with names of the cause, or auto; of experts with --lora-dropout 0",
     ErrorKind.ADAPTER: "add train to --stages; one that cannot be read: remove its folder" + AGAIN,
     ErrorKind.CHANGED_MEANWHILE: "the same command runs it as it is now",
     ErrorKind.DIVERGED: "lower --learning-rate" + ANEW,
