@@ -23,7 +23,7 @@ from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_b
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import as_loaded, borrowed, context_window, load_model
 from raylora.planning.plan import find_files, make_plan
-from raylora.records import Dataset, Example
+from raylora.records import Dataset, Example, Score
 from raylora.rows import load_results
 from raylora.run.execute import run_plan
 from raylora.storage.legacy import legacy_result
@@ -247,7 +247,7 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
         raise UserError(f"{model.active_peft_config.peft_type.value}: {ONLY_IN_LAYERS}", kind=ErrorKind.ADAPTER)
     question_sets = {name: load_question_set(config, name) for name in config.question_sets}
     thinking = thinking_of(tokenizer, config.prompt_style, config.scoring)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Score] = {}
     for name, asked in question_sets.items():
         encoded = encode_questions(
             tokenizer,
@@ -267,11 +267,14 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
                 thinking=thinking,
                 cloze_per=config.cloze_per,
             )
-        found[name] = {**summarize(score), "thinking": thinking, "questions": score.questions}
+        found[name] = score
         if config.mask and not name:
-            found[MASKED] = summarize(score.without(asked.masked))
-    first = found.pop("")
-    return {**first, "sets": found} if found else first
+            found[MASKED] = score.without(asked.masked)
+    results = {
+        name: {**summarize(score), "thinking": thinking, "questions": score.questions} for name, score in found.items()
+    }
+    first = results.pop("")
+    return {**first, "sets": results} if results else first
 
 
 def _config(**options: Any) -> Config:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
@@ -291,11 +291,6 @@ class RunOptions(BaseModel):
 
 class EvaluationConfig(CommonOptions, ModelOptions, MmluOptions, Settings):
     """All options of an evaluation."""
-
-    def of_set(self, name: str) -> Self:
-        """The options for one of its question sets, as if there were no other."""
-        file, mask = self.question_sets[name], None if name else self.mask
-        return self.model_copy(update={"mmlu": file, "questions": (), "mask": mask})
 
 
 class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,12 @@ from rich.console import Console
 def make_console(**options: Any) -> Console:
     """A console that prints names as they are: ``[x]`` or ``:x:`` in a dataset's name is no markup and no emoji."""
     return Console(highlight=False, markup=False, emoji=False, **options)
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Print what the user is to know, and what stops nothing, a line each."""
+    for note in notes:
+        console.print(f"Note: {note}", soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

@@ -10,7 +10,7 @@ import sys
 from rich.console import Console
 
 from raylora.config import DEMO, Config
-from raylora.console import make_console
+from raylora.console import make_console, print_notes
 from raylora.data import datasets
 from raylora.errors import UserError
 
@@ -26,8 +26,7 @@ def run(config: Config) -> int:
 
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
-    for note in plan.notes:
-        console.print(f"Note: {note}", soft_wrap=True)
+    print_notes(console, plan.notes)
     if config.dry_run:
         print_plan(plan, console)
         return 0

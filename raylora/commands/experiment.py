@@ -6,7 +6,7 @@ python -m raylora.experiment FILE --model demo --mmlu demo
 from __future__ import annotations
 
 from raylora.commands.options import ExperimentConfig
-from raylora.console import make_console
+from raylora.console import make_console, print_notes
 from raylora.experiment.story import run_experiment
 from raylora.experiment.workbench import Workbench, use_threads
 from raylora.planning.plan import make_plan
@@ -18,10 +18,10 @@ from raylora.rows import ROW_COLUMNS
 
 def run(config: ExperimentConfig) -> int:
     plan = make_plan(config, [config.file], "single")
-    for note in plan.notes:
-        make_console().print(f"Note: {note}", soft_wrap=True)
+    console = make_console()
+    print_notes(console, plan.notes)
     if config.dry_run:
-        print_plan(plan, make_console())
+        print_plan(plan, console)
         return 0
     use_threads(config)
     with plan.store.held(config.fresh):

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from raylora.commands.options import FeaturesConfig
 from raylora.config import Method
-from raylora.console import clock, make_console
+from raylora.console import clock, make_console, print_notes
 from raylora.data.datasets import list_dataset_files
 from raylora.errors import UserError
 from raylora.features.columns import RUN_COLUMNS, describe_columns
@@ -88,8 +88,7 @@ def run(config: FeaturesConfig) -> int:
         return 0
     name, files = find_datasets(config)
     plan = make_plan(config, files, name)
-    for note in plan.notes:
-        console.print(f"Note: {note}", soft_wrap=True)
+    print_notes(console, plan.notes)
     if config.dry_run:
         print_plan(plan, console)
         return 0

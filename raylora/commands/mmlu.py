@@ -24,7 +24,7 @@ from rich.table import Table
 
 from raylora.commands.options import MmluConfig
 from raylora.config import MASKED
-from raylora.console import make_console
+from raylora.console import make_console, print_notes
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.mmlu.evaluator import Evaluator, Unscored, check_prompt_style, note_on_thinking
 from raylora.mmlu.paired import ALPHA, LETTER_MOVED, false_discovery, holm, verdicts
@@ -80,16 +80,13 @@ def evaluate_all(config: MmluConfig, console: Console) -> tuple[Sets, list[str]]
     if failures and len(failures) == len(set(config.adapter)):
         raise UserError("; ".join(failures.values()), kind=ErrorKind.ADAPTER)
     question_sets = {name: load_question_set(config, name) for name in config.question_sets}
-    for note in (note for question_set in question_sets.values() for note in question_set.notes):
-        console.print(f"Note: {note}", soft_wrap=True)
+    print_notes(console, (note for question_set in question_sets.values() for note in question_set.notes))
     source = resolve_model(config.model)
     thinking = check_prompt_style(config, source)
-    if note := note_on_thinking(thinking):
-        console.print(f"Note: {note}", soft_wrap=True)
+    print_notes(console, filter(None, [note_on_thinking(thinking)]))
     adapters = list(dict.fromkeys(config.adapter))
-    for folder in (folder for folder in adapters if folder not in failures):
-        if note := note_on_base(folder, source):
-            console.print(f"Note: {_adapter_name(folder)}: {note}", soft_wrap=True)
+    of_bases = {folder: note_on_base(folder, source) for folder in adapters if folder not in failures}
+    print_notes(console, (f"{_adapter_name(folder)}: {note}" for folder, note in of_bases.items() if note))
     of_model = model_key(config, source)
     store = store_at(config.output / "mmlu" / safe_name(str(config.model), of_model))
     with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -139,18 +136,18 @@ def _evaluate_set(
         progress: shows that of a model, by its name.
     """
     store, base_key = evaluator.store, score_key(*keys)
-    missing = {}
+    of_adapters = {}
     for folder in adapters:
         key = score_key(*keys, adapter_hash(folder))
-        missing[folder] = Unscored(key, store.base_file(base_key, f"adapter-{key[:16]}.parquet"), folder)
-        store.fetch(missing[folder].path)
-    everybody = [Unscored(base_key, store.base_file(base_key, "scores.parquet"), None), *missing.values()]
+        of_adapters[folder] = Unscored(key, store.base_file(base_key, f"adapter-{key[:16]}.parquet"), folder)
+        store.fetch(of_adapters[folder].path)
+    everybody = [Unscored(base_key, store.base_file(base_key, "scores.parquet"), None), *of_adapters.values()]
     if len(unscored := [one for one in everybody if not one.path.is_file()]) > 1:
         evaluator.answer_together(base_key, unscored)
     base = evaluator.base_score(base_key, wait=True, progress=progress("base"))
     assert base is not None
     evaluated = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
-    for folder, one in missing.items():
+    for folder, one in of_adapters.items():
         name, path = _adapter_name(folder), one.path
         if not path.is_file():
             try:
@@ -199,9 +196,10 @@ def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:
 
 def summary_of(sets: Sets) -> pd.DataFrame:
     """``summary.csv``, the base first: the first set's columns, then those of the others, ``accuracy[NAME]``."""
-    first, *others = ((name, _summary_of_set(evaluated)) for name, evaluated in sets.items())
-    further = [table.drop(columns=["model", "thinking"]).add_suffix(f"[{name}]") for name, table in others]
-    return pd.concat([first[1], *further], axis=1)
+    tables = {name: _summary_of_set(evaluated) for name, evaluated in sets.items()}
+    first = tables.pop("")
+    further = [t.drop(columns=["model", "thinking"]).add_suffix(f"[{name}]") for name, t in tables.items()]
+    return pd.concat([first, *further], axis=1)
 
 
 def _summary_of_set(evaluated: list[Evaluated]) -> pd.DataFrame:

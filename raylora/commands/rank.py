@@ -23,7 +23,7 @@ from rich.table import Table
 
 from raylora.commands.options import RankConfig
 from raylora.config import Config
-from raylora.console import make_console
+from raylora.console import make_console, print_notes
 from raylora.errors import UserError
 from raylora.planning.plan import Plan, find_files, make_plan
 from raylora.predict.predictor import Predictor, load_predictor
@@ -118,8 +118,7 @@ def run(config: RankConfig) -> int:
     if predictor.card["needs_probe"] and steps == 0:
         raise UserError("--probe-steps 0: the predictor uses dynamic features; give steps, or fit --leave-out dynamic")
     measuring = config.model_copy(update={"stages": ("features",), "probe_steps": steps, "trackers": ()})
-    for note in _notes(predictor, measuring):
-        console.print(f"Note: {note}", soft_wrap=True)
+    print_notes(console, _notes(predictor, measuring))
     chunk, files = find_files(measuring)
     plan = make_plan(measuring, files, chunk)
     table = measure_features(plan, console)

@@ -91,7 +91,7 @@ class Evaluator:
         self.config = config
         self.store = store
         self._loaded = loaded
-        self._question_sets: dict[str, QuestionSet] = {}  # these and those by base_key
+        self._question_sets: dict[str, QuestionSet] = {}  # by base_key, as the next
         self._encoded: dict[str, list[EncodedQuestion]] = {}
 
     @cached_property

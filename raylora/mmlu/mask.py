@@ -6,7 +6,6 @@ arXiv:2406.04127), which has the questions that people have read again, with an 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from raylora.errors import UserError, one_line, reason
+from raylora.errors import UserError, one_line
+from raylora.mmlu.question_files import bytes_of, json_values, parquet_records, text_of
 from raylora.records import Question
-from raylora.storage.places import check_regular, location, reading
+from raylora.storage.places import location, reading
 
 ID_COLUMNS = ("question_id", "id")
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
@@ -90,36 +89,36 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"--mask {path}: no {', '.join(ENDINGS)} file in it")
     for file in files:
         try:
-            yield from ((f"--mask {file}: entry {number}", entry) for number, entry in enumerate(_read(file), 1))
-        except OSError as error:
-            raise UserError(f"--mask {file}: cannot be read: {reason(error)}") from None
-        except (ValueError, RecursionError, csv.Error) as error:  # pyarrow's errors, and those of JSON, are ValueErrors
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"--mask {file}: cannot be read: {one_line(error)}") from None
+            entries = _read(file)
+        except UserError as error:
+            raise UserError(f"--mask {error}") from None
+        yield from ((f"--mask {file}: entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 
 def _read(file: Path) -> list[Any]:
-    check_regular(file)
     suffix = file.suffix.lower()
-    if suffix in {".parquet", ".arrow"}:
-        with file.open("rb") as stream:
-            table = pq.read_table(stream) if suffix == ".parquet" else _read_arrow(stream.read())
-        entries: list[Any] = table.to_pylist()
-        return entries
-    text = file.read_text(encoding="utf-8-sig")
+    if suffix == ".parquet":
+        return parquet_records(file)
+    if suffix == ".arrow":
+        return _read_arrow(file)
     if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    with contextlib.suppress(ValueError):
-        found = json.loads(text)
+        return list(csv.DictReader(io.StringIO(text_of(file))))
+    text = text_of(file)
+    if text.lstrip().startswith(("[", "{", '"')):
+        found = json_values(file)
         return found if isinstance(found, list) else [found]
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return [json.loads(line) if line.startswith(("{", '"')) else line for line in lines]
+    return [line for line in text.split("\n") if line.strip()]
 
 
-def _read_arrow(data: bytes) -> pa.Table:
+def _read_arrow(file: Path) -> list[Any]:
     """An Arrow file, or a stream, as Hugging Face's datasets writes it."""
+    data = bytes_of(file)
     try:
-        return pa.ipc.open_file(data).read_all()
-    except pa.ArrowInvalid:
-        return pa.ipc.open_stream(data).read_all()
+        try:
+            table = pa.ipc.open_file(data).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_stream(data).read_all()
+        entries: list[Any] = table.to_pylist()
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{file}: no Arrow file: {one_line(error)}") from None
+    return entries

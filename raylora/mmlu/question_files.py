@@ -110,13 +110,22 @@ def read_file(path: Path) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    data = _bytes_of(path)
+    for i, fields in enumerate(parquet_records(path), 1):
+        yield f"question {i}", fields
+
+
+def parquet_records(path: Path) -> list[Fields]:
+    """The rows of a Parquet file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    data = bytes_of(path)
     try:
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+        rows: list[Fields] = pq.read_table(pa.BufferReader(data)).to_pylist()
     except (pa.ArrowException, ValueError, OSError) as error:  # a damaged file may hold text that is not UTF-8
         raise UserError(f"{path}: no Parquet file: {' '.join(str(error).split())[:200]}") from None
-    for i, fields in enumerate(rows, 1):
-        yield f"question {i}", fields
+    return rows
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -126,7 +135,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
     """
     subject = re.sub("_(?:test|dev|val)$", "", path.stem, flags=re.IGNORECASE)
     try:
-        rows = list(csv.reader(io.StringIO(_decode(path), newline="")))
+        rows = list(csv.reader(io.StringIO(text_of(path), newline="")))
     except csv.Error as error:
         raise UserError(f"{path}: no CSV: {error}") from None
     num_columns = next((len(row) for row in rows if row), 0)
@@ -140,7 +149,12 @@ def _read_csv(path: Path) -> Iterator[Record]:
         yield f"question {i}", {"subject": subject, "question": row[0], "choices": row[1:-1], "answer": row[-1]}
 
 
-def _bytes_of(path: Path) -> bytes:
+def bytes_of(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     check_regular(path)
     try:
         return path.read_bytes()
@@ -148,8 +162,13 @@ def _bytes_of(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
-def _decode(path: Path) -> str:
-    data = _bytes_of(path)
+def text_of(path: Path) -> str:
+    """What a file of UTF-8 holds, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    data = bytes_of(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -157,8 +176,22 @@ def _decode(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    """A JSON list; or JSON lines, by the suffix ``.jsonl`` or a first line that is an object by itself."""
-    text = _decode(path)
+    values = json_values(path)
+    if not isinstance(values, list):
+        raise UserError(f"{path}: expected a list of questions, found {type(values).__name__}")
+    for i, fields in enumerate(values, 1):
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: question {i}: expected an object, found {type(fields).__name__}")
+        yield f"question {i}", fields
+
+
+def json_values(path: Path) -> Any:
+    """A JSON value; or a list of JSON lines, by the suffix ``.jsonl`` or a first line that is an object by itself.
+
+    Raises:
+        UserError: the file cannot be read, or is not JSON.
+    """
+    text = text_of(path)
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -168,14 +201,7 @@ def _read_json(path: Path) -> Iterator[Record]:
         values = list(_json_lines(path, text))
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not JSON: {str(error)[:200]}") from None
-    if path.suffix.lower() == ".jsonl" and isinstance(values, dict):
-        values = [values]  # a single line
-    if not isinstance(values, list):
-        raise UserError(f"{path}: expected a list of questions, found {type(values).__name__}")
-    for i, fields in enumerate(values, 1):
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: question {i}: expected an object, found {type(fields).__name__}")
-        yield f"question {i}", fields
+    return [values] if path.suffix.lower() == ".jsonl" and not isinstance(values, list) else values  # a single line
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:

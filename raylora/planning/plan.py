@@ -129,8 +129,19 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         experiments, columns = with_transfer(experiments, config, digest(model_settings), estimator)
     sizes = {name: len(question_set.questions) for name, question_set in question_sets.items()}
     num_first = sizes.pop("", 0)
-    run = (tuple(experiments), hashes, notes, num_first, sizes, adapted)
-    return Plan(config, chunk, store, *run, estimator.misfit, columns)
+    return Plan(
+        config,
+        chunk,
+        store,
+        tuple(experiments),
+        hashes,
+        notes,
+        num_questions=num_first,
+        num_further=sizes,
+        adapted=adapted,
+        misfit=estimator.misfit,
+        columns=columns,
+    )
 
 
 def planned_methods(config: Config, model: Any | None) -> dict[Method, Adapted | None]:

@@ -20,8 +20,8 @@ def power_of_run(run: FinishedRun, ranked: dict[str, Any], column: Callable[[str
     if not rows or not sizes[rows[0]] >= 1:
         return None
     # Rows of an older raylora lack the counts.
-    names = [column(name) for name in ("num_gained", "num_lost", "total_questions")]
-    share = measured_share(*(run.numbers(name)[run.ok] for name in names))
+    counts = [column(name) for name in ("num_gained", "num_lost", "total_questions")]
+    share = measured_share(*(run.numbers(name)[run.ok] for name in counts))
     hashes, names = run.texts("data_hash"), run.texts("dataset")
     datasets = {(names[row], hashes[row]) for row in rows}
     return power_line(int(sizes[rows[0]]), len(datasets), share, len(rows))

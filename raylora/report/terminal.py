@@ -111,7 +111,7 @@ def set_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     """A line for each further set of questions: how many changes of accuracy on it are real, the best and the worst."""
     notes = []
     for outcome in outcomes(run, ranked):
-        if outcome["column"] != f"accuracy_change[{outcome['set']}]":
+        if outcome["kind"] != "accuracy":
             continue
         lines = {row: line["change"] for row, line in outcome["lines"].items() if not math.isnan(line["change"])}
         verdicts = [outcome["verdicts"][row] for row in lines]

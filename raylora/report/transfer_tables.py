@@ -67,7 +67,7 @@ def _read(path: Path, _: int) -> pd.DataFrame:
 
 
 def load_transfer(place: str | Path) -> pd.DataFrame:
-    """The table of ``--transfer`` of a run: a line for each adapter and dataset (docs/mmlu.md).
+    """The table of ``--transfer`` of a run: a line for each adapter and dataset (docs/transfer.md).
 
     Args:
         place: the run's folder, such as ``results/chunk_001``.

@@ -101,7 +101,7 @@ def test_a_row_has_its_own_cell_and_what_became_of_the_others(done):
         assert row["num_train_examples"] == 3 * 36, "of the forty"
         assert row["transfer_note"] == ""
         assert row["transfer_seconds"] > 0
-        assert row["estimated_seconds"] is None or row["estimated_seconds"] > 0
+        assert row["estimated_seconds"] > 0
 
 
 def test_a_cell_is_what_plain_transformers_compute(done):

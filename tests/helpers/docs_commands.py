@@ -127,6 +127,7 @@ NOT_RUN = {
     "make test": "is what runs this",
     ". .venv/bin/activate && pip install pre-commit": "puts hooks into this repository",
     "python -m benchmarks.statistics": "simulates for minutes",
+    "python -m benchmarks.outcomes": "wants a run of many datasets (tests/whole/test_outcomes_benchmark.py)",
     "make check": "is run for every change (.ci/run), and takes a minute",
     "python -m raylora.batch --config configs/demo.yaml": "what make demo runs",
     "python -m tests.helpers.demo": "runs the demo, and writes README's example and picture from it",

@@ -63,7 +63,12 @@ def test_auto_is_every_linear_layer_that_peft_takes(name):
 def test_a_training_step_has_the_gradient_of_peft(name, encoded):
     loaded = load_family(name)
     parameters = attached(loaded, AUTO)
-    step = GradientAccumulator(loaded, [Job(parameters, encoded, AUTO, 0)], None)
+    check_gradient(loaded, parameters, encoded, AUTO)
+
+
+def check_gradient(loaded, parameters, encoded, method):
+    """A step's loss and gradient are PEFT's own."""
+    step = GradientAccumulator(loaded, [Job(parameters, encoded, method, 0)], None)
     with step.ready():
         found = step.backward({0: (0, range(len(encoded)))})[0]
     ours = [p.grad.clone() for p in parameters]
@@ -112,14 +117,7 @@ def test_experts_are_adapted_by_their_parameters_names_without_dropout(name, enc
     loaded = load_family(name)
     before = loaded.logits_hash()
     parameters = attached(loaded, method)
-    step = GradientAccumulator(loaded, [Job(parameters, encoded, method, 0)], None)
-    with step.ready():
-        found = step.backward({0: (0, range(len(encoded)))})[0]
-    ours = [p.grad.clone() for p in parameters]
-    loss, theirs = gradient_of_peft(loaded, parameters, encoded)
-    assert float(found.loss) == pytest.approx(loss, rel=1e-4)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-3)
+    check_gradient(loaded, parameters, encoded, method)
     expected = [float(delta.norm() / weight.norm()) for delta, weight in changes(loaded)]
     assert loaded.relative_weight_update() == pytest.approx(sum(expected) / 6, rel=1e-4)
     with pytest.raises(UserError, match="cannot share a pass"):
