@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_settings import NoDecode
 
 from raylora.config_sources import SETTINGS, Settings, load_settings, read_json, split_commas
+from raylora.errors import UserError
 from raylora.storage.places import Location, LocationText, location
 
 if TYPE_CHECKING:  # imports pandas, half a second: errors in options and --help need not wait for it
@@ -90,6 +91,12 @@ class ModelOptions(BaseModel):
         {},
         description='memory limit a device, what is over goes to the CPU: {"0":"20GiB","cpu":"60GiB"}',
     )
+    gpus_per_worker: float = Field(
+        1,
+        ge=0.01,
+        le=1024,
+        description="GPUs of a worker: 2 or more, over which the model is spread, or a share of one, such as 0.5",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(False, description="read weights from pickle files too, where there is no safetensors")
 
@@ -100,6 +107,25 @@ class ModelOptions(BaseModel):
         if max_memory and info.data.get("quantization") == "fp8":
             raise ValueError("not with --quantization fp8, which lies on one GPU: give one of the two")
         return max_memory
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _check_gpus(cls, gpus: float, info: ValidationInfo) -> float:
+        """Refuse one and a half GPUs, which Ray does not lend, and fp8 over several, as with ``max_memory``."""
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError("a whole number of GPUs, or a share of one that is less than 1")
+        if gpus > 1 and info.data.get("quantization") == "fp8":
+            raise ValueError("not with --quantization fp8, which lies on one GPU: give one of the two")
+        return gpus
+
+    def check_gpus(self, num_gpus: int, place: str) -> None:
+        """Check that a place with so many GPUs has room for a worker.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.gpus_per_worker > num_gpus:
+            raise UserError(f"--gpus-per-worker {self.gpus_per_worker:g}: {place} has {num_gpus}; give no more")
 
     @field_validator("int8_activations")
     @classmethod
@@ -225,7 +251,9 @@ class RunOptions(BaseModel):
     repeats: int = Field(
         1, ge=1, le=1000, description="trainings of each dataset, a row each: with --seed and the numbers after it"
     )
-    num_workers: int | None = Field(None, ge=1, description="worker processes (default: one a GPU; without GPUs one)")
+    num_workers: int | None = Field(
+        None, ge=1, description="worker processes (default: what --gpus-per-worker leaves room for; without GPUs one)"
+    )
     adapters_a_pass: int | None = Field(
         None,
         ge=1,

@@ -97,6 +97,8 @@ def test_a_grid_makes_every_combination():
         (["--learning-rate", "fast"], "--learning-rate: input should be a valid number"),
         (["--quantization", "3bit"], "'none', '8bit', '4bit' or 'fp8'"),
         (["--quantization", "fp8", "--max-memory", '{"0":"9GiB"}'], "--max-memory: not with --quantization fp8"),
+        (["--quantization", "fp8", "--gpus-per-worker", "2"], "--gpus-per-worker: not with --quantization fp8"),
+        (["--gpus-per-worker", "1.5"], "--gpus-per-worker: a whole number of GPUs, or a share of one"),
         (["--int8-activations", "--quantization", "4bit"], "--int8-activations: needs --quantization 8bit"),
         (["--stages", "train,eat"], "'features', 'train' or 'mmlu'"),
         (["--lora-r", "0"], "greater than or equal to 1"),

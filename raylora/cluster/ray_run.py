@@ -38,7 +38,7 @@ from raylora.cluster.ray_start import keep_token, start
 from raylora.cluster.status import Status, StatusBoard
 from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker import Worker, check_gpu
-from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace
+from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, workers_on
 from raylora.config import Config
 from raylora.errors import (
     CannotGoOnError,
@@ -131,11 +131,11 @@ class RayCluster:
 
     def survey(self) -> Capacity:
         nodes = frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"])
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        num_workers = self._config.num_workers
-        if "num_gpus" in self._resources:
-            return Capacity(min(num_workers or num_gpus, num_gpus), nodes)
-        return Capacity(num_workers or 1, nodes)
+        wanted, share = self._config.num_workers, self._config.gpus_per_worker
+        if "num_gpus" not in self._resources:
+            return Capacity(wanted or 1, nodes)
+        room = sum(workers_on(num_gpus, share) for num_gpus in _gpus_of_nodes())
+        return Capacity(min(wanted or room, room), nodes, max(1, workers_on(1, share)))
 
     def start(self) -> PoolWorker:
         number = next(self._numbers)
@@ -234,8 +234,7 @@ def cluster(config: Config) -> Iterator[str]:
         token = keep_token(config.output)
         # "local" starts a new Ray, even where another one runs on this machine.
         local = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
-        init = functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet)
-        context = start(init, ray.shutdown)
+        context = start(functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet), ray.shutdown)
     try:
         url = getattr(context, "dashboard_url", None)
         yield f"Ray dashboard: http://{url} (token: {token})" if url else "Ray dashboard: not running"
@@ -403,7 +402,7 @@ def _map_experiments(
     # The supervisor's threads start in any order. By its rank, the largest experiment gets a worker first.
     items = [{"experiment": json.dumps(asdict(e)), "rank": rank} for rank, e in enumerate(experiments)]
     num_threads = min(len(items), MAX_THREADS)
-    resources = _resources_of_a_worker()
+    resources = _resources_of_a_worker(config)
     workers = RayCluster(make_runner, config, store, board, resources, str(Path.cwd()))
     return ray.data.from_items(items, override_num_blocks=len(items)).map(
         Supervisor,
@@ -429,11 +428,21 @@ def _this_node() -> dict[str, str]:
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
-def _resources_of_a_worker() -> dict[str, Any]:
-    """Ray's options of a worker: one GPU if the cluster has any; else no resource, with workers spread over nodes."""
-    if ray.cluster_resources().get("GPU", 0):
-        return {"num_gpus": 1, "num_cpus": 0}
-    return {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+def _resources_of_a_worker(config: Config) -> dict[str, Any]:
+    """Ray's options of a worker: its GPUs if the cluster has any; else no resource, with workers spread over nodes.
+
+    Raises:
+        UserError: no node has as many GPUs.
+    """
+    if not (most := max(_gpus_of_nodes(), default=0)):
+        return {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+    config.check_gpus(most, "the node with the most GPUs")
+    return {"num_gpus": config.gpus_per_worker, "num_cpus": 0}
+
+
+def _gpus_of_nodes() -> list[int]:
+    """The number of GPUs of each node that is alive and has any."""
+    return [n for node in ray.nodes() if node["Alive"] and (n := int(node["Resources"].get("GPU", 0)))]
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,22 +33,33 @@ MAX_FAILED_STARTS = 5
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """A GPU, or a machine without one. ``host`` and ``gpu`` are for people; ``node`` is the cluster's id of it."""
+    """A worker's GPU, with others or none beside it, or a machine without one.
+
+    ``host`` and ``gpu`` are for people; ``node`` is the cluster's id of the machine.
+    """
 
     host: str
     gpu: str
     node: str
 
     def __str__(self) -> str:
-        return f"GPU {self.gpu} of {self.host}" if self.gpu else self.host
+        return f"GPU{'s' if ',' in self.gpu else ''} {self.gpu} of {self.host}" if self.gpu else self.host
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many workers there may be now, and the ids of the nodes that are alive."""
+    """How many workers there may be now, the ids of the nodes that are alive, and how many workers share a GPU."""
 
     num_workers: int
     nodes: frozenset[str]
+    num_sharing: int = 1
+
+
+def workers_on(num_gpus: int, gpus_per_worker: float) -> int:
+    """How many workers the GPUs of one machine have room for. A share of a GPU never reaches over two of them."""
+    if gpus_per_worker >= 1:
+        return int(num_gpus // gpus_per_worker)
+    return num_gpus * int(1 / gpus_per_worker + 1e-6)  # of a third, 1 / gpus_per_worker may be 2.9999
 
 
 @dataclass(eq=False)
@@ -184,7 +195,7 @@ class WorkerPool:
                 self._failed.pop(worker.place, None)
             if worker in self._busy:  # else its node went away meanwhile
                 self._busy.discard(worker)
-                self._idle.append(worker)
+                self._keep(worker)
             self._assign()
 
     def discard(self, worker: PoolWorker) -> None:
@@ -202,7 +213,8 @@ class WorkerPool:
         with self._lock:
             self._failed[place].add(experiment)
             num_failed = len(self._failed[place])
-            if num_failed < MAX_FAILURES_IN_A_ROW or place in self._quarantined or self._num_usable() <= 1:
+            is_last = self._num_usable() <= self._capacity.num_sharing
+            if num_failed < MAX_FAILURES_IN_A_ROW or place in self._quarantined or is_last:
                 return
             self._quarantined.add(place)
             for worker in [m for m in self._idle if m.place == place]:
@@ -254,12 +266,15 @@ class WorkerPool:
         bisect.insort(self._waiting, waiter, key=lambda w: w.rank)
 
     def _num_usable(self) -> int:
-        return self._capacity.num_workers - len(self._quarantined)
+        return self._capacity.num_workers - len(self._quarantined) * self._capacity.num_sharing
+
+    def _keep(self, worker: PoolWorker) -> None:
+        (self._held if worker.place in self._quarantined else self._idle).append(worker)
 
     def _assign(self) -> None:
         """Give idle workers to waiting threads, then start new ones for the rest, as far as the capacity allows."""
         unserved: list[Waiter] = []
-        anywhere = self._num_usable() <= 1
+        anywhere = self._num_usable() <= self._capacity.num_sharing
         for k, waiter in enumerate(self._waiting):
             if not self._idle:
                 unserved += self._waiting[k:]
@@ -293,7 +308,7 @@ class WorkerPool:
             self._num_starting -= 1
             self._num_failed_starts = 0
             if not self._closed.is_set():
-                (self._held if worker.place in self._quarantined else self._idle).append(worker)
+                self._keep(worker)
                 self._assign()
                 return
         self._stop(worker)

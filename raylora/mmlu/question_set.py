@@ -124,7 +124,8 @@ def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
         UserError: there is no such model.
     """
     options = config.settings_of(ModelOptions)
-    for changes_no_score in ("max_memory", "allow_pickle"):  # on which devices the weights are, and in what files
+    # On which devices the weights are, and in what files.
+    for changes_no_score in ("max_memory", "gpus_per_worker", "allow_pickle"):
         options.pop(changes_no_score)
     return {**options, "model": model_hash(source, config.trust_remote_code), "schema": SCHEMA_VERSION}
 

@@ -31,6 +31,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
+def keep_to_share(gpus_per_worker: float) -> None:
+    """Keep this process to its share of a GPU's memory, beyond which torch says that memory is out.
+
+    Without that, workers that share a GPU would each take what is free when they look, and fail one another.
+    """
+    if gpus_per_worker < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus_per_worker)
+
+
+def free_bytes_of(gpus_per_worker: float) -> int:
+    """Bytes that are free on a worker's GPUs together; of a shared one no more than its share."""
+    if gpus_per_worker >= 1:
+        return sum(torch.cuda.mem_get_info(number)[0] for number in range(int(gpus_per_worker)))
+    free, total = torch.cuda.mem_get_info()
+    return min(free, int(gpus_per_worker * total))
+
+
 def cuda_devices() -> list[int]:
     """The GPU in use, as ``torch.random.fork_rng`` takes it; empty without one."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []

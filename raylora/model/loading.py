@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from raylora.config import ModelOptions
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel
-from raylora.model.device import compute_dtype
+from raylora.model.device import compute_dtype, keep_to_share
 from raylora.model.fp8 import Fp8Linear, check_fp8, make_fp8
 from raylora.model.kernels import check_kernels
 from raylora.model.liger import use_liger
@@ -90,10 +90,10 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
 
     Args:
         device: None: the GPU if there is one, else the CPU. With ``options.max_memory`` the model is spread over the
-            devices named there.
+            devices named there; with several ``gpus_per_worker`` evenly over as many GPUs.
 
     Raises:
-        UserError: it cannot be found or read, or does not fit into memory.
+        UserError: it cannot be found or read, does not fit into memory, or there are fewer GPUs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -109,9 +109,16 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     dtype = compute_dtype(device)
     tokenizer = load_tokenizer(source, options.trust_remote_code)
     given: dict[str, Any] = {"device_map": {"": device}}
+    if device.type == "cuda":
+        options.check_gpus(torch.cuda.device_count(), "this machine")
+        keep_to_share(options.gpus_per_worker)
     if options.max_memory:
         limits = {int(k) if k.isdigit() else k: v for k, v in options.max_memory.items()}
         given = {"device_map": "auto", "max_memory": limits}
+    elif device.type == "cuda" and options.gpus_per_worker > 1:
+        # By their number alone: accelerate would put what does not fit them onto the CPU, a hundred times slower.
+        free = {number: torch.cuda.mem_get_info(number)[0] for number in range(int(options.gpus_per_worker))}
+        given = {"device_map": "balanced", "max_memory": free}
     if quantization := quantization_config(options.quantization, dtype):
         # Not None: that would replace what the configuration of stored int8 weights says, and their scales are lost.
         given["quantization_config"] = quantization

@@ -58,11 +58,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_gpu_bytes(device: Any) -> int:
     """Bytes that a minibatch can allocate on a GPU: free at the driver, plus reserved by torch but not in use.
 
-    Without the memory of captured CUDA graphs, which nothing else may use as long as there is one of them.
+    Without the memory of captured CUDA graphs, which nothing else may use as long as there is one of them, and without
+    what is beyond this process's share (``device.keep_to_share``).
     """
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    free = min(free, max(0, int(share * total) - torch.cuda.memory_reserved(device)))
     index = torch.device(device).index
     of_graphs = sum(
         segment["total_size"] - segment["allocated_size"]

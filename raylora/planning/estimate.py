@@ -21,7 +21,7 @@ from raylora.data.examples import count_chars
 from raylora.errors import DoesNotFitError, UserError
 from raylora.features.static import count_held_out
 from raylora.mmlu.question_set import QuestionSet
-from raylora.model.device import compute_dtype
+from raylora.model.device import compute_dtype, free_bytes_of
 from raylora.model.forward import GPU_LOGITS
 from raylora.model.graphs import fixed_size, largest_size
 from raylora.model.loading import load_tokenizer
@@ -401,11 +401,20 @@ def misfit(shape: Shape, machine: Hardware, config: Config) -> str:
     if least <= free_bytes:
         return ""
     smaller = [q for q in ("8bit", "4bit") if _least_bytes(shape, q, config, machine) <= free_bytes]
-    where = "this GPU" if machine.on_gpu else "a worker here"
+    gpus = config.gpus_per_worker
+    where = (
+        "a worker here"
+        if not machine.on_gpu
+        else "this GPU"
+        if gpus == 1
+        else f"a group of {gpus:g} GPUs"
+        if gpus > 1
+        else f"a share of {gpus:g} of this GPU"
+    )
     fix = (
         f"--quantization {smaller[0]} would fit"
         if smaller and smaller[0] != config.quantization
-        else "--max-memory can put a part of it on the CPU"
+        else "--gpus-per-worker can spread it over more GPUs, --max-memory can put a part of it on the CPU"
         if machine.on_gpu
         else "fewer --num-workers leave more to each"
         if (config.num_workers or 1) > 1
@@ -418,14 +427,14 @@ def misfit(shape: Shape, machine: Hardware, config: Config) -> str:
 
 
 def check_fit_here(config: Config) -> None:
-    """Check that the model fits the GPU that this process has.
+    """Check that the model fits the GPUs that this process has.
 
     Raises:
         DoesNotFitError: it does not.
     """
     shape = shape_of(resolve_model(config.model), config.target_modules, config.trust_remote_code)
     if shape:
-        free, _ = torch.cuda.mem_get_info()
+        free = free_bytes_of(config.gpus_per_worker)
         itemsize = compute_dtype(torch.device("cuda")).itemsize
         # ``misfit`` leaves room for a CUDA context, but this process has its own already: it is not in ``free``.
         if reason := misfit(shape, Hardware("cuda", itemsize, free + CUDA_CONTEXT_BYTES, None), config):

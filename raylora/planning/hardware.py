@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -32,7 +32,7 @@ class Hardware:
     dtype_bytes: int
     """Of a number in matrix products."""
     memory_bytes: int
-    """Of the device; on a CPU each worker's share of it."""
+    """Of the worker's GPU, or of all its GPUs; of a shared GPU or a CPU each worker's share."""
     rate: float | None
     """Floating-point operations a second of large matrix products, of one worker; None where it is not known."""
     bandwidth: float | None = None
@@ -49,17 +49,36 @@ ELSEWHERE = Hardware("cuda", 2, 2**63, None)
 
 
 def hardware_of(config: Config) -> Hardware:
-    """What a worker of the run will compute with. A cluster's machines cannot be measured from here: ``ELSEWHERE``."""
+    """What a worker of the run will compute with. A cluster's machines cannot be measured from here: ``ELSEWHERE``.
+
+    Raises:
+        UserError: a worker is to have more GPUs than this machine has.
+    """
     import psutil
 
     if config.address or _in_a_cluster():
         return ELSEWHERE
-    if torch.cuda.device_count():
-        return _local_gpu()
+    if num_gpus := torch.cuda.device_count():
+        config.check_gpus(num_gpus, "this machine")
+        return lent(_local_gpu(), config.gpus_per_worker)
     workers, cores = config.num_workers or 1, os.cpu_count() or 1
     threads = min(config.threads or max(1, cores // workers), cores / workers)
     rate = matrix_rate(torch.device("cpu"), torch.float32, 1024) * threads / torch.get_num_threads()
     return Hardware("cpu", torch.float32.itemsize, psutil.virtual_memory().total // workers, rate)
+
+
+def lent(gpu: Hardware, gpus_per_worker: float) -> Hardware:
+    """What a worker has of such GPUs: a share of one, or the memory of several, of which one computes at a time."""
+    if gpus_per_worker == 1 or gpu == ELSEWHERE:
+        return gpu
+    memory, share = int(gpu.memory_bytes * gpus_per_worker), min(1.0, gpus_per_worker)
+    return replace(
+        gpu,
+        memory_bytes=memory,
+        rate=gpu.rate and gpu.rate * share,
+        bandwidth=gpu.bandwidth and gpu.bandwidth * share,
+        kernels="torch" if gpus_per_worker > 1 else gpu.kernels,  # what lies on several GPUs is not captured
+    )
 
 
 def check_fp8_here(config: Config) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,14 @@ class EagerTables(RunTables):
     pause = 0.0
 
 
+def experiments(seconds: float) -> list[Experiment]:
+    """Those that a ``Sleeper`` sleeps so long for, each."""
+    return [
+        Experiment(f"data_{i}-1", f"data_{i}", "", {"seconds": seconds}, str(i), {"train": {}}, "")
+        for i in range(NUM_ROWS)
+    ]
+
+
 @dataclass
 class Run:
     """A run in a thread, as the command's main thread waits for nothing else."""
@@ -77,10 +86,7 @@ class Run:
         self.store.open(fresh=False)
         self.diary = Diary("", self.folder / "diary", [])
         self.tables = self.tables or EagerTables(self.store, ROW_COLUMNS, self.diary)
-        self.experiments = [
-            Experiment(f"data_{i}-1", f"data_{i}", "", {"seconds": self.seconds}, str(i), {"train": {}}, "")
-            for i in range(NUM_ROWS)
-        ]
+        self.experiments = experiments(self.seconds)
         self.handles: list[RunHandle] = []
         self.rows: list[ResultRow] = []
         self.error: Exception | None = None
@@ -192,3 +198,61 @@ def test_the_rows_of_a_run_are_a_ray_dataset_again(ray_with_gpus, tmp_path):
     assert dataset.filter(lambda row: row["dataset"] == "data_3").take_all()[0]["train_loss"] == 0.5
     with pytest.raises(UserError, match="no such table"):
         load_dataset(tmp_path / "nothing")
+
+
+class Lodger:
+    """Notes which GPUs it has while it makes a row, and how long."""
+
+    def __init__(self, config, store) -> None:
+        self._config, self._store = config, store
+
+    def run(self, experiment: Experiment, progress) -> ResultRow:
+        progress(ProgressStage.TRAIN, 0, 1)
+        began = time.time()
+        time.sleep(1.5)
+        gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        note = {"gpus": sorted(gpus), "process": os.getpid(), "began": began, "ended": time.time()}
+        (self._store.root / f"{experiment.dataset}.note").write_text(json.dumps(note))
+        row = make_row(self._config, experiment, "ok")
+        self._store.write_row(experiment, row)
+        return row
+
+    def help(self, experiment: Experiment, name: str, progress) -> int:
+        return 0
+
+
+def lodgings(tmp_path, gpus_per_worker: float, **options) -> list[dict]:
+    config = load_config(model="demo", adapters_a_pass=1, gpus_per_worker=gpus_per_worker, **options)
+    store = Store(tmp_path)
+    store.open(fresh=False)
+    rows = run_experiments(config, store, experiments(0.0), make_runner=Lodger)
+    assert [row.values["error"] for row in rows] == [""] * NUM_ROWS
+    return [json.loads(path.read_text()) for path in tmp_path.glob("*.note")]
+
+
+def most_at_once(notes: list[dict]) -> int:
+    return max(sum(n["began"] <= note["began"] < n["ended"] for n in notes) for note in notes)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_worker_has_two_gpus_of_its_own(ray_with_gpus, tmp_path):
+    notes = lodgings(tmp_path, 2)
+    of_processes = {note["process"]: note["gpus"] for note in notes}
+    assert sorted(of_processes.values()) == [["0", "1"], ["2", "3"]]
+    assert most_at_once(notes) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_workers_share_a_gpu(ray_with_gpus, tmp_path):
+    notes = lodgings(tmp_path, 0.5, num_workers=4)
+    assert {len(note["gpus"]) for note in notes} == {1}
+    of_processes = {note["process"]: note["gpus"][0] for note in notes}
+    assert max(Counter(of_processes.values()).values()) == 2
+    assert most_at_once(notes) == 4
+
+
+def test_a_worker_cannot_have_more_gpus_than_any_node_has(ray_with_gpus, tmp_path):
+    with pytest.raises(UserError, match="--gpus-per-worker 5: the node with the most GPUs has 4; give no more"):
+        lodgings(tmp_path, 5)

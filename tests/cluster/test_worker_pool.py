@@ -9,7 +9,7 @@ import time
 import pytest
 
 from raylora.cluster import worker_pool
-from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
+from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool, workers_on
 from raylora.errors import CannotGoOnError
 from tests.helpers.pool import PLACES, executor_of, make_experiment, make_pool
 
@@ -109,3 +109,28 @@ def test_who_is_drawn_in_when_nothing_is_begun_any_more_is_sent_away():
     pool.requeue(drawn)
     until(lambda: served == {"a": None, "b": None})
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "gpus_per_worker", "num_workers"),
+    [(4, 1, 4), (4, 2, 2), (3, 2, 1), (1, 2, 0), (2, 0.5, 4), (2, 0.4, 4), (2, 0.6, 2), (1, 1 / 3, 3), (1, 0.3333, 3)],
+)
+def test_how_many_workers_a_machines_gpus_have_room_for(num_gpus, gpus_per_worker, num_workers):
+    assert workers_on(num_gpus, gpus_per_worker) == num_workers
+
+
+def test_a_shared_gpu_in_quarantine_gets_no_work_from_any_of_its_workers():
+    places = itertools.cycle(PLACES)
+    pool = WorkerPool(
+        lambda: PoolWorker(object(), next(places)), lambda _: None, lambda: Capacity(4, frozenset({"node"}), 2)
+    )
+    workers = [pool.take() for _ in range(4)]
+    for experiment in ("a", "b", "c"):
+        pool.record_failure(PLACES[0], experiment, "broken")
+    for worker in workers:
+        pool.give_back(worker, well=False)
+    assert [pool.take().place for _ in range(2)] == [PLACES[1], PLACES[1]]
+    served = wait_in_line(pool, ["a"])
+    until(lambda: pool.num_waiting == 1)
+    pool.close()
+    until(lambda: served == {"a": None})

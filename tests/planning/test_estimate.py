@@ -107,6 +107,11 @@ def test_what_cannot_fit_is_one_line_that_says_what_would(tmp_path):
     assert "--quantization 4bit would fit" in line
     assert "\n" not in line
     assert "--max-memory can put a part of it on the CPU" in estimate.misfit(shape, gpu(6), config)
+    assert "this GPU has" in estimate.misfit(shape, gpu(6), config)
+    two, half = (load_config(model=source, gpus_per_worker=share) for share in (2, 0.5))
+    assert estimate.misfit(shape, hardware.lent(gpu(10), 2), two) == ""
+    assert "a group of 2 GPUs has" in estimate.misfit(shape, hardware.lent(gpu(4), 2), two)
+    assert "a share of 0.5 of this GPU has" in estimate.misfit(shape, hardware.lent(gpu(12), 0.5), half)
     shared = load_config(model=source, max_memory={"0": "5GiB", "cpu": "30GiB"})
     assert estimate.misfit(shape, gpu(6), shared) == ""
 
