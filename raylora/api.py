@@ -26,6 +26,7 @@ from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example, Score
 from raylora.rows import load_results
 from raylora.run.execute import run_plan
+from raylora.run.pushes import Pushes, pushing
 from raylora.storage.legacy import legacy_result
 from raylora.storage.places import location
 from raylora.training.loop import train_adapter
@@ -146,6 +147,8 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
             plan.check_fit()
             plan.write_columns()
             row = run_planned_experiment(bench, experiment)
+        with pushing(Pushes(plan, make_console()), [row]):
+            pass
     if not row.ok:
         raise UserError(row.values["error"], kind=ErrorKind(row.values.get("error_kind") or ""))
     return legacy_result(row)

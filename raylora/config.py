@@ -280,6 +280,12 @@ class RunOptions(BaseModel):
     trackers: Annotated[tuple[TrackerName, ...], NoDecode] = Field(
         (), description="told of every row, separated by commas: mlflow, tensorboard, wandb"
     )
+    push_to_hub: str | None = Field(
+        None,
+        description="ORG/NAME: each good adapter goes, with a card, to the hub repository ORG/NAME-<dataset> (private; "
+        "needs HF_TOKEN or a login)",
+    )
+    push_public: bool = Field(False, description="with --push-to-hub: everybody can see the repositories it makes")
 
     _split_stages = field_validator("stages", mode="before", json_schema_input_type=tuple[Stage, ...] | str)(
         split_commas
@@ -301,6 +307,22 @@ class RunOptions(BaseModel):
         if transfer and set(others.data.get("stages", ())) == {"features"}:
             raise ValueError("scores adapters: add train to --stages")
         return transfer
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _check_push(cls, push_to_hub: str | None, others: ValidationInfo) -> str | None:
+        """Refuse it where no adapter is made."""
+        if push_to_hub and set(others.data.get("stages", ())) == {"features"}:
+            raise ValueError("pushes adapters: add train to --stages")
+        return push_to_hub
+
+    @field_validator("push_public")
+    @classmethod
+    def _check_public(cls, push_public: bool, others: ValidationInfo) -> bool:
+        """Refuse it where nothing is pushed."""
+        if push_public and not others.data.get("push_to_hub"):
+            raise ValueError("says nothing without --push-to-hub ORG/NAME: give both")
+        return push_public
 
     @field_validator("address")
     @classmethod
@@ -356,6 +378,11 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
     def has_transfer(self) -> bool:
         """Whether trainings leave examples out, and adapters are scored on those of every dataset."""
         return self.transfer and set(self.stages) != {"features"}
+
+    @property
+    def hub_repository(self) -> str | None:
+        """How the repositories' names begin to which adapters are pushed; None where none are."""
+        return self.push_to_hub if set(self.stages) != {"features"} else None
 
     @property
     def all_stages(self) -> tuple[str, ...]:

@@ -172,3 +172,16 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("MODEL_NAME", "RAYLORA_MODEL", "RAYLORA_LEARNING_RATE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub, that this process's client asks."""
+    from tests.helpers.hub import TOKEN, hub_server
+
+    with hub_server() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

@@ -23,6 +23,7 @@ def run(config: Config) -> int:
     from raylora.planning.show_plan import print_plan
     from raylora.report.terminal import print_results
     from raylora.run.execute import run_plan
+    from raylora.run.pushes import Pushes
 
     chunk, files = find_files(config)
     plan = make_plan(config, files, chunk)
@@ -30,12 +31,13 @@ def run(config: Config) -> int:
     if config.dry_run:
         print_plan(plan, console)
         return 0
-    rows = run_plan(plan, console)
+    pushes = Pushes(plan, console)
+    rows = run_plan(plan, console, pushes=pushes)
     print_results(rows, plan.store, console)
     if config.model == DEMO:
         next_chunk = "YOUR_CHUNK" if chunk == DEMO_CHUNK else chunk
         console.print(f"Next: python -m raylora.batch --chunk {next_chunk} --model YOUR_MODEL (see --help)")
-    return 0 if all(row.ok for row in rows) else 1
+    return 0 if all(row.ok for row in rows) and not pushes.failures else 1
 
 
 def ask_for_chunk(config: Config, console: Console) -> Config:

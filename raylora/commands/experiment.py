@@ -12,8 +12,9 @@ from raylora.experiment.workbench import Workbench, use_threads
 from raylora.planning.plan import make_plan
 from raylora.planning.show_plan import print_plan
 from raylora.report.terminal import print_results
-from raylora.report.transfer_tables import TransferTables
 from raylora.rows import ROW_COLUMNS
+from raylora.run.further_tables import further_tables
+from raylora.run.pushes import Pushes, pushing
 
 
 def run(config: ExperimentConfig) -> int:
@@ -31,7 +32,10 @@ def run(config: ExperimentConfig) -> int:
             plan.write_columns()
         rows = [done.get(e.experiment_id) or run_experiment(bench, e) for e in plan.experiments]
         plan.store.write_tables(rows, ROW_COLUMNS)
-        if plan.columns:
-            TransferTables(plan.store).write(rows)
+        for table in further_tables(plan):
+            table.write(rows)
+        pushes = Pushes(plan, console)
+        with pushing(pushes, rows):
+            pass
     print_results(rows, plan.store)
-    return 0 if all(row.ok for row in rows) else 1
+    return 0 if all(row.ok for row in rows) and not pushes.failures else 1

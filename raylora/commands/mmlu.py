@@ -41,7 +41,7 @@ from raylora.mmlu.statistics import (
     note_on_constant_answers,
     summarize,
 )
-from raylora.model.adapter_files import adapter_hash, check_adapter, note_on_base
+from raylora.model.adapter_files import adapter_hash, adapter_name, check_adapter, note_on_base
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.records import ProgressCallback, Score
 from raylora.storage.remote_store import store_at
@@ -86,7 +86,7 @@ def evaluate_all(config: MmluConfig, console: Console) -> tuple[Sets, list[str]]
     print_notes(console, filter(None, [note_on_thinking(thinking)]))
     adapters = list(dict.fromkeys(config.adapter))
     of_bases = {folder: note_on_base(folder, source) for folder in adapters if folder not in failures}
-    print_notes(console, (f"{_adapter_name(folder)}: {note}" for folder, note in of_bases.items() if note))
+    print_notes(console, (f"{adapter_name(folder)}: {note}" for folder, note in of_bases.items() if note))
     of_model = model_key(config, source)
     store = store_at(config.output / "mmlu" / safe_name(str(config.model), of_model))
     with store.held(config.fresh), Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -148,7 +148,7 @@ def _evaluate_set(
     assert base is not None
     evaluated = [Evaluated("base", base, store.shown(store.base_file(base_key, "scores.parquet")))]
     for folder, one in of_adapters.items():
-        name, path = _adapter_name(folder), one.path
+        name, path = adapter_name(folder), one.path
         if not path.is_file():
             try:
                 with evaluator.adapter(folder):
@@ -159,12 +159,6 @@ def _evaluate_set(
             store.share(path)
         evaluated.append(Evaluated(name, load_score(path), store.shown(path), folder))
     return evaluated
-
-
-def _adapter_name(folder: Path) -> str:
-    """The name of an adapter's folder; of the folder around it, an experiment's, if its own name is ``adapter``."""
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == "adapter" else folder.name
 
 
 def summary_row(evaluated: Evaluated, base: Score) -> dict[str, Any]:

@@ -129,6 +129,20 @@ class QuestionsConfig(Settings):
     not_from_environment = frozenset({"output"})
 
 
+class MergeConfig(Settings):
+    """A plain model out of an adapter and its base, that needs no PEFT: safetensors, tokenizer, chat template."""
+
+    folder: CliPositionalArg[LocalPath] = Field(description="folder of a PEFT adapter, or of a run's experiment")
+    output: LocalPath | None = Field(None, description="folder for the model (default: results/merged/<adapter>)")
+    model: str | None = Field(
+        None, description="the base: a folder, a hub name, a .gguf file (default: what the adapter names)"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    # MODEL_NAME is of the next run's base, which need not be this adapter's.
+    not_from_environment = frozenset({"output", "model"})
+
+
 class SchemaConfig(Settings):
     """The JSON schema of the YAML file of --config, for editors."""
 

@@ -80,6 +80,7 @@ PROGRAM = Group(
     {
         **COMMANDS,
         "questions": QUESTIONS,
+        "merge": Command(options.MergeConfig, "merge:run"),
         "schema": Command(options.SchemaConfig, "schema:run"),
         "completion": Command(options.CompletionConfig, "completion:run"),
     },

@@ -51,10 +51,9 @@ def summarize(score: Score) -> dict[str, Any]:
         alone), ``num_unparsed`` (generated answers that name no letter) and ``num_truncated`` (prompts cut to fit the
         context window).
     """
-    table = score.questions.assign(group=score.questions["subject"].map(subject_group))
-    subjects = {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")}
-    groups = {str(name): _pooled(part) for name, part in table.groupby("group")}
-    overall = _pooled(table)
+    table = score.questions
+    found = accuracies_of(table)
+    subjects, groups, overall = found["subjects"], found["groups"], found["overall"]
     probabilities = question_probabilities(score)
     return {
         "overall_accuracy": overall["accuracy"],
@@ -79,6 +78,23 @@ def summarize(score: Score) -> dict[str, Any]:
         **accuracies(score.questions),
         "num_unparsed": int((table["prediction"] == "").sum()),
         "num_truncated": score.info.get("num_truncated", 0),
+    }
+
+
+def accuracies_of(table: pd.DataFrame) -> dict[str, Any]:
+    """Accuracies and standard errors of answers: ``overall``, and by name ``groups`` and ``subjects``.
+
+    Args:
+        table: ``subject`` and ``correct`` of each question.
+
+    Returns:
+        A dict each of ``accuracy``, ``stderr`` and ``num_questions``; see ``summarize``.
+    """
+    grouped = table.groupby(table["subject"].map(subject_group))
+    return {
+        "overall": _pooled(table),
+        "groups": {str(name): _pooled(part) for name, part in grouped},
+        "subjects": {str(name): _accuracy(part["correct"]) for name, part in table.groupby("subject")},
     }
 
 

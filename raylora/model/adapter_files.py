@@ -10,11 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from raylora.errors import UserError, one_line
+from raylora.errors import ErrorKind, UserError, one_line
 from raylora.model.sources import model_hash
 from raylora.records import digest
+from raylora.storage.atomic import read_json
 
-ONLY_IN_LAYERS = "only adapters that change the model's layers (LoRA, IA3, ...) can be asked"
+ONLY_IN_LAYERS = "only adapters that change the model's layers (LoRA, IA3, ...) can be asked or merged"
 _NOT_IN_LAYERS = {
     "PROMPT_TUNING": "prompt tuning",
     "MULTITASK_PROMPT_TUNING": "prompt tuning",
@@ -49,7 +50,7 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     outside = _NOT_IN_LAYERS.get(str(config.get("peft_type")).upper())
     if config.get("alora_invocation_tokens"):
         outside = "activated LoRA, which begins at certain tokens"
@@ -57,12 +58,24 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: is {outside}: {ONLY_IN_LAYERS}")
 
 
+def adapter_in(folder: Path) -> Path:
+    """The adapter's own folder, for it or for the folder of an experiment that holds it."""
+    inner = folder / "adapter"
+    return inner if inner.is_dir() and not (folder / "adapter_config.json").is_file() else folder
+
+
+def adapter_name(folder: Path) -> str:
+    """The name of an adapter's folder; of the folder around it, an experiment's, if its own name is ``adapter``."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "adapter" else folder.name
+
+
 def is_plain_lora(folder: Path) -> bool:
     """Whether an adapter is LoRA and nothing more, as raylora's own are.
 
     Only such adapters come and go in one wrapper of PEFT without changing the base.
     """
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     used = {key: value for key, value in config.items() if value and key not in _PLAIN_OPTIONS}
     is_plain = config.get("peft_type") == "LORA" and all(_PLAIN_VALUES.get(key) == used[key] for key in used)
     return is_plain and all(".lora_" in name for name in tensor_names(folder))
@@ -88,7 +101,7 @@ def overwritten_by(folder: Path) -> set[str]:
     Modules that were trained whole are none: PEFT loads them beside the originals. The weights of adapted modules are,
     where A and B began as parts of them (OLoRA, PiSSA), as PEFT takes these parts out again.
     """
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     whole = set(config.get("modules_to_save") or ())
     names = {name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in tensor_names(folder)}
     changed = {name for name in names if not whole & set(name.split("."))}
@@ -100,7 +113,7 @@ def overwritten_by(folder: Path) -> set[str]:
 def adapter_hash(folder: Path) -> str:
     """Hash of an adapter's weights and configuration, which says whether two adapters are the same."""
     weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return digest([_read_config(folder), weights])
+    return digest([read_adapter_config(folder), weights])
 
 
 def note_on_base(folder: Path, source: str) -> str:
@@ -114,12 +127,43 @@ def _other_base(folder: Path, source: str) -> str:
 
     A name on the hub and a folder of that name are taken for the same model, and so is a folder that has moved.
     """
-    trained_on = str(_read_config(folder).get("base_model_name_or_path") or "")
+    trained_on = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
     if trained_on in ("", source):
         return ""
     if Path(trained_on).is_dir() and Path(source).is_dir():
         return "" if model_hash(trained_on) == model_hash(source) else trained_on
     return "" if _model_name(trained_on) == _model_name(source) else trained_on
+
+
+def check_base(folder: Path, source: str) -> tuple[str, ...]:
+    """Check that an adapter is not known to be of another base than ``source``.
+
+    A run keeps the base's hash beside its adapters; others name a folder, which is compared where it is still there.
+
+    Returns:
+        Warnings, where nothing more than names can be compared, and they differ.
+
+    Raises:
+        UserError: it is of another base.
+    """
+    named = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
+    trained_on = _hash_of_run(folder) if Path(named).is_absolute() else None
+    other = _other_base(folder, source)
+    if Path(source).is_dir():  # a hub name's hash is of its commit: nothing to compare files with
+        is_other = trained_on != model_hash(source) if trained_on else bool(other) and Path(other).is_dir()
+        if is_other:
+            text = f"{folder}: was trained on another model than {source}: their files differ: give its own (--model)"
+            raise UserError(text, kind=ErrorKind.ADAPTER)
+        if trained_on:
+            return ()
+    return (f"was trained on {other}: the merged model says little if {source} is another model",) if other else ()
+
+
+def _hash_of_run(folder: Path) -> str | None:
+    """The base's hash that a run has kept beside its adapter; None where it is no run's."""
+    marker = read_json(folder.parent / "train.json") if folder.name == "adapter" else None
+    origin = (marker or {}).get("origin")
+    return origin.get("model") if isinstance(origin, dict) else None
 
 
 def _model_name(source: str) -> str:
@@ -129,7 +173,7 @@ def _model_name(source: str) -> str:
     return re.split(r"[/\\]", source.rstrip("/\\"))[-1].lower().removesuffix(".gguf")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """An adapter's ``adapter_config.json``.
 
     Raises:

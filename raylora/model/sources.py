@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -136,6 +137,39 @@ def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the Hugging Face hub."""
+
+    name: str
+    revision: str
+    """The commit that is in this machine's cache; empty where that is not known."""
+
+
+def hub_model_of(name: str | None, source: str) -> HubModel | None:
+    """The model on the hub that a base is; None where it is not known to be there.
+
+    Args:
+        name: as users give it.
+        source: what ``resolve_model`` made of it.
+    """
+    if name == DEMO:  # its file is this model in four bits
+        return HubModel(DEMO_HUB_NAME, "")
+    if in_cache := re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})", source):
+        return HubModel(f"{in_cache[1]}/{in_cache[2]}", in_cache[3])
+    if Path(source).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json")
+    return HubModel(source, Path(cached).parent.name if isinstance(cached, str) else "")
+
+
+def name_of_folder(name: str | None, source: str) -> str:
+    """What a base may be called where others read it: without the folders of this machine."""
+    return Path(str(name or source)).name
 
 
 def _file_hash(path: Path) -> str:

@@ -25,6 +25,7 @@ from raylora.planning.estimate import Estimator
 from raylora.planning.hardware import check_fp8_here
 from raylora.planning.transfer import left_out_key, with_transfer
 from raylora.records import Experiment, ResultRow, digest
+from raylora.storage.hub import check_push
 from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
@@ -88,6 +89,8 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     """
     quiet_libraries()
     check_trackers(config)
+    if config.hub_repository:
+        check_push("--push-to-hub", config.hub_repository)
     check_fp8_here(config)
     source = resolve_model(config.model)
     if set(config.stages) & {"features", "train"}:

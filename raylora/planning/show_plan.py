@@ -37,6 +37,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     for adapted in plan.adapted:
         console.print(f"Of the model {adapted.summary}.", soft_wrap=True)
+    if repository := plan.config.hub_repository:
+        kind = "public" if plan.config.push_public else "private"
+        console.print(f"Good adapters go to {repository}-<dataset> on the hub; new ones are {kind}.", soft_wrap=True)
     if plan.misfit:
         console.print(f"Nothing can be run here: {plan.misfit}", soft_wrap=True)
     if plan.num_questions and plan.experiments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
@@ -13,18 +13,21 @@ from raylora.errors import CannotGoOnError, ClusterLostError, ErrorKind, Stopped
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.report.page import try_write_report
-from raylora.report.transfer_tables import TransferTables
 from raylora.rows import ROW_COLUMNS, error_row
+from raylora.run.further_tables import further_tables
 from raylora.run.interrupts import Interrupts, exit_on_sigterm
 from raylora.run.live_table import LiveTable
 from raylora.run.manifest import manifest_of
+from raylora.run.pushes import Pushes, pushing
 from raylora.run.trackers import tracking
 from raylora.storage.legacy import write_legacy_results
 from raylora.storage.run_tables import RunTables
 from raylora.storage.tables import CsvTable
 
 
-def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list[ResultRow]:
+def run_plan(
+    plan: Plan, console: Console, more: CsvTable | None = None, pushes: Pushes | None = None
+) -> list[ResultRow]:
     """Run the experiments that are not done yet. Returns the rows of all experiments, in the tables' order.
 
     The run's Ray Dataset writes the tables, and ``more``, as rows come in. However the run ends, they are written once
@@ -34,10 +37,10 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
         StoppedError: the run ended early; one line says why.
         KeyboardInterrupt: Ctrl-C, and some experiments are not done.
     """
-    store, config = plan.store, plan.config
+    store, config, pushes = plan.store, plan.config, pushes or Pushes(plan, console)
     with store.held(config.fresh), _stopped_if_store_fails(plan):
         rows = plan.done()
-        tables = RunTables(store, ROW_COLUMNS, more, TransferTables(store) if plan.columns else None)
+        tables = RunTables(store, ROW_COLUMNS, more, *further_tables(plan))
         plan.write_columns()
         for experiment in plan.experiments:
             if experiment.error:
@@ -46,14 +49,15 @@ def run_plan(plan: Plan, console: Console, more: CsvTable | None = None) -> list
                 store.write_row(experiment, rows[experiment.experiment_id])
         pending = [e for e in plan.experiments if e.experiment_id not in rows]
         store.write_manifest(manifest_of(plan))
-        try:
-            with tables.permitted():
-                run_pending(plan, pending, rows, console, tables)
-        finally:
-            if len(rows) < len(plan.experiments):  # some were stored after the command read the last ones
-                rows |= plan.stored_rows()
-            ordered = tables.write(rows.values())
-            try_write_report(store, console)
+        with pushing(pushes, rows.values()):
+            try:
+                with tables.permitted():
+                    run_pending(plan, pending, rows, console, tables, pushes.push)
+            finally:
+                if len(rows) < len(plan.experiments):  # some were stored after the command read the last ones
+                    rows |= plan.stored_rows()
+                ordered = tables.write(rows.values())
+                try_write_report(store, console)
         write_legacy_results(store, plan.chunk, config.max_samples, ordered)
     return ordered
 
@@ -77,12 +81,14 @@ def run_pending(
     rows: dict[str, ResultRow],
     console: Console,
     tables: RunTables | None,
+    came: Callable[[ResultRow], None] = lambda row: None,
 ) -> None:
     """Run the ``pending`` experiments, and add their rows to ``rows``.
 
     Args:
         rows: rows by experiment id, of the experiments that are done.
         tables: written with all of ``rows`` as they come.
+        came: called with each new row; must return at once.
 
     Raises:
         StoppedError, KeyboardInterrupt: as ``run_plan``.
@@ -108,6 +114,7 @@ def run_pending(
             rows[row.values["experiment_id"]] = row
             live_table.finished(row)
             trackers.log_row(row)
+            came(row)
 
         rows_before = [*rows.values()]
         try:

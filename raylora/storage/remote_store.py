@@ -12,7 +12,7 @@ import contextlib
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from raylora.storage.atomic import parse_json, to_json, write_atomically, write_
 from raylora.storage.objects import Remote
 from raylora.storage.places import cache_folder, is_remote, location
 from raylora.storage.run_lock import RunLock
-from raylora.storage.store import LOG, PRODUCTS, ROW, Store, products_of, row_of
+from raylora.storage.store import LOG, PRODUCTS, PUSHED, ROW, Store, products_of, row_of
 
 EDITION = "edition"
 """The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
@@ -111,9 +111,24 @@ class RemoteStore(Store):
                 self._download(name, self.root / name)
 
     def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
-        markers = {f"experiments/{name}/transfer.json": self.cells_path(name) for name in experiment_ids}
-        for marker, data in self._remote.read_many([*markers]).items():
-            local, path = self.root / marker, markers[marker]
+        self._fetch_products("transfer.json", dict.fromkeys(experiment_ids, "transfer.json"), self.cells_path)
+
+    def fetch_scores(self, experiment_ids: Sequence[str], base_key: str) -> None:
+        # Not under the marker's own name: to ``take_out`` that says that all of the stage's files are here.
+        self._fetch_products("mmlu.json", dict.fromkeys(experiment_ids, "scores-of-mmlu.json"), self.scores_of)
+        self.fetch(self.base_file(base_key, "scores.parquet"))
+
+    def _fetch_products(self, marker: str, copies: Mapping[str, str], path_of: Callable[[str], Path]) -> None:
+        """Download a file of some experiments' stage where it is not the one that is here.
+
+        Args:
+            marker: the stage's JSON file.
+            copies: by experiment id, the name under which the marker is kept beside the local file.
+        """
+        markers = {f"experiments/{name}/{marker}": name for name in copies}
+        for remote_name, data in self._remote.read_many([*markers]).items():
+            name = markers[remote_name]
+            local, path = self.folder_of(name) / copies[name], path_of(name)
             # As in ``take_out``: an equal marker is of the same run of the stage.
             if not path.is_file() or not local.is_file() or local.read_bytes() != data:
                 self._download(path.relative_to(self.root).as_posix(), path)
@@ -164,6 +179,9 @@ class RemoteStore(Store):
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
         text = to_json({"identity": experiment.identity, "row": row.values})
         self._remote.write(_name(experiment, ROW), text.encode("utf-8"))
+
+    def write_pushed(self, experiment: Experiment, values: dict[str, Any]) -> None:
+        self._remote.write(_name(experiment, PUSHED), to_json(values).encode("utf-8"))
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
         text = to_json({"origin": experiment.origins[stage], "values": values})

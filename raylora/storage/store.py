@@ -5,10 +5,11 @@ are written under temporary names and renamed; last comes the stage's JSON file,
 everything that the stage depends on. A stage whose origin has changed is run anew. ``result.json`` is written last.
 
     results/<chunk>/
-      results.csv  results.parquet  run.json  batch_mmlu_results_<chunk>_<time>.json
+      results.csv  results.parquet  results.jsonl  run.json  batch_mmlu_results_<chunk>_<time>.json
       base/<key>/scores.parquet                the base's answers, shared by all experiments
       experiments/<experiment_id>/
         result.json  features.json  train.json  adapter/  loss_curve.csv  mmlu.json  scores.parquet  log.txt
+        pushed.json                          with --push-to-hub
         transfer.json  transfer.parquet      with --transfer, which adds base/<key>/columns.json and held_out.parquet
 
 ``remote_store.py`` keeps the same on an object store.
@@ -22,7 +23,7 @@ import re
 import shutil
 import socket
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from raylora.storage.tables import rows_to_table
 
 LOG = "log.txt"
 ROW = "result.json"
+PUSHED = "pushed.json"
 CELLS = "transfer.parquet"
 PRODUCTS = {
     "features": (), "train": ("loss_curve.csv", "adapter"), "mmlu": ("scores.parquet",), "transfer": (CELLS,),
@@ -129,7 +131,10 @@ class Store:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
     def folder(self, experiment: Experiment) -> Path:
-        return self.root / "experiments" / experiment.experiment_id
+        return self.folder_of(experiment.experiment_id)
+
+    def folder_of(self, experiment_id: str) -> Path:
+        return self.root / "experiments" / experiment_id
 
     def shown(self, path: Path) -> Path:
         """Where users find what is made at ``path``."""
@@ -161,6 +166,14 @@ class Store:
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
         write_text(self.folder(experiment) / ROW, to_json({"identity": experiment.identity, "row": row.values}))
+
+    def read_pushed(self, experiment: Experiment) -> dict[str, Any] | None:
+        """What ``write_pushed`` wrote last; None where nothing was pushed."""
+        return self._read(experiment, PUSHED)
+
+    def write_pushed(self, experiment: Experiment, values: dict[str, Any]) -> None:
+        """Keep where on the hub an experiment's adapter is."""
+        write_text(self.folder(experiment) / PUSHED, to_json(values))
 
     # One stage: its JSON file (the marker, with the stage's values and origin), written after the files beside it
 
@@ -203,9 +216,16 @@ class Store:
         """The adapter's answers to a set of questions, by its name; the first one's is empty."""
         return self.folder(experiment) / _scores_name(question_set)
 
+    def scores_of(self, experiment_id: str) -> Path:
+        """The adapter's answers to the first set of questions."""
+        return self.folder_of(experiment_id) / _scores_name("")
+
+    def fetch_scores(self, experiment_ids: Sequence[str], base_key: str) -> None:
+        """Bring these files of finished experiments, and the base's, to this machine."""
+
     def cells_path(self, experiment_id: str) -> Path:
         """Where an experiment's losses on the datasets' held-out examples are."""
-        return self.root / "experiments" / experiment_id / CELLS
+        return self.folder_of(experiment_id) / CELLS
 
     def fetch_cells(self, experiment_ids: Iterable[str]) -> None:
         """Bring these files of finished experiments to this machine."""

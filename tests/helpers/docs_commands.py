@@ -118,6 +118,10 @@ RUN = {
 
 NOT_RUN = {
     "raylora questions mmlu": "needs the Hugging Face hub (tests/commands/test_questions.py has a stand-in)",
+    "raylora merge": "wants a run's adapter (tests/commands/test_merge.py)",
+    "hf auth login": "wants a token of the hub",
+    "python -m raylora.batch --chunk chunk_001 --push-to-hub": "pushes to the hub; tests/run/test_pushes.py has a "
+    "stand-in",
     "hf download": "needs the Hugging Face hub; tests/mmlu/test_question_forms.py writes files as they are there",
     "python -m raylora.batch --chunk chunk_001 --questions": "is on the hub; tests/experiment/test_story.py has sets",
     "python -m raylora.mmlu --model M --adapter DIR --questions FILE --questions": "so are these",

@@ -110,6 +110,10 @@ def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
     assert sorted(table["dataset"]) == sorted(rows)
     assert list(pd.read_csv(location(f"s3://{BUCKET}/{OUT}/results.csv").open("rb"))["status"]) == ["ok"] * 3
     before = {n: d for n, d in objects.everything().items() if "/experiments/" in n or "/base/" in n}
+    results = [json.loads(line) for line in objects.get(f"{OUT}/results.jsonl").splitlines()]
+    assert [line["raylora"].get("dataset") for line in results] == [None, *sorted(rows)]
+    found = [line["results"]["demo" if "demo" in line["results"] else "questions"]["acc,none"] for line in results[1:]]
+    assert found == [rows[name]["overall_accuracy"] for name in sorted(rows)]
     cells = objects.get(f"{OUT}/transfer.csv")
     assert len(pd.read_csv(io.BytesIO(cells))) == NUM_DATASETS**2
     assert run(options, transfer=True) == rows
