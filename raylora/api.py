@@ -11,6 +11,7 @@ from raylora.config import MASKED, Config, EvaluationConfig, Method, ModelOption
 from raylora.config_sources import load_settings
 from raylora.console import make_console
 from raylora.data import datasets
+from raylora.data.columns import check_columns
 from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.story import run_experiment as run_planned_experiment
@@ -60,7 +61,9 @@ class FineTuner:
             UserError: the file cannot be read, or holds no valid record.
             MachineError: it is large, and there is no room for it.
         """
-        return datasets.read_dataset(location(path), self.config.salvage, self.config.max_records)
+        config = self.config
+        check_columns(config.column_names)
+        return datasets.read_dataset(location(path), config.salvage, config.max_records, config.column_names)
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from raylora.config_sources import SETTINGS, Settings, load_settings, read_json, split_commas
+from raylora.config_sources import SETTINGS, NamePairs, Settings, load_settings, read_json, split_commas
 from raylora.errors import UserError
 from raylora.storage.places import Location, LocationText, location
 
@@ -265,6 +265,11 @@ class RunOptions(BaseModel):
     max_experiments: int | None = Field(None, ge=1, description="only the first N experiments, by --order or by size")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
+    columns: Annotated[NamePairs, NoDecode] = Field(
+        (),
+        description="what keys or columns of the dataset files are called there: question=q,answer=a where they hold q "
+        "and a",
+    )
     transfer: bool = Field(
         False,
         description="score each adapter on examples of every dataset that trainings leave out: what helps what, what "
@@ -299,6 +304,11 @@ class RunOptions(BaseModel):
     def _take_numbers(cls, chunk: Any) -> Any:
         """A number as text: a YAML file gives ``chunk: 1`` as a number, the command line as text."""
         return str(chunk) if type(chunk) is int else chunk
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """By a record's key, what ``columns`` says that the files call it; sorted."""
+        return dict(sorted((text.partition("=")[0], text.partition("=")[2]) for text in self.columns))
 
     @field_validator("transfer")
     @classmethod

@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -37,6 +37,33 @@ def split_commas(value: Any) -> Any:
     if value.startswith("["):
         return tuple(json.loads(value))
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _split_pairs(value: Any) -> Any:
+    """``KEY=NAME,KEY=NAME``, or a mapping, as a tuple of such pairs; a name may have commas."""
+    if isinstance(value, dict):
+        return tuple(f"{key}={name}" for key, name in value.items())
+    if isinstance(value, str) and not value.startswith("["):
+        return tuple(part.strip() for part in re.split(r",(?=\s*\w+=)", value) if part.strip())
+    return split_commas(value)
+
+
+def _check_pairs(pairs: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what is no pair, and a key or a name that is given twice."""
+    parts = [(key.strip(), name.strip()) for key, _, name in (text.partition("=") for text in pairs)]
+    if not all(key and name for key, name in parts):
+        raise ValueError("expected KEY=NAME, such as question=q,answer=a")
+    if any(len({*names}) < len(names) for names in zip(*parts, strict=True)):
+        raise ValueError("a name stands in it twice")
+    return tuple(f"{key}={name}" for key, name in parts)
+
+
+NamePairs = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_split_pairs, json_schema_input_type=tuple[str, ...] | dict[str, str] | str),
+    AfterValidator(_check_pairs),
+]
+"""Pairs ``KEY=NAME``."""
 
 
 def read_json(value: Any) -> Any:

@@ -36,7 +36,7 @@ LocalPath = Annotated[Path, BeforeValidator(_check_local)]
 class ExperimentConfig(Config):
     """One dataset, in this process, without a cluster."""
 
-    file: CliPositionalArg[Location] = Field(description="a dataset file")
+    file: CliPositionalArg[Location] = Field(description="a dataset file, or a folder of shards")
 
 
 class MmluConfig(EvaluationConfig):
@@ -56,7 +56,7 @@ class FeaturesConfig(Config):
         Path("results/features"), description="folder for rows, logs and what a rerun goes on with"
     )
     data_folder: Location | None = Field(None, description="folder of dataset files (or name a --chunk)")
-    single_dataset: Location | None = Field(None, description="one dataset file in place of a folder")
+    single_dataset: Location | None = Field(None, description="one dataset file, or a folder of its shards")
     output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
     describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
 

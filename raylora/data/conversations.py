@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raylora.data.json_stream import kind, short
 from raylora.data.record_forms import ROLES, SPEAKERS
+from raylora.data.record_stream import kind, short
 from raylora.data.record_values import is_empty, json_text, parsed, require_text, text_of, without_nulls
 from raylora.errors import BadRecordError
 from raylora.records import Example, Message, digest

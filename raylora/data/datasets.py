@@ -1,24 +1,28 @@
 """Chunk folders, and their dataset files as Examples.
 
-A dataset file is a JSON list of records, an object that wraps such a list, or JSON lines. A bad record is skipped and
-counted. A bad file raises an error of one line that names the file, the place in it and the fix. ``parse_record`` knows
-what a record may look like.
+``dataset_files`` knows the kinds of files, ``parse_record`` what a record may look like. A bad record is skipped and
+counted. A bad file raises an error of one line that names the file, the place in it and the fix.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from raylora.data.columns import ColumnNames
+from raylora.data.dataset_files import list_dataset_files, natural_order, open_records
 from raylora.data.examples import Chosen, count_chars, keep_examples, order_by_content
-from raylora.data.json_stream import RecordStream, shown_path
-from raylora.data.parse_record import FormCounts, is_record, parse_record
+from raylora.data.parse_record import FormCounts, parse_record
+from raylora.data.record_stream import shown_path
 from raylora.data.record_values import leaves_of
 from raylora.errors import ErrorKind, UserError, errors_are, reason
 from raylora.records import BadRecord, Dataset, Example, digests_of
 from raylora.storage.places import reading
+
+__all__ = [
+    "Survey", "find_chunk", "list_chunks", "list_dataset_files", "read_dataset", "sample_examples", "survey",
+]  # fmt: skip
 
 MAX_KEPT_BAD_RECORDS = 100
 """Bad records that are described; those after them are only counted."""
@@ -41,12 +45,7 @@ def list_chunks(data_root: Path) -> list[Path]:
         raise UserError(
             f"--data-root {data_root}: {reason(error)}; it is the folder that holds the chunk_* folders"
         ) from None
-    return sorted(folders, key=lambda p: _natural_order(p.name))
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key that compares the digits in a name as numbers."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return sorted(folders, key=lambda p: natural_order(p.name))
 
 
 def find_chunk(data_root: Path, name: str) -> Path:
@@ -64,22 +63,6 @@ def find_chunk(data_root: Path, name: str) -> Path:
     chunk_names = ", ".join(f"{i} {c.name}" for i, c in enumerate(chunks[:20], 1)) or "no chunk_* folder"
     more = " ..." if len(chunks) > 20 else ""
     raise UserError(f"--chunk {name[:80]!r}: not in {data_root}, which has: {chunk_names}{more}")
-
-
-def list_dataset_files(chunk: Path) -> list[Path]:
-    """The ``.json`` and ``.jsonl`` files of a chunk, sorted by name.
-
-    Raises:
-        UserError: the chunk holds none, or cannot be read.
-    """
-    try:
-        # No check that it is a readable file: users expect a row for each .json, if only one that says what is wrong.
-        files = [p for p in chunk.iterdir() if p.suffix.lower() in {".json", ".jsonl"} and not p.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{chunk}: {reason(error)}") from None
-    if not files:
-        raise UserError(f"{chunk}: no dataset in it (*.json, *.jsonl)")
-    return sorted(files)
 
 
 def sample_examples(examples: Sequence[Example], size: int, seed: int) -> Sequence[Example]:
@@ -114,9 +97,11 @@ class Survey:
     ignored_keys: str = ""
 
 
-def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Survey:
+def survey(
+    path: Path, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> Survey:
     """Read a dataset file as ``read_dataset`` does, but keep only counts and a sample. A bad file raises nothing."""
-    reader = _Reader(path, salvage, limit)
+    reader = _Reader(path, salvage, limit, columns)
     result = Survey()
     try:
         with errors_are(ErrorKind.DATA), reading(path):
@@ -132,18 +117,21 @@ def survey(path: Path, salvage: bool = False, limit: int | None = None) -> Surve
     return result
 
 
-def read_dataset(path: Path, salvage: bool = False, limit: int | None = None) -> Dataset:
-    """Read a dataset file. Examples of a large file are kept on disk (``examples.MEMORY_CHARS``).
+def read_dataset(
+    path: Path, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> Dataset:
+    """Read a dataset file, or a folder of shards. Many examples are kept on disk (``examples.MEMORY_CHARS``).
 
     Args:
         salvage: keep the complete records at the beginning of a file that breaks off.
         limit: use only so many records, the first ones.
+        columns: by a key that forms know, the file's own name of it (``--columns``).
 
     Raises:
-        UserError: the file cannot be read, is not JSON, breaks off, or holds no valid record.
+        UserError: the file cannot be read, is not what its name says, breaks off, or holds no valid record.
         MachineError: it is large, and the disk that is to hold it is full.
     """
-    reader = _Reader(path, salvage, limit)
+    reader = _Reader(path, salvage, limit, columns)
     with errors_are(ErrorKind.DATA), reading(path):
         examples = keep_examples(reader)
     return Dataset(
@@ -167,9 +155,10 @@ class _Reader:
         UserError: as ``read_dataset`` does.
     """
 
-    def __init__(self, path: Path, salvage: bool, limit: int | None) -> None:
+    def __init__(self, path: Path, salvage: bool, limit: int | None, columns: Mapping[str, str] | None) -> None:
         self.path, self.limit = path, limit
-        self.records = RecordStream(path, is_record, salvage)
+        self._names = ColumnNames(columns)
+        self.records = open_records(path, self._names, salvage)
         self.num_items = self.num_chars = self.num_bad = 0
         self.forms = FormCounts()
         self.bad: list[BadRecord] = []
@@ -185,7 +174,7 @@ class _Reader:
                 self._skip(record.place, record.error)
                 continue
             self.num_chars += sum(len(leaf) for leaf in leaves_of(record.value) if isinstance(leaf, str))
-            parsed = parse_record(record.value)
+            parsed = parse_record(self._names.of_record(record.value))
             num_examples += len(parsed.examples)
             if parsed.examples:
                 self.forms.add(parsed)

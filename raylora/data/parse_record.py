@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylora.data.conversations import is_turns, parse_conversation, parse_tools, read_context, speaker
-from raylora.data.json_stream import kind, short
 from raylora.data.record_forms import (
     ACCEPTED,
     CONTEXT_KEYS,
@@ -21,6 +20,7 @@ from raylora.data.record_forms import (
     find_form,
     is_record,
 )
+from raylora.data.record_stream import kind, short
 from raylora.data.record_values import (
     is_empty,
     leaves_of,

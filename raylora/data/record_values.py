@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from raylora.data.json_stream import kind
+from raylora.data.record_stream import kind
 from raylora.errors import BadRecordError
 
 FIRST_WITHOUT_SPACES = "\u2e80"

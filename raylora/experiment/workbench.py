@@ -99,9 +99,9 @@ def load_planned_dataset(bench: Workbench, planned: Planned) -> Dataset:
     Raises:
         MachineError: the file cannot be read on this machine, or its content is another one.
     """
-    path = location(planned.path)
+    path, config = location(planned.path), bench.config
     try:
-        dataset = datasets.read_dataset(path, bench.config.salvage, bench.config.max_records)
+        dataset = datasets.read_dataset(path, config.salvage, config.max_records, config.column_names)
     except UserError as error:
         raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != planned.data_hash:

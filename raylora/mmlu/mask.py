@@ -13,15 +13,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from raylora.errors import UserError, one_line
-from raylora.mmlu.question_files import bytes_of, json_values, parquet_records, text_of
+from raylora.data.dataset_files import table_rows
+from raylora.errors import UserError
+from raylora.mmlu.question_files import json_values, suffix_of, text_of
 from raylora.records import Question
 from raylora.storage.places import location, reading
 
 ID_COLUMNS = ("question_id", "id")
-ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
+ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".feather", ".txt")
 RIGHT = "ok"
 """The ``error_type`` of a question of MMLU-Redux with which nothing is wrong."""
 
@@ -84,7 +83,7 @@ def _key_of(place: str, entry: Any) -> str | None:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Each entry of a mask with its place."""
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob("*") if suffix_of(p) in ENDINGS) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--mask {path}: no {', '.join(ENDINGS)} file in it")
     for file in files:
@@ -96,29 +95,12 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read(file: Path) -> list[Any]:
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return parquet_records(file)
-    if suffix == ".arrow":
-        return _read_arrow(file)
-    if suffix == ".csv":
+    if rows := table_rows(file):
+        return [row.value for row in rows]
+    if suffix_of(file) == ".csv":
         return list(csv.DictReader(io.StringIO(text_of(file))))
     text = text_of(file)
     if text.lstrip().startswith(("[", "{", '"')):
         found = json_values(file)
         return found if isinstance(found, list) else [found]
     return [line for line in text.split("\n") if line.strip()]
-
-
-def _read_arrow(file: Path) -> list[Any]:
-    """An Arrow file, or a stream, as Hugging Face's datasets writes it."""
-    data = bytes_of(file)
-    try:
-        try:
-            table = pa.ipc.open_file(data).read_all()
-        except pa.ArrowInvalid:
-            table = pa.ipc.open_stream(data).read_all()
-        entries: list[Any] = table.to_pylist()
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{file}: no Arrow file: {one_line(error)}") from None
-    return entries

@@ -10,18 +10,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from raylora.errors import UserError, reason
-from raylora.storage.places import check_regular
+from raylora.data.byte_stream import compression_of, unpacked
+from raylora.data.dataset_files import table_rows
+from raylora.errors import UserError
 
 Fields = dict[str, Any]
 Record = tuple[str, Fields]
 """The place of a question in its file ("question 7"), and its fields."""
 Split = Literal["test", "validation", "dev", "train"]
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+SUFFIXES = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".csv")
 """In a folder, files of the first of these are the questions: converted copies often lie beside the originals."""
 _WORDS: dict[Split, frozenset[str]] = {
     "test": frozenset({"test"}),
@@ -35,7 +33,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 def _words(path: Path) -> list[str]:
     """``ARC-Challenge-Test.jsonl`` is ``arc``, ``challenge``, ``test``."""
-    name = path.name.lower()
+    name = (path.stem if compression_of(path) else path.name).lower()
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     return [word for word in re.split(r"[\W_]+", _SHARD.sub("", name)) if word]
@@ -72,7 +70,7 @@ def files_of(folder: Path, split: Split) -> list[Path]:
 
 def _with_suffix(paths: Iterable[Path], suffix: str) -> list[Path]:
     """Those whose name ends so, in capitals or not, sorted."""
-    return sorted(path for path in paths if path.suffix.lower() == suffix)
+    return sorted(path for path in paths if suffix_of(path) == suffix)
 
 
 def files_without_split(folder: Path) -> list[Path]:
@@ -94,38 +92,27 @@ def paths_beside(path: Path, split: Split) -> list[Path]:
     if split == "dev":
         found += [path.with_name(path.name.replace("test", "dev")), *([path.with_name("dev")] if path.is_dir() else [])]
     is_dir = path.is_dir()
-    return [p for p in found if p != path and (p.is_dir() if is_dir else p.is_file() and p.suffix.lower() in SUFFIXES)]
+    return [p for p in found if p != path and (p.is_dir() if is_dir else p.is_file() and suffix_of(p) in SUFFIXES)]
+
+
+def suffix_of(path: Path) -> str:
+    """A file's suffix in lower case, without that of a compression behind it."""
+    return (path.with_suffix("") if compression_of(path) else path).suffix.lower()
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """The records of a file, by its suffix: Parquet, CSV, JSON lines or JSON.
+    """The records of a file, by its suffix: Parquet, Arrow, CSV, JSON lines or JSON.
 
     Raises:
         UserError: the file cannot be read.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    return _read_csv(path) if suffix == ".csv" else _read_json(path)
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    for i, fields in enumerate(parquet_records(path), 1):
-        yield f"question {i}", fields
-
-
-def parquet_records(path: Path) -> list[Fields]:
-    """The rows of a Parquet file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    data = bytes_of(path)
-    try:
-        rows: list[Fields] = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, ValueError, OSError) as error:  # a damaged file may hold text that is not UTF-8
-        raise UserError(f"{path}: no Parquet file: {' '.join(str(error).split())[:200]}") from None
-    return rows
+    if rows := table_rows(path):
+        for i, row in enumerate(rows, 1):
+            if row.error:
+                raise UserError(f"{path}: question {i}: {row.error}")
+            yield f"question {i}", row.value
+        return
+    yield from _read_csv(path) if suffix_of(path) == ".csv" else _read_json(path)
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -133,7 +120,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
     All lines have as many columns as the first, so that one that was cut off is noticed.
     """
-    subject = re.sub("_(?:test|dev|val)$", "", path.stem, flags=re.IGNORECASE)
+    subject = re.sub("_(?:test|dev|val)$", "", path.name.partition(".")[0], flags=re.IGNORECASE)
     try:
         rows = list(csv.reader(io.StringIO(text_of(path), newline="")))
     except csv.Error as error:
@@ -149,26 +136,13 @@ def _read_csv(path: Path) -> Iterator[Record]:
         yield f"question {i}", {"subject": subject, "question": row[0], "choices": row[1:-1], "answer": row[-1]}
 
 
-def bytes_of(path: Path) -> bytes:
-    """What a file holds.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    check_regular(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
-
-
 def text_of(path: Path) -> str:
     """What a file of UTF-8 holds, without a byte order mark.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    data = bytes_of(path)
+    data = unpacked(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -196,12 +170,12 @@ def json_values(path: Path) -> Any:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         first_line = text.lstrip().partition("\n")[0]
-        if path.suffix.lower() != ".jsonl" and not (first_line.startswith("{") and first_line.rstrip().endswith("}")):
+        if suffix_of(path) != ".jsonl" and not (first_line.startswith("{") and first_line.rstrip().endswith("}")):
             raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
         values = list(_json_lines(path, text))
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not JSON: {str(error)[:200]}") from None
-    return [values] if path.suffix.lower() == ".jsonl" and not isinstance(values, list) else values  # a single line
+    return [values] if suffix_of(path) == ".jsonl" and not isinstance(values, list) else values  # a single line
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:

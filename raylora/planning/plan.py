@@ -14,6 +14,8 @@ import pandas as pd
 
 from raylora.config import AUTO, LORA_TARGETS, Config, FeatureOptions, Method
 from raylora.data import datasets
+from raylora.data.columns import check_columns
+from raylora.data.dataset_files import name_and_ending
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
@@ -89,6 +91,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     """
     quiet_libraries()
     check_trackers(config)
+    check_columns(config.column_names)
     if config.hub_repository:
         check_push("--push-to-hub", config.hub_repository)
     check_fp8_here(config)
@@ -174,8 +177,9 @@ def planned_methods(config: Config, model: Any | None) -> dict[Method, Adapted |
 
 def _names_of(files: Sequence[Path]) -> list[tuple[Path, str]]:
     """Each file with its dataset's name: without its ending, unless another file has the same name without it."""
-    stems = Counter(path.stem for path in files)
-    return [(path, path.stem if stems[path.stem] == 1 else path.name) for path in files]
+    stems = {path: name_and_ending(path)[0] for path in files}
+    counts = Counter(stems.values())
+    return [(path, stem if counts[stem] == 1 else path.name) for path, stem in stems.items()]
 
 
 def _experiments_of(
@@ -196,7 +200,7 @@ def _experiments_of(
         masked: ids of the questions that ``--mask`` leaves out; None without it.
         methods: from ``planned_methods``.
     """
-    survey = datasets.survey(path, config.salvage, config.max_records)
+    survey = datasets.survey(path, config.salvage, config.max_records, config.column_names)
     error, error_kind = survey.error, survey.error_kind
     if printable(path.name) != path.name:
         dataset, error = printable(dataset), f"{printable(str(path))}: its name is not UTF-8: rename it"
@@ -208,13 +212,15 @@ def _experiments_of(
         of_questions["mask"] = digest(sorted(masked))
     base_keys = {name: score_key(model_settings, settings) for name, settings in question_settings.items()}
     first_seed, experiments = config.seeds[0], []
+    columns = [config.column_names] if config.columns else []
     for method, adapted in methods.items():
         settings = method.model_dump(mode="json")
         hyperparameters = {name: value for name, value in settings.items() if name != "seed"}
         train = {
             # --salvage is not part of it: a whole file gives the same examples with it, and a broken file gives none
             # without it. The False stands where it was once, so that earlier results keep their hash.
-            "data": digest([survey.data_hash, False, config.max_records]),
+            # So do columns that are not named: nothing of them is in it.
+            "data": digest([survey.data_hash, False, config.max_records, *columns]),
             "model": model_settings["model"],
             "quantization": digest(loading),
             "hyperparameters": digest(hyperparameters),
@@ -235,8 +241,8 @@ def _experiments_of(
         sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
         # An adapter that was trained on fewer examples is another one.
         transfer = ["transfer"] if config.has_transfer else []
-        of_run = (settings, model_settings, config.max_records, config.seed, *transfer)
-        name = safe_name(printable(path.stem), printable(path.suffix), *of_run)
+        of_run = (settings, model_settings, config.max_records, config.seed, *columns, *transfer)
+        name = safe_name(*map(printable, name_and_ending(path)), *of_run)
         experiments.append(
             Experiment(
                 experiment_id=name,
@@ -294,7 +300,7 @@ def _find_files(config: Config) -> tuple[str, list[Path]]:
         folder = datasets.find_chunk(config.data_root, config.chunk)
     files = datasets.list_dataset_files(folder)
     if ranks := read_order(config.order):
-        files.sort(key=lambda path: ranks.get(path.name, ranks.get(path.stem, len(ranks))))
+        files.sort(key=lambda path: ranks.get(path.name, ranks.get(name_and_ending(path)[0], len(ranks))))
     return folder.name, files[: config.limit]
 
 

@@ -24,6 +24,7 @@ GIVEN = {
     "leave_out": "semantic,text",
     "questions": "arc=a.json,b=b.json",
     "adapter": "a/b,c",
+    "columns": "question=q,answer=a",
     "quantization": "8bit",  # int8_activations asks for it
 }
 

@@ -88,8 +88,8 @@ def test_a_question_may_be_named_as_its_own_file_names_it(tmp_path):
         ("a.json", '["anatomy/99"]', "it lists 1 questions, and none of the set's 9"),
         ("a.csv", "why,what\nx,y\n", "entry 1: has neither question_id"),
         ("a.jsonl", '{"id": 1}\n{"id": \n', "a.jsonl: line 2: not JSON: "),
-        ("a.parquet", "PAR1", "a.parquet: no Parquet file: "),
-        ("a.arrow", "nothing", "a.arrow: no Arrow file: "),
+        ("a.parquet", "PAR1", "a.parquet: no Parquet file, "),
+        ("a.arrow", "nothing", "a.arrow: no Arrow IPC file, "),
     ],
 )
 def test_what_is_no_mask_is_one_line(tmp_path, name, text, expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from raylora.errors import UserError
 from raylora.mmlu.question_files import files_of, paths_beside, split_of
 from raylora.mmlu.questions import load_dev_questions, load_questions, read_questions
+from tests.helpers.dataset_files import arrow_file, arrow_stream, json_lines, json_list, parquet, zst
 from tests.helpers.questions import ARC, write_hub, write_lines
 
 
@@ -76,6 +78,20 @@ def test_the_splits_of_a_folder(tmp_path, files, expected):
     for name, num in files.items():
         write(tmp_path / name.replace("-S", SHARD.format("")), abs(num), "" if num < 0 else "B")
     assert sizes(tmp_path) == expected
+
+
+def test_questions_are_read_from_compressed_and_arrow_files(tmp_path):
+    questions = [
+        {"subject": "anatomy", "question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4}
+        for i in range(5)
+    ]
+    makers = {"a.json.gz": lambda r: gzip.compress(json_list(r)), "a.JSONL.zst": lambda r: zst(json_lines(r))}
+    for name, make in {**makers, "a.arrow": arrow_stream, "a.FEATHER": arrow_file, "a.Parquet": parquet}.items():
+        (tmp_path / name).write_bytes(make(questions))
+        assert [q.answer for q in load_questions(tmp_path / name)] == [0, 1, 2, 3, 0]
+    (tmp_path / "a.json.gz").write_bytes(makers["a.json.gz"](questions)[:-20])
+    with pytest.raises(UserError, match=r"a\.json\.gz: its gzip data breaks off; get the file again"):
+        load_questions(tmp_path / "a.json.gz")
 
 
 def test_it_is_said_which_split_is_asked_where_that_is_not_test(tmp_path):

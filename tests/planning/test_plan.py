@@ -20,6 +20,7 @@ from raylora.planning.show_plan import power_of, print_plan
 from raylora.records import ResultRow
 from raylora.rows import make_row
 from tests.helpers.chunks import OPTIONS, planned, run, write_dataset
+from tests.helpers.dataset_files import json_list, parquet
 from tests.helpers.families import save_family
 from tests.helpers.feature_rows import make_records
 from tests.helpers.objects import BUCKET
@@ -117,6 +118,35 @@ def test_names_never_leave_the_output_folder_nor_collide(options, tmp_path):
         assert plan.store.folder(experiment).resolve().parent == (tmp_path / "results/chunk_1/experiments").resolve()
         assert experiment.experiment_id.isascii()
     assert {"a.json", "a.jsonl", "a b"} < {e.dataset for e in plan.experiments}, "of one stem, they are named whole"
+
+
+def test_one_stem_in_every_kind_of_file_and_a_folder_of_shards(options, tmp_path):
+    folder = tmp_path / "data" / "chunk_1"
+    records = [{"question": f"Q{i}", "answer": "A"} for i in range(3)]
+    (folder / "a").mkdir(parents=True)
+    for name in ("a.json", "b.JSON"):
+        (folder / name).write_bytes(json_list(records))
+    for name in ("a.parquet", "a/train-00000-of-00001.parquet"):
+        (folder / name).write_bytes(parquet(records))
+    plan = planned(options)
+    assert sorted(e.dataset for e in plan.experiments) == ["a", "a.json", "a.parquet", "b"]
+    assert len({e.experiment_id for e in plan.experiments}) == 4
+    assert {e.error for e in plan.experiments} == {""}
+    assert [e.num_examples for e in plan.experiments] == [3] * 4
+
+
+def test_names_of_columns_are_part_of_what_a_row_is_made_from(options, tmp_path):
+    write_dataset(tmp_path / "data" / "chunk_1", "a", num=2)
+    plain, named, again = (
+        planned(options, columns=columns).experiments[0]
+        for columns in ((), "question=q,answer=a", {"answer": "a", "question": "q"})
+    )
+    assert plain.experiment_id == planned(options).experiments[0].experiment_id
+    assert named.experiment_id == again.experiment_id != plain.experiment_id
+    assert named.origins == again.origins
+    assert named.origins["train"]["data"] != plain.origins["train"]["data"]
+    with pytest.raises(UserError, match="--columns frage=q: frage is no key of a record"):
+        planned(options, columns="frage=q")
 
 
 def test_a_pipe_in_a_chunk_is_a_row_and_hangs_nothing(options, tmp_path):

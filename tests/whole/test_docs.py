@@ -14,6 +14,7 @@ import pytest
 
 from raylora.commands.run_command import call_command
 from raylora.config import Config, load_config
+from raylora.data.dataset_files import KINDS
 from raylora.data.datasets import read_dataset
 from raylora.data.record_forms import FORMS, SPEAKERS
 from raylora.errors import UserError
@@ -226,6 +227,13 @@ def test_the_tables_of_forms_and_speakers_are_the_codes():
     for name, rows in (("forms", forms), ("speakers", speakers)):
         table = page.split(f"<!-- {name}: raylora/data/record_forms.py -->\n")[1].split("\n\n")[0]
         assert table.splitlines()[2:] == rows, "\n".join(rows)
+
+
+def test_the_table_of_files_is_the_codes():
+    page = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    rows = [f"| {k.name} | {quoted(k.endings)} | {k.read} | `{k.place}` |" for k in KINDS]
+    table = page.split("<!-- files: raylora/data/dataset_files.py -->\n")[1].split("\n\n")[0]
+    assert table.splitlines()[2:] == rows, "\n".join(rows)
 
 
 def test_a_new_question_set(tiny_model_folder, tmp_path, monkeypatch):

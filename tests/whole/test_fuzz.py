@@ -19,6 +19,7 @@ from raylora.data.record_forms import FORMS
 from raylora.errors import UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.mmlu.questions import load_questions
+from tests.helpers.dataset_files import KINDS
 
 DEMO = DEMO_QUESTIONS.parent
 MARKS = [
@@ -28,9 +29,9 @@ MARKS = [
 ]  # fmt: skip
 
 
-PLACE = re.compile(r"\b(line|byte|record|question|column) \d+|[\w ]+: .*, got |in .*\.yaml")
+PLACE = re.compile(r"\b(line|byte|record|question|column|row|row group) \d+|[\w ]+: .*, got |in .*\.yaml")
 WHOLE = re.compile(
-    r"empty|no (JSON|CSV|Parquet|question|record)|none of its|not YAML|lines, found|ends|holds|mapping|must|needs"
+    r"empty|no (JSON|CSV|Parquet|Arrow|question|record)|none of its|not YAML|lines, found|ends|holds|mapping|must|needs"
 )
 """What a message names: a place, or what is wrong with the whole file."""
 
@@ -50,6 +51,12 @@ def sources() -> list[tuple[str, bytes]]:
         found.append((".json", json.dumps([form.example] * 2).encode()))
     found.append((".jsonl", b"\n".join(json.dumps(form.example).encode() for form in FORMS)))
     found.append((".jsonl", b"\n".join([json.dumps(FORMS[0].example["messages"]).encode()] * 3)))
+    turns = [{**FORMS[0].example, "date": None}] * 3
+    pairs = [{"question": f"{i}+{i}?", "answer": str(2 * i), "history": None} for i in range(4)]
+    for name, make in KINDS.items():  # each kind of file, of text and of nested columns
+        found += [(ending_of(name), make(pairs))] * 2
+        found.append((ending_of(name), make(turns)))
+        found.append((f"shards/train-0{ending_of(name)}", make(pairs)))
     questions = json.loads((DEMO / "questions.json").read_text())[:4]
     found.append(("questions.json", json.dumps(questions).encode()))
     found.append(("questions.csv", b'"What?",a,b,c,d,A\n"Why, then?",1,2,3,4,B\n'))
@@ -62,6 +69,10 @@ def sources() -> list[tuple[str, bytes]]:
     for path in sorted((DEMO.parents[1] / "configs").glob("*.yaml")):
         found.append((".yaml", path.read_bytes()))
     return found
+
+
+def ending_of(name: str) -> str:
+    return name[name.index(".") :]
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -95,7 +106,8 @@ def read(kind: str, path: Path, salvage: bool) -> None:
     elif kind.startswith("questions"):
         load_questions(path)
     else:
-        read_dataset(path, salvage)
+        names = {"question": "answer", "answer": "question"} if len(path.name) % 2 else None
+        read_dataset(path.parent if kind.startswith("shards") else path, salvage, columns=names)
 
 
 def check(folder: Path, num_inputs: int, seed: int) -> dict[str, int]:
@@ -104,8 +116,8 @@ def check(folder: Path, num_inputs: int, seed: int) -> dict[str, int]:
     known = sources()
     for _ in range(num_inputs):
         kind, data = rng.choice(known)
-        path = folder / kind if "/" in kind else folder / ("fuzz" + (Path(kind).suffix or kind))
-        for old in folder.glob("questions/test/*"):
+        path = folder / kind if "/" in kind else folder / (f"fuzz{kind}" if kind.startswith(".") else kind)
+        for old in [*folder.glob("questions/test/*"), *folder.glob("shards/*")]:
             old.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(mutate(rng, data))
@@ -117,7 +129,8 @@ def check(folder: Path, num_inputs: int, seed: int) -> dict[str, int]:
             counts["refused"] += 1
             message = str(error)
             assert "\n" not in message, (message, path.read_bytes())
-            named = path.parents[1] if "questions: no question in it" in message else path  # a folder without any
+            is_of_folder = "shards: none of its" in message or "questions: no question in it" in message
+            named = folder / kind.partition("/")[0] if is_of_folder else path
             assert named.name in message, (message, path.read_bytes())
             assert PLACE.search(message) or WHOLE.search(message), f"what place? {message}"
             assert len(message) < 1500

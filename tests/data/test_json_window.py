@@ -8,15 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylora.data import json_stream, parse_record
+from raylora.data import json_window
+from raylora.data.columns import ColumnNames
+from raylora.data.dataset_files import open_records
 from raylora.data.datasets import read_dataset
-from raylora.data.json_stream import RecordStream
 from raylora.errors import UserError
 from tests.helpers.formats import conversation
 
 
 def read(path, salvage=False):
-    stream = RecordStream(path, parse_record.is_record, salvage)
+    stream = open_records(path, ColumnNames(), salvage)
     try:
         found = [(r.place, r.value, r.error) for r in stream]
     except UserError as error:
@@ -49,7 +50,7 @@ def test_the_size_of_the_pieces_changes_nothing(tmp_path, monkeypatch, values, f
     path = tmp_path / "data.json"
     path.write_text(text[: len(text) - cut], encoding="utf-8")
     with monkeypatch.context() as patched:
-        patched.setattr(json_stream, "PIECE", piece)
+        patched.setattr(json_window, "PIECE", piece)
         found = read(path, salvage)
     assert found == read(path, salvage)
     if not cut and not (form == "lines" and len(values) == 1):
@@ -64,7 +65,7 @@ def test_the_size_of_the_pieces_changes_nothing(tmp_path, monkeypatch, values, f
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_the_decoders_words_at_its_place(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(json_stream, "PIECE", 2)
+    monkeypatch.setattr(json_window, "PIECE", 2)
     path = tmp_path / "data.json"
     path.write_text("\n" + text)
     with pytest.raises(json.JSONDecodeError) as raised:
