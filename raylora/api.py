@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from raylora.console import make_console
 from raylora.data import datasets
 from raylora.data.columns import check_columns
 from raylora.data.encoding import StoredEncoded, encode_each
+from raylora.data.rendered import TemplateCounts
+from raylora.data.template_check import hold_to_counts
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.story import run_experiment as run_planned_experiment
 from raylora.experiment.workbench import Workbench, use_threads
@@ -90,12 +93,13 @@ class FineTuner:
             output_dir: where the adapter is saved, in PEFT's format; None: nowhere.
 
         Returns:
+            ``num_refused``, examples that the chat template refuses; ``template_note``, what it leaves out of others;
             ``training_metrics`` (seconds, losses, counts and rates), ``loss_curve`` (a dict for each optimizer step),
             ``adapter_path``.
 
         Raises:
             pydantic.ValidationError: a hyperparameter is unknown, or its value does not fit.
-            UserError: no example has a supervised token.
+            UserError: no example has a supervised token, or the chat template refuses all, or cuts most answers.
             TrainingDivergedError: the loss became infinite or NaN.
             torch.OutOfMemoryError: a single example does not fit.
         """
@@ -108,12 +112,16 @@ class FineTuner:
         ordered = datasets.sample_examples(dataset.examples, 0, seed)
         loaded.detach()
         parameters = loaded.attach(method, seed)
-        encoded = StoredEncoded(encode_each(tokenizer, ordered, method.max_length))
+        counts = TemplateCounts()
+        encoded = StoredEncoded(encode_each(tokenizer, ordered, method.max_length, counts))
+        note = hold_to_counts(replace(dataset, examples=ordered), counts).template_note
         result = train_adapter(loaded, parameters, encoded, method, seed)
         if output_dir is not None:
             loaded.save_adapter(Path(output_dir))
         metrics = {**vars(result.metrics), "train_runtime": result.metrics.train_seconds}
         return {
+            "num_refused": len(counts.refused),
+            "template_note": note,
             "training_metrics": metrics,
             "loss_curve": result.loss_curve(),
             "adapter_path": str(output_dir) if output_dir is not None else None,

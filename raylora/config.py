@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ LARGEST_SEED = 2**53
 """Up to here every integer is a float64 too, as which tables may be read."""
 TARGETS = ("overall_accuracy", "accuracy_change", "balanced_accuracy_change", "correct_probability_change")
 """Outcomes that can be predicted: these, and those of a further set of questions, ``accuracy_change[NAME]``."""
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What chat templates take for today: the date that those of Llama 3.1 and 3.2 have where they are told none."""
 DEMO = "demo"
 """The value of ``--model`` and ``--mmlu`` that stands for the demo's."""
 
@@ -71,6 +74,15 @@ class Method(BaseModel):
     )
 
 
+def _read_date(value: Any) -> Any:
+    """A date as text; pydantic alone takes numbers for seconds since 1970."""
+    if type(value) is date:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value.strip()):
+        return value.strip()
+    raise ValueError("expected a date, YYYY-MM-DD")
+
+
 class ModelOptions(BaseModel):
     """Which base model, and how it lies in memory."""
 
@@ -99,6 +111,12 @@ class ModelOptions(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     allow_pickle: bool = Field(False, description="read weights from pickle files too, where there is no safetensors")
+    template_date: Annotated[date, BeforeValidator(_read_date, json_schema_input_type=date)] = Field(
+        TEMPLATE_DATE, description="what chat templates that ask for today's date are told: YYYY-MM-DD"
+    )
+    allow_special_tokens: bool = Field(
+        False, description="special tokens written in datasets and questions (<|im_end|>) are tokens, not text"
+    )
 
     @field_validator("max_memory")
     @classmethod

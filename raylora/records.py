@@ -142,6 +142,10 @@ class Dataset:
     """The forms of its records, such as ``question/answer``; with how many records each has, if there are several."""
     ignored_keys: str = ""
     """The keys of records and turns that no form uses, with commas between them."""
+    num_answers_cut: int = 0
+    """Answers of which the chat template leaves a part out; known once the dataset was held against it."""
+    template_note: str = ""
+    """What else the chat template does to the examples; empty where there is nothing to say."""
 
     @cached_property
     def seed(self) -> int:
@@ -236,6 +240,8 @@ class Experiment:
     record_form: str = ""
     """As ``Dataset.record_form``; ``ignored_keys`` as well."""
     ignored_keys: str = ""
+    template_note: str = ""
+    """What the chat template does to the dataset's first examples; empty where there is nothing to say."""
 
     @property
     def base_keys(self) -> dict[str, str]:

@@ -150,6 +150,7 @@ RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
     "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
     "record_form", "ignored_keys", "num_bad_records", "num_lost_records", "bad_records",
+    "num_answers_cut", "template_note",
     "token_budget", "mmlu_oom_backoffs", "text_seconds",
     "static_seconds", "probe_seconds", "features_seconds", "mmlu_seconds", "transfer_seconds", "total_seconds",
     "estimated_seconds", "estimated_peak_memory_bytes", "num_attempts", "num_adapted_modules",
@@ -215,7 +216,8 @@ CATEGORIES = frozenset(
 TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "record_form", "ignored_keys", "bad_records",
-        "feature_notes", "train_notes", "mmlu_note", "transfer_note", "dataset_name", "modules_without_adapter",
+        "feature_notes", "template_note", "train_notes", "mmlu_note", "transfer_note", "dataset_name",
+        "modules_without_adapter",
     }
 )  # fmt: skip
 """Columns of names and notes."""

@@ -178,3 +178,10 @@ def test_a_bad_value_is_looked_for_where_it_stands(tmp_path):
         load_config(["--config", str(file)])
     with pytest.raises(UserError, match=r"--lora-r: .*got 'some'"):
         load_config(["--config", str(file), "--lora-r", "some"])
+
+
+@pytest.mark.parametrize("text", ["2", "20250102", "yesterday", "2025-02-30", "", "2025-1-2"])
+def test_a_date_that_is_none_is_one_line(text):
+    with pytest.raises(UserError, match=r"--template-date|template_date") as raised:
+        load_config(["--template-date", text])
+    assert "\n" not in str(raised.value)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raylora.errors import ErrorKind, UserError
+from raylora.data.rendering import dated_template
+from raylora.errors import ErrorKind, UserError, one_line
 from raylora.records import Example, Message
 
 
@@ -17,8 +18,9 @@ def render_chat(
     """The conversation as text, by the tokenizer's chat template.
 
     Tokenizers of base models have none: they get ``User: ...`` and ``Assistant: ...``, one turn a line. A template that
-    refuses a system turn gets it at the beginning of the next turn. One that knows no tools gets them, and calls of
-    them, as JSON text; one that refuses the turns of tools gets those as the user's.
+    refuses a system turn gets it at the beginning of the next turn, one that refuses user turns in a row gets them as
+    one. One that knows no tools gets them, and calls of them, as JSON text; one that refuses the turns of tools gets
+    those as the user's. A template that asks for the date is told ``--template-date``.
 
     Args:
         tools: as ``Example.tools``.
@@ -27,11 +29,11 @@ def render_chat(
     Raises:
         UserError: the template refuses the conversation.
     """
-    template = str(tokenizer.chat_template or "")
+    template, messages = str(tokenizer.chat_template or ""), list(messages)
     if "tool_calls" not in template:
         messages = [_calls_as_text(message) for message in messages]
     if tools and "tools" not in template:
-        messages, tools = _tools_as_text(messages, tools), ""
+        messages, tools = tools_as_text(messages, tools), ""
     dicts = [{"role": m.role, "content": m.content, **(json.loads(m.extra) if m.extra else {})} for m in messages]
     if not tokenizer.chat_template:
         text = "".join(f"{m.role.capitalize()}: {m.content}\n" for m in messages)
@@ -39,18 +41,38 @@ def render_chat(
     try:
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **variables}
         options |= {"tools": json.loads(tools)} if tools else {}
+        if dated := dated_template(tokenizer, options.get("tools")):
+            options["chat_template"] = dated
         return str(tokenizer.apply_chat_template(dicts, **options))
     except Exception as error:  # a template may raise anything; most often it refuses a system turn
         if tools or any(m.extra or m.role == "tool" for m in messages):
             return render_chat(tokenizer, _without_tools(messages, tools), add_generation_prompt, **variables)
-        if dicts and dicts[0]["role"] == "system" and len(dicts) > 1:
-            merged = Message("user", f"{dicts[0]['content']}\n\n{dicts[1]['content']}")
-            return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, **variables)
+        if (others := system_in_next_turn(messages)) != messages or (others := _joined_questions(messages)) != messages:
+            return render_chat(tokenizer, others, add_generation_prompt, **variables)
         raise UserError(
-            f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: {error}; fix "
-            "or remove it",
+            f"the tokenizer's chat template refuses the conversation that ends in {_shortened(dicts)}: "
+            f"{one_line(error)}; fix or remove it",
             kind=ErrorKind.CHAT_TEMPLATE,
         ) from error
+
+
+def system_in_next_turn(messages: Sequence[Message]) -> list[Message]:
+    """The same with the system turn, if there is one, at the beginning of the turn behind it."""
+    if len(messages) < 2 or messages[0].role != "system":
+        return list(messages)
+    merged = replace(messages[1], role="user", content=f"{messages[0].content}\n\n{messages[1].content}")
+    return [merged, *messages[2:]]
+
+
+def _joined_questions(messages: Sequence[Message]) -> list[Message]:
+    """The same with user turns in a row as one: a tool's text, as a user turn, and the question behind it."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and message.role == joined[-1].role == "user":
+            joined[-1] = replace(joined[-1], content=f"{joined[-1].content}\n\n{message.content}")
+        else:
+            joined.append(message)
+    return joined
 
 
 def _shortened(messages: Sequence[dict[str, str]]) -> str:
@@ -68,7 +90,7 @@ def _calls_as_text(message: Message) -> Message:
     return replace(message, content="\n".join([*filter(None, [message.content]), *calls]), extra="")
 
 
-def _tools_as_text(messages: Sequence[Message], tools: str) -> list[Message]:
+def tools_as_text(messages: Sequence[Message], tools: str) -> list[Message]:
     """The messages, with the tools in the system turn."""
     first = messages[0].content + "\n\n" if messages and messages[0].role == "system" else ""
     return [Message("system", f"{first}Tools: {tools}"), *messages[1 if first else 0 :]]
@@ -77,7 +99,7 @@ def _tools_as_text(messages: Sequence[Message], tools: str) -> list[Message]:
 def _without_tools(messages: Sequence[Message], tools: str) -> list[Message]:
     """The same as turns of system, user and assistant. What tools return, one after another, is one user turn."""
     plain: list[list[Message]] = []
-    for message in _tools_as_text(messages, tools) if tools else messages:
+    for message in tools_as_text(messages, tools) if tools else messages:
         if message.role == "tool" and plain and plain[-1][0].role == "tool":
             plain[-1].append(message)
         else:

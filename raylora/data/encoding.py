@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +14,12 @@ from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from raylora.data.chat import render_chat, untrained_spans
 from raylora.data.disk_list import DiskList
-from raylora.records import Example, Message
+from raylora.data.rendered import Rendered, TemplateCounts, render_each, render_example
+from raylora.data.rendering import special_tokens_of
+from raylora.records import Example
 
 IGNORE_INDEX = -100
-ANOTHER_ANSWER = "Another answer stands here."
-"""Rendered in place of an example's answer, to see where a chat template puts answers."""
 ENCODED_TOGETHER = 512
 """Examples in one call of the tokenizer. Together, with marks set by arrays, an example takes 399 microseconds; one by
 one, with loops, it took 603 (benchmarks/NOTES.md)."""
@@ -59,10 +59,19 @@ def encode_example(tokenizer: Any, example: Example, max_length: int) -> Encoded
     return next(encode_each(tokenizer, [example], max_length))
 
 
-def encode_each(tokenizer: Any, examples: Iterable[Example], max_length: int) -> Iterator[EncodedExample]:
-    """``encode_example`` of each, tokenised ``ENCODED_TOGETHER`` at a time."""
-    remaining = iter(examples)
-    while group := [_render(tokenizer, example) for example in itertools.islice(remaining, ENCODED_TOGETHER)]:
+def encode_each(
+    tokenizer: Any, examples: Iterable[Example], max_length: int, counts: TemplateCounts | None = None
+) -> Iterator[EncodedExample]:
+    """``encode_example`` of each, tokenised ``ENCODED_TOGETHER`` at a time.
+
+    Args:
+        counts: examples are counted here, and those that the chat template refuses are left out.
+
+    Raises:
+        UserError: the chat template refuses an example, and there are no ``counts``.
+    """
+    remaining = render_each(tokenizer, examples, counts)
+    while group := list(itertools.islice(remaining, ENCODED_TOGETHER)):
         for rendered, ids, offsets in zip(group, *_tokenize_rendered(tokenizer, group), strict=True):
             yield _mark_tokens(rendered, ids, offsets, max_length)[0]
 
@@ -76,7 +85,7 @@ def encode_with_offsets(
         The encoded example, the answer as the template renders it, and (start, end) of each of its tokens that was kept
         (``is_answer_text``), in characters of that answer.
     """
-    rendered = _render(tokenizer, example)
+    rendered = render_example(tokenizer, example)
     (ids,), (offsets,) = _tokenize_rendered(tokenizer, [rendered])
     encoded, kept = _mark_tokens(rendered, ids, offsets, max_length)
     start, end = rendered.answer
@@ -85,25 +94,35 @@ def encode_with_offsets(
 
 
 def _tokenize_rendered(
-    tokenizer: Any, group: Sequence[_Rendered]
+    tokenizer: Any, group: Sequence[Rendered]
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """Of each text its token ids, and (start, end) of each token, in characters."""
     ids: list[list[int]] = [[] for _ in group]
     offsets: list[list[tuple[int, int]]] = [[] for _ in group]
-    for add_special_tokens in (False, True):  # what a chat template renders has them already
-        numbers = [i for i, r in enumerate(group) if (r.is_plain or not tokenizer.chat_template) == add_special_tokens]
-        if not numbers:
-            continue
-        encoded = tokenizer(
-            [group[i].text for i in numbers],
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-        )
-        for i, its_ids, its_offsets in zip(numbers, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    # What a chat template renders has its special tokens already.
+    kinds = [(r.is_plain or not tokenizer.chat_template, r.has_special_text) for r in group]
+    for kind in dict.fromkeys(kinds):
+        numbers = [i for i, its_kind in enumerate(kinds) if its_kind == kind]
+        for i, its_ids, its_offsets in zip(
+            numbers, *_tokenize(tokenizer, [group[i].text for i in numbers], *kind), strict=True
+        ):
             ids[i], offsets[i] = its_ids, its_offsets
     return ids, offsets
+
+
+def _tokenize(
+    tokenizer: Any, texts: list[str], add_special_tokens: bool, has_special_text: bool
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    if has_special_text:
+        return special_tokens_of(tokenizer).tokenize(texts, add_special_tokens)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        truncation=False,
+    )
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def pad_token_of(tokenizer: Any) -> int:
@@ -112,90 +131,8 @@ def pad_token_of(tokenizer: Any) -> int:
     return next((int(token) for token in candidates if token is not None), 0)
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    """An example as text, and (start, end) of its question and of its answer in it, in characters."""
-
-    text: str
-    question: tuple[int, int]
-    answer: tuple[int, int]
-    repeated_end: int
-    """Where the turns end that an earlier example of the conversation has too; 0 where there are none."""
-    untrained: Sequence[tuple[int, int]] = ()
-    """(start, end) of each turn behind these of which nothing is to be learned."""
-    is_plain: bool = False
-    """Whether no template rendered it: the record is a text."""
-
-
-def _render(tokenizer: Any, example: Example) -> _Rendered:
-    if not example.messages:
-        text = example.answer + (tokenizer.eos_token or "")
-        return _Rendered(text, (0, 0), (0, len(example.answer)), 0, is_plain=True)
-    prompt = render_chat(tokenizer, example.messages, True, example.tools)
-    whole = render_chat(tokenizer, [*example.messages, Message("assistant", example.answer)], False, example.tools)
-    if not tokenizer.chat_template:
-        whole = prompt + example.answer + (tokenizer.eos_token or "")
-    answer_start, answer_end = _find_answer(tokenizer, example, prompt, whole)
-    # Many templates put a line break after the end-of-turn token: no use to supervise it.
-    whole = whole[:answer_end] + whole[answer_end:].rstrip()
-    last_user = example.asked.strip()
-    question_start = whole.rfind(last_user, 0, answer_start) if last_user else -1
-    question = (question_start, question_start + len(last_user)) if question_start >= 0 else (0, 0)
-    repeated_end = _find_repeated_end(tokenizer, example, whole, whole[answer_end:]) if example.num_repeated else 0
-    untrained = untrained_spans(tokenizer, example, whole, whole[answer_end:])
-    return _Rendered(whole, question, (answer_start, answer_end), min(repeated_end, answer_start), untrained)
-
-
-def _find_answer(tokenizer: Any, example: Example, prompt: str, whole: str) -> tuple[int, int]:
-    """Start and end of the answer in the rendered conversation ``whole``, in characters.
-
-    Most templates put it right after the prompt, and may strip its white space. Templates that add or remove thinking
-    change the text before it: there the conversation is rendered once more with ``ANOTHER_ANSWER``, and the answer is
-    what stands between the same text before and the same text after.
-    """
-    if whole.startswith(prompt):
-        completion = whole[len(prompt) :]
-        for answer in (example.answer, example.answer.strip()):
-            for skipped in range(len(completion) - len(completion.lstrip()) + 1):
-                if completion.startswith(answer, skipped):
-                    start = len(prompt) + skipped
-                    return start, start + len(answer)
-    other = render_chat(tokenizer, [*example.messages, Message("assistant", ANOTHER_ANSWER)], False, example.tools)
-    before, separator, after = other.rpartition(ANOTHER_ANSWER)
-    start = common_prefix_length(whole, before)
-    if separator and whole.endswith(after) and start <= len(whole) - len(after):
-        return start, len(whole) - len(after)
-    return common_prefix_length(whole, prompt), len(whole)
-
-
-def _find_repeated_end(tokenizer: Any, example: Example, whole: str, end_of_turn: str) -> int:
-    """Where the last turn that an earlier example supervises ends in the rendered conversation ``whole``.
-
-    Most templates render these turns as they do when nothing follows: then ``whole`` begins with them. Templates that
-    drop thinking from earlier turns do not: there the conversation is rendered once more with ``ANOTHER_ANSWER`` in
-    place of that turn, which ends where the same text follows in both.
-    """
-    earlier, last = example.messages[: example.num_repeated], example.messages[example.num_repeated - 1]
-    rendered = render_chat(tokenizer, earlier, False, example.tools)
-    # As in the earlier example: without the line break behind the end-of-turn token, with all white space before it.
-    end = max(len(rendered.rstrip()), rendered.rfind(last.content) + len(last.content))
-    if end <= len(rendered) and whole.startswith(rendered[:end]):
-        return end
-    # It must not end as the turn does: the same text would begin too early.
-    other = ANOTHER_ANSWER.removesuffix("." if last.content.rstrip().endswith(".") else "")
-    messages = [*earlier[:-1], Message(last.role, other), *example.messages[example.num_repeated :]]
-    changed = render_chat(tokenizer, [*messages, Message("assistant", example.answer)], False, example.tools).rstrip()
-    end = len(whole) - common_prefix_length(whole[::-1], changed[::-1])
-    return end + len(end_of_turn) if whole.startswith(end_of_turn, end) else end
-
-
-def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many characters, or tokens, at the beginning are the same in both."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def _mark_tokens(
-    rendered: _Rendered, input_ids: list[int], offsets: Sequence[tuple[int, int]], max_length: int
+    rendered: Rendered, input_ids: list[int], offsets: Sequence[tuple[int, int]], max_length: int
 ) -> tuple[EncodedExample, slice]:
     """The example cut to ``max_length`` tokens, and which of its tokens these are."""
     (question_start, question_end), (answer_start, answer_end) = rendered.question, rendered.answer
@@ -267,6 +204,7 @@ class StoredEncoded(Sequence[EncodedExample]):
     def __init__(self, examples: Iterable[EncodedExample]) -> None:
         """Raises MachineError where the disk is full."""
         self._disk_list = DiskList()
+        self._places = array("q")  # in the list
         self._lengths = array("i")
         self._num_answer = array("i")
         self._num_repeated = array("i")
@@ -276,6 +214,7 @@ class StoredEncoded(Sequence[EncodedExample]):
             marks = np.array([e.is_question, e.is_answer, e.is_answer_text, untrained], dtype=np.uint8)  # (4, T)
             bits = marks[0] | marks[1] << 1 | marks[2] << 2 | marks[3] << 3
             self._disk_list.append(np.array(e.input_ids, dtype="<i4").tobytes() + bits.astype(np.uint8).tobytes())
+            self._places.append(len(self._places))
             self._lengths.append(len(e))
             self._num_answer.append(int(marks[1, 1:].sum()))
             self._num_repeated.append(e.num_repeated)
@@ -293,6 +232,14 @@ class StoredEncoded(Sequence[EncodedExample]):
             return [max(length - max(repeated, 1), 0) - untrained for length, repeated, untrained in counts]
         return self._num_answer.tolist()
 
+    def chosen(self, numbers: Sequence[int]) -> StoredEncoded:
+        """The examples at ``numbers``, in that order; nothing of their tokens is copied."""
+        view = copy.copy(self)
+        for name in ("_places", "_lengths", "_num_answer", "_num_repeated", "_num_untrained"):
+            values: array[int] = getattr(self, name)
+            setattr(view, name, array(values.typecode, [values[i] for i in numbers]))
+        return view
+
     def __len__(self) -> int:
         return len(self._lengths)
 
@@ -304,7 +251,7 @@ class StoredEncoded(Sequence[EncodedExample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index]
-        data, length = self._disk_list[number], self._lengths[number]
+        data, length = self._disk_list[self._places[number]], self._lengths[number]
         bits = np.frombuffer(data, dtype=np.uint8, offset=4 * length)
         question, answer, text, untrained = ((bits & bit).astype(bool).tolist() for bit in (1, 2, 4, 8))
         ids = np.frombuffer(data, dtype="<i4", count=length).tolist()

@@ -72,7 +72,8 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
         raise UserError(experiment.error, kind=ErrorKind(experiment.error_kind))
     stages = bench.config.stages
     progress(ProgressStage.LOAD, 0, 1)
-    dataset = load_planned_dataset(bench, experiment)
+    max_length = method_of(experiment).max_length if "train" in stages else 0
+    dataset = load_planned_dataset(bench, experiment, max_length)
     values = _dataset_values(dataset) | {"device": device_name()}
     features: dict[str, Any] | None = {}
     if "features" in stages:
@@ -218,5 +219,7 @@ def _dataset_values(dataset: Dataset) -> dict[str, Any]:
         "num_examples": len(dataset.examples),
         "num_bad_records": dataset.num_bad_records,
         "num_lost_records": dataset.num_lost_records,
+        "num_answers_cut": dataset.num_answers_cut,
+        "template_note": dataset.template_note,
         "bad_records": "; ".join([*shown, f"and {num_others} more"] if num_others > 0 else shown),
     }

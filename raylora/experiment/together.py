@@ -10,6 +10,7 @@ from types import TracebackType
 
 import torch
 
+from raylora.config import method_of
 from raylora.errors import MachineError, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
@@ -127,7 +128,8 @@ class _Queue:
             stack.enter_context(at_hand(bench.store, experiment))
             stack.callback(bench.loaded.detach, name)
             bench.check_model(experiment)
-            job = attach_job(bench, experiment, load_planned_dataset(bench, experiment), name)
+            dataset = load_planned_dataset(bench, experiment, method_of(experiment).max_length)
+            job = attach_job(bench, experiment, dataset, name)
             stack.enter_context(log_file(bench.store.folder(experiment) / LOG))
             self._at_work[name] = experiment, stack.pop_all()
         self._most_at_work = max(self._most_at_work, len(self._at_work))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -16,12 +17,15 @@ from raylora.config import Config, method_of
 from raylora.data import datasets
 from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.data.held_out import leave_out
+from raylora.data.rendered import TemplateCounts, count_in_template
+from raylora.data.template_check import hold_to_counts
 from raylora.errors import BaseChangedError, ErrorKind, MachineError, UserError
 from raylora.mmlu.evaluator import Evaluator
+from raylora.mmlu.question_set import model_key
 from raylora.model.adapters import LoadedModel
-from raylora.model.sources import model_hash
-from raylora.records import Dataset, Experiment
-from raylora.storage.atomic import write_atomically
+from raylora.model.sources import model_hash, resolve_model
+from raylora.records import Dataset, Example, Experiment, digest, digests_of
+from raylora.storage.atomic import read_json, to_json, write_atomically, write_text
 from raylora.storage.places import location
 from raylora.storage.store import Store
 from raylora.training.gradients import Job
@@ -39,18 +43,36 @@ class Planned(Protocol):
     def data_hash(self) -> str: ...
 
 
+class Encoded(NamedTuple):
+    """A dataset and its examples as token ids, in its order."""
+
+    dataset: Dataset
+    max_length: int
+    examples: StoredEncoded
+
+
 class Workbench(Evaluator):
     """What all experiments of one process share: the base model and the encoded questions, each loaded once.
 
     Attributes:
         held_out: tables of ``held_out.held_out_sets`` by their keys.
+        encoded: what ``load_planned_dataset`` has encoded, until a training takes it.
     """
 
     def __init__(self, config: Config, store: Store, loaded: LoadedModel | None = None) -> None:
         super().__init__(config, store, loaded)
         self.config: Config = config
         self.held_out: dict[str, pd.DataFrame] = {}
+        self.encoded: Encoded | None = None
         self._base_hash = self._model_hash = ""
+
+    @cached_property
+    def model_key(self) -> str:
+        """Identity of the base model and its tokenizer, and of the options of a tokenizer's text."""
+        try:
+            return digest(model_key(self.config, resolve_model(self.config.model)))
+        except UserError as error:
+            raise MachineError(str(error), kind=error.kind) from error
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -90,13 +112,16 @@ class Workbench(Evaluator):
             raise BaseChangedError("the base model is not what it was when it was loaded")
 
 
-def load_planned_dataset(bench: Workbench, planned: Planned) -> Dataset:
-    """A dataset of the run, checked to be the one that it was planned with.
+def load_planned_dataset(bench: Workbench, planned: Planned, max_length: int = 0) -> Dataset:
+    """A dataset of the run, checked to be the one that it was planned with, without what the chat template refuses.
 
     Args:
         planned: an experiment on it, or its column of ``--transfer``.
+        max_length: tokens of an example in the training that comes next, if one does: what is encoded here is kept
+            for it.
 
     Raises:
+        UserError: the chat template refuses all of it, or cuts most of its answers.
         MachineError: the file cannot be read on this machine, or its content is another one.
     """
     path, config = location(planned.path), bench.config
@@ -106,7 +131,37 @@ def load_planned_dataset(bench: Workbench, planned: Planned) -> Dataset:
         raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != planned.data_hash:
         raise changed_meanwhile(path)
-    return dataset
+    return _hold_to_template(bench, dataset, path, max_length)
+
+
+def _hold_to_template(bench: Workbench, dataset: Dataset, path: Path, max_length: int) -> Dataset:
+    """The dataset without what the chat template refuses; the first to ask for it renders it, others read the counts.
+
+    Args:
+        max_length: see ``load_planned_dataset``.
+    """
+    columns = bench.config.column_names
+    key = digest(["template", dataset.data_hash, columns, bench.config.max_records, bench.model_key])
+    file = bench.store.base_file(key, "template.json")
+    with bench.store.base_lock(key, "template"):
+        bench.store.fetch(file)
+        saved = read_json(file)
+    if saved is not None:
+        refused = {int(number): text for number, text in saved.pop("refused").items()}
+        return hold_to_counts(dataset, TemplateCounts(**saved, refused=refused), path, columns)
+    counts, tokenizer = TemplateCounts(), bench.loaded.tokenizer
+    encoded: StoredEncoded | None = None
+    if max_length:
+        encoded = StoredEncoded(encode_each(tokenizer, dataset.examples, max_length, counts))
+    else:
+        count_in_template(tokenizer, dataset.examples, counts)
+    with bench.store.base_lock(key, "template"):
+        write_text(file, to_json(asdict(counts)))
+        bench.store.share(file)
+    held = hold_to_counts(dataset, counts, path, columns)
+    if encoded is not None:
+        bench.encoded = Encoded(held, max_length, encoded)
+    return held
 
 
 def changed_meanwhile(place: str | Path) -> MachineError:
@@ -126,8 +181,17 @@ def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name:
     examples = leave_out(dataset, bench.config.seed)[1] if bench.config.has_transfer else dataset.examples
     # Ordered by content and seed: the file's order must not change what is learnt when.
     ordered = datasets.sample_examples(examples, 0, seed)
-    encoded = StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, method.max_length))
+    encoded = _encode(bench, dataset, ordered, method.max_length)
     return Job(bench.loaded.attach(method, seed, name), encoded, method, seed, name)
+
+
+def _encode(bench: Workbench, dataset: Dataset, ordered: Sequence[Example], max_length: int) -> StoredEncoded:
+    """Examples of a dataset as token ids: those that were encoded when it was loaded, if they were."""
+    encoded, bench.encoded = bench.encoded, None
+    if encoded is None or encoded.dataset is not dataset or encoded.max_length != max_length:
+        return StoredEncoded(encode_each(bench.loaded.tokenizer, ordered, max_length))
+    numbers = {row.tobytes(): number for number, row in enumerate(digests_of(dataset.examples))}
+    return encoded.examples.chosen([numbers[row.tobytes()] for row in digests_of(ordered)])
 
 
 def keep_adapter(

@@ -13,6 +13,7 @@ import torch
 from raylora.config import Method
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import IGNORE_INDEX, encode_example
+from raylora.data.template_check import held_to_template
 from raylora.errors import UserError
 from raylora.features.observer import ProbeObserver
 from raylora.features.probe import run_probe
@@ -63,9 +64,9 @@ class DynamicProbeAnalyzer(OfLoadedModel):
             Each feature by column name, None where it could not be measured, and ``feature_notes``, which says why.
 
         Raises:
-            UserError: there is no valid example.
+            UserError: there is no valid example, or none that the chat template takes with its answer.
         """
-        read = as_dataset(dataset)
+        read = held_to_template(self.tokenizer, as_dataset(dataset))
         method = hyperparams.method(batch_size)
         sample = sample_examples(read.examples, sample_size, read.seed)
         encoded = [encode_example(self.tokenizer, example, method.max_length) for example in sample]

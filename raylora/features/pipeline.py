@@ -8,6 +8,7 @@ from typing import Any
 
 from raylora.config import FeatureOptions, Method
 from raylora.data.datasets import sample_examples
+from raylora.data.template_check import held_to_template
 from raylora.features.analyzer import HyperParams
 from raylora.features.probe import run_probe
 from raylora.features.static import OfLoadedModel, as_dataset, extract_static, join_notes
@@ -90,10 +91,10 @@ class FeatureExtractionPipeline(OfLoadedModel):
             enable_dynamic_probes: False: no probe, its features are None.
 
         Raises:
-            UserError: there is no valid example.
+            UserError: there is no valid example, or none that the chat template takes with its answer.
         """
         options = FeatureOptions(sample_size=sample_size, probe_steps=probe_steps if enable_dynamic_probes else 0)
-        converted = as_dataset(dataset)
+        converted = held_to_template(self.tokenizer, as_dataset(dataset))
         with borrowed(self.model, self.tokenizer) as loaded:
             method, budget = hyperparams.method(batch_size), loaded.feature_token_budget
             return extract_features(loaded, converted, method, options, budget, seed=0)

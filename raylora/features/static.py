@@ -17,6 +17,7 @@ from raylora.data.datasets import sample_examples
 from raylora.data.encoding import EncodedExample, TrainOn
 from raylora.data.held_out import Split, split_conversations
 from raylora.data.parse_record import parse_record
+from raylora.data.template_check import held_to_template
 from raylora.errors import ErrorKind, UserError
 from raylora.features import text
 from raylora.features.measure import Measured, answers_alone, make_item, mean_pairwise_cosine, measure_all, start_token
@@ -112,10 +113,10 @@ class StaticFeatureExtractor(OfLoadedModel):
             max_length: tokens of an example; the front of a longer one is cut.
 
         Raises:
-            UserError: there is no valid example.
+            UserError: there is no valid example, or none that the chat template takes with its answer.
             torch.OutOfMemoryError: a single example does not fit.
         """
-        converted = as_dataset(dataset)
+        converted = held_to_template(self.tokenizer, as_dataset(dataset))
         sample = sample_examples(converted.examples, sample_size, converted.seed)
         budget = batch_size * max_length
         result = extract_static(self.model, self.tokenizer, converted, sample, max_length, budget)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from raylora.data.rendering import rendering_of
 from raylora.features.duplicates import duplicate_share
 from raylora.features.words import words_of
 from raylora.records import Example
@@ -94,7 +95,10 @@ class _TokenCounter:
         return np.array(self._counts, dtype=float)
 
     def _count(self) -> None:
-        encoded = self._tokenizer(self._texts, add_special_tokens=False, return_attention_mask=False)
+        # As in a training: special tokens that are written in the data are text.
+        split = not rendering_of(self._tokenizer).allow_special_tokens
+        options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": split}
+        encoded = self._tokenizer(self._texts, **options)
         self._counts.extend(len(ids) for ids in encoded["input_ids"])
         self._texts = []
 

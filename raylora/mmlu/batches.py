@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from raylora.data.encoding import common_prefix_length
+from raylora.data.rendered import common_prefix_length
 from raylora.mmlu.journal import Journal
 from raylora.mmlu.prompts import EncodedQuestion
 

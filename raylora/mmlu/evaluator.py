@@ -29,7 +29,7 @@ from raylora.mmlu.question_set import (
 from raylora.mmlu.scoring import answer, answer_together, evaluate, load_score, save_score
 from raylora.model.adapter_files import is_plain_lora
 from raylora.model.adapters import LoadedModel
-from raylora.model.loading import context_window, load_model, load_tokenizer
+from raylora.model.loading import context_window, load_model, tokenizer_for
 from raylora.model.memory import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.storage.atomic import write_atomically
@@ -52,7 +52,7 @@ def check_prompt_style(config: EvaluationConfig, source: str) -> Thinking:
     """
     if config.prompt_style != "chat":
         return ""
-    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    tokenizer = tokenizer_for(config, source)
     if not tokenizer.chat_template:
         raise UserError(f"--prompt-style chat: {config.model} has no chat template; use --prompt-style harness")
     return thinking_of(tokenizer, config.prompt_style, config.scoring)

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from raylora.config import Scoring
 from raylora.data.chat import render_chat
-from raylora.data.encoding import common_prefix_length
+from raylora.data.rendered import common_prefix_length
+from raylora.data.rendering import special_tokens_of
 from raylora.errors import UserError
 from raylora.mmlu.letters import closing_mark, marks_thought, open_thought
 from raylora.mmlu.questions import LETTERS, NO_SUBJECT
@@ -111,18 +112,35 @@ def encode_questions(
     encoded: list[EncodedQuestion] = []
     for start in range(0, len(questions), ENCODED_AT_ONCE):
         batch = questions[start : start + ENCODED_AT_ONCE]
-        answers = [list(q.choices) if scoring == "cloze" else list(LETTERS[: len(q.choices)]) for q in batch]
+        asked = [_as_asked(tokenizer, [q, *shots.get(q.subject, [])]) for q in batch]
+        answers = [list(q.choices) if scoring == "cloze" else list(LETTERS[: len(q.choices)]) for (q, *_), _ in asked]
         if prompt_style == "chat":
-            contexts = [chat_prompt(tokenizer, q, shots.get(q.subject, []), thinking, scoring) for q in batch]
+            contexts = [chat_prompt(tokenizer, q, shown, thinking, scoring) for (q, *shown), _ in asked]
             with_bos = not _begins_with_bos(tokenizer, contexts[0])  # not twice
         else:
             prompt = cloze_prompt if scoring == "cloze" else harness_prompt
-            contexts = [prompt(q, shots.get(q.subject, [])) for q in batch]
+            contexts = [prompt(q, shown) for (q, *shown), _ in asked]
             with_bos = True
             answers = [[f" {answer}" for answer in of_question] for of_question in answers]
-        pairs = _tokenize_pairs(tokenizer, contexts, answers, with_bos)
+        pairs = _tokenize_pairs(tokenizer, contexts, answers, with_bos, [written for _, written in asked])
         encoded += [_split(q, *pair, max_length) for q, pair in zip(batch, pairs, strict=True)]
     return encoded
+
+
+def _as_asked(tokenizer: Any, group: Sequence[Question]) -> tuple[list[Question], bool]:
+    """A question and its shots, and whether special tokens are written in any: aliases stand for them there."""
+    special = special_tokens_of(tokenizer)
+    if not any(special.is_in(q.subject, q.question, *q.choices) for q in group):
+        return list(group), False
+    return [
+        replace(
+            q,
+            subject=special.hidden(q.subject),
+            question=special.hidden(q.question),
+            choices=tuple(map(special.hidden, q.choices)),
+        )
+        for q in group
+    ], True
 
 
 def harness_prompt(question: Question, shots: Sequence[Question]) -> str:
@@ -203,29 +221,46 @@ def _chat_question(question: Question) -> str:
 
 
 def _tokenize_pairs(
-    tokenizer: Any, contexts: Sequence[str], continuations: Sequence[Sequence[str]], add_special_tokens: bool
+    tokenizer: Any,
+    contexts: Sequence[str],
+    continuations: Sequence[Sequence[str]],
+    add_special_tokens: bool,
+    has_special_text: Sequence[bool],
 ) -> list[tuple[int, list[list[int]]]]:
     """For each context the number of tokens it has alone, and the ids of it with each of its continuations behind it.
 
     As in lm-evaluation-harness, both are tokenized as one string, which is cut at the number of tokens that the context
     has alone. White space at the context's end goes to the continuation, since tokenizers join it with the next word.
+
+    Args:
+        has_special_text: of each context, whether aliases stand in it for special tokens.
     """
     alone = [context.rstrip() for context in contexts]
     whole = [context + c for context, own in zip(contexts, continuations, strict=True) for c in own]
-    ids = _token_ids(tokenizer, alone + whole, add_special_tokens)
-    of_whole = iter(ids[len(alone) :])
+    of_whole = [written for written, own in zip(has_special_text, continuations, strict=True) for _ in own]
+    ids = _token_ids(tokenizer, alone + whole, add_special_tokens, [*has_special_text, *of_whole])
+    ids_of_whole = iter(ids[len(alone) :])
     return [
-        (len(of_context), list(itertools.islice(of_whole, len(own))))
+        (len(of_context), list(itertools.islice(ids_of_whole, len(own))))
         for of_context, own in zip(ids, continuations, strict=False)
     ]
 
 
-def _token_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+def _token_ids(
+    tokenizer: Any, texts: list[str], add_special_tokens: bool, has_special_text: Sequence[bool]
+) -> list[list[int]]:
     """The ids of ``tokenizer(texts)``, computed by all cores where the tokenizer is a fast one.
 
     Besides the ids, the call makes offsets, masks and dictionaries of each text, one text after another, which takes
     longer than 16 cores take for the ids. So the texts go to the backend itself, unless the class has its own call.
     """
+    if any(has_special_text):
+        special = special_tokens_of(tokenizer)
+        written = [special.swapped(text) for text, has in zip(texts, has_special_text, strict=True) if has]
+        others = [text for text, has in zip(texts, has_special_text, strict=True) if not has]
+        of_written = iter(special.tokenize(written, add_special_tokens)[0])
+        of_others = iter(_token_ids(tokenizer, others, add_special_tokens, [False] * len(others)) if others else [])
+        return [next(of_written if has else of_others) for has in has_special_text]
     with _on_all_cores():
         if not _only_calls_backend(tokenizer):
             return list(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"])

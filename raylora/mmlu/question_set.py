@@ -18,6 +18,8 @@ from raylora.storage.places import location, reading
 
 DEMO_QUESTIONS = Path(__file__).parents[1] / "demo" / "questions.json"
 DEFAULT_QUESTIONS = Path("mmlu_dataset/test_all_subjects.json")
+RENDERING = ("template_date", "allow_special_tokens")
+"""Options of a tokenizer's text. They are part of what a result was made from where they are not the defaults."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ def model_key(config: EvaluationConfig, source: str) -> dict[str, Any]:
     # On which devices the weights are, and in what files.
     for changes_no_score in ("max_memory", "gpus_per_worker", "allow_pickle"):
         options.pop(changes_no_score)
+    for name in RENDERING:
+        if getattr(config, name) == ModelOptions.model_fields[name].default:  # earlier results keep their hash
+            options.pop(name)
     return {**options, "model": model_hash(source, config.trust_remote_code), "schema": SCHEMA_VERSION}
 
 

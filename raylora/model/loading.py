@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from raylora.config import ModelOptions
+from raylora.data.rendering import set_rendering
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel
 from raylora.model.device import compute_dtype, keep_to_share
@@ -64,6 +65,11 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def tokenizer_for(options: ModelOptions, source: str) -> Any:
+    """``load_tokenizer``, with the date and the special tokens that its text is made by (``data/rendering.py``)."""
+    return set_rendering(load_tokenizer(source, options.trust_remote_code), options)
+
+
 @errors_are(ErrorKind.MODEL)
 def check_tokenizer(tokenizer: Any, model: Any, name: str | None) -> None:
     """Check that a model has an embedding for every token of its tokenizer.
@@ -107,7 +113,7 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
     if options.quantization == "fp8":
         check_fp8(device)
     dtype = compute_dtype(device)
-    tokenizer = load_tokenizer(source, options.trust_remote_code)
+    tokenizer = tokenizer_for(options, source)
     given: dict[str, Any] = {"device_map": {"": device}}
     if device.type == "cuda":
         options.check_gpus(torch.cuda.device_count(), "this machine")

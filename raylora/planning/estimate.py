@@ -18,13 +18,14 @@ import torch
 from raylora.config import Config, FeatureOptions, Method, Stage
 from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
-from raylora.errors import DoesNotFitError, UserError
+from raylora.data.rendered import TemplateCounts
+from raylora.errors import DoesNotFitError
 from raylora.features.static import count_held_out
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.device import compute_dtype, free_bytes_of
 from raylora.model.forward import GPU_LOGITS
 from raylora.model.graphs import fixed_size, largest_size
-from raylora.model.loading import load_tokenizer
+from raylora.model.loading import tokenizer_for
 from raylora.model.memory import (
     COPIES_MEMORY_SHARE,
     CPU_TOKEN_BUDGET,
@@ -130,7 +131,7 @@ class Estimator:
     ) -> None:
         self._config = config
         self._num_together = config.adapters_a_pass or num_experiments
-        self._tokenizer = load_tokenizer(source, config.trust_remote_code)
+        self._tokenizer = tokenizer_for(config, source)
         self._machine, self._model = hardware_of(config), model
         self._shape = self._shape_with(config.target_modules)
         self._storage = LLM_INT8 if config.int8_activations else config.quantization
@@ -151,10 +152,7 @@ class Estimator:
             num_chars: characters of all its examples.
             stages: those that this experiment runs itself.
         """
-        try:
-            sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length, num_chars)
-        except UserError:  # the chat template refuses an example: the experiment's own run reports that in its row
-            sizes = Sizes(num_examples, 0.0, 0)
+        sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length, num_chars)
         if self._shape is None or not sizes.num_tokens:
             return sizes, Estimate(None, None)
         work = work_of(self._config, method, sizes, self._questions, stages)
@@ -355,6 +353,8 @@ class Sizes:
     mean_tokens: float
     longest: int
     """Tokens of the longest example of the sample; the mean, if that is larger."""
+    in_template: TemplateCounts = field(default_factory=TemplateCounts)
+    """What the chat template does to the sample."""
 
     @property
     def num_tokens(self) -> int:
@@ -372,21 +372,23 @@ def sizes_of(
         num_chars: characters of the whole dataset. They correct for a sorted file, whose first examples are shorter or
             longer than the others; None: no correction.
 
-    Raises:
-        UserError: the chat template refuses an example.
+    Those that the chat template refuses are no part of it; where it refuses all there are no tokens.
     """
-    lengths = [len(e) for e in encode_each(tokenizer, sample, max_length)]
+    counts = TemplateCounts()
+    lengths = [len(e) for e in encode_each(tokenizer, sample, max_length, counts)]
+    if not lengths:
+        return Sizes(num_examples, 0.0, 0, counts)
+    sample = [example for number, example in enumerate(sample) if number not in counts.refused]
     mean, longest = sum(lengths) / max(1, len(lengths)), max(lengths, default=0)
     num_sample_chars = sum(map(count_chars, sample))
     if num_chars and num_sample_chars:
         # The chat template's own tokens, those of an empty example, do not grow with the number of characters.
-        num_template = min(
-            mean, len(next(encode_each(tokenizer, [Example((Message("user", ""),), "", "")], max_length)))
-        )
+        empty = [Example((Message("user", ""),), "", "")]
+        num_template = min(mean, len(next(encode_each(tokenizer, empty, max_length, TemplateCounts()), ())))
         growth = (num_chars / num_examples) / (num_sample_chars / len(lengths))
         mean = min(float(max_length), num_template + (mean - num_template) * growth)
         longest = max(longest, math.ceil(mean))
-    return Sizes(num_examples, mean, longest)
+    return Sizes(num_examples, mean, longest, counts)
 
 
 def misfit(shape: Shape, machine: Hardware, config: Config) -> str:

@@ -19,8 +19,8 @@ from raylora.data.dataset_files import name_and_ending
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
-from raylora.mmlu.question_set import QuestionSet, load_question_set, model_key, questions_key, score_key
-from raylora.model.loading import check_tokenizer, check_window, load_tokenizer
+from raylora.mmlu.question_set import RENDERING, QuestionSet, load_question_set, model_key, questions_key, score_key
+from raylora.model.loading import check_tokenizer, check_window, tokenizer_for
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.model.targets import Adapted, adapt, resolve, skeleton
 from raylora.planning.estimate import Estimator
@@ -114,7 +114,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
         notes += filter(None, [note_on_thinking(thinking)])
     bare = skeleton(source, config.trust_remote_code)
     if bare is not None:
-        check_tokenizer(load_tokenizer(source, config.trust_remote_code), bare, config.model)
+        check_tokenizer(tokenizer_for(config, source), bare, config.model)
     methods = planned_methods(config, bare)
     adapted = tuple(dict.fromkeys(filter(None, methods.values())))
     notes += filter(None, [found.note for found in adapted])
@@ -205,7 +205,8 @@ def _experiments_of(
     if printable(path.name) != path.name:
         dataset, error = printable(dataset), f"{printable(str(path))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
-    loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema"}}
+    rendering = {key: model_settings[key] for key in RENDERING if key in model_settings}
+    loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema", *RENDERING}}
     of_questions = {"questions": digest(question_settings.get("", {}))}
     of_questions |= {f"questions {name}": digest(settings) for name, settings in question_settings.items() if name}
     if masked is not None:
@@ -226,6 +227,7 @@ def _experiments_of(
             "hyperparameters": digest(hyperparameters),
             "seed": str(method.seed),
             "raylora": str(model_settings["schema"]),
+            **({"date or special tokens": digest(rendering)} if rendering else {}),
         }
         # Features are of the dataset: they have the run's seed, the same for all trainings of it.
         of_features = {"seed": str(config.seed), "feature options": digest(config.settings_of(FeatureOptions))}
@@ -264,6 +266,7 @@ def _experiments_of(
                 error_kind=error_kind,
                 record_form=survey.record_form,
                 ignored_keys=survey.ignored_keys,
+                template_note=sizes.in_template.note_on_sample,
             )
         )
     return experiments

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylora.config import Scoring
-from raylora.data.encoding import common_prefix_length
+from raylora.data.rendered import common_prefix_length
 from raylora.mmlu.prompts import cloze_prompt, harness_prompt
 from raylora.mmlu.question_set import QuestionSet
 from raylora.mmlu.scoring import MIN_TOKENS_SPARED

@@ -33,7 +33,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         cells = (e.dataset, e.experiment_id, *size, finished, e.error or todo)
         table.add_row(*cells)
     console.print(table)
-    for line in lines_on_forms(plan.experiments):
+    for line in (*lines_on_forms(plan.experiments), *lines_on_template(plan.experiments)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     for adapted in plan.adapted:
         console.print(f"Of the model {adapted.summary}.", soft_wrap=True)
@@ -67,6 +67,15 @@ def lines_on_forms(experiments: Iterable[Experiment]) -> list[str]:
         f"{_some(names)}: records of the form {form}" + (f"; keys left aside: {ignored}" if ignored else "")
         for (form, ignored), names in datasets.items()
     ]
+
+
+def lines_on_template(experiments: Iterable[Experiment]) -> list[str]:
+    """What the chat template does to the datasets' first examples: a line for all that are alike."""
+    datasets: dict[str, dict[str, None]] = {}
+    for e in experiments:
+        if e.template_note:
+            datasets.setdefault(e.template_note, {})[e.dataset] = None
+    return [f"{_some(names)}, first examples: {note}" for note, names in datasets.items()]
 
 
 def _some(names: Collection[str]) -> str:

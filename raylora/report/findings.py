@@ -361,7 +361,8 @@ def oddities(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
         "mmlu_oom_backoffs": "MMLU halved its batch {:.0f} times: out of memory",
     }
     columns = {name: run.numbers(name) for name in counts}
-    reasons, notes = run.texts("bad_records"), {name: run.texts(name) for name in ("train_notes", "feature_notes")}
+    reasons = run.texts("bad_records")
+    notes = {name: run.texts(name) for name in ("template_note", "train_notes", "feature_notes")}
     moved, constant = favourite_letters(run, ranked), constant_answers(run)
     for row in np.flatnonzero(run.ok).tolist():
         for name, text in counts.items():
@@ -378,8 +379,9 @@ def oddities(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
             entries.append({"row": row, "what": moved[row]})
         if row in constant:
             entries.append({"row": row, "what": f"the model {constant[row]}"})
-        if notes["train_notes"][row]:
-            entries.append({"row": row, "what": notes["train_notes"][row]})
+        for name in ("template_note", "train_notes"):
+            if notes[name][row]:
+                entries.append({"row": row, "what": notes[name][row]})
         if notes["feature_notes"][row]:
             entries.append({"row": row, "what": f"features: {notes['feature_notes'][row]}"})
     return entries

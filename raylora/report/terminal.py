@@ -43,8 +43,9 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
         for note in itertools.chain(*notes):
             console.print(note, soft_wrap=True)
     for row in good:
-        if row.values.get("train_notes"):
-            console.print(f"Note: {row.values['dataset']}: {row.values['train_notes']}", soft_wrap=True)
+        for name in ("template_note", "train_notes"):
+            if row.values.get(name):
+                console.print(f"Note: {row.values['dataset']}: {row.values[name]}", soft_wrap=True)
     for row in failed:
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
     console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)

@@ -25,6 +25,7 @@ GIVEN = {
     "questions": "arc=a.json,b=b.json",
     "adapter": "a/b,c",
     "columns": "question=q,answer=a",
+    "template_date": "2025-01-02",
     "quantization": "8bit",  # int8_activations asks for it
 }
 

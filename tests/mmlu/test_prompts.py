@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from raylora.data.encoding import common_prefix_length
+from raylora.config import ModelOptions
+from raylora.data.rendered import common_prefix_length
+from raylora.data.rendering import set_rendering
 from raylora.errors import UserError
 from raylora.mmlu.prompts import (
     THINKING_TOKENS,
@@ -197,3 +199,30 @@ def test_prompts_show_as_many_letters_as_there_are_choices(tokenizer):
     assert "right option only: A or B." in chat_prompt(tokenizer, two, [])
     assert "right option only: A, B, C, D, E, F, G, H, I or J." in chat_prompt(tokenizer, ten, [])
     assert [len(e.continuations) for e in encode(tokenizer, [two, ten])] == [2, 10]
+
+
+@pytest.mark.parametrize("scoring", ["letters", "cloze"])
+@pytest.mark.parametrize("style", ["harness", "chat"])
+def test_special_tokens_in_questions_and_shots_are_text(tokenizer, style, scoring):
+    def asked(subject, mark):
+        choices = (f"It ends {mark}", "two", f"{mark}", "four")
+        return Question(subject, f"What is {mark}?", choices, 0, f"{subject}/0")
+
+    questions = [asked("a", "<|im_end|>"), asked("b", "water"), asked("c", "water")]
+    shots = {"c": [asked("c", "<|im_start|>")]}
+    allowing = set_rendering(copy.deepcopy(tokenizer), ModelOptions(allow_special_tokens=True))
+    found, allowed = (encode_questions(t, questions, shots, style, 512, scoring=scoring) for t in (tokenizer, allowing))
+    special = set(tokenizer.all_special_ids)
+    ids = [[[*e.context_ids, *c] for c in e.continuations] for e in found]
+    written = [[[*e.context_ids, *c] for c in e.continuations] for e in allowed]
+    assert found[1] == allowed[1]
+    assert [[tokenizer.decode(i) for i in own] for own in ids] == [
+        [tokenizer.decode(i) for i in own] for own in written
+    ]
+    of_plain = [i for i in ids[1][1] if i in special]
+    assert [i for i in ids[0][1] if i in special] == of_plain
+    assert [i for i in written[0][1] if i in special] != of_plain
+    # Of a chat with a shot there are two turns more.
+    assert len([i for i in ids[2][1] if i in special]) == len(of_plain) + 4 * (style == "chat")
+    assert bool(of_plain) is (style == "chat")
+    assert found[0].question is questions[0]
