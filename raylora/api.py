@@ -26,6 +26,7 @@ from raylora.mmlu.statistics import summarize
 from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_base
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import as_loaded, borrowed, context_window, load_model
+from raylora.model.lora_config import check_options, going_on
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example, Score
 from raylora.rows import load_results
@@ -72,10 +73,14 @@ class FineTuner:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.
 
         Raises:
-            UserError: there is no such model.
+            UserError: there is no such model, or options of the adapter do not go with it.
         """
+        method = self.config.method()
+        check_options(method, self.config.quantization, bool(self.config.max_memory))
         self._loaded = self._loaded or load_model(ModelOptions(**self.config.settings_of(ModelOptions)))
-        return self._loaded.model, self._loaded.tokenizer, self.config.method().model_dump()
+        if method.init_adapter:
+            method = going_on(method, self.config.model_fields_set, self._loaded.source)
+        return self._loaded.model, self._loaded.tokenizer, method.model_dump()
 
     def train(
         self,
@@ -111,9 +116,9 @@ class FineTuner:
         seed = (dataset.seed ^ method.seed) % 2**62
         ordered = datasets.sample_examples(dataset.examples, 0, seed)
         loaded.detach()
-        parameters = loaded.attach(method, seed)
         counts = TemplateCounts()
         encoded = StoredEncoded(encode_each(tokenizer, ordered, method.max_length, counts))
+        parameters = loaded.attach(method, seed, examples=encoded)
         note = hold_to_counts(replace(dataset, examples=ordered), counts).template_note
         result = train_adapter(loaded, parameters, encoded, method, seed)
         if output_dir is not None:

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from raylora.config_sources import SETTINGS, NamePairs, Settings, load_settings, read_json, split_commas
+from raylora.config_sources import (
+    SETTINGS,
+    NamePairs,
+    Settings,
+    check_patterns,
+    load_settings,
+    read_json,
+    split_commas,
+    split_patterns,
+)
 from raylora.errors import UserError
 from raylora.storage.places import Location, LocationText, location
 
@@ -53,6 +62,29 @@ class Method(BaseModel):
         description="layers that get an adapter: names with commas between, all-linear, or auto (Llama's seven names "
         "where the model has them, else all-linear)",
     )
+    lora_variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="rslora scales by alpha / sqrt(r); dora trains the length of each row of a weight too"
+    )
+    init: Literal["default", "pissa", "olora", "eva"] = Field(
+        "default",
+        description="what A and B begin as: random and zero, parts of the weights (pissa, olora), directions of the "
+        "data (eva)",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases of the base that are trained and saved too: all, or those of adapted layers"
+    )
+    modules_to_save: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="modules that are trained whole and saved with the adapter, with commas between: lm_head"
+    )
+    rank_pattern: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="other ranks for some layers, NAME=R with commas between: q_proj=32,layers.0.mlp.up_proj=4"
+    )
+    alpha_pattern: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="another alpha for some layers, NAME=ALPHA with commas between"
+    )
+    init_adapter: str | None = Field(
+        None, description="PEFT folder that trainings go on from; rank, alpha, layers and variant are its own"
+    )
     num_epochs: float = Field(3, gt=0, le=1000, description="passes over the dataset")
     batch_size: int = Field(4, ge=1, description="examples in a minibatch; halves by itself when memory runs out")
     gradient_accumulation: int = Field(4, ge=1, description="minibatches to an optimizer step")
@@ -69,9 +101,28 @@ class Method(BaseModel):
         0, ge=0, le=LARGEST_SEED, description="of training and features, mixed with the dataset's content"
     )
 
-    _split_modules = field_validator("target_modules", mode="before", json_schema_input_type=tuple[str, ...] | str)(
-        split_commas
+    _split_modules = field_validator(
+        "target_modules", "modules_to_save", mode="before", json_schema_input_type=tuple[str, ...] | str
+    )(split_commas)
+    _split_patterns = field_validator("rank_pattern", "alpha_pattern", mode="before", json_schema_input_type=Any)(
+        split_patterns
     )
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Refuse what is no ``NAME=NUMBER``, and two numbers for one name."""
+        return check_patterns(patterns, is_rank=info.field_name == "rank_pattern")
+
+    def identity(self) -> dict[str, Any]:
+        """The hyperparameters as JSON values for hashes; later options where they are set: older names stay."""
+        options = type(self).model_fields
+        same = {name for name in LATER if getattr(self, name) == options[name].default}
+        return self.model_dump(mode="json", exclude=same)
+
+
+LATER = ("lora_variant", "init", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "init_adapter")
+"""Hyperparameters that are in an experiment's identity only where they are not the default."""
 
 
 def _read_date(value: Any) -> Any:

@@ -66,6 +66,37 @@ NamePairs = Annotated[
 """Pairs ``KEY=NAME``."""
 
 
+_PATTERN = re.compile(r"(?s)(.+)=([^=]+)")
+"""``NAME=NUMBER``."""
+
+
+def split_patterns(value: Any) -> Any:
+    """``NAME=NUMBER,...`` as a tuple of texts; a YAML file may give ``{name: number}``."""
+    return tuple(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else split_commas(value)
+
+
+def check_patterns(patterns: tuple[str, ...], is_rank: bool) -> tuple[str, ...]:
+    """Refuse what is no ``NAME=NUMBER`` above 0, and two numbers for one name.
+
+    Raises:
+        ValueError: it is so.
+    """
+    fits = re.compile(r"[1-9]\d{0,3}" if is_rank else r"\d*\.?\d+(e[+-]?\d+)?")
+    for text in patterns:
+        found = _PATTERN.fullmatch(text)
+        if not found or not fits.fullmatch(found[2].strip()) or float(found[2]) == 0:
+            raise ValueError(f"{text} is no NAME={'RANK, a number from 1 to 9999' if is_rank else 'ALPHA'}")
+    if len(patterns_by_name(patterns)) < len(patterns):
+        raise ValueError("two numbers for one name")
+    return patterns
+
+
+def patterns_by_name(patterns: tuple[str, ...]) -> dict[str, str]:
+    """The numbers of such patterns by name, as text."""
+    found = (_PATTERN.fullmatch(text) for text in patterns)
+    return {match[1].strip(): match[2].strip() for match in found if match}
+
+
 def read_json(value: Any) -> Any:
     """Text as the JSON value that it holds. Other values as they are.
 
@@ -231,13 +262,13 @@ def settings_from_command(settings: type[S], given: Mapping[str, Any], **overrid
             return (*command_line, *sources, _YamlValues(settings_cls, yaml_values))
 
     try:
-        values = _Command(**overrides).model_dump()
+        made = _Command(**overrides)
     except ValidationError as error:
         place = _place_of(error, command_values, variables, yaml_path, yaml_values)
         raise UserError(_explain(settings, error, place)) from None
     except SettingsError as error:
         raise UserError(_explain_settings_error(settings, error)) from None
-    return settings.model_construct(**values)
+    return settings.model_construct(_fields_set=made.model_fields_set, **made.model_dump())
 
 
 class _YamlValues(YamlConfigSettingsSource):

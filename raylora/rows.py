@@ -125,6 +125,11 @@ class TrainingMetrics:
     """Whether passes were replayed as CUDA graphs, on a GPU."""
     num_adapters: int
     """Adapters that were trained in the same forward and backward passes. Seconds are this one's share, by tokens."""
+    num_trained_parameters: int = 0
+    """Numbers that were trained: the adapter's, and with them biases, whole modules, DoRA's magnitudes."""
+    adapter_forward: str = ""
+    """Whose forward pass computed the adapted layers: ``raylora`` (its own products, the fast ones), ``peft``, or
+    ``raylora,peft``, some layers by each."""
     train_notes: str = ""
     """What is odd about the adapter; empty where nothing is."""
 
@@ -209,7 +214,7 @@ COUNTS = frozenset(
 CATEGORIES = frozenset(
     {
         "status", "error_kind", "model", "quantization", "prompt_style", "scoring", "cloze_per", "target_modules",
-        "lr_scheduler", "train_on",
+        "lr_scheduler", "train_on", "lora_variant", "init", "bias", "adapter_forward",
     }
 )  # fmt: skip
 """Columns of texts with few different values."""
@@ -217,7 +222,7 @@ TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "record_form", "ignored_keys", "bad_records",
         "feature_notes", "template_note", "train_notes", "mmlu_note", "transfer_note", "dataset_name",
-        "modules_without_adapter",
+        "modules_without_adapter", "modules_to_save", "rank_pattern", "alpha_pattern", "init_adapter",
     }
 )  # fmt: skip
 """Columns of names and notes."""

@@ -45,6 +45,21 @@ def test_fine_tuner(options, tmp_path):
     assert PeftModel.from_pretrained(base, tmp_path / "adapter").peft_config["default"].r == 16
 
 
+def test_fine_tuner_goes_on_from_an_adapter(options, tmp_path):
+    path = write_dataset(tmp_path, "data")
+    tuner = api.FineTuner(**options, lora_variant="dora", target_modules="q_proj", rank_pattern="layers.1.*=2")
+    dataset = tuner.prepare_context_dataset(path)
+    first = tuner.train(dataset, *tuner.prepare_model(), output_dir=tmp_path / "first")["training_metrics"]
+    again = api.FineTuner(**options, init_adapter=str(tmp_path / "first"))
+    model, tokenizer, lora = again.prepare_model()
+    assert (lora["lora_variant"], lora["target_modules"], lora["lora_r"]) == ("dora", ("q_proj",), 16)
+    second = again.train(dataset, model, tokenizer, lora)["training_metrics"]
+    assert second["num_trained_parameters"] == first["num_trained_parameters"]
+    assert second["train_initial_loss"] < first["train_initial_loss"]
+    with pytest.raises(UserError, match=r"--init pissa: .* give --quantization none"):
+        api.FineTuner(**{**options, "quantization": "8bit"}, init="pissa").prepare_model()
+
+
 def test_a_model_that_is_loaded_already_is_evaluated_as_it_is(tiny_model, tokenizer, question_file):
     found = evaluate_mmlu_with_model(tiny_model, tokenizer, question_file, batch_size=4, max_samples=6)
     assert found["total_questions"] == 6

@@ -15,6 +15,7 @@ from raylora.errors import MachineError, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file
 from raylora.mmlu.evaluator import Unscored
+from raylora.model.lora_config import trains_alone
 from raylora.model.memory import free_gpu_bytes
 from raylora.records import Experiment, ProgressCallback, ignore_progress
 from raylora.storage.store import LOG
@@ -41,6 +42,7 @@ def train_together(
         BaseChangedError: the training changed the base; no adapter is stored that was in training then.
     """
     num_wanted = bench.config.adapters_a_pass
+    experiments = [e for e in experiments if not trains_alone(method_of(e))]
     # Where the model cannot be loaded, each experiment's own run will say so.
     with contextlib.suppress(UserError, MachineError):
         if num_wanted or torch.cuda.is_available():  # on a CPU several are no faster than one

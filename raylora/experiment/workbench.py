@@ -22,6 +22,7 @@ from raylora.data.template_check import hold_to_counts
 from raylora.errors import BaseChangedError, ErrorKind, MachineError, UserError
 from raylora.mmlu.evaluator import Evaluator
 from raylora.mmlu.question_set import model_key
+from raylora.model.adapter_files import adapter_hash, check_adapter
 from raylora.model.adapters import LoadedModel
 from raylora.model.sources import model_hash, resolve_model
 from raylora.records import Dataset, Example, Experiment, digest, digests_of
@@ -182,7 +183,24 @@ def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name:
     # Ordered by content and seed: the file's order must not change what is learnt when.
     ordered = datasets.sample_examples(examples, 0, seed)
     encoded = _encode(bench, dataset, ordered, method.max_length)
-    return Job(bench.loaded.attach(method, seed, name), encoded, method, seed, name)
+    if method.init_adapter:
+        _check_init_adapter(experiment, Path(method.init_adapter))
+    return Job(bench.loaded.attach(method, seed, name, encoded), encoded, method, seed, name)
+
+
+def _check_init_adapter(experiment: Experiment, folder: Path) -> None:
+    """Check that the adapter that a training goes on from is the one that the run was planned with.
+
+    Raises:
+        MachineError: it is not, or is not on this machine.
+    """
+    try:
+        check_adapter(folder)
+        found = adapter_hash(folder)
+    except UserError as error:
+        raise MachineError(str(error), kind=error.kind) from error
+    if found != experiment.origins["train"]["init adapter"]:
+        raise changed_meanwhile(folder)
 
 
 def _encode(bench: Workbench, dataset: Dataset, ordered: Sequence[Example], max_length: int) -> StoredEncoded:

@@ -110,7 +110,7 @@ def _probe(
     """
     method = job.method
     general_before = general_losses_of(loaded, token_budget)
-    parameters = loaded.attach(method, job.seed, name="probe")
+    parameters = loaded.attach(method, job.seed, "probe", job.examples)
     initial = [p.detach().clone() for p in parameters]
     observer = ProbeObserver(parameters)
     train_adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _NOT_IN_LAYERS = {
 _PLAIN_OPTIONS = {
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern",
     "alpha_pattern", "use_rslora", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "base_model_name_or_path",
-    "revision", "inference_mode", "peft_version", "auto_mapping",
+    "revision", "inference_mode", "peft_version", "auto_mapping", "eva_config",
 }  # fmt: skip
 """Options of LoRA with which an adapter adds products of A and B to its modules' outputs, and changes nothing else."""
 _INDEPENDENT_OF_WEIGHTS = {"gaussian", "orthogonal", "eva"}
@@ -75,10 +76,15 @@ def is_plain_lora(folder: Path) -> bool:
 
     Only such adapters come and go in one wrapper of PEFT without changing the base.
     """
-    config = read_adapter_config(folder)
+    return is_plain_config(read_adapter_config(folder)) and all(".lora_" in name for name in tensor_names(folder))
+
+
+def is_plain_config(config: Mapping[str, Any]) -> bool:
+    """Whether options of an adapter, by PEFT's names, are those of LoRA and nothing more."""
     used = {key: value for key, value in config.items() if value and key not in _PLAIN_OPTIONS}
-    is_plain = config.get("peft_type") == "LORA" and all(_PLAIN_VALUES.get(key) == used[key] for key in used)
-    return is_plain and all(".lora_" in name for name in tensor_names(folder))
+    if used.get("init_lora_weights") in _INDEPENDENT_OF_WEIGHTS:
+        del used["init_lora_weights"]
+    return config.get("peft_type") == "LORA" and all(_PLAIN_VALUES.get(key) == used[key] for key in used)
 
 
 def tensor_names(folder: Path) -> list[str]:

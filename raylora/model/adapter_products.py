@@ -86,9 +86,11 @@ def _places_of_linear(model: Any) -> dict[int, int]:
 
 
 def _is_linear(module: Any) -> bool:
-    """Whether all that its adapters add is scaling * B A dropout(x)."""
+    """Whether all that its adapters add, and all that is trained of it, is scaling * B A dropout(x)."""
     has_bias = any(b.bias is not None for b in getattr(module, "lora_B", {}).values())
-    return type(module).__name__ in LINEAR and not module.lora_variant and not has_bias
+    if type(module).__name__ not in LINEAR or module.lora_variant or has_bias:
+        return False
+    return not any(parameter.requires_grad for parameter in module.get_base_layer().parameters())
 
 
 class AdapterProducts:
@@ -110,7 +112,10 @@ class AdapterProducts:
         self._rank = self._largest_rank = 0
         self._dtype = torch.float32
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        self._scalings: list[float] = []  # of each copy, without gradients: adapters of others scale by module
+        self._scalings: list[float] = []  # of each copy, where an adapter's scaling differs from module to module
+        self._is_uneven = False
+        """Whether ranks, or an adapter's scaling, differ from module to module: parameters are then copied."""
+        self._num_others = 0
         self._rows: PassRows | None = None
         self._rows_on: dict[torch.device, PassRows] = {}
         # Autograd runs a function's backward pass only where an input needs a gradient, and adapters are no inputs.
@@ -144,9 +149,15 @@ class AdapterProducts:
         self._dtype = compute_dtype(self._loaded.device) if self.num_groups else self._loaded.forward_dtype
         self._largest_rank = max(ranks, default=0)
         rank = self._fitting_rank()
+        was_copied = self._is_copied
+        scalings = {(n, m.scaling[n]) for m in linear for n in names if n in m.lora_A}
+        differs = len(scalings) > len({name for name, _ in scalings}) or len({*ranks}) > 1
+        self._is_uneven = self.num_groups > 0 and differs
         is_new = rank != self._rank or [id(m.module) for m in self._matrices] != [id(m) for m in linear]
+        is_new |= self._is_copied != was_copied
         self._gets_parts = self._gets_parts and not is_new
-        self.is_whole = len(linear) == len(adapted) and not self._gets_parts
+        self.is_whole = len(linear) == len(adapted) and not self._gets_parts and not self._loaded.trains_beside
+        self._num_others = len(adapted) - len(linear)
         if is_new:
             self._rank = rank
             places = _places_of_linear(self._loaded.model)
@@ -181,7 +192,7 @@ class AdapterProducts:
 
         They are for captured passes, which masks that are made again come with: the next adapter's lie elsewhere.
         """
-        return self.num_groups != 1 or self._dtype != torch.float32 or self.remakes_masks
+        return self.num_groups != 1 or self._dtype != torch.float32 or self.remakes_masks or self._is_uneven
 
     def _allocate(self) -> None:
         """Make the tensors that hold all weights and gradients: one for each device, of which matrices have parts."""
@@ -219,8 +230,20 @@ class AdapterProducts:
                 if pair is not None:
                     places += [matrix.a[slot, :rank], matrix.b[slot, :, :rank]]
                     sources += [p.detach() for p in pair]
-                    self._scalings += [1.0, matrix.module.scaling[name]] * (self.num_groups == 0)
+                    self._scalings += [1.0, self._scaling_in_copy(matrix.module, name)]
+        if all(scaling == 1 for scaling in self._scalings):
+            self._scalings = []
         self._copies = places, sources
+
+    def _scaling_in_copy(self, module: Any, name: str | None) -> float:
+        """What a copy of B is multiplied with: without gradients the scaling, as rows have none; with them the share of
+        it that is the module's own, as where ranks differ."""
+        scaling = float(module.scaling[name])
+        return scaling / self._scaling_of(name) if self.num_groups else scaling
+
+    def _scaling_of(self, name: str | None) -> float:
+        """The scaling of an adapter's rows: that of its first module."""
+        return next(float(m.module.scaling[name]) for m in self._matrices if name in m.module.lora_A)
 
     def begin(self) -> None:
         """Take over the adapters' parameters as they are now; all gradients are zero."""
@@ -241,6 +264,8 @@ class AdapterProducts:
             # Contiguous, as torch's fused optimizers need it: a copy only where ranks differ.
             pair[0].grad = matrix.a_gradient[group, :r]
             pair[1].grad = matrix.b_gradient[group, :, :r].contiguous()
+            if self._is_uneven and (share := self._scaling_in_copy(matrix.module, name)) != 1:
+                pair[1].grad = pair[1].grad * share  # of B itself, from that of the copy, which is ``share`` times B
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -284,12 +309,18 @@ class AdapterProducts:
         return PassRows(hashes, thresholds, scales, adapter_ends, group_ends, drops, kept_slices, self.by_group)
 
     def _settings(self, name: str | None) -> tuple[int, float]:
-        """An adapter's dropout, as a threshold, and its scale; the same in all its modules. Of a free slot neither."""
+        """An adapter's dropout, as a threshold, and the scale of its rows. Of a free slot neither."""
         for matrix in self._matrices if self.num_groups else ():
             if name in matrix.module.lora_A:
                 threshold = threshold_of(getattr(matrix.module.lora_dropout[name], "p", 0.0))
                 return threshold, matrix.module.scaling[name] / (1 - threshold / 2**16)
         return 0, 1.0  # its modules compute for themselves
+
+    @property
+    def forward_names(self) -> str:
+        """Whose forward pass the adapted modules run: ``raylora`` (this class's), ``peft``, or ``raylora,peft``."""
+        others = self._num_others or self._gets_parts
+        return ",".join(filter(None, ["raylora" if self._matrices else "", "peft" if others else ""]))
 
     def expect(self, rows: PassRows) -> None:
         """Say what the next forward pass holds; ``rows`` are on the device."""

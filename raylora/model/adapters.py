@@ -13,13 +13,34 @@ import torch
 from safetensors import SafetensorError
 
 from raylora.config import Method
+from raylora.data.encoding import EncodedExample, pad_token_of
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import memory, targets
-from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, is_plain_lora, overwritten_by
+from raylora.model.adapter_files import (
+    ONLY_IN_LAYERS,
+    check_adapter,
+    is_plain_config,
+    is_plain_lora,
+    overwritten_by,
+)
+from raylora.model.adapter_weights import (
+    Beginning,
+    base_norm,
+    beginning_of,
+    changes_nothing,
+    factors_of,
+    save_difference,
+    update_norm,
+)
 from raylora.model.device import compute_dtype, cuda_devices
+from raylora.model.eva import begin_with_directions
+from raylora.model.lora_config import TAKES_PARTS, check_options, lora_config
 from raylora.model.snapshot import Snapshot
-from raylora.model.weight_only import WeightOnly
 
+SHARES_NO_PASS = (
+    "--target-modules: adapters of fused experts cannot share a pass, nor can those with --lora-variant dora, --init, "
+    "--bias or --modules-to-save"
+)
 _NO_ADAPTER_OF_IT = (
     ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ImportError, SafetensorError
 )  # fmt: skip
@@ -50,6 +71,8 @@ class LoadedModel:
     """Whether the attached adapters are LoRA and nothing more."""
     _is_base: bool = field(default=False, repr=False)
     """Whether they are switched off."""
+    _began: Beginning = field(default_factory=Beginning, repr=False)
+    """What the adapter that has the model for itself began with."""
     _weight_norms: dict[str, float] = field(default_factory=dict, repr=False)
     """Frobenius norms of the adapted modules' frozen weights, by module name: they never change."""
     _allowed: dict[Callable[[Any], bool], bool] = field(default_factory=dict, repr=False)
@@ -79,34 +102,33 @@ class LoadedModel:
             return self.training_tokens or memory.ENOUGH_TOKENS
         return memory.CPU_TOKEN_BUDGET
 
-    def attach(self, method: Method, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
-        """Attach a fresh adapter, active and trainable.
+    def attach(
+        self, method: Method, seed: int, name: str = "default", examples: Sequence[EncodedExample] = ()
+    ) -> list[torch.nn.Parameter]:
+        """Attach a fresh adapter, active and trainable, or one that goes on from that of ``--init-adapter``.
 
         Args:
             seed: of its initial weights; the caller's random state is left as it was.
+            examples: of the dataset, in the order of the seed; initial values may be made from them.
 
         Returns:
-            Its parameters, sorted by name.
+            All that is trained, sorted by name: its parameters, and what it has of the base's.
 
         Raises:
-            UserError: the model has none of the target modules, or they are fused experts, and others are attached.
+            UserError: the model has none of the target modules, the options do not go with each other or with the
+                model, or the adapter has the model for itself, and others are being trained.
         """
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        names = targets.resolve(self.model, method.target_modules)
-        config = LoraConfig(
-            r=method.lora_r,
-            lora_alpha=method.lora_alpha,
-            lora_dropout=method.lora_dropout,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self.source,
-            **targets.lora_options(self.model, names),
-        )
-        if self._has_experts:
-            raise _shares_no_pass()
-        if not self._plain:
+        check_options(method, self.quantization, self._is_moved)
+        config = lora_config(self.model, method, self.source)
+        # PEFT makes EVA's initial values only where there is no other adapter.
+        plain = is_plain_config(config.to_dict()) and method.init != "eva"
+        if self._trains_some and not (plain and self._plain):
+            raise UserError(SHARES_NO_PASS, kind=ErrorKind.TARGET_MODULES)
+        if not (plain and self._plain):
             self.unwrap()
-        with torch.random.fork_rng(devices=cuda_devices()), self._adding(name):
+        with torch.random.fork_rng(devices=cuda_devices()), self._adding(name, self._changed_in_place(method)):
             torch.manual_seed(seed)
             try:
                 if self._peft is None:
@@ -114,28 +136,40 @@ class LoadedModel:
                 else:
                     self._peft.add_adapter(name, config)
             except ValueError as error:
-                raise targets.refusal(self.model, names, error) from error
-            self._check_experts(name)
-        return self._activate(name, trainable=True)
+                raise targets.refusal(self.model, method.target_modules, error) from error
+            if method.init_adapter:
+                self._check_is_whole(Path(method.init_adapter), name)
+            if method.init == "eva":
+                self._peft.set_adapter(name)
+                begin_with_directions(
+                    self._peft, name, examples, method, pad_token_of(self.tokenizer), compute_dtype(self.device)
+                )
+        self._plain = plain
+        parameters = self._activate(name, trainable=True)
+        for parameter in parameters if self.device.type == "cuda" else ():
+            # Biases and whole modules come in the base's half precision, in which AdamW's small steps would be lost.
+            parameter.data = parameter.data.float()
+        if not plain:
+            self._began = beginning_of(self._peft, self.lora_modules(), name, method.init in TAKES_PARTS)
+        return parameters
 
-    def _check_experts(self, name: str) -> None:
-        """Note where an adapter that was just added is on fused experts: it has the model for itself.
-
-        Raises:
-            UserError: others are attached. PEFT asks that all of them be on the same experts.
-        """
-        if getattr(self._peft.peft_config[name], "target_parameters", None):
-            if len(self._peft.peft_config) > 1:
-                raise _shares_no_pass()
-            self._plain = False
+    def _changed_in_place(self, method: Method) -> set[str]:
+        """Names of the base's parameters whose numbers a training changes where they lie."""
+        named = [name for name, _ in self.model.named_parameters()]
+        changed = {name for name in named if "bias" in name} if method.bias != "none" else set()
+        if method.init == "olora":  # PEFT takes the parts out of the very tensors, where these are float32
+            changed |= {name for name in named if name.endswith(".weight")}
+        return changed
 
     @property
-    def _has_experts(self) -> bool:
-        """Whether an adapter of fused experts, that is being trained, is attached."""
-        return self._peft is not None and any(
-            getattr(config, "target_parameters", None) and not config.inference_mode
-            for config in self._peft.peft_config.values()
-        )
+    def _is_moved(self) -> bool:
+        """Whether accelerate moves weights to and from the CPU or a disk; see ``Snapshot``."""
+        return not {"cpu", "disk"}.isdisjoint((getattr(self.model, "hf_device_map", None) or {}).values())
+
+    @property
+    def _trains_some(self) -> bool:
+        """Whether an adapter that is being trained is attached."""
+        return self._peft is not None and any(not config.inference_mode for config in self._peft.peft_config.values())
 
     @contextlib.contextmanager
     def _adding(self, name: str, overwritten: Container[str] = ()) -> Iterator[None]:
@@ -253,7 +287,12 @@ class LoadedModel:
         # ``lora_A.default.weight`` in a linear layer, but ``lora_embedding_A.default`` in an embedding: hence the dot
         # that is added to the key.
         marker = f".{name}."
-        named = sorted((key, p) for key, p in self._peft.named_parameters() if "lora_" in key and marker in f"{key}.")
+        named = sorted(
+            (key, p)
+            for key, p in self._peft.named_parameters()
+            # One that has the model for itself trains what PEFT says: biases too, and whole modules.
+            if (p.requires_grad if trainable and not self._plain else "lora_" in key and marker in f"{key}.")
+        )
         parameters = [p for _, p in named]
         for parameter in parameters:
             parameter.requires_grad_(trainable)
@@ -261,7 +300,13 @@ class LoadedModel:
         return parameters
 
     def save_adapter(self, folder: Path, name: str = "default") -> None:
-        """Write PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors`` in ``folder``."""
+        """Write PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors`` in ``folder``.
+
+        It is always an adapter of the base as it was loaded.
+        """
+        if self._began.factors:
+            save_difference(self._peft, name, self._began, folder)
+            return
         self._peft.save_pretrained(str(folder), selected_adapters=[name], safe_serialization=True)
         nested = folder / name  # where PEFT puts every adapter that is not called "default"
         if name != "default" and nested.is_dir():
@@ -287,7 +332,7 @@ class LoadedModel:
         if self._before is not None:
             self._before.restore()
         self._peft = self._before = None
-        self._plain = True
+        self._plain, self._began = True, Beginning()
 
     @property
     def peft_model(self) -> Any:
@@ -352,24 +397,22 @@ class LoadedModel:
         """Mean over the adapted modules of ||(alpha / r) B A|| / ||W||: Frobenius norms, W the frozen weight."""
         ratios = []
         for key, module in self.lora_modules():
-            if (factors := _factors(module, name)) is None:
+            if (factors := factors_of(module, name)) is None:
                 continue
+            began = self._began.factors.get(key)
             if key not in self._weight_norms:
-                self._weight_norms[key] = float(torch.linalg.vector_norm(_frozen_weight(module).float()))
-            a, b = (factor.detach().double() for factor in factors)
-            # The rank's rows of each expert are side by side in A, its experts' columns of each rank in B, as in
-            # ``ParamWrapper.get_delta_weight``; a layer that is no experts' is one.
-            num_experts = getattr(module, "num_experts", 1)
-            a, b = a.view(num_experts, -1, a.shape[1]), b.view(len(b), -1, num_experts).permute(2, 0, 1)
-            # ||B A||^2 is the sum of (B^T B) * (A A^T), two r x r matrices: B A itself would be as large as W.
-            update = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt()
-            ratios.append(float(module.scaling[name] * update) / self._weight_norms[key])
+                self._weight_norms[key] = base_norm(module, name, began)
+            ratios.append(update_norm(module, name, factors, began) / self._weight_norms[key])
         return sum(ratios) / len(ratios)
 
     def changes_nothing(self, name: str = "default") -> bool:
-        """Whether the model with the adapter is the base: in every adapted module A or B is all zero."""
-        factors = (_factors(module, name) for _, module in self.lora_modules())
-        return not any(pair is not None and all(bool(factor.any()) for factor in pair) for pair in factors)
+        """Whether the model with the adapter is the base; see ``adapter_weights.changes_nothing``."""
+        return changes_nothing(self.lora_modules(), name, self._began)
+
+    @property
+    def trains_beside(self) -> bool:
+        """Whether parameters beside A and B are being trained: biases, whole modules, DoRA's magnitudes."""
+        return bool(self._began.beside)
 
     def logits_hash(self) -> str:
         """SHA-256 of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
@@ -382,37 +425,3 @@ class LoadedModel:
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         # 7919 is a prime: the 32 ids are spread over the vocabulary.
         return (torch.arange(32, device=self.device) * 7919 % vocabulary).reshape(2, 16)
-
-
-def _shares_no_pass() -> UserError:
-    text = "--target-modules: adapters of fused experts cannot share a pass"
-    return UserError(text, kind=ErrorKind.TARGET_MODULES)
-
-
-def _factors(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A (r, in) and B (out, r) of a module's adapter; None where it has none by that name."""
-    if name in module.lora_A:
-        return module.lora_A[name].weight, module.lora_B[name].weight
-    if name in module.lora_embedding_A:
-        return module.lora_embedding_A[name], module.lora_embedding_B[name]
-    return None
-
-
-def _frozen_weight(module: Any) -> torch.Tensor:
-    """The floating-point numbers that one of PEFT's modules adapts: a linear layer's, or a parameter of experts."""
-    if hasattr(module, "parameter_name"):
-        parameter: torch.Tensor = module.get_param()
-        return parameter
-    return plain_weight(module.get_base_layer())
-
-
-def plain_weight(layer: Any) -> torch.Tensor:
-    """A linear layer's weight (out, in) as floating-point numbers."""
-    from peft.utils.integrations import dequantize_bnb_weight
-
-    if isinstance(layer, WeightOnly):
-        return layer.float_weight(torch.float32)
-    if type(layer.weight).__name__ not in {"Params4bit", "Int8Params"}:
-        return layer.weight
-    # Not peft's dequantize_module_weight: on a CPU it drops the scales of an 8-bit layer, which is broken afterwards.
-    return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))

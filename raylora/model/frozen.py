@@ -28,25 +28,28 @@ class FrozenLayer(Protocol):
 
 def frozen_product(x: torch.Tensor, layer: FrozenLayer) -> torch.Tensor:
     """x (..., in) times a frozen layer's weight, plus its bias: (..., out)."""
-    product: torch.Tensor = FrozenProduct.apply(x, layer)
+    product: torch.Tensor = FrozenProduct.apply(x, getattr(layer, "bias", None), layer)
     return product.view(*x.shape[:-1], product.shape[-1])
 
 
 class FrozenProduct(torch.autograd.Function):
-    """The same as (N, out). Nothing is saved but the layer itself.
+    """The same as (N, out). Nothing is saved but the layer itself. A bias that is trained gets its gradient.
 
     The view is made outside, as models add to a layer's output in place (Falcon), which autograd refuses for a view
     that a function returns.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: FrozenLayer) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: FrozenLayer) -> torch.Tensor:
         ctx.layer, ctx.dtype, ctx.shape = layer, x.dtype, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return layer.multiply(x.reshape(-1, x.shape[-1]))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.layer.multiply_back(gradients[0]).to(ctx.dtype).view(ctx.shape), None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        of_x = ctx.layer.multiply_back(gradients[0]).to(ctx.dtype).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        of_bias = gradients[0].sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_bias, None
 
 
 class PlainLinear:

@@ -10,6 +10,7 @@ What PEFT makes of them is tried on a skeleton: the model on torch's meta device
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -39,19 +40,28 @@ class Adapted:
     without: tuple[str, ...]
     """Last parts of the names of all linear layers, and parameters of fused experts, that get none; the output head is
     not among them."""
+    num_parameters: int = 0
+    """Numbers that are trained: those of the adapter, and what is trained beside it."""
+    whole: tuple[str, ...] = ()
+    """Whole names of the modules that are trained whole."""
+    trains_head: bool = False
+    """Whether the output head is one of them."""
+    remark: str = ""
+    """What is odd about the other options; empty where nothing is."""
 
     @property
     def summary(self) -> str:
         """All of it in one line."""
         without = f"; without one: {', '.join(self.without)}" if self.without else ""
         nothing = f"; no layer is called {' or '.join(self.unmatched)}" if self.unmatched else ""
-        return f"{len(self.modules)} layers get an adapter ({', '.join(self.target_modules)}){without}{nothing}"
+        whole = f"; trained whole: {', '.join(self.whole)}" if self.whole else ""
+        return f"{len(self.modules)} layers get an adapter ({', '.join(self.target_modules)}){without}{nothing}{whole}"
 
     @property
     def note(self) -> str:
         """The same where something of it is easily overlooked; else empty."""
         is_odd = self.unmatched or any("expert" in name for name in self.without)
-        return f"--target-modules: {self.summary}" if is_odd else ""
+        return "; ".join(filter(None, [f"--target-modules: {self.summary}" if is_odd else "", self.remark]))
 
 
 def skeleton(source: str, trust_remote_code: bool = False) -> Any | None:
@@ -189,27 +199,121 @@ def adapt(model: Any, target_modules: Sequence[str], dropout: float) -> Adapted:
     Raises:
         UserError: PEFT adapts nothing, or refuses a name; it says which layers there are.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+
+    config = LoraConfig(lora_dropout=dropout, task_type="CAUSAL_LM", **lora_options(model, target_modules))
+    return adapt_with(model, config, target_modules)
+
+
+def adapt_with(model: Any, config: Any, target_modules: Sequence[str] = ()) -> Adapted:
+    """``adapt`` with all options of PEFT's ``LoraConfig``.
+
+    Args:
+        target_modules: from ``resolve``; by default the names in ``config``.
+
+    Raises:
+        UserError: PEFT adapts nothing, or refuses a name, or no module has a name that ``config`` has for modules that
+            are trained whole, or for other ranks.
+    """
     from peft.tuners.lora import LoraLayer
 
-    options = lora_options(model, target_modules)
-    config = LoraConfig(lora_dropout=dropout, task_type="CAUSAL_LM", **options)
+    is_expression = not target_modules and isinstance(config.target_modules, str)
+    target_modules = target_modules or ([] if is_expression else sorted(config.target_modules or ()))
+    for option, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        _check_expressions(f"--{option}-pattern", pattern)
     try:
-        wrapped = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
-    except ValueError as error:
+        wrapped = wrap(model, config)
+    except (ValueError, RuntimeError) as error:
         raise refusal(model, target_modules, error) from error
     found = []
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             own = getattr(module, "parameter_name", None)
             found.append(".".join(filter(None, [name.replace(".base_layer", ""), own])))
+    _check_whole_modules(model, wrapped, config.modules_to_save or ())
+    for option, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        _check_pattern(f"--{option}-pattern", pattern, found)
+    if is_expression:
+        target_modules = list(dict.fromkeys(map(short_name, found)))
     # Names of earlier versions, such as w1, which PEFT takes for parameters of fused experts, match nothing themselves.
     is_converted = any(not _ends([f".{name}"], *target_modules) for name in found)
-    unmatched = () if is_converted else tuple(n for n in target_modules if not _ends([f".{name}" for name in found], n))
-    without = dict.fromkeys(
-        _shown(name) for name in [*linear_layers(model), *fused_experts(model)] if name not in found
+    whole = tuple(name for name, _ in _whole_modules(wrapped))
+    every = [*linear_layers(model), *fused_experts(model)]
+    trained = {*found, *(name for name in every for part in whole if f"{name}.".startswith(f"{part}."))}
+    unmatched = () if is_converted else tuple(n for n in target_modules if not _ends([f".{n}" for n in trained], n))
+    without = dict.fromkeys(_shown(name) for name in every if name not in trained)
+    return Adapted(
+        tuple(n for n in target_modules if n not in unmatched),
+        unmatched,
+        tuple(found),
+        tuple(without),
+        sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
+        whole,
+        trains_head=_head_of(model) in whole,
+        remark=_remark_on_bias(config.bias, wrapped),
     )
-    return Adapted(tuple(n for n in target_modules if n not in unmatched), unmatched, tuple(found), tuple(without))
+
+
+def _head_of(model: Any) -> str:
+    """The whole name of the output head; empty where the model names none."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "") if head is not None else ""
+
+
+def _remark_on_bias(bias: str, wrapped: Any) -> str:
+    trained = (name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
+    return (
+        f"--bias {bias}: there is no bias to train" if bias != "none" and not any("bias" in n for n in trained) else ""
+    )
+
+
+def wrap(model: Any, config: Any) -> Any:
+    """PEFT's wrapper around a copy of a skeleton, with an adapter that begins as the default does: other initial values
+    are made from numbers, which a skeleton has none of."""
+    from peft import get_peft_model
+
+    trial = dataclasses.replace(config, init_lora_weights=True, eva_config=None)
+    return get_peft_model(copy.deepcopy(model), trial, low_cpu_mem_usage=True)
+
+
+def _whole_modules(wrapped: Any) -> list[tuple[str, Any]]:
+    """The modules that are trained whole, by their names in the model."""
+    from peft.utils import ModulesToSaveWrapper
+
+    modules = wrapped.get_base_model().named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _check_whole_modules(model: Any, wrapped: Any, names: Iterable[str]) -> None:
+    found = [name for name, _ in _whole_modules(wrapped)]
+    missing = [name for name in names if not any(whole.endswith(name) for whole in found)]
+    if missing:
+        named = [name for name, module in model.named_modules() if list(module.parameters())]
+        parts = dict.fromkeys(name.rpartition(".")[2] for name in named if not name[-1:].isdigit())
+        text = (
+            f"--modules-to-save: no module is called {' or '.join(missing)}; there are {', '.join(filter(None, parts))}"
+        )
+        raise UserError(text, kind=ErrorKind.TARGET_MODULES)
+
+
+def _check_expressions(option: str, pattern: Iterable[str]) -> None:
+    """Check that each name is a regular expression, as which PEFT takes it."""
+    for name in pattern:
+        try:
+            re.compile(name)
+        except re.error as error:
+            text = f"{option}: {name} is no name, and no regular expression: {one_line(error)}"
+            raise UserError(text, kind=ErrorKind.TARGET_MODULES) from None
+
+
+def _check_pattern(option: str, pattern: Iterable[str], found: Sequence[str]) -> None:
+    """Check that each name is that of a layer with an adapter."""
+    for name in pattern:
+        matches = any(re.match(rf"(.*\.)?({name})$", layer) for layer in found)
+        if not matches:
+            layers = ", ".join(dict.fromkeys(map(_shown, found)))
+            text = f"{option}: no layer with an adapter is called {name}; there are {layers}"
+            raise UserError(text, kind=ErrorKind.TARGET_MODULES)
 
 
 def refusal(model: Any, target_modules: Sequence[str], error: Exception) -> UserError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from raylora.model.memory import (
     tokens_that_fit,
 )
 from raylora.model.sources import resolve_model
+from raylora.model.targets import Adapted
 from raylora.planning.gpu_passes import OPTIMIZER_BYTES, STEP_SECONDS, is_graphed, run_seconds
 from raylora.planning.hardware import Hardware, gigabytes, hardware_of
 from raylora.planning.questions import (
@@ -49,58 +50,22 @@ from raylora.planning.questions import (
     tokens_in_batch,
 )
 from raylora.planning.shape import LLM_INT8, Shape, base_bytes, shape_of, shape_of_skeleton
+from raylora.planning.training_memory import LOGIT_BYTES, activation_bytes, adapter_bytes, training_bytes
 from raylora.records import Example, Message
 from raylora.training.gradients import MOST_GROUPS
 from raylora.training.slots import adapters_that_fit
 
-ADAPTER_BYTES = 16
-"""Bytes of an adapter's parameter in training: itself, its gradient and AdamW's two moments, each in float32."""
-SAVED_SHARE = 1.1
-"""Numbers that a layer saves for the backward pass, over the number of its matrices' inputs and outputs. Counted with
-``torch.autograd.graph.saved_tensors_hooks``: 1.04 for SmolLM2's shape, 1.08 for Llama-3-8B's."""
 CUDA_CONTEXT_BYTES = 700 * 2**20
 """What CUDA takes of a GPU's memory before there is a model."""
 CPU_PROCESS_BYTES = 600 * 2**20
 """What a process with torch and transformers takes before there is a model."""
 SHARE_OF_RATE = {"train": 0.45, "evaluate": 0.6}
 """Share of the rate of large matrix products that a stage reaches on a CPU: 2 cores, SmolLM2 (benchmarks/NOTES.md)."""
-LOGIT_BYTES = 10
-"""Bytes of a logit on a GPU while its loss is computed: 2 of itself, 4 in float32, 4 of its log probability."""
 GENERAL_TOKENS = 1800
 """Tokens of the texts of general knowledge that a probe's forgetting is measured on."""
 HOST_SECONDS = 2.5
 """What an experiment on a GPU takes besides its passes: reading, tokenization, text features, attaching and writing an
 adapter. What is left of the 31 seconds of an experiment on an H200 (benchmarks/NOTES.md)."""
-
-
-def training_bytes(shape: Shape, method: Method, num_tokens: int, machine: Hardware, checkpointing: bool) -> int:
-    """Bytes of an adapter's training beside the base's weights, with minibatches of ``num_tokens``.
-
-    That is the adapter, its gradient and optimizer, the activations that are saved for the backward pass, and on a GPU
-    a chunk of logits.
-    """
-    saved = num_tokens * activation_bytes(shape, method, machine, checkpointing)
-    logits = LOGIT_BYTES * min(GPU_LOGITS, num_tokens * shape.vocabulary) if machine.on_gpu else 0
-    return int(adapter_bytes(shape, method) + saved + logits)
-
-
-def adapter_bytes(shape: Shape, method: Method) -> int:
-    """Bytes of an adapter in training, with its gradient and optimizer."""
-    return ADAPTER_BYTES * method.lora_r * shape.adapter_rows
-
-
-def activation_bytes(shape: Shape, method: Method, machine: Hardware, checkpointing: bool) -> float:
-    """Bytes that a token's activations take until the backward pass."""
-    with_torch = machine.kernels == "torch"
-    # Of torch's operations on a GPU norms save their input in float32: 4 bytes a number, two norms a layer.
-    norms = 8 * shape.hidden_size * shape.num_layers if machine.on_gpu and with_torch else 0
-    bytes_a_token = SAVED_SHARE * shape.widths * machine.dtype_bytes + norms
-    # Dropout's mask, a byte for each input; Triton's kernel makes it again in the backward pass.
-    bytes_a_token += shape.adapted_inputs if method.lora_dropout and with_torch else 0
-    if checkpointing:
-        # Each layer's input is saved, and one layer's activations at a time are computed again.
-        bytes_a_token = bytes_a_token / shape.num_layers + shape.hidden_size * shape.num_layers * machine.dtype_bytes
-    return bytes_a_token
 
 
 @dataclass(frozen=True)
@@ -143,20 +108,25 @@ class Estimator:
         return self._model and shape_of_skeleton(self._model, names)
 
     def of(
-        self, sample: Sequence[Example], num_examples: int, num_chars: int, method: Method, stages: Sequence[Stage]
-    ) -> tuple[Sizes, Estimate]:
+        self, sample: Sequence[Example], num_examples: int, num_chars: int, method: Method, stages: Sequence[Stage],
+        adapted: Adapted | None = None,
+    ) -> tuple[Sizes, Estimate]:  # fmt: skip
         """How large a dataset is, and what an experiment on it takes.
 
         Args:
             sample: its first examples.
             num_chars: characters of all its examples.
             stages: those that this experiment runs itself.
+            adapted: what gets an adapter, and how much is trained; by default A and B of one rank.
         """
         sizes = sizes_of(self._tokenizer, sample, num_examples, method.max_length, num_chars)
         if self._shape is None or not sizes.num_tokens:
             return sizes, Estimate(None, None)
         work = work_of(self._config, method, sizes, self._questions, stages)
         shape = self._shape_with(method.target_modules) or self._shape
+        if adapted is not None:
+            others = adapted.num_parameters - shape.num_trained(method.lora_r)
+            shape = replace(shape, other_trained=others, trains_head=adapted.trains_head)
         return sizes, estimate(shape, self._machine, self._storage, method, sizes, work, self._num_together)
 
     def of_losses(self, method: Method, num_tokens: float) -> Estimate:
@@ -299,7 +269,7 @@ def _estimate_on_gpu(
     train = functools.partial(
         run, tokens_a_pass=fitting.tokens, backward=True, dropout=dropout, graphed=graphed, again=fitting.checkpointing
     )
-    of_step = OPTIMIZER_BYTES * method.lora_r * shape.adapter_rows / machine.bandwidth
+    of_step = OPTIMIZER_BYTES * shape.num_trained(method.lora_r) / machine.bandwidth
     of_step += 0 if graphed else STEP_SECONDS
 
     seconds = HOST_SECONDS + question_seconds(shape, machine, storage, work.questions)

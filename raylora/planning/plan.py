@@ -20,9 +20,11 @@ from raylora.errors import ErrorKind, UserError
 from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
 from raylora.mmlu.question_set import RENDERING, QuestionSet, load_question_set, model_key, questions_key, score_key
+from raylora.model.adapter_files import adapter_hash
 from raylora.model.loading import check_tokenizer, check_window, tokenizer_for
+from raylora.model.lora_config import OF_ADAPTER, adapted_with, check_options, going_on
 from raylora.model.sources import quiet_libraries, resolve_model
-from raylora.model.targets import Adapted, adapt, resolve, skeleton
+from raylora.model.targets import Adapted, resolve, skeleton
 from raylora.planning.estimate import Estimator
 from raylora.planning.hardware import check_fp8_here
 from raylora.planning.transfer import left_out_key, with_transfer
@@ -115,7 +117,7 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     bare = skeleton(source, config.trust_remote_code)
     if bare is not None:
         check_tokenizer(tokenizer_for(config, source), bare, config.model)
-    methods = planned_methods(config, bare)
+    methods = planned_methods(config, bare, source)
     adapted = tuple(dict.fromkeys(filter(None, methods.values())))
     notes += filter(None, [found.note for found in adapted])
     num_experiments = min(len(files) * len(methods), config.max_experiments or 2**62)
@@ -150,28 +152,35 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     )
 
 
-def planned_methods(config: Config, model: Any | None) -> dict[Method, Adapted | None]:
+def planned_methods(config: Config, model: Any | None, source: str = "") -> dict[Method, Adapted | None]:
     """The hyperparameters of the run's experiments, with names in place of ``auto``, and what gets an adapter.
 
     Args:
         model: a skeleton; None where there is none: ``auto`` is then Llama's seven names.
+        source: where it is loaded from.
 
     Raises:
-        UserError: nothing of the model would get an adapter.
+        UserError: nothing of the model would get an adapter, or options of it do not go with each other.
     """
     needed = bool(set(config.stages) & {"train", "mmlu"} or config.probe_steps)
     methods: dict[Method, Adapted | None] = {}
-    of_names: dict[tuple[tuple[str, ...], bool], Adapted] = {}
+    found: dict[str, Adapted] = {}
     for method in config.grid_methods():
+        check_options(method, config.quantization, bool(config.max_memory))
+        if method.init_adapter:
+            given = {*config.model_fields_set, *config.grid}
+            if model is not None:
+                method = method.model_copy(update={"target_modules": resolve(model, method.target_modules)})
+            method = going_on(method, given, source)
         if model is None:
             names = tuple(name for n in method.target_modules for name in (LORA_TARGETS if n == AUTO else (n,)))
             methods.setdefault(method.model_copy(update={"target_modules": names}))
             continue
-        key = method.target_modules, method.lora_dropout > 0
-        if needed and key not in of_names:
-            of_names[key] = adapt(model, resolve(model, method.target_modules), method.lora_dropout)
-        names = of_names[key].target_modules if needed else resolve(model, method.target_modules)
-        methods.setdefault(method.model_copy(update={"target_modules": names}), of_names.get(key))
+        key = digest([getattr(method, name) for name in (*OF_ADAPTER, "init_adapter")] + [method.lora_dropout > 0])
+        if needed and key not in found:
+            found[key] = adapted_with(model, method, source, config.quantization)
+        names = found[key].target_modules if needed else resolve(model, method.target_modules)
+        methods.setdefault(method.model_copy(update={"target_modules": names}), found.get(key))
     return methods
 
 
@@ -215,8 +224,12 @@ def _experiments_of(
     first_seed, experiments = config.seeds[0], []
     columns = [config.column_names] if config.columns else []
     for method, adapted in methods.items():
-        settings = method.model_dump(mode="json")
-        hyperparameters = {name: value for name, value in settings.items() if name != "seed"}
+        settings, identity = method.model_dump(mode="json"), method.identity()
+        init_adapter = {}
+        if method.init_adapter:
+            identity["init_adapter"] = adapter_hash(Path(method.init_adapter))
+            init_adapter = {"init adapter": identity["init_adapter"]}
+        hyperparameters = {name: value for name, value in identity.items() if name != "seed"}
         train = {
             # --salvage is not part of it: a whole file gives the same examples with it, and a broken file gives none
             # without it. The False stands where it was once, so that earlier results keep their hash.
@@ -228,6 +241,7 @@ def _experiments_of(
             "seed": str(method.seed),
             "raylora": str(model_settings["schema"]),
             **({"date or special tokens": digest(rendering)} if rendering else {}),
+            **init_adapter,
         }
         # Features are of the dataset: they have the run's seed, the same for all trainings of it.
         of_features = {"seed": str(config.seed), "feature options": digest(config.settings_of(FeatureOptions))}
@@ -240,10 +254,10 @@ def _experiments_of(
             "mmlu": {**train, **of_questions},
         }
         stages = [stage for stage in config.stages if stage != "features" or method.seed == first_seed]
-        sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages)
+        sizes, estimate = estimator.of(survey.sample, survey.num_examples, survey.num_chars, method, stages, adapted)
         # An adapter that was trained on fewer examples is another one.
         transfer = ["transfer"] if config.has_transfer else []
-        of_run = (settings, model_settings, config.max_records, config.seed, *columns, *transfer)
+        of_run = (identity, model_settings, config.max_records, config.seed, *columns, *transfer)
         name = safe_name(*map(printable, name_and_ending(path)), *of_run)
         experiments.append(
             Experiment(

@@ -50,6 +50,17 @@ class Shape:
     """Weights of fused experts, which are among ``other_weights``: they are not quantized."""
     used_expert_weights: int = 0
     """Those of them that one token is multiplied with."""
+    adapted_weights: int = 0
+    """Weights of the matrices that get an adapter."""
+    other_trained: int = 0
+    """Trained parameters beyond rank times ``adapter_rows``: of other ranks (where these are less, negative), biases,
+    whole modules, DoRA's magnitudes."""
+    trains_head: bool = False
+    """Whether the output head is trained whole."""
+
+    def num_trained(self, rank: int) -> int:
+        """Parameters that are trained with adapters of this rank."""
+        return rank * self.adapter_rows + self.other_trained
 
 
 def shape_of(source: str, target_modules: Sequence[str], trust_remote_code: bool = False) -> Shape | None:
@@ -113,6 +124,7 @@ def _count_weights(model: Any, config: Any, target_modules: Sequence[str]) -> Sh
         kept_numbers=2 * int(config.num_hidden_layers) * _key_width(config),
         expert_weights=in_experts,
         used_expert_weights=sum(math.prod(size) for size in used) - in_layers,
+        adapted_weights=sum(math.prod(size) for size in adapted),
     )
 
 

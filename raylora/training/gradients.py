@@ -225,6 +225,11 @@ class GradientAccumulator:
         return self._num_replayed > 0
 
     @property
+    def adapter_forward(self) -> str:
+        """See ``AdapterProducts.forward_names``."""
+        return self._running.products.forward_names
+
+    @property
     def peak_bytes(self) -> int:
         """See ``peak_memory_bytes``; with that of passes that were captured, in this training or before it."""
         captured = self._passes.graphed.peak_bytes if self._passes and self.graphed else 0

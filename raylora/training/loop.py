@@ -322,6 +322,8 @@ def _summarize(trainee: _Trainee, accumulator: GradientAccumulator) -> TrainingM
         packed=accumulator.packed,
         graphed=accumulator.graphed,
         num_adapters=trainee.most_beside,
+        num_trained_parameters=sum(p.numel() for p in trainee.job.parameters),
+        adapter_forward=accumulator.adapter_forward,
         train_notes=_note(trainee, accumulator.loaded),
     )
 

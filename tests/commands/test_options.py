@@ -21,6 +21,9 @@ CANDIDATES = ("some/place", "2", "0.5", "4", "100", "accuracy_change", "results/
 GIVEN = {
     "grid": '{"lora_r": [8, 4], "target_modules": ["all-linear", "q_proj,v_proj"]}',
     "target_modules": "q_proj,v_proj",
+    "modules_to_save": "lm_head,norm",
+    "rank_pattern": "q_proj=4,layers.0.mlp.up_proj=2",
+    "alpha_pattern": "q_proj=0.5,v_proj=8",
     "leave_out": "semantic,text",
     "questions": "arc=a.json,b=b.json",
     "adapter": "a/b,c",

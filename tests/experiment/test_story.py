@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from raylora.config import load_config
 from raylora.errors import ErrorKind, MachineError
@@ -20,7 +22,7 @@ from raylora.planning.plan import make_plan
 from raylora.report.terminal import print_results
 from raylora.rows import FEATURE_NAMES, ROW_COLUMNS, load_results
 from raylora.run.live_table import describe
-from tests.helpers.chunks import OPTIONS, planned, write_dataset
+from tests.helpers.chunks import OPTIONS, planned, still, write_dataset
 from tests.helpers.families import EXPERTS, save_family
 from tests.helpers.questions import as_dicts, questions_of_many_sizes
 from tests.helpers.tiny import make_model
@@ -341,3 +343,94 @@ def test_texts_tools_and_turns_not_to_be_learned_give_good_rows(options, tmp_pat
     assert values["train_final_loss"] > 0
     assert values["static_valid_count"] == min(8, values["sample_size"])
     assert values["base_model_perplexity"] > 1
+
+
+VARIANTS = {
+    "rslora": {"lora_variant": "rslora", "rank_pattern": "q_proj=4"},
+    "dora": {"lora_variant": "dora", "target_modules": "q_proj,v_proj"},
+    "whole": {"modules_to_save": "lm_head", "bias": "all"},
+    "pissa": {"init": "pissa", "lora_variant": "dora"},
+    "olora": {"init": "olora"},
+    "eva": {"init": "eva"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_relatives_of_lora_are_scored_as_peft_has_them(options, tmp_path, tiny_model_folder, name):
+    """With a plain experiment before and behind each, in one process: their numbers stay what they are alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from raylora.api import evaluate_mmlu_with_model
+    from tests.helpers.tiny import make_tokenizer
+
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    plain = planned(options, probe_steps=2)
+    plan = planned(options, probe_steps=2, **VARIANTS[name])
+    (experiment,), (other,) = plan.experiments, plain.experiments
+    assert experiment.experiment_id != other.experiment_id
+    bench = Workbench(plan.config, plan.store)
+    before = run_experiment(bench, other).values
+    row = run_experiment(bench, experiment)
+    assert row.ok, row.values["error"]
+    v = row.values
+    assert {k: v[k] for k in VARIANTS[name]} == VARIANTS[name]
+    assert (v["adapter_forward"] == "raylora") == (name in {"rslora", "olora", "eva", "whole"})
+    if name != "eva":  # which counts ranks, not parameters
+        assert (v["num_trained_parameters"] > before["num_trained_parameters"]) == (name in {"whole", "pissa"})
+    for feature in ("perplexity_change_rate", "avg_grad_norm", "relative_weight_update", "landscape_flatness"):
+        assert v[feature] is not None
+        assert v[feature] != before[feature]
+    folder = plan.store.adapter_folder(experiment)
+    assert {f.name for f in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    theirs = evaluate_mmlu_with_model(PeftModel.from_pretrained(model, folder).eval(), make_tokenizer(), "demo", 4, 20)
+    ours = load_score(plan.store.scores_path(experiment)).questions
+    names = [f"logprob_{letter}" for letter in "abcd"]
+    np.testing.assert_allclose(ours[names], theirs["questions"][names], atol=1e-4)
+    base = load_score(plan.store.base_file(experiment.base_key, "scores.parquet")).questions
+    assert np.abs(ours[names] - base[names]).to_numpy().max() > 1e-4
+    for stage in ("train", "mmlu", "features"):
+        plain.store.forget_stage(other, stage)
+    after = run_experiment(bench, other).values
+    assert still(after) == still(before)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_training_goes_on_from_an_adapter(options, tmp_path, tiny_model_folder, kind):
+    """Without a learning rate it is that adapter; its content, not its place, is in the experiment's identity."""
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    more = {"lora_variant": kind, "rank_pattern": "q_proj=2", "target_modules": "q_proj,v_proj", "lora_r": 4}
+    first = planned(options, stages="train,mmlu", **more)
+    (experiment,) = first.experiments
+    assert ExperimentRunner(first.config, first.store).run(experiment).ok
+    folder = shutil.copytree(first.store.adapter_folder(experiment), tmp_path / "first")
+    going_on = {**options, "stages": "train,mmlu", "init_adapter": str(folder)}
+    still_one = planned(going_on, learning_rate=0)
+    (same,) = still_one.experiments
+    row = ExperimentRunner(still_one.config, still_one.store).run(same)
+    assert row.ok, row.values["error"]
+    v = row.values
+    assert (v["lora_r"], v["rank_pattern"], v["lora_variant"]) == (4, "q_proj=2", kind)
+    assert {*v["target_modules"].split(",")} == {"q_proj", "v_proj"}
+    assert v["init_adapter"] == str(folder)
+    kept = load_file(still_one.store.adapter_folder(same) / "adapter_model.safetensors")
+    for key, value in load_file(folder / "adapter_model.safetensors").items():
+        assert torch.equal(value, kept[key])
+    scores = [load_score(p.store.scores_path(e)) for p, e in ((first, experiment), (still_one, same))]
+    names = [f"logprob_{letter}" for letter in "abcd"]
+    np.testing.assert_allclose(*(score.questions[names] for score in scores), atol=1e-6)
+    plan = planned(going_on)
+    (trained,) = plan.experiments
+    row = ExperimentRunner(plan.config, plan.store).run(trained)
+    assert row.ok, row.values["error"]
+    assert row.values["train_initial_loss"] < v["train_initial_loss"] + 1e-6
+    (moved,) = planned({**going_on, "init_adapter": str(shutil.copytree(folder, tmp_path / "moved"))}).experiments
+    assert moved.identity == trained.identity
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({key: 2 * value for key, value in weights.items()}, folder / "adapter_model.safetensors")
+    (other,) = planned(going_on).experiments
+    assert other.experiment_id != trained.experiment_id
+    plan.store.forget_stage(trained, "train")
+    with pytest.raises(MachineError, match="first: not what it was when the run began"):
+        ExperimentRunner(plan.config, plan.store).run(trained)

@@ -24,7 +24,7 @@ from raylora.features.pipeline import extract_features
 from raylora.features.probe import landscape_flatness
 from raylora.features.static import as_dataset, split_sample
 from raylora.model import memory
-from raylora.model.adapters import plain_weight
+from raylora.model.adapter_weights import plain_weight
 from raylora.model.loading import load_model
 from raylora.rows import PROBE_NAMES
 from raylora.training import gradients as step_gradients

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from raylora.config import Method
-from raylora.model.adapters import plain_weight
+from raylora.model.adapter_weights import plain_weight
 from tests.helpers.tiny import load
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from raylora.config import Method, ModelOptions
 from raylora.errors import UserError
-from raylora.model.adapters import plain_weight
+from raylora.model.adapter_weights import plain_weight
 from raylora.model.fp8 import Fp8Linear, check_fp8, make_fp8
 from raylora.model.frozen import frozen_layer
 from raylora.model.loading import load_model

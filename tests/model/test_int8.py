@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylora.config import Method
-from raylora.model.adapters import plain_weight
+from raylora.model.adapter_weights import plain_weight
 from raylora.model.int8 import WeightOnlyLinear, make_weight_only, scales_of
 from raylora.model.kernels import dequantize_int8
 from tests.helpers.quantized import assert_is_float_model

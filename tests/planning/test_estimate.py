@@ -6,21 +6,25 @@ import dataclasses
 import io
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from raylora.config import ModelOptions, load_config
+from raylora.config import LORA_TARGETS, ModelOptions, load_config
 from raylora.console import make_console
 from raylora.data.encoding import EncodedExample
 from raylora.data.examples import count_chars
 from raylora.errors import UserError
 from raylora.model.loading import load_model
+from raylora.model.lora_config import adapted_with
+from raylora.model.targets import skeleton
 from raylora.planning import estimate, hardware, show_plan
 from raylora.planning.plan import find_files, make_plan
 from raylora.planning.questions import QuestionTokens
 from raylora.planning.shape import LLM_INT8, Shape, base_bytes, shape_of, shape_of_skeleton, weight_bytes
+from raylora.planning.training_memory import ADAPTER_BYTES, training_bytes
 from raylora.records import Example, Experiment, Message
 from raylora.training.gradients import GradientAccumulator, Job
 from tests.helpers.chunks import OPTIONS, write_dataset
@@ -78,9 +82,78 @@ def test_a_minibatch_keeps_what_is_said(folder, dropout):
     with passes.ready(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         passes.backward({0: (0, [0])})
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    adapter = estimate.ADAPTER_BYTES * sum(p.numel() for p in parameters)
-    said = estimate.training_bytes(shape, method, num_tokens, CPU, checkpointing=False)
+    adapter = ADAPTER_BYTES * sum(p.numel() for p in parameters)
+    said = training_bytes(shape, method, num_tokens, CPU, checkpointing=False)
     assert said - adapter == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dora_keeps_more_by_what_is_said(folder, dropout):
+    """Of what is saved, that which is still there when the backward pass begins: PEFT makes much that it drops."""
+    example = EncodedExample(list(range(5, 205)), *([flag] * 200 for flag in (False, True, True)))
+
+    def bytes_of(variant: str) -> tuple[int, int]:
+        """Held and said of 200 tokens."""
+        method = load_config(model="x", lora_dropout=dropout, lora_variant=variant).method()
+        loaded = load_model(ModelOptions(model=str(folder), quantization="none"), torch.device("cpu"))
+        parameters = loaded.attach(method, 0)
+        own = {t.untyped_storage().data_ptr() for t in [*loaded.model.parameters(), *loaded.model.buffers()]}
+        kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> Kept:
+            kept.add(found := Kept(tensor.detach()))
+            return found
+
+        def use(found: Kept) -> torch.Tensor:
+            if not sizes:
+                storages = [k.tensor.untyped_storage() for k in kept]
+                sizes.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
+            return found.tensor
+
+        passes = GradientAccumulator(loaded, [Job(parameters, [example], method, 0)], None)
+        loaded.model.train()
+        with passes.ready(), torch.autograd.graph.saved_tensors_hooks(keep, use):
+            passes.backward({0: (0, [0])})
+        shape = shape_of(str(folder), method.target_modules)
+        said = [training_bytes(shape, method, n, CPU, checkpointing=False) for n in (0, 200)]
+        return sum(sizes.values()), said[1] - said[0]
+
+    (held, said), (held_by_dora, said_of_dora) = bytes_of("lora"), bytes_of("dora")
+    assert said_of_dora - said == pytest.approx(held_by_dora - held, rel=0.15)
+
+
+class Kept:
+    """A tensor that autograd saves; it is there as long as autograd needs it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_estimates_count_what_is_trained(folder):
+    """Of biases, whole modules and DoRA; the copy of what weights were, and logits where the head is trained."""
+    bare = skeleton(str(folder))
+    method = load_config(model="x").method()
+    config = load_config(model=str(folder), quantization="none")
+
+    def peak_of(**options) -> int:
+        changed = method.model_copy(update=options)
+        adapted = adapted_with(bare, changed, str(folder), "none")
+        estimator = estimate.Estimator(config, str(folder), [], 1, bare)
+        _, found = estimator.of(
+            [Example((Message("user", "So what?"),), "That.", "q")], 10, 1000, changed, ["train"], adapted
+        )
+        return found.peak_memory_bytes
+
+    plain = peak_of()
+    adapted = adapted_with(bare, method.model_copy(update={"modules_to_save": ("lm_head",)}), str(folder), "none")
+    head = bare.get_output_embeddings().weight.numel()
+    assert adapted.trains_head
+    assert peak_of(modules_to_save=("lm_head",)) > plain + ADAPTER_BYTES * head
+    assert peak_of(rank_pattern=("q_proj=1",)) < plain < peak_of(rank_pattern=("q_proj=64",))
+    shape = shape_of(str(folder), LORA_TARGETS)
+    assert peak_of(init="pissa") == plain + 4 * shape.adapted_weights
+    assert peak_of(lora_variant="dora") > plain
 
 
 def test_an_8b_model_is_known_by_its_configuration(tmp_path):
