@@ -32,8 +32,8 @@ from raylora.records import Dataset, Example, Score
 from raylora.rows import load_results
 from raylora.run.execute import run_plan
 from raylora.run.pushes import Pushes, pushing
+from raylora.storage.hub_names import dataset_location
 from raylora.storage.legacy import legacy_result
-from raylora.storage.places import location
 from raylora.training.loop import train_adapter
 
 log = logging.getLogger("raylora")
@@ -59,7 +59,7 @@ class FineTuner:
         self._loaded: LoadedModel | None = None
 
     def prepare_context_dataset(self, path: str | Path) -> Dataset:
-        """Read a dataset file in any of the formats of the batch command.
+        """Read a dataset file in any of the formats of the batch command, or ``hf://datasets/org/name`` of the hub.
 
         Raises:
             UserError: the file cannot be read, or holds no valid record.
@@ -67,7 +67,7 @@ class FineTuner:
         """
         config = self.config
         check_columns(config.column_names)
-        return datasets.read_dataset(location(path), config.salvage, config.max_records, config.column_names)
+        return datasets.read_dataset(dataset_location(path), config.salvage, config.max_records, config.column_names)
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.
@@ -137,7 +137,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     """Run one dataset through all stages in this process, without Ray.
 
     Args:
-        dataset_path: a dataset file.
+        dataset_path: a dataset file, a folder of shards, or ``hf://datasets/org/name`` of the hub.
         max_samples: MMLU questions asked (default: all).
         options: any option of the batch command.
 
@@ -149,7 +149,7 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
         UserError: it cannot be run; ``kind`` says what kind of cause that has.
         MachineError: something changed under it, or the model cannot be loaded here.
     """
-    path = location(dataset_path)
+    path = dataset_location(dataset_path)
     config = _config(max_samples=max_samples, **options)
     plan = make_plan(config, [path], "single")
     if len(plan.experiments) != 1:

@@ -27,6 +27,7 @@ from raylora.config_sources import (
     split_patterns,
 )
 from raylora.errors import UserError
+from raylora.storage.hub_names import DatasetLocation
 from raylora.storage.places import Location, LocationText, location
 
 if TYPE_CHECKING:  # imports pandas, half a second: errors in options and --help need not wait for it
@@ -311,6 +312,11 @@ class RunOptions(BaseModel):
     data_root: Location = Field(
         Path("train_data/merged_datasets"), description="folder that holds the chunk_* folders, or s3://bucket/folder"
     )
+    dataset: Annotated[tuple[DatasetLocation, ...], NoDecode] = Field(
+        (),
+        description="datasets beside those of --chunk, or without one: files, folders of shards, or "
+        "hf://datasets/org/name[@revision][/config][:split] of the Hugging Face hub",
+    )
     stages: Annotated[tuple[Stage, ...], NoDecode] = Field(
         ("features", "train", "mmlu"), min_length=1, description="stages to run, separated by commas"
     )
@@ -361,6 +367,9 @@ class RunOptions(BaseModel):
     )
     push_public: bool = Field(False, description="with --push-to-hub: everybody can see the repositories it makes")
 
+    _split_datasets = field_validator("dataset", mode="before", json_schema_input_type=tuple[str, ...] | str)(
+        split_commas
+    )
     _split_stages = field_validator("stages", mode="before", json_schema_input_type=tuple[Stage, ...] | str)(
         split_commas
     )

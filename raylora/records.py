@@ -207,8 +207,9 @@ class Experiment:
     experiment_id: str
     """A folder name that is safe on every file system and unique within the run."""
     dataset: str
-    """The dataset's name: its file name without the ending."""
+    """The dataset's name: its file name without the ending, or ``org--name`` of one on the hub."""
     path: str
+    """Of its file or folder; of a dataset on the hub ``dataset_source``."""
     settings: dict[str, Any]
     """The hyperparameters of this experiment (the configuration with the grid's values put in)."""
     identity: str
@@ -242,6 +243,13 @@ class Experiment:
     ignored_keys: str = ""
     template_note: str = ""
     """What the chat template does to the dataset's first examples; empty where there is nothing to say."""
+    dataset_source: str = ""
+    """Of a dataset on the hub, its name with the commit that is used; empty for files."""
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is of a dataset on the hub that the hub does not give."""
+        return bool(self.error) and self.path.startswith("hf://") and not self.dataset_source
 
     @property
     def base_keys(self) -> dict[str, str]:

@@ -153,7 +153,8 @@ RESULT_COLUMNS = (
 )  # fmt: skip
 RUN_RECORD_COLUMNS = (
     "model", "quantization", "int8_activations", "device", "prompt_style", "scoring", "cloze_per", "thinking",
-    "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "num_examples",
+    "num_fewshot", "max_samples", "sample_size", "probe_steps", "question_seed", "data_hash", "dataset_source",
+    "num_examples",
     "record_form", "ignored_keys", "num_bad_records", "num_lost_records", "bad_records",
     "num_answers_cut", "template_note",
     "token_budget", "mmlu_oom_backoffs", "text_seconds",
@@ -182,6 +183,7 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         "status": status,
         "error": "",
         "data_hash": experiment.data_hash,
+        "dataset_source": experiment.dataset_source or None,
         "record_form": experiment.record_form,
         "ignored_keys": experiment.ignored_keys,
         "estimated_seconds": experiment.estimated_seconds,
@@ -221,7 +223,7 @@ CATEGORIES = frozenset(
 TEXTS = frozenset(
     {
         "dataset", "experiment_id", "error", "data_hash", "record_form", "ignored_keys", "bad_records",
-        "feature_notes", "template_note", "train_notes", "mmlu_note", "transfer_note", "dataset_name",
+        "dataset_source", "feature_notes", "template_note", "train_notes", "mmlu_note", "transfer_note", "dataset_name",
         "modules_without_adapter", "modules_to_save", "rank_pattern", "alpha_pattern", "init_adapter",
     }
 )  # fmt: skip

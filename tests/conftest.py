@@ -185,3 +185,27 @@ def hub(monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
+
+
+@pytest.fixture(scope="module")
+def dataset_hub_server():
+    from tests.helpers.dataset_hub import serving
+
+    with serving() as found:
+        yield found
+
+
+@pytest.fixture
+def dataset_hub(dataset_hub_server, tmp_path, monkeypatch):
+    """A hub of this machine, which this process asks (``tests/helpers/dataset_hub.py``), empty, and an empty cache."""
+    from huggingface_hub import constants
+
+    dataset_hub_server.repositories.clear()
+    dataset_hub_server.requests.clear()
+    monkeypatch.setattr(constants, "ENDPOINT", dataset_hub_server.endpoint)
+    template = dataset_hub_server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return dataset_hub_server

@@ -46,7 +46,7 @@ def ask_for_chunk(config: Config, console: Console) -> Config:
     Raises:
         UserError: none was chosen.
     """
-    if config.chunk is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if config.chunk is not None or config.dataset or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return config
     chunks = datasets.list_chunks(config.data_root)
     if not chunks:

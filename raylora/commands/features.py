@@ -26,6 +26,7 @@ from raylora.planning.show_plan import print_plan
 from raylora.records import ResultRow
 from raylora.rows import FEATURE_COLUMNS, FeatureColumn
 from raylora.run.execute import run_plan
+from raylora.storage.hub_names import DatasetPlace, HubDataset
 from raylora.storage.places import reading, writing
 from raylora.storage.tables import CsvTable
 
@@ -37,12 +38,14 @@ DESCRIBED = (*RUN_COLUMNS[:3], *FEATURE_COLUMNS, *HYPERPARAMETER_COLUMNS, *RUN_C
 CSV_COLUMNS = [column.name for column in DESCRIBED]
 
 
-def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
+def find_datasets(config: FeaturesConfig) -> tuple[str, list[DatasetPlace]]:
     """A name for the run, and its dataset files.
 
     Raises:
         UserError: no folder, file or chunk is named, or it does not exist.
     """
+    if isinstance(config.data_folder, HubDataset):
+        return "single", [config.data_folder]
     if config.single_dataset is not None:
         return "single", [config.single_dataset]
     if config.data_folder is None:
@@ -50,7 +53,8 @@ def find_datasets(config: FeaturesConfig) -> tuple[str, list[Path]]:
     with reading(config.data_folder):
         if not config.data_folder.is_dir():
             raise UserError(f"--data-folder {config.data_folder}: no such folder")
-        return config.data_folder.resolve().name, list_dataset_files(config.data_folder)[: config.limit]
+        files = [*list_dataset_files(config.data_folder), *config.dataset]
+        return config.data_folder.resolve().name, files[: config.limit]
 
 
 def print_summary(rows: Sequence[ResultRow], console: Console) -> None:

@@ -13,6 +13,7 @@ from pydantic_settings import CliPositionalArg, CliVariadicArg, NoDecode, Settin
 
 from raylora.config import TARGETS, Config, EvaluationConfig
 from raylora.config_sources import Settings, split_commas
+from raylora.storage.hub_names import DatasetLocation
 from raylora.storage.places import Location
 
 
@@ -36,7 +37,9 @@ LocalPath = Annotated[Path, BeforeValidator(_check_local)]
 class ExperimentConfig(Config):
     """One dataset, in this process, without a cluster."""
 
-    file: CliPositionalArg[Location] = Field(description="a dataset file, or a folder of shards")
+    file: CliPositionalArg[DatasetLocation] = Field(
+        description="a dataset file, a folder of shards, or hf://datasets/org/name[@revision][/config][:split]"
+    )
 
 
 class MmluConfig(EvaluationConfig):
@@ -55,8 +58,12 @@ class FeaturesConfig(Config):
     output: Location = Field(
         Path("results/features"), description="folder for rows, logs and what a rerun goes on with"
     )
-    data_folder: Location | None = Field(None, description="folder of dataset files (or name a --chunk)")
-    single_dataset: Location | None = Field(None, description="one dataset file, or a folder of its shards")
+    data_folder: DatasetLocation | None = Field(
+        None, description="folder of dataset files, or hf://datasets/org/name (or name a --chunk, or a --dataset)"
+    )
+    single_dataset: DatasetLocation | None = Field(
+        None, description="one dataset file, a folder of its shards, or hf://datasets/org/name of the hub"
+    )
     output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
     describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
 

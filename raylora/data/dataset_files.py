@@ -55,7 +55,8 @@ METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.j
 MAX_DEPTH = 3
 """Folders below a folder of shards: ``data/``, or a configuration and a split."""
 _SPLITS = {"test": "test", "tests": "test", "validation": "validation", "valid": "validation", "val": "validation",
-           "dev": "validation", "eval": "test", "train": "train", "training": "train"}  # fmt: skip
+           "dev": "validation", "eval": "test", "evaluation": "test", "testing": "test",
+           "train": "train", "training": "train"}  # fmt: skip
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -135,7 +136,7 @@ class FolderRecords(RecordStream):
         self._names, self._salvage = names, salvage
 
     def __iter__(self) -> Iterator[Record]:
-        shards = self._shards()
+        shards = self.find_shards()
         hashes = dict.fromkeys(shards, "")
         try:
             for name, path in shards.items():
@@ -150,8 +151,12 @@ class FolderRecords(RecordStream):
         finally:
             self.hash = self._hash(shards, hashes)
 
-    def _shards(self) -> dict[str, Path]:
-        """The shards by their names within the folder."""
+    def find_shards(self) -> dict[str, Path]:
+        """The shards by their names within the folder.
+
+        Raises:
+            UserError: there are none, or of several kinds, or they cannot be found.
+        """
         where = shown_path(self.path)
         try:
             found = {"/".join(p.parts[len(self.path.parts) :]): p for p in _shards_below(self.path, MAX_DEPTH)}
@@ -185,6 +190,11 @@ def split_of(name: str) -> str:
     """The split that a shard is named after, ``train``, ``test`` or ``validation``; empty where it is after none."""
     words = re.split(r"[\W_\d]+", name.lower())
     return next((_SPLITS[word] for word in words if word in _SPLITS), "")
+
+
+def standard_split(name: str) -> str:
+    """A split's usual name, for one of its other names: ``validation`` for ``dev``. Other names as they are."""
+    return _SPLITS.get(name.lower(), name)
 
 
 def _shards_below(folder: Path, depth: int) -> list[Path]:

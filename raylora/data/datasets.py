@@ -13,11 +13,13 @@ from pathlib import Path
 from raylora.data.columns import ColumnNames
 from raylora.data.dataset_files import list_dataset_files, natural_order, open_records
 from raylora.data.examples import Chosen, count_chars, keep_examples, order_by_content
+from raylora.data.hub_files import HubRecords
 from raylora.data.parse_record import FormCounts, parse_record
 from raylora.data.record_stream import shown_path
 from raylora.data.record_values import leaves_of
 from raylora.errors import ErrorKind, UserError, errors_are, reason
 from raylora.records import BadRecord, Dataset, Example, digests_of
+from raylora.storage.hub_names import DatasetPlace, HubDataset
 from raylora.storage.places import reading
 
 __all__ = [
@@ -95,10 +97,12 @@ class Survey:
     record_form: str = ""
     """As ``Dataset.record_form``; ``ignored_keys`` as well."""
     ignored_keys: str = ""
+    pinned: HubDataset | None = None
+    """Of a dataset on the hub: its commit, configuration and split. None where the hub does not give it."""
 
 
 def survey(
-    path: Path, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: DatasetPlace, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> Survey:
     """Read a dataset file as ``read_dataset`` does, but keep only counts and a sample. A bad file raises nothing."""
     reader = _Reader(path, salvage, limit, columns)
@@ -114,13 +118,16 @@ def survey(
         result = Survey(error=str(error), error_kind=error.kind)
     result.data_hash = reader.records.hash
     result.record_form, result.ignored_keys = reader.forms.record_form, reader.forms.ignored_keys
+    result.pinned = reader.pinned
     return result
 
 
 def read_dataset(
-    path: Path, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: DatasetPlace, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> Dataset:
-    """Read a dataset file, or a folder of shards. Many examples are kept on disk (``examples.MEMORY_CHARS``).
+    """Read a dataset file, a folder of shards, or a dataset of the hub.
+
+    Many examples are kept on disk (``examples.MEMORY_CHARS``).
 
     Args:
         salvage: keep the complete records at the beginning of a file that breaks off.
@@ -148,7 +155,7 @@ def read_dataset(
     )
 
 
-def places_of(path: Path, numbers: Collection[int], columns: Mapping[str, str] | None = None) -> dict[int, str]:
+def places_of(path: DatasetPlace, numbers: Collection[int], columns: Mapping[str, str] | None = None) -> dict[int, str]:
     """Where in the file the records of these examples are (``record 7``, ``line 12``). The file is read once more.
 
     Args:
@@ -170,16 +177,24 @@ class _Reader:
         UserError: as ``read_dataset`` does.
     """
 
-    def __init__(self, path: Path, salvage: bool, limit: int | None, columns: Mapping[str, str] | None) -> None:
+    def __init__(self, path: DatasetPlace, salvage: bool, limit: int | None, columns: Mapping[str, str] | None) -> None:
         self.path, self.limit = path, limit
         self._names = ColumnNames(columns)
-        self.records = open_records(path, self._names, salvage)
+        self.records = (
+            HubRecords(path, self._names, salvage)
+            if isinstance(path, HubDataset)
+            else open_records(path, self._names, salvage)
+        )
         self.num_items = self.num_chars = self.num_bad = 0
         self.forms = FormCounts()
         self.place = ""
         """Of the record that the last example is from."""
         self.bad: list[BadRecord] = []
         """The first ``MAX_KEPT_BAD_RECORDS``."""
+
+    @property
+    def pinned(self) -> HubDataset | None:
+        return self.records.pinned if isinstance(self.records, HubRecords) else None
 
     def __iter__(self) -> Iterator[Example]:
         num_examples = 0

@@ -45,8 +45,8 @@ class RecordStream(ABC):
     def __iter__(self) -> Iterator[Record]: ...
 
 
-def shown_path(path: Path) -> str:
-    """A path as printable text on one line, whatever characters its name holds."""
+def shown_path(path: object) -> str:
+    """A path, or another place, as printable text on one line, whatever characters its name holds."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from raylora.data.record_stream import shown_path
 from raylora.data.rendered import TemplateCounts, count_in_template
 from raylora.errors import ErrorKind, UserError
 from raylora.records import BadRecord, Dataset
+from raylora.storage.hub_names import DatasetPlace
 
 MOST_CUT = 0.5
 """With a larger share of answers cut a file is not used: something else than its answers would be learned."""
@@ -32,7 +32,7 @@ def held_to_template(tokenizer: Any, dataset: Dataset) -> Dataset:
 
 
 def hold_to_counts(
-    dataset: Dataset, counts: TemplateCounts, path: Path | None = None, columns: Mapping[str, str] | None = None
+    dataset: Dataset, counts: TemplateCounts, path: DatasetPlace | None = None, columns: Mapping[str, str] | None = None
 ) -> Dataset:
     """The dataset without the examples that the chat template refuses, whose records are bad ones, and with its notes.
 

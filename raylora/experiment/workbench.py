@@ -27,7 +27,7 @@ from raylora.model.adapters import LoadedModel
 from raylora.model.sources import model_hash, resolve_model
 from raylora.records import Dataset, Example, Experiment, digest, digests_of
 from raylora.storage.atomic import read_json, to_json, write_atomically, write_text
-from raylora.storage.places import location
+from raylora.storage.hub_names import DatasetPlace, dataset_location
 from raylora.storage.store import Store
 from raylora.training.gradients import Job
 from raylora.training.loop import TrainingResult
@@ -125,17 +125,17 @@ def load_planned_dataset(bench: Workbench, planned: Planned, max_length: int = 0
         UserError: the chat template refuses all of it, or cuts most of its answers.
         MachineError: the file cannot be read on this machine, or its content is another one.
     """
-    path, config = location(planned.path), bench.config
+    path, config = dataset_location(planned.path), bench.config
     try:
         dataset = datasets.read_dataset(path, config.salvage, config.max_records, config.column_names)
     except UserError as error:
         raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != planned.data_hash:
-        raise changed_meanwhile(path)
+        raise changed_meanwhile(planned.path)
     return _hold_to_template(bench, dataset, path, max_length)
 
 
-def _hold_to_template(bench: Workbench, dataset: Dataset, path: Path, max_length: int) -> Dataset:
+def _hold_to_template(bench: Workbench, dataset: Dataset, path: DatasetPlace, max_length: int) -> Dataset:
     """The dataset without what the chat template refuses; the first to ask for it renders it, others read the counts.
 
     Args:

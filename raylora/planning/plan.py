@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,6 @@ import pandas as pd
 from raylora.config import AUTO, LORA_TARGETS, Config, FeatureOptions, Method
 from raylora.data import datasets
 from raylora.data.columns import check_columns
-from raylora.data.dataset_files import name_and_ending
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
@@ -27,15 +24,19 @@ from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.model.targets import Adapted, resolve, skeleton
 from raylora.planning.estimate import Estimator
 from raylora.planning.hardware import check_fp8_here
+from raylora.planning.names import NamedDataset, is_utf8, name_datasets, place_text, printable
 from raylora.planning.transfer import left_out_key, with_transfer
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.hub import check_push
+from raylora.storage.hub_names import DatasetPlace
 from raylora.storage.places import reading
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 DEMO_CHUNK = "chunk_demo"
+NO_CHUNK = "datasets"
+"""The name of a run of ``--dataset`` alone."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ class Plan:
         return {experiment_id: row for experiment_id, row in rows.items() if row.ok or not self.config.retry_failed}
 
 
-def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
+def make_plan(config: Config, files: Sequence[DatasetPlace], chunk: str) -> Plan:
     """Check everything that can be checked without loading the model, and name every experiment.
+
+    Datasets of the hub are downloaded.
 
     Raises:
         UserError: nothing can be run. A bad dataset file raises nothing: its experiments carry the error.
@@ -120,12 +123,15 @@ def make_plan(config: Config, files: Sequence[Path], chunk: str) -> Plan:
     methods = planned_methods(config, bare, source)
     adapted = tuple(dict.fromkeys(filter(None, methods.values())))
     notes += filter(None, [found.note for found in adapted])
-    num_experiments = min(len(files) * len(methods), config.max_experiments or 2**62)
+    named = name_datasets(files)
+    num_experiments = min(len(named) * len(methods), config.max_experiments or 2**62)
     estimator = Estimator(config, source, list(question_sets.values()), num_experiments, bare)
     notes += filter(None, [estimator.note])
     masked = question_sets[""].masked if config.mask and question_sets else None
     shared = (model_settings, question_settings, masked, estimator, config, methods)
-    experiments = [e for path, name in _names_of(files) for e in _experiments_of(path, name, *shared)]
+    experiments = [e for dataset in named for e in _experiments_of(dataset, *shared)]
+    if experiments and all(e.is_missing for e in experiments):
+        raise UserError(experiments[0].error, kind=ErrorKind(experiments[0].error_kind))
     # Largest first, so that at the end no worker is busy alone with a large one (in a simulation of 1,000 GPUs the
     # longest dataset bounds the run: benchmarks/NOTES.md). Ids break ties, so that the order is always the same.
     experiments.sort(key=lambda e: (-e.num_tokens * float(e.settings["num_epochs"]), e.experiment_id))
@@ -184,16 +190,8 @@ def planned_methods(config: Config, model: Any | None, source: str = "") -> dict
     return methods
 
 
-def _names_of(files: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each file with its dataset's name: without its ending, unless another file has the same name without it."""
-    stems = {path: name_and_ending(path)[0] for path in files}
-    counts = Counter(stems.values())
-    return [(path, stem if counts[stem] == 1 else path.name) for path, stem in stems.items()]
-
-
 def _experiments_of(
-    path: Path,
-    dataset: str,
+    named: NamedDataset,
     model_settings: dict[str, Any],
     question_settings: dict[str, dict[str, Any]],
     masked: frozenset[str] | None,
@@ -201,18 +199,18 @@ def _experiments_of(
     config: Config,
     methods: Mapping[Method, Adapted | None],
 ) -> list[Experiment]:
-    """The experiments of one dataset file: one for each set of hyperparameters of the grid, and each seed.
+    """The experiments of one dataset: one for each set of hyperparameters of the grid, and each seed.
 
     Args:
-        dataset: its name.
         question_settings: from ``questions_key``, by the name of a set of questions; empty without MMLU.
         masked: ids of the questions that ``--mask`` leaves out; None without it.
         methods: from ``planned_methods``.
     """
-    survey = datasets.survey(path, config.salvage, config.max_records, config.column_names)
+    place, dataset = named.place, named.name
+    survey = datasets.survey(place, config.salvage, config.max_records, config.column_names)
     error, error_kind = survey.error, survey.error_kind
-    if printable(path.name) != path.name:
-        dataset, error = printable(dataset), f"{printable(str(path))}: its name is not UTF-8: rename it"
+    if not is_utf8(place):
+        dataset, error = printable(dataset), f"{printable(str(place))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
     rendering = {key: model_settings[key] for key in RENDERING if key in model_settings}
     loading = {key: value for key, value in model_settings.items() if key not in {"model", "schema", *RENDERING}}
@@ -258,12 +256,12 @@ def _experiments_of(
         # An adapter that was trained on fewer examples is another one.
         transfer = ["transfer"] if config.has_transfer else []
         of_run = (identity, model_settings, config.max_records, config.seed, *columns, *transfer)
-        name = safe_name(*map(printable, name_and_ending(path)), *of_run)
+        name = safe_name(*named.identity, *of_run)
         experiments.append(
             Experiment(
                 experiment_id=name,
                 dataset=dataset,
-                path=printable(str(path.absolute())),
+                path=place_text(survey.pinned or place),
                 settings=settings,
                 identity=digest([origins, sorted(config.stages), error]),
                 origins=origins,
@@ -281,14 +279,10 @@ def _experiments_of(
                 record_form=survey.record_form,
                 ignored_keys=survey.ignored_keys,
                 template_note=sizes.in_template.note_on_sample,
+                dataset_source=str(survey.pinned or ""),
             )
         )
     return experiments
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be written as UTF-8: a byte that is not UTF-8 becomes ``\\xe9`` or the like."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def safe_folder(chunk: str) -> str:
@@ -297,28 +291,37 @@ def safe_folder(chunk: str) -> str:
     return chunk if plain.isascii() and plain.isalnum() and len(chunk) <= 80 else safe_name(chunk)
 
 
-def find_files(config: Config) -> tuple[str, list[Path]]:
-    """The chunk's name and its dataset files, the first ``config.limit`` of them.
+def find_files(config: Config) -> tuple[str, list[DatasetPlace]]:
+    """The chunk's name, its dataset files, and those of ``--dataset``: the first ``config.limit`` of them.
 
     Raises:
-        UserError: no chunk is named, or there is no such chunk (the message lists the chunks), or it holds no dataset.
+        UserError: neither a chunk nor a dataset is named, or there is no such chunk (the message lists the chunks), or
+            it holds no dataset.
     """
+    if config.chunk is None and config.dataset:
+        return NO_CHUNK, _in_order(config, config.dataset)
     with reading(config.data_root):
         return _find_files(config)
 
 
-def _find_files(config: Config) -> tuple[str, list[Path]]:
+def _find_files(config: Config) -> tuple[str, list[DatasetPlace]]:
     if config.chunk is None:
         names = ", ".join(c.name for c in datasets.list_chunks(config.data_root)) or "none"
-        raise UserError(f"--chunk: name one of {config.data_root}: {names} (or {DEMO_CHUNK})")
+        raise UserError(f"--chunk: name one of {config.data_root}: {names} (or {DEMO_CHUNK}), or give a --dataset")
     if config.chunk == DEMO_CHUNK and not (config.data_root / DEMO_CHUNK).is_dir():
         folder = DEMO_FOLDER / DEMO_CHUNK
     else:
         folder = datasets.find_chunk(config.data_root, config.chunk)
-    files = datasets.list_dataset_files(folder)
+    return folder.name, _in_order(config, [*datasets.list_dataset_files(folder), *config.dataset])
+
+
+def _in_order(config: Config, places: Sequence[DatasetPlace]) -> list[DatasetPlace]:
+    """The places in the order of ``--order``, the first ``--limit`` of them."""
     if ranks := read_order(config.order):
-        files.sort(key=lambda path: ranks.get(path.name, ranks.get(name_and_ending(path)[0], len(ranks))))
-    return folder.name, files[: config.limit]
+        named = name_datasets(places)
+        named.sort(key=lambda d: ranks.get(d.place.name, ranks.get(d.name, ranks.get(d.identity[0], len(ranks)))))
+        places = [dataset.place for dataset in named]
+    return list(places[: config.limit])
 
 
 def read_order(path: Path | None) -> dict[str, int]:

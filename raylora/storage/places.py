@@ -91,8 +91,8 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path}: a pipe or a device, which cannot be read twice: write its content into a file")
 
 
-def is_remote(path: Path) -> bool:
-    """Whether a location is a URI's path, and not a local one."""
+def is_remote(path: object) -> bool:
+    """Whether a place is a URI's path, or a name on a hub, and not a local path."""
     return not isinstance(path, Path)
 
 
@@ -114,7 +114,7 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: object) -> Iterator[None]:
     """For code that reads a place: whatever a client library raises of a remote one becomes one line.
 
     Raises:

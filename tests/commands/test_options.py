@@ -29,6 +29,7 @@ GIVEN = {
     "adapter": "a/b,c",
     "columns": "question=q,answer=a",
     "template_date": "2025-01-02",
+    "dataset": "hf://datasets/org/name@v1/en:test,some/file.json",
     "quantization": "8bit",  # int8_activations asks for it
 }
 

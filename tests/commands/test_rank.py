@@ -37,6 +37,7 @@ def test_the_next_command_has_all_options_of_the_batch_command_wherever_they_cam
         "--coverage",
         "0.8",
     ]
+    given += ["--dataset", "hf://datasets/org/name@v1:test", "--dataset", "some/file.json"]
     given += ["--fresh", "--seed", "1", "--target-modules", "q_proj,v_proj", "--salvage", "--trackers", "mlflow"]
     config = load_settings(RankConfig, given, "rank")
     words = shlex.split(next_command(config, Path("o.csv")))
@@ -45,7 +46,7 @@ def test_the_next_command_has_all_options_of_the_batch_command_wherever_they_cam
     batch = load_config(words[3:])
     changed = {"order": Path("o.csv"), "max_experiments": 3, "fresh": False}
     assert batch.model_dump() == {name: getattr(config, name) for name in Config.model_fields} | changed
-    assert len(words) == 3 + 2 * 10 + 1, "an option that nobody set, or none"
+    assert len(words) == 3 + 2 * 11 + 1, "an option that nobody set, or none"
 
 
 def test_an_order_that_rests_on_nothing_says_so(capsys):

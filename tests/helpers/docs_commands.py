@@ -122,6 +122,8 @@ NOT_RUN = {
     "hf auth login": "wants a token of the hub",
     "python -m raylora.batch --chunk chunk_001 --push-to-hub": "pushes to the hub; tests/run/test_pushes.py has a "
     "stand-in",
+    "raylora experiment hf://": "needs the Hugging Face hub (tests/planning/test_plan.py has a stand-in)",
+    "python -m raylora.batch --dataset hf://": "so does this",
     "hf download": "needs the Hugging Face hub; tests/mmlu/test_question_forms.py writes files as they are there",
     "python -m raylora.batch --chunk chunk_001 --questions": "is on the hub; tests/experiment/test_story.py has sets",
     "python -m raylora.mmlu --model M --adapter DIR --questions FILE --questions": "so are these",

@@ -18,7 +18,7 @@ from raylora.mmlu.power import power_line
 from raylora.planning.plan import find_files, make_plan, planned_methods, read_order
 from raylora.planning.show_plan import power_of, print_plan
 from raylora.records import ResultRow
-from raylora.rows import make_row
+from raylora.rows import load_results, make_row
 from tests.helpers.chunks import OPTIONS, planned, run, write_dataset
 from tests.helpers.dataset_files import json_list, parquet
 from tests.helpers.families import save_family
@@ -54,6 +54,48 @@ def test_what_users_call_things_is_no_markup_and_a_name_that_is_no_text_is_one_r
     rows = run(options, stages=("features",), probe_steps=0)
     assert rows["lat\\xe9n"]["error"].endswith("its name is not UTF-8: rename it")
     assert rows["data [red] [bold]"]["status"] == "ok"
+
+
+LINES = "".join(json.dumps({"question": f"What is {i}?", "answer": f"It is {i}."}) + "\n" for i in range(4))
+
+
+def test_datasets_of_the_hub_stand_beside_files_each_with_its_commit(options, tmp_path, dataset_hub):
+    dataset_hub.add("org/name", {"train.jsonl": LINES, "test.jsonl": LINES[:80]})
+    dataset_hub.add("org/gated", {"train.jsonl": LINES}, needs="gated")
+    write_dataset(tmp_path / "data" / "chunk_1", "data_a")
+    near, far = write_dataset(tmp_path / "near", "data_b"), write_dataset(tmp_path / "far", "data_b", offset=1)
+    names = ["hf://datasets/org/name", "hf://datasets/org/name:test", "hf://datasets/org/gated", str(near), str(far)]
+    found = {e.dataset: e for e in planned({**options, "stages": ("features",)}, dataset=names).experiments}
+    assert {*found} == {
+        "data_a", "org--name", "org--name--test", "org--gated", "near/data_b.json", "far/data_b.json"
+    }  # fmt: skip
+    assert len({e.experiment_id for e in found.values()}) == 6
+    commit = dataset_hub.commit("org/name")
+    assert found["org--name"].dataset_source == found["org--name"].path == f"hf://datasets/org/name@{commit}:train"
+    assert found["org--name--test"].dataset_source == f"hf://datasets/org/name@{commit}:test"
+    assert "its owner has to give access" in found["org--gated"].error
+    assert found["data_a"].dataset_source == ""
+
+
+def test_a_run_of_nothing_but_what_the_hub_does_not_give_ends_before_it_begins(options, dataset_hub):
+    config = load_config(**options, dataset=("hf://datasets/org/nothing", "hf://datasets/org/none"))
+    chunk, places = find_files(config)
+    assert chunk == "datasets"
+    with pytest.raises(UserError, match="org/nothing: no such dataset on the hub, or a private one"):
+        make_plan(config, places, chunk)
+
+
+def test_one_dataset_of_the_hub_is_run_in_this_process(options, dataset_hub, tmp_path, capsys):
+    dataset_hub.add("org/name", {"en/train.jsonl": LINES, "fr/train.jsonl": LINES})
+    argv = [w for k, v in options.items() if k != "data_root" for w in (f"--{k.replace('_', '-')}", str(v))]
+    argv += ["--stages", "features", "--probe-steps", "0"]
+    assert call_command("experiment", ["hf://datasets/org/name/en", *argv]) == 0
+    row = load_results(tmp_path / "results" / "single").iloc[0]
+    assert row["dataset"] == "org--name--en"
+    assert row["dataset_source"] == f"hf://datasets/org/name@{dataset_hub.commit('org/name')}/en:train"
+    with pytest.raises(UserError, match="several configurations, en, fr") as caught:
+        call_command("experiment", ["hf://datasets/org/name", *argv])
+    assert "\n" not in str(caught.value)
 
 
 def test_salvage_costs_nothing_of_what_is_whole(options, tmp_path):

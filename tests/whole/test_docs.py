@@ -92,7 +92,8 @@ def test_values_are_those_that_the_batch_command_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in COMMANDS:
         if (words := command.raylora) and words[0] == "raylora.batch" and len(words) > 1:
-            assert load_config(words[1:]).chunk, command.text
+            config = load_config(words[1:])
+            assert config.chunk or config.dataset, command.text
 
 
 def test_commands_of_ray_are_those_that_it_has():
