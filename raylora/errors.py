@@ -68,6 +68,18 @@ class UserError(RayloraError, ValueError):
     kind = ErrorKind.USAGE
 
 
+class NoRepositoryError(UserError):
+    """The hub has no such dataset, or does not show it."""
+
+
+class NoRevisionError(UserError):
+    """A dataset of the hub has no such branch, tag or commit."""
+
+
+class NoFilesError(UserError):
+    """The repository holds no file of a dataset that is read here."""
+
+
 class MachineError(RayloraError):
     """This machine cannot do the work, and another one may: the data is not the cause."""
 

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from raylora.data.columns import ColumnNames
 from raylora.data.dataset_files import FolderRecords
-from raylora.data.hub_splits import Choice, NoFilesError, check_complete, choose
+from raylora.data.hub_splits import Choice, check_complete, choose
 from raylora.data.record_stream import Record, in_bytes
-from raylora.errors import UserError, one_line, without_secrets
+from raylora.errors import NoFilesError, NoRepositoryError, NoRevisionError, UserError, one_line, without_secrets
 from raylora.storage.atomic import write_text
 from raylora.storage.hub_names import COMMIT, HubDataset
 
@@ -98,12 +98,12 @@ def find_files(place: HubDataset) -> HubFiles:
     """
     try:
         return _find_files(place)
-    except _NoRepositoryError:
+    except NoRepositoryError:
         if (other := place.canonical) is None:
             raise
     try:
         return _find_files(other)
-    except _NoRepositoryError:
+    except NoRepositoryError:
         raise _no_repository(place) from None
 
 
@@ -134,7 +134,7 @@ def _converted(place: HubDataset, why: str) -> tuple[str, dict[str, int], Choice
         commit = _commit_of(branch)
         tree = _tree_of(branch, commit)
         return commit, tree, choose(tree, None, place.config, place.split_name)
-    except (NoFilesError, _NoRevisionError, _NoRepositoryError):
+    except (NoFilesError, NoRevisionError, NoRepositoryError):
         text = f"{place}: {why}, and the hub has made no Parquet of it; code that comes with a dataset is not run"
         raise UserError(text) from None
     except UserError as error:
@@ -145,16 +145,8 @@ def _converted(place: HubDataset, why: str) -> tuple[str, dict[str, int], Choice
 # What the hub says
 
 
-class _NoRepositoryError(UserError):
-    pass
-
-
-class _NoRevisionError(UserError):
-    pass
-
-
 def _no_repository(place: HubDataset) -> UserError:
-    return _NoRepositoryError(
+    return NoRepositoryError(
         f"{place}: no such dataset on the hub, or a private one: check the name; for a private one set HF_TOKEN to a "
         "token that may read it"
     )
@@ -191,7 +183,7 @@ def _problem(place: HubDataset, error: BaseException) -> UserError:
     if isinstance(error, errors.RepositoryNotFoundError):
         return _no_repository(place)
     if isinstance(error, errors.RevisionNotFoundError):
-        return _NoRevisionError(f"{place}: no revision {place.revision or 'main'}: give a branch, a tag or a commit")
+        return NoRevisionError(f"{place}: no revision {place.revision or 'main'}: give a branch, a tag or a commit")
     if isinstance(error, errors.EntryNotFoundError):
         return UserError(f"{place}: the hub does not give a file that it lists: {one_line(error)}")
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0

@@ -16,7 +16,7 @@ from typing import Any
 from fsspec.utils import glob_translate
 
 from raylora.data.dataset_files import JSON, KINDS, LINES, METADATA, kind_of, natural_order, split_of, standard_split
-from raylora.errors import UserError
+from raylora.errors import NoFilesError, UserError
 
 TRAIN = "train"
 MAX_SHOWN = 12
@@ -24,10 +24,6 @@ MAX_SHOWN = 12
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\b.*")
 _CONVERTED = re.compile(r"\d{4}\.parquet")
 """A file of the hub's own conversion, ``config/split/0000.parquet``."""
-
-
-class NoFilesError(UserError):
-    """The repository holds no file of a dataset that is read here."""
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,6 @@ def most_at_once(notes: list[dict]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_worker_has_two_gpus_of_its_own(ray_with_gpus, tmp_path):
     notes = lodgings(tmp_path, 2)
     of_processes = {note["process"]: note["gpus"] for note in notes}

@@ -54,7 +54,8 @@ def test_an_output_that_cannot_be_made_is_one_line(adapter_folder, tmp_path):
         call_command("merge", [str(adapter_folder), "--output", str(tmp_path / "file" / "merged")])
 
 
-@pytest.mark.parametrize("kill", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_leaves_no_half_model(adapter_folder, tmp_path, kill):
     """It is killed while it writes, as soon as there is anything on the disk."""
     slow = (
