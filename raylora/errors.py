@@ -68,6 +68,21 @@ class UserError(RayloraError, ValueError):
     kind = ErrorKind.USAGE
 
 
+class HubError(RayloraError):
+    """A push failed. The text is one line; ``of_all``: no other repository can be pushed to either."""
+
+    def __init__(self, text: str, of_all: bool = False) -> None:
+        super().__init__(text, of_all)
+        self.text, self.of_all = text, of_all
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class FooterError(ValueError):
+    """What should be the footer of a Parquet file is none, or a damaged one."""
+
+
 class NoRepositoryError(UserError):
     """The hub has no such dataset, or does not show it."""
 

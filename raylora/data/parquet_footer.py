@@ -10,14 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from raylora.errors import FooterError
+
 BYTE_ARRAY = 6
 """Of the enumeration ``Type``."""
 MAX_FOOTER = 256 << 20
 _MAX_DEPTH = 32
-
-
-class FooterError(ValueError):
-    """It is none, or a damaged one."""
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raylora.errors import RayloraError, one_line
+from raylora.errors import HubError, RayloraError, one_line
 from raylora.experiment.workbench import at_hand
 from raylora.model.sources import hub_model_of, name_of_folder, resolve_model
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.run.model_card import card_of, shared_config
-from raylora.storage.hub import MAX_NAME, HubError, push_files, repository_url
+from raylora.storage.hub import MAX_NAME, push_files, repository_url
 
 PATIENCE = 1800.0
 """Seconds that a run waits at its end for the next push to finish."""

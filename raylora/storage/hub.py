@@ -9,23 +9,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from raylora.errors import RayloraError, UserError, one_line
+from raylora.errors import HubError, UserError, one_line
 
 MAX_NAME = 96
 """Characters of a repository's name on the hub, without its owner."""
 ROOM = 24
 """Of these, what is kept for a dataset's name at least."""
-
-
-class HubError(RayloraError):
-    """A push failed. The text is one line; ``of_all``: no other repository can be pushed to either."""
-
-    def __init__(self, text: str, of_all: bool = False) -> None:
-        super().__init__(text, of_all)
-        self.text, self.of_all = text, of_all
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def check_push(option: str, repository: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raylora.errors import UserError
-from raylora.storage.hub import HubError, check_push, push_files
+from raylora.errors import HubError, UserError
+from raylora.storage.hub import check_push, push_files
 from tests.helpers.hub import TOKEN
 
 
