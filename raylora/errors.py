@@ -79,10 +79,6 @@ class HubError(RayloraError):
         return self.text
 
 
-class FooterError(ValueError):
-    """What should be the footer of a Parquet file is none, or a damaged one."""
-
-
 class NoRepositoryError(UserError):
     """The hub has no such dataset, or does not show it."""
 

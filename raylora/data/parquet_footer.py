@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from raylora.errors import FooterError
-
 BYTE_ARRAY = 6
 """Of the enumeration ``Type``."""
 MAX_FOOTER = 256 << 20
@@ -47,19 +45,19 @@ def read_footer(file: Any, size: int) -> list[RowGroup]:
     """The row groups of a Parquet file of ``size`` bytes.
 
     Raises:
-        FooterError: it has no footer that can be read.
+        ValueError: it has no footer that can be read.
     """
     file.seek(max(0, size - 8))
     tail = file.read(8)
     length = int.from_bytes(tail[:4], "little")
     if len(tail) < 8 or tail[4:] != b"PAR1" or length > min(size - 8, MAX_FOOTER):
-        raise FooterError("it has no footer: it breaks off, or is no Parquet file")
+        raise ValueError("it has no footer: it breaks off, or is no Parquet file")
     file.seek(size - 8 - length)
     try:
         footer = _Reader(file.read(length)).struct()
         return [_row_group(values) for values in footer.get(4, [])]
     except (IndexError, KeyError, TypeError, ValueError, AttributeError):
-        raise FooterError("its footer is damaged") from None
+        raise ValueError("its footer is damaged") from None
 
 
 def _row_group(values: dict[int, Any]) -> RowGroup:
@@ -71,7 +69,7 @@ def _column(values: dict[int, Any]) -> Column:
     path = ".".join(part.decode("utf-8", "replace") for part in values[3])
     num_values, stored, unpacked = (int(values[number]) for number in (5, 7, 6))
     if min(num_values, stored, unpacked) < 0:
-        raise FooterError("its footer is damaged")
+        raise ValueError("its footer is damaged")
     return Column(path, values[1] == BYTE_ARRAY, num_values, stored, unpacked, has_dictionary=11 in values)
 
 
@@ -93,7 +91,7 @@ class _Reader:
             if byte < 0x80:
                 return result
             shift += 7
-        raise FooterError("a number without an end")
+        raise ValueError("a number without an end")
 
     def _signed(self) -> int:
         number = self._number()
@@ -109,7 +107,7 @@ class _Reader:
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth > _MAX_DEPTH:
-            raise FooterError("nested too deeply")
+            raise ValueError("nested too deeply")
         if kind in {1, 2, 3}:  # in lists true and false take a byte
             return self._byte()
         if kind in {4, 5, 6}:
@@ -118,7 +116,7 @@ class _Reader:
             length = 8 if kind == 7 else self._number()
             self._pos += length
             if self._pos > len(self._data):
-                raise FooterError("it breaks off")
+                raise ValueError("it breaks off")
             return self._data[self._pos - length : self._pos]
         if kind in {9, 10}:
             head = self._byte()
@@ -126,7 +124,7 @@ class _Reader:
             return [self._item(head & 0x0F, depth) for _ in range(number)]
         if kind == 12:
             return self.struct(depth + 1)
-        raise FooterError("a value of no known type")
+        raise ValueError("a value of no known type")
 
     def _item(self, kind: int, depth: int) -> Any:
         return self._value(kind, depth + 1)
