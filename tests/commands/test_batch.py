@@ -29,7 +29,7 @@ BAD_FILES = {
     "bad_keys.json": b'[{"foo": "bar"}]',
     "bad_list.json": b"[]",
     "bad_number.json": b"42",
-    "bad_records.jsonl": b'{"question": "", "answer": "a"}\n{"question": 3, "answer": "a"}\n',
+    "bad_records.jsonl": b'{"question": "", "answer": "a"}\n{"question": null, "answer": "a"}\n',
     "bad_text.json": b"question,answer\n",
     "bad_turns.json": b'[{"messages": [{"role": "user", "content": "hello?"}]}]',
 }
