@@ -22,7 +22,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raylora.config import Method, ModelOptions, Scoring
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions, Scoring
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.scoring import answer_together, evaluate
 from raylora.model.adapters import LoadedModel

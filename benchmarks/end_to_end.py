@@ -28,7 +28,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import common
-from raylora.config import FeatureOptions, Method
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions
 from raylora.mmlu.questions import load_questions, select_questions
 from raylora.mmlu.scoring import load_score
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from benchmarks import common
 from benchmarks.load import make_records
-from raylora.config import FeatureOptions, Method
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example
 from raylora.features.pipeline import extract_features

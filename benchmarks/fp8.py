@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from raylora.config import Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example
 from raylora.model.adapters import LoadedModel

@@ -27,7 +27,7 @@ from benchmarks import common
 from benchmarks.end_to_end import STAGES
 from benchmarks.mmlu import Shots, Way, best_harness, choose, encode, raylora_way
 from benchmarks.training import cost, fastest_of_trl, run_padded, run_trl
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example, labels_of
 from raylora.errors import UserError, one_line

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from raylora.config import Config, load_config
+from raylora.config.run import Config, load_config
 from raylora.data.datasets import list_dataset_files, read_dataset, survey
 from raylora.errors import UserError
 from raylora.experiment.story import run_experiment

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from raylora.config import Scoring
+from raylora.config.options import Scoring
 from raylora.errors import UserError, one_line
 from raylora.mmlu.prompts import EncodedQuestion, build_shots, cloze_prompt, encode_questions, harness_prompt
 from raylora.mmlu.questions import load_questions, select_questions

@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.mmlu import LOGPROBS, choose
-from raylora.config import Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example
 from raylora.mmlu.prompts import encode_questions

@@ -24,7 +24,7 @@ from benchmarks import common
 from raylora.cluster.ray_run import run_experiments
 from raylora.cluster.retries import RetryingExecutor, WorkerCalls
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
-from raylora.config import Config, load_config
+from raylora.config.run import Config, load_config
 from raylora.errors import NodeLostError, WorkerFailedError
 from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
 from raylora.rows import ROW_COLUMNS, make_row

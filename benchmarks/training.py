@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import EncodedExample, encode_example, labels_of
 from raylora.model import memory

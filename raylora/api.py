@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raylora.config import MASKED, Config, EvaluationConfig, Method, ModelOptions, load_config
-from raylora.config_sources import load_settings
+from raylora.config.method import Method
+from raylora.config.options import MASKED, ModelOptions
+from raylora.config.run import Config, EvaluationConfig, load_config
+from raylora.config.sources import load_settings
 from raylora.console import make_console
 from raylora.data import datasets
 from raylora.data.columns import check_columns

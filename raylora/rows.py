@@ -10,7 +10,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-from raylora.config import Config, Method
+from raylora.config.method import Method
+from raylora.config.run import Config
 from raylora.errors import ErrorKind, UserError, one_line, reason
 from raylora.records import Experiment, ResultRow
 from raylora.storage.places import check_regular, location, reading

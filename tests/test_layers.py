@@ -25,7 +25,6 @@ LAYERS = (
     ("data",),
     ("rows",),
     ("config",),
-    ("config_sources",),
     ("storage",),
     ("records",),
     ("errors", "console", "work_counts"),

@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from benchmarks import common
 from benchmarks.simulations.rate import Rate
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.datasets import read_dataset, sample_examples
 from raylora.data.encoding import encode_each
 from raylora.mmlu.paired import ALPHA, change_interval, mcnemar

@@ -39,7 +39,7 @@ from raylora.cluster.status import Status, StatusBoard
 from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker import Worker, check_gpu
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, workers_on
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.errors import (
     CannotGoOnError,
     ClusterLostError,

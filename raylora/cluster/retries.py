@@ -15,7 +15,7 @@ from typing import Any
 
 from raylora.cluster.failures import store_failure
 from raylora.cluster.worker_pool import PoolWorker, WorkerPlace, WorkerPool
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.errors import (
     CannotGoOnError,
     ErrorKind,

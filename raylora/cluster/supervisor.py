@@ -13,7 +13,7 @@ from raylora.cluster.metrics import RunMeter
 from raylora.cluster.retries import RetryingExecutor, WorkerCalls
 from raylora.cluster.status import Status
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPool
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.errors import CannotGoOnError
 from raylora.records import Experiment
 from raylora.storage.store import Store

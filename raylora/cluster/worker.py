@@ -12,7 +12,7 @@ from typing import Any
 
 from raylora.cluster.metrics import WorkerMeter, title
 from raylora.cluster.status import WorkerProgress
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.errors import ErrorKind, MachineError, OutOfMemoryError, one_line
 from raylora.model.memory import is_out_of_memory
 from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow

@@ -9,7 +9,8 @@ import sys
 
 from rich.console import Console
 
-from raylora.config import DEMO, Config
+from raylora.config.options import DEMO
+from raylora.config.run import Config
 from raylora.console import make_console, print_notes
 from raylora.data import datasets
 from raylora.errors import UserError

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from raylora.commands.options import FeaturesConfig
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.console import clock, make_console, print_notes
 from raylora.data.datasets import list_dataset_files
 from raylora.errors import UserError

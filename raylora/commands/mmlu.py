@@ -23,7 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from raylora.commands.options import MmluConfig
-from raylora.config import MASKED
+from raylora.config.options import MASKED
 from raylora.console import make_console, print_notes
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.mmlu.evaluator import Evaluator, Unscored, check_prompt_style, note_on_thinking

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, CliVariadicArg, NoDecode, SettingsConfigDict
 
-from raylora.config import TARGETS, Config, EvaluationConfig
-from raylora.config_sources import Settings, split_commas
+from raylora.config.run import TARGETS, Config, EvaluationConfig
+from raylora.config.sources import Settings, split_commas
 from raylora.storage.hub_names import DatasetLocation
 from raylora.storage.places import Location
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylora.commands.options import RankConfig
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.console import make_console, print_notes
 from raylora.errors import UserError
 from raylora.planning.plan import Plan, find_files, make_plan

@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from raylora import __version__
 from raylora.commands import options
-from raylora.config import CommonOptions, Config
-from raylora.config_sources import OptionParser, Settings, settings_from_command
+from raylora.config.run import CommonOptions, Config
+from raylora.config.sources import OptionParser, Settings, settings_from_command
 from raylora.errors import MachineError, RemoteError, StoppedError, UserError
 
 

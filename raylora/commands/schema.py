@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from raylora.commands.options import SchemaConfig
-from raylora.config import Config
+from raylora.config.run import Config
 
 
 def run(config: SchemaConfig) -> int:

@@ -25,7 +25,7 @@ from datetime import UTC, date, datetime, time
 from string import ascii_letters
 from typing import Any
 
-from raylora.config import TEMPLATE_DATE, ModelOptions
+from raylora.config.options import TEMPLATE_DATE, ModelOptions
 from raylora.records import Example
 
 LAST_ALIAS = 0x10FFFD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.experiment.helping import help_experiment
 from raylora.experiment.story import run_experiment
 from raylora.experiment.together import ask_together, train_together

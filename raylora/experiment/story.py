@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raylora.config import MASKED, FeatureOptions, method_of
+from raylora.config.options import MASKED, FeatureOptions
+from raylora.config.run import method_of
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.transfer import measure_transfer

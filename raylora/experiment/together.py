@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from raylora.config import method_of
+from raylora.config.run import method_of
 from raylora.errors import MachineError, UserError
 from raylora.experiment.helping import score_key_of
 from raylora.experiment.workbench import Workbench, at_hand, attach_job, keep_adapter, load_planned_dataset, log_file

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import pandas as pd
 import torch
 
-from raylora.config import Config, method_of
+from raylora.config.run import Config, method_of
 from raylora.data import datasets
 from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.data.held_out import leave_out

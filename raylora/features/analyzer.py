@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import IGNORE_INDEX, encode_example
 from raylora.data.template_check import held_to_template

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raylora.config import FeatureOptions, Method
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions
 from raylora.data.datasets import sample_examples
 from raylora.data.template_check import held_to_template
 from raylora.features.analyzer import HyperParams

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import EncodedExample
 from raylora.errors import UserError
 from raylora.features.observer import ProbeObserver, global_norm

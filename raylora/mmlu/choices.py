@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raylora.config import ClozePer, Scoring
+from raylora.config.options import ClozePer, Scoring
 from raylora.data.encoding import IGNORE_INDEX, pad_token_of
 from raylora.errors import ErrorKind, UserError
 from raylora.mmlu.answers import max_new_tokens, parse_answer, write_answers

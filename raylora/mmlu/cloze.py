@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raylora.config import ClozePer
+from raylora.config.options import ClozePer
 from raylora.mmlu.prompts import EncodedQuestion
 from raylora.mmlu.questions import LETTERS
 

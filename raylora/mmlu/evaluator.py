@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from raylora.config import EvaluationConfig, ModelOptions
+from raylora.config.options import ModelOptions
+from raylora.config.run import EvaluationConfig
 from raylora.errors import ErrorKind, MachineError, UserError, one_line
 from raylora.mmlu.answers import max_new_tokens
 from raylora.mmlu.journal import Journal

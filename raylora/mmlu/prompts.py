@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylora.config import Scoring
+from raylora.config.options import Scoring
 from raylora.data.chat import render_chat
 from raylora.data.rendered import common_prefix_length
 from raylora.data.rendering import special_tokens_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylora.config import DEMO, MASKED, EvaluationConfig, MmluOptions, ModelOptions
+from raylora.config.options import DEMO, MASKED, MmluOptions, ModelOptions
+from raylora.config.run import EvaluationConfig
 from raylora.errors import ErrorKind, UserError, errors_are
 from raylora.mmlu.mask import find_masked
 from raylora.mmlu.prompts import Thinking, build_shots

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from raylora.config import ClozePer, Scoring
+from raylora.config.options import ClozePer, Scoring
 from raylora.errors import one_line
 from raylora.mmlu.batches import Part, batches_of, divide, in_turn
 from raylora.mmlu.choices import Asked, Asker, Read, asker_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import EncodedExample, pad_token_of
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import memory, targets

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, labels_of
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.model.memory import CPU_TOKEN_BUDGET

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.data.rendering import set_rendering
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapters import LoadedModel

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from raylora.config import Method
-from raylora.config_sources import patterns_by_name
+from raylora.config.method import Method
+from raylora.config.sources import patterns_by_name
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.model import targets
 from raylora.model.adapter_files import check_adapter, note_on_base, tensor_names

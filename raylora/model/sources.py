@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from raylora.config import DEMO
+from raylora.config.options import DEMO
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.records import digest
 from raylora.storage.atomic import write_text

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from raylora.config import ALL_LINEAR, AUTO, LORA_TARGETS
+from raylora.config.method import ALL_LINEAR, AUTO, LORA_TARGETS
 from raylora.errors import ErrorKind, UserError, one_line
 
 log = logging.getLogger("raylora")

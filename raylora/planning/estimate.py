@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from raylora.config import Config, FeatureOptions, Method, Stage
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions
+from raylora.config.run import Config, Stage
 from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
 from raylora.data.rendered import TemplateCounts

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.errors import UserError
 from raylora.model.device import compute_dtype
 from raylora.model.fp8 import CAPABILITY, no_fp8

@@ -10,7 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from raylora.config import AUTO, LORA_TARGETS, Config, FeatureOptions, Method
+from raylora.config.method import AUTO, LORA_TARGETS, Method
+from raylora.config.options import FeatureOptions
+from raylora.config.run import Config
 from raylora.data import datasets
 from raylora.data.columns import check_columns
 from raylora.errors import ErrorKind, UserError

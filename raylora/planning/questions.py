@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raylora.config import Scoring
+from raylora.config.options import Scoring
 from raylora.data.rendered import common_prefix_length
 from raylora.mmlu.prompts import cloze_prompt, harness_prompt
 from raylora.mmlu.question_set import QuestionSet

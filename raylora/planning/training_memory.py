@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model.forward import GPU_LOGITS
 from raylora.model.lora_config import TAKES_PARTS
 from raylora.planning.hardware import Hardware

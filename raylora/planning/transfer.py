@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raylora.config import Config, method_of
+from raylora.config.run import Config, method_of
 from raylora.data.held_out import LEFT_OUT_SHARE, MAX_LEFT_OUT, count_left_out
 from raylora.experiment.held_out import Column
 from raylora.planning.estimate import Estimator

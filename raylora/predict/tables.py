@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raylora.config import TARGETS, Method
+from raylora.config.method import Method
+from raylora.config.run import TARGETS
 from raylora.errors import UserError
 from raylora.rows import PROBE_NAMES, STATIC_COLUMNS, STATIC_NAMES, name_of_first
 

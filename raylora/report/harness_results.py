@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from raylora import __version__
-from raylora.config import DEMO
+from raylora.config.options import DEMO
 from raylora.mmlu.questions import SUBJECT_GROUPS
 from raylora.mmlu.statistics import accuracies_of
 from raylora.records import ResultRow

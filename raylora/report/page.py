@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from rich.console import Console
 
-from raylora.config import Config
+from raylora.config.run import Config
 from raylora.report import findings
 from raylora.report.outcomes import outcomes
 from raylora.report.power import power_of_run

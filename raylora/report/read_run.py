@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.errors import UserError
 from raylora.storage.atomic import read_json
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.mmlu.paired import ALPHA, mcnemar
 from raylora.mmlu.seeds import ChangeOverSeeds, change_over_seeds
 from raylora.report.read_run import Answers, FinishedRun, answers_of, read_base

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from raylora import __version__
-from raylora.config import Method, MmluOptions, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import MmluOptions, ModelOptions
 from raylora.model.sources import HubModel
 from raylora.records import ResultRow
 from raylora.report.harness_results import FURTHER_SET

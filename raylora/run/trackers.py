@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pandas as pd
 from rich.console import Console
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.planning.plan import Plan
 from raylora.records import ResultRow
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import EncodedExample, labels_of, lengths_of, pad_token_of, supervised_counts
 from raylora.errors import PartialInputError
 from raylora.model.adapter_products import check_may_share

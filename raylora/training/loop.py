@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import EncodedExample, lengths_of
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.model.adapters import LoadedModel

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.errors import TrainingDivergedError
 from raylora.model.fetching import Fetched
 from raylora.training.gradients import Observer, Step, StepGradient

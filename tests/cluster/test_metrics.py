@@ -59,7 +59,7 @@ def test_names_say_the_unit_and_labels_stay_few():
 
 
 def test_the_tally_counts_questions_tokens_and_backoffs(loaded, tokenizer):
-    from raylora.config import Method
+    from raylora.config.method import Method
     from raylora.data.encoding import encode_each
     from raylora.training.loop import train_adapter
 

@@ -17,7 +17,7 @@ import ray
 
 from raylora import load_dataset, load_results
 from raylora.cluster.ray_run import RunHandle, run_experiments
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.errors import CannotGoOnError, UserError
 from raylora.records import Experiment, ProgressStage, ResultRow
 from raylora.rows import ROW_COLUMNS, make_row

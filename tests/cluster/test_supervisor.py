@@ -13,7 +13,7 @@ import ray.util.metrics
 from raylora.cluster.status import Status, WorkerProgress
 from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker_pool import Capacity, PoolWorker
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.errors import ErrorKind, MachineFailedError, WorkerFailedError
 from raylora.storage.store import Store
 from tests.helpers.pool import PLACES, make_experiment

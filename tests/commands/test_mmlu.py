@@ -19,7 +19,7 @@ from raylora import evaluate_mmlu
 from raylora.commands import mmlu
 from raylora.commands.mmlu import Evaluated, print_tables, summary_of
 from raylora.commands.options import MmluConfig
-from raylora.config_sources import load_settings
+from raylora.config.sources import load_settings
 from raylora.mmlu.scoring import load_score
 from raylora.records import Score
 from tests.helpers.adapters import make_qwen2, save_kind

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from raylora.commands.run_command import PROGRAM, Command, Group
-from raylora.config_sources import POSITIONAL, Settings, load_settings
+from raylora.config.sources import POSITIONAL, Settings, load_settings
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 CANDIDATES = ("some/place", "2", "0.5", "4", "100", "accuracy_change", "results/a", '{"cpu": "1GiB"}')

@@ -19,7 +19,7 @@ from tests.helpers.predictors import fitted, fitted_to_noise, make_noise, make_t
 
 def test_the_output_of_runs_is_not_that_of_predictors(monkeypatch, tmp_path):
     from raylora.commands.options import FitConfig, PredictConfig
-    from raylora.config_sources import load_settings
+    from raylora.config.sources import load_settings
 
     monkeypatch.setenv("RAYLORA_OUTPUT", str(tmp_path))
     assert load_settings(FitConfig, ["table.csv"], "fit").output == Path("results/predictor")

@@ -13,8 +13,8 @@ import pytest
 
 from raylora.commands.options import RankConfig
 from raylora.commands.rank import next_command, print_ranking
-from raylora.config import Config, load_config
-from raylora.config_sources import load_settings
+from raylora.config.run import Config, load_config
+from raylora.config.sources import load_settings
 from raylora.console import make_console
 from raylora.predict.ranking import rank
 from tests.helpers.feature_rows import make_records

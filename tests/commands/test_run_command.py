@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from raylora.commands.run_command import COMMANDS, PROGRAM, program, run_command
-from raylora.config import Config, load_config
+from raylora.config.run import Config, load_config
 from raylora.console import make_console
 from raylora.errors import MachineError, RemoteError, StoppedError, UserError
 from raylora.run.interrupts import Interrupts, exit_on_sigterm
@@ -127,7 +127,7 @@ def test_ctrl_c_before_anything_runs_is_one_line(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raylora.config_sources.OptionParser.parse", interrupted)
+    monkeypatch.setattr("raylora.config.sources.OptionParser.parse", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_command("batch", [])
     assert stop.value.code == 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.data.columns import check_columns
 from raylora.data.datasets import read_dataset
 from raylora.errors import UserError

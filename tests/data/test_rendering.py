@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.data.chat import render_chat
 from raylora.data.encoding import encode_each, encode_example, encode_with_offsets
 from raylora.data.rendering import Rendering, rendering_of, set_rendering, special_tokens_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.errors import ErrorKind, MachineError
 from raylora.experiment.runner import ExperimentRunner
 from raylora.experiment.story import run_experiment

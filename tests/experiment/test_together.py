@@ -11,7 +11,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.errors import BaseChangedError
 from raylora.experiment.story import run_experiment
 from raylora.experiment.together import ask_together, train_together

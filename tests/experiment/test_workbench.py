@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.data.encoding import lengths_of
 from raylora.errors import BaseChangedError

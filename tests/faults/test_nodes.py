@@ -17,7 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.features.measure import answers_alone, make_item, mean_directions, measure_all, sentence_slices
 from raylora.features.static import as_dataset
 from raylora.model.device import waiting_is_refused

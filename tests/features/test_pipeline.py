@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from raylora import DynamicProbeAnalyzer, FeatureExtractionPipeline, HyperParams
-from raylora.config import FeatureOptions, Method
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions
 from raylora.data.datasets import sample_examples
 from raylora.features import static
 from raylora.features.pipeline import extract_features

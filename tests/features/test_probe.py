@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylora import DynamicProbeAnalyzer, HyperParams
-from raylora.config import FeatureOptions, Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions, ModelOptions
 from raylora.data.datasets import sample_examples
 from raylora.data.encoding import encode_example
 from raylora.errors import UserError

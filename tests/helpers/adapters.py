@@ -10,7 +10,7 @@ import peft
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model.adapters import LoadedModel
 from tests.helpers.tiny import tiny_config
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.planning.plan import Plan, find_files, make_plan
 from raylora.run.execute import run_plan

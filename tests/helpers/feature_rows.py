@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from raylora.config import FeatureOptions, Method
+from raylora.config.method import Method
+from raylora.config.options import FeatureOptions
 from raylora.features.pipeline import extract_features
 from raylora.features.static import as_dataset
 

@@ -132,7 +132,7 @@ def reference_questions(shared: Path) -> tuple[list[Question], dict[str, list[Qu
 @contextmanager
 def fixed_adapter(loaded: Any) -> Iterator[None]:
     """An adapter that moves every layer, with weights from numpy's legacy generator: the same wherever it is made."""
-    from raylora.config import Method
+    from raylora.config.method import Method
 
     parameters = loaded.attach(Method(lora_dropout=0.0), seed=0)
     random = np.random.RandomState(0)
@@ -163,7 +163,7 @@ def main() -> None:
     import tempfile
     from contextlib import nullcontext
 
-    from raylora.config import ModelOptions
+    from raylora.config.options import ModelOptions
     from raylora.model.loading import load_model
 
     shared = Path(os.environ.get("RAYLORA_SHARED_DATA", "../shared/data"))

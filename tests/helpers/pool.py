@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from raylora.cluster.retries import RetryingExecutor, WorkerCalls
 from raylora.cluster.worker_pool import Capacity, PoolWorker, WorkerPlace, WorkerPool
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.records import Experiment
 from raylora.storage.store import Store
 

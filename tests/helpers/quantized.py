@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model.adapter_weights import plain_weight
 from tests.helpers.tiny import load
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raylora.config import Config, load_config
+from raylora.config.run import Config, load_config
 from raylora.errors import ErrorKind
 from raylora.experiment.transfer import cell_of, transfer_values
 from raylora.mmlu.questions import LETTERS, SUBJECT_GROUPS

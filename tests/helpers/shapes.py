@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.planning.hardware import Hardware, Kernels
 from raylora.planning.shape import Shape, shape_of
 

@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from raylora.config import Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import load_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.records import Example, Message
 from raylora.training.gradients import GradientAccumulator, Job
 

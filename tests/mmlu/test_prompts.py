@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.data.rendered import common_prefix_length
 from raylora.data.rendering import set_rendering
 from raylora.errors import UserError

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from raylora.config import EvaluationConfig
-from raylora.config_sources import load_settings
+from raylora.config.run import EvaluationConfig
+from raylora.config.sources import load_settings
 from raylora.mmlu.question_set import DEMO_QUESTIONS, load_question_set
 from raylora.mmlu.questions import SUBJECT_GROUPS, load_questions
 from tests.helpers.objects import BUCKET

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.data.encoding import encode_example, labels_of
 from raylora.errors import TrainingDivergedError, UserError
 from raylora.model import memory

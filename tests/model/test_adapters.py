@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import encode_example
 from raylora.errors import UserError
 from raylora.model.adapters import LoadedModel

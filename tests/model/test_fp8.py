@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylora.config import Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions
 from raylora.errors import UserError
 from raylora.model.adapter_weights import plain_weight
 from raylora.model.fp8 import Fp8Linear, check_fp8, make_fp8

@@ -12,7 +12,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model.adapter_weights import plain_weight
 from raylora.model.int8 import WeightOnlyLinear, make_weight_only, scales_of
 from raylora.model.kernels import dequantize_int8

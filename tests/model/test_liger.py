@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama import modeling_llama
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model.liger import use_liger
 from raylora.model.packing import can_pack
 from tests.helpers.tiny import make_tokenizer, tiny_config

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raylora.api import evaluate_mmlu_with_model
-from raylora.config import Method, load_config
+from raylora.config.method import Method
+from raylora.config.run import load_config
 from raylora.errors import UserError
 from raylora.model.loading import as_loaded, borrowed, uses_llm_int8
 from raylora.planning.plan import make_plan

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raylora.config import LATER, Method
+from raylora.config.method import LATER, Method
 from raylora.data.encoding import IGNORE_INDEX, encode_example, labels_of
 from raylora.errors import UserError
 from raylora.model.lora_config import adapted_with, check_options, going_on

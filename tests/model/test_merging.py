@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.errors import UserError
 from raylora.model.adapter_files import adapter_in
 from raylora.model.merging import merge

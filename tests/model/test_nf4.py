@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model.frozen import frozen_layer
 from raylora.model.nf4 import WeightOnly4bit, dequantize, make_weight_only
 from tests.helpers.quantized import assert_is_float_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.model import onednn
 from raylora.model.adapters import LoadedModel
 from raylora.model.onednn import onednn_linears

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from raylora.config import LORA_TARGETS, Method
+from raylora.config.method import LORA_TARGETS, Method
 from raylora.data.encoding import encode_example, labels_of
 from raylora.errors import UserError
 from raylora.model.adapters import LoadedModel

@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from raylora.config import LORA_TARGETS, ModelOptions, load_config
+from raylora.config.method import LORA_TARGETS
+from raylora.config.options import ModelOptions
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.data.encoding import EncodedExample
 from raylora.data.examples import count_chars

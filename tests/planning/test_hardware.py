@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.errors import UserError
 from raylora.planning import hardware
 

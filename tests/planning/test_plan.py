@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from raylora.commands.run_command import call_command
-from raylora.config import LORA_TARGETS, load_config
+from raylora.config.method import LORA_TARGETS
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.errors import ErrorKind, UserError
 from raylora.mmlu.power import power_line
@@ -229,7 +230,7 @@ def test_a_grid_that_says_a_value_twice_runs_it_once(tmp_path, tiny_model_folder
 def test_a_server_that_is_gone_is_one_line(objects, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     script = (
-        "from raylora.config import load_config\nfrom raylora.planning.plan import find_files\n"
+        "from raylora.config.run import load_config\nfrom raylora.planning.plan import find_files\n"
         f"find_files(load_config(data_root='s3://{BUCKET}/data', chunk='chunk_1'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.mmlu.prompts import encode_questions
 from raylora.mmlu.question_set import QuestionSet
 from raylora.model.graphs import fixed_size

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from raylora import __version__
 from raylora.commands.run_command import call_command
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.errors import UserError
 from raylora.model.sources import HubModel, hub_model_of

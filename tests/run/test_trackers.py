@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.errors import UserError
 from raylora.planning import plan

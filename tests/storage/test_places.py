@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylora import errors, rows
-from raylora.config import EvaluationConfig, load_config
-from raylora.config_sources import load_settings
+from raylora.config.run import EvaluationConfig, load_config
+from raylora.config.sources import load_settings
 from raylora.data.datasets import read_dataset
 from raylora.errors import UserError
 from raylora.mmlu.mask import find_masked

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from raylora.commands.run_command import call_command
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.errors import UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylora.config import Method
+from raylora.config.method import Method
 from raylora.data.encoding import StoredEncoded, encode_each, encode_example
 from raylora.errors import ErrorKind, TrainingDivergedError, UserError
 from raylora.mmlu.prompts import encode_questions

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.data.encoding import encode_example
 from raylora.errors import TrainingDivergedError
 from raylora.features.observer import ProbeObserver

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import common, end_to_end, gpu, mmlu
-from raylora.config import Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions
 from raylora.data.encoding import encode_example
 from raylora.errors import UserError
 from raylora.mmlu.prompts import encode_questions

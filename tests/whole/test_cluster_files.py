@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from tests.helpers import DATA, ROOT
 
 FOLDER = ROOT / "cluster"

@@ -13,7 +13,7 @@ import tomllib
 import pytest
 
 from raylora.commands.run_command import call_command
-from raylora.config import Config, load_config
+from raylora.config.run import Config, load_config
 from raylora.data.dataset_files import KINDS
 from raylora.data.datasets import read_dataset
 from raylora.data.record_forms import FORMS, SPEAKERS

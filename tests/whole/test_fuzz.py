@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.data.datasets import read_dataset
 from raylora.data.record_forms import FORMS
 from raylora.errors import UserError

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from raylora.config import Method, ModelOptions
+from raylora.config.method import Method
+from raylora.config.options import ModelOptions
 from raylora.data.encoding import encode_example
 from raylora.data.minibatch import Blocks
 from raylora.model.adapter_products import AdapterProducts, Span

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from raylora.cluster.metrics import METRICS, STATES
-from raylora.config import load_config
+from raylora.config.run import load_config
 from raylora.experiment.runner import ExperimentRunner
 from raylora.planning.plan import find_files, make_plan
 from tests.helpers import ROOT

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylora.commands.run_command import call_command
-from raylora.config import ModelOptions
+from raylora.config.options import ModelOptions
 from raylora.data.chat import render_chat
 from raylora.errors import UserError
 from raylora.model.loading import load_model, load_tokenizer

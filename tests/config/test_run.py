@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raylora.config import Config, Method, load_config
+from raylora.config.method import Method
+from raylora.config.run import Config, load_config
 from raylora.errors import UserError
 from tests.helpers import ROOT
 
@@ -169,7 +170,7 @@ def test_a_misspelt_variable_is_not_passed_over(monkeypatch, tmp_path):
 def test_a_command_without_a_model_does_not_mind_its_name_in_the_environment(monkeypatch, tmp_path):
     """``.env`` and MODEL_NAME are shared by all commands, also by those that load no model."""
     from raylora.commands.options import FitConfig
-    from raylora.config_sources import load_settings
+    from raylora.config.sources import load_settings
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL_NAME", "demo")
