@@ -183,6 +183,7 @@ def test_a_table_that_cannot_be_written_ends_the_run_with_its_own_error(ray_with
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_run_are_a_ray_dataset_again(ray_with_gpus, tmp_path):
     run = Run(tmp_path, seconds=0.0)
     with run.tables.permitted():

@@ -355,7 +355,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [n if n in {"dora", "whole"} else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+)
 def test_relatives_of_lora_are_scored_as_peft_has_them(options, tmp_path, tiny_model_folder, name):
     """With a plain experiment before and behind each, in one process: their numbers stay what they are alone."""
     from peft import PeftModel

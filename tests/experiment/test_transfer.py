@@ -210,6 +210,7 @@ def test_adapters_with_and_without_it_are_not_taken_for_each_other(done):
     assert other_seed.origins["train"]["held out"] != other.origins["train"]["held out"]
 
 
+@pytest.mark.slow
 def test_all_trainings_of_a_dataset_leave_the_same_out_and_share_one_column(done, tmp_path):
     options = {**done.options, "output": tmp_path / "out", "limit": 2, "grid": {"max_length": [64, 128]}, "repeats": 2}
     plan = planned(options, adapters_a_pass=4)

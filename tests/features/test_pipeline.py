@@ -122,8 +122,13 @@ def test_the_pipeline_that_users_know(tokenizer):
         [{"question": "Why?", "answer": "So."}] * 5,
         [{"question": "为什么?", "answer": "因为。所以是这样。"}, {"question": "لماذا؟", "answer": "لأن."}],
         [{"question": "🎉?", "answer": "🎉🎉"}, {"question": "?", "answer": "!"}],
-        [{"question": "x" * 1_000_000, "answer": "y " * 500}, {"question": "a", "answer": "b"}],
-        [{"question": "a", "answer": "y " * 500_000}, {"question": "a", "answer": "b"}],
+        pytest.param(
+            [{"question": "x" * 1_000_000, "answer": "y " * 500}, {"question": "a", "answer": "b"}],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [{"question": "a", "answer": "y " * 500_000}, {"question": "a", "answer": "b"}], marks=pytest.mark.slow
+        ),
         [{"question": "a", "answer": "Yes it is. " * 90_000}, {"question": "a", "answer": "b"}],
     ],
     ids=["one", "same", "scripts", "emoji", "long question", "long answer", "many sentences"],

@@ -174,6 +174,7 @@ def test_consistency_is_that_of_a_plain_loop(loaded, tokenizer):
     assert row["embedding_outlier_ratio"] is None, "of so few a forest finds outliers whatever they are"
 
 
+@pytest.mark.slow
 def test_outliers_are_those_of_several_forests_and_the_odd_ones_are_among_them():
     rng = np.random.default_rng(0)
     clean = rng.normal(1, 0.1, (60, 16))

@@ -19,6 +19,7 @@ def simulate(rng, num_seeds: int, num_questions: int, of_seeds: float, noise: fl
     return np.vstack([right - 1.0 * (margin > 0), norm.cdf(effects[-1] / noise) - (margin > 0)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_seeds", "of_seeds"), [(2, 0.2), (3, 0.05), (5, 0.2), (5, 0.02)])
 def test_the_interval_holds_what_a_fresh_seed_does_on_fresh_questions(num_seeds, of_seeds):
     rng, held = np.random.default_rng(0), 0

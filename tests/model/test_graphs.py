@@ -317,6 +317,7 @@ def test_a_loss_that_is_no_number_is_no_reason_to_give_captures_up(loaded, encod
     runner.restore()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ruined", range(3))
 def test_an_adapter_that_is_no_number_changes_no_other_in_replayed_passes(loaded, encoded, ruined):
     """Not by a weight of 0 either: 0 times NaN is NaN."""

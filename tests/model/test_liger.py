@@ -98,6 +98,7 @@ def test_a_kernel_that_differs_is_taken_out_again(monkeypatch, caplog):
     assert [torch.equal(a, b) for a, b in zip(results(model), expected, strict=True)] == [True, True]
 
 
+@pytest.mark.slow
 def test_packed_rows_adapters_and_hooks_go_with_it():
     from raylora.model.adapters import LoadedModel
 

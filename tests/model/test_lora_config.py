@@ -138,7 +138,9 @@ def test_gradients_and_logits_are_those_of_peft(biased_folder, name, quantizatio
     runner.restore()
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize(
+    "quantization", ["none", *(pytest.param(bits, marks=pytest.mark.slow) for bits in ("8bit", "4bit"))]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_trained_and_saved_loads_in_peft_and_leaves_the_base_as_it_was(
     biased_folder, tmp_path, name, quantization

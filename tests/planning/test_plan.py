@@ -113,6 +113,7 @@ def test_salvage_costs_nothing_of_what_is_whole(options, tmp_path):
     assert not after["cut"].error
 
 
+@pytest.mark.slow
 def test_at_a_terminal_the_chunks_are_listed_and_one_is_asked_for(options, tmp_path):
     write_dataset(tmp_path / "data" / "chunk_3", "data_of_three")
     write_dataset(tmp_path / "data" / "chunk_20", "data_of_twenty")

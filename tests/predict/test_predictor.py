@@ -89,6 +89,7 @@ def test_null_features_and_values_beyond_those_seen():
     assert ranking["error"].str.startswith("not measured").tolist() == [False] * 3 + [True] * 2
 
 
+@pytest.mark.slow
 def test_what_was_null_in_the_fit_may_be_null():
     seen = make_table(60, seed=1)
     seen.loc[::4, "base_model_perplexity"] = None

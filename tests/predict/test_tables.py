@@ -11,6 +11,7 @@ from raylora.rows import read_table
 from tests.helpers.predictors import TARGET, fitted, make_table
 
 
+@pytest.mark.slow
 def test_only_what_is_known_before_training_is_used():
     """Losses, seconds and scores come out of a training: a predictor that reads them predicts nothing."""
     used = set(fitted()[0].columns)

@@ -49,6 +49,7 @@ def test_rows_of_a_group_are_drawn_together():
     assert (counts[:, [0, 2, 6]].sum(axis=1) == 3).all()
 
 
+@pytest.mark.slow
 def test_noise_is_seldom_called_better_and_a_clear_signal_always():
     """In the long run 0.5 to 3.5% of tables; more than 4 of 60 would come of 5% in one case of 5."""
     assert sum(ridge_verdicts(20, share=0.0, num_tables=60)) <= 4

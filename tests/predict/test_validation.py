@@ -77,6 +77,7 @@ def test_coverage_is_counted_with_the_errors_of_other_folds():
     assert odd["0.5"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_feature_of_datasets_matters_where_each_fold_has_one_of_them():
     """Within a fold a shuffle would change nothing."""
     datasets = make_table(5, seed=5).drop(columns="status")

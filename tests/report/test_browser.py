@@ -225,7 +225,10 @@ def test_every_feature_can_be_looked_at(open_page, forty):
     assert page.locator("#features circle").count() == 37
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (320, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(390, "dark"), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((1280, "light"), (320, "light")))],
+)
 def test_an_odd_run_has_its_page(open_page, odd_run, width, scheme):
     name, root = odd_run
     page = open_page(root, width, 844, scheme)

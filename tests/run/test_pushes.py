@@ -324,6 +324,7 @@ def test_one_experiment_is_pushed_by_its_own_command(hub, tmp_path, tiny_model_f
     assert TOKEN not in shown.out + shown.err
 
 
+@pytest.mark.slow
 def test_without_a_token_a_command_is_one_line(hub, tmp_path, tiny_model_folder):
     words = [sys.executable, "-m", "raylora.experiment", *words_of_one(tmp_path, tiny_model_folder)]
     environment = {**os.environ, **hub.environment(HF_HOME=str(tmp_path / "home"), HF_TOKEN="")}

@@ -54,6 +54,7 @@ def test_a_dead_run_of_another_machine_is_waited_for(remote, quick):
         assert "run.lock/00000002" in remote.list("run.lock")
 
 
+@pytest.mark.slow
 def test_who_slept_too_long_finds_that_it_was_taken_over(remote, quick):
     """SIGSTOP, as a laptop's lid or a virtual machine's host does it."""
     script = (

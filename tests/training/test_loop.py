@@ -197,7 +197,7 @@ def reference_steps(num_examples: int, per_step: int, num_steps: int) -> list[li
 
 
 @pytest.mark.parametrize("train_on", ["answer", "all"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_steps_and_losses_are_those_of_the_transformers_trainer(loaded, tokenizer, tmp_path, train_on, accumulation):
     """The same ordered batches, padded on the right, through transformers.Trainer and PEFT's own forward pass."""
     from transformers import Trainer, TrainingArguments

@@ -109,6 +109,7 @@ def test_lm_eval_asked_in_two_steps_says_what_raylora_says():
     np.testing.assert_allclose(mmlu.logprobs_of(score), found, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_questions_of_the_whole_test_and_of_whole_subjects(shared_data):
     folder = shared_data / "mmlu"
     everything, shots = mmlu.choose(folder, 10**6, 0)
