@@ -63,7 +63,7 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
 @pytest.mark.parametrize(
     ("make", "verdict", "row"),
     [
-        pytest.param(fitted, "Better than guessing the mean: RMSE", "predictor", marks=pytest.mark.slow),
+        (fitted, "Better than guessing the mean: RMSE", "predictor"),
         (
             fitted_to_noise,
             "No better than guessing the mean, which every prediction therefore is: RMSE",

@@ -116,6 +116,7 @@ def write(path, table, **options):
             writer.write_table(table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_value_that_each_row_repeats_is_not_there_many_times(tmp_path, name):
     table = pa.table({"question": [f"Q{i}" for i in range(2000)], "answer": repeated("x" * 1_000_000, 2000)})

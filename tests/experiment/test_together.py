@@ -84,6 +84,7 @@ def test_the_seeds_of_a_dataset_share_passes(options, tmp_path):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_few_questions_are_asked_of_all_adapters_at_once(options):
     """Of the base too; each experiment's own run finds the answers, and they are those that it would get alone."""
     few = [q for q in questions_of_many_sizes() if len(q.choices) <= 4]

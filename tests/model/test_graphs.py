@@ -273,6 +273,7 @@ def test_memory_that_runs_out_lets_go_of_all_that_other_passes_hold(loaded, enco
     assert not make_room(loaded, running)
 
 
+@pytest.mark.slow
 def test_passes_of_another_number_of_adapters_are_let_go(loaded, encoded):
     for which, num_slots in (("one", [1]), ("several", [1, 3])):
         steps_of(loaded, encoded, METHODS[which], RecordedGraphs())

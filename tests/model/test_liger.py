@@ -58,7 +58,7 @@ def results(model):
     return [result.logits.detach(), torch.autograd.grad(result.loss, inputs)[0]]
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("kind", [LlamaConfig, pytest.param(Qwen3Config, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_without_it_and_no_other_model_has_it(kind):
     model, other = tiny(kind), tiny(kind)
     code, expected = dict(vars(modeling_llama)), results(model)

@@ -125,6 +125,7 @@ def test_a_hostile_predictor_is_refused_before_it_runs(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_trees_that_point_outside_themselves_are_refused(tmp_path):
     """Prediction follows node numbers without a check: a wild one would read memory that is not the tree's."""
     predictor, _ = fitted()

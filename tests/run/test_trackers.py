@@ -136,6 +136,7 @@ def test_tensorboard_files_hold_rows_and_curves(tmp_path):
     assert [e.value for e in found.Scalars("overall_accuracy")] == [0.25]
 
 
+@pytest.mark.slow
 def test_wandb_writes_a_run_a_row_without_a_server(tmp_path, monkeypatch):
     needs("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

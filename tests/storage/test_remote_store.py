@@ -133,6 +133,7 @@ def test_no_secret_is_in_anything_that_is_kept(ray_on_s3, objects, options):
     assert manifest["configuration"]["output"] == f"s3://{BUCKET}/out"
 
 
+@pytest.mark.slow
 def test_a_half_done_experiment_goes_on_on_another_machine(objects, options, tmp_path):
     """As after a machine that died in MMLU: adapter and features are uploaded, nothing else is left."""
     from raylora.experiment.story import run_experiment

@@ -87,6 +87,7 @@ def test_who_slept_too_long_finds_that_it_was_taken_over(remote, quick):
         sleeper.wait()
 
 
+@pytest.mark.slow
 def test_of_many_who_wait_for_a_dead_run_one_gets_it(remote, quick):
     leave_lock_of_another_machine(remote)
     held, told = [], []

@@ -65,6 +65,7 @@ def steps_until_all_are_done(nums: tuple[int, ...], slots: int) -> int:
     return max(free_at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 3])
 def test_adapters_that_take_turns_become_what_they_become_alone(loaded, encoded, slots):
     plans = plans_of(encoded)
