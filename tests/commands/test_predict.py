@@ -60,6 +60,7 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
     assert "uses 1 columns that are not there: base_model_perplexity" in missing.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "verdict", "row"),
     [
