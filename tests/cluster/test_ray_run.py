@@ -244,7 +244,6 @@ def test_a_worker_has_two_gpus_of_its_own(ray_with_gpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_two_workers_share_a_gpu(ray_with_gpus, tmp_path):
     notes = lodgings(tmp_path, 0.5, num_workers=4)
     assert {len(note["gpus"]) for note in notes} == {1}

@@ -60,8 +60,7 @@ def test_an_order_that_rests_on_nothing_says_so(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("informed", [True, False])
+@pytest.mark.parametrize("informed", [pytest.param(True, marks=pytest.mark.ci), False])
 def test_the_command_ranks_a_chunk_without_training(informed, predictor, tiny_model_folder, tmp_path):
     predictor = predictor if informed else fitted_to_noise()[0]  # the latter was fitted on dynamic features, too
     folder = tmp_path / "chunk_002"

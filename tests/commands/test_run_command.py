@@ -196,7 +196,6 @@ def test_a_thread_may_run_without_handling_signals():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_process_folder_leaves_signal_handlers_as_it_found_them(options, tmp_path):
     """In a process of its own: Ray, too, puts handlers there as it starts."""
     write_dataset(tmp_path / "data" / "chunk_1", "data")
