@@ -15,9 +15,11 @@ from raylora.report.terminal import print_results
 from raylora.rows import ROW_COLUMNS
 from raylora.run.further_tables import further_tables
 from raylora.run.pushes import Pushes, pushing
+from raylora.storage.places import check_regular
 
 
 def run(config: ExperimentConfig) -> int:
+    check_regular(config.file)  # within a chunk it is an error row; here it is all that was asked for
     plan = make_plan(config, [config.file], "single")
     console = make_console()
     print_notes(console, plan.notes)

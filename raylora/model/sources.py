@@ -46,6 +46,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # bitsandbytes warns about float32 inputs, once for each layer and step on a CPU; they are meant.
     warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # GPT-2: PEFT sets it right by itself
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
