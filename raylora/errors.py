@@ -135,6 +135,10 @@ class RemoteError(RayloraError, OSError):
         return type(self), self._arguments
 
 
+class LockLostError(RemoteError):
+    """Another run took the output over, or may have: this one writes nothing more."""
+
+
 class OutOfMemoryError(RayloraError, RuntimeError):
     """An allocation of torch or Python failed in a worker, and no smaller batch was left to try."""
 

@@ -82,7 +82,7 @@ def _run_stages(bench: Workbench, experiment: Experiment, progress: ProgressCall
         features = _features(bench, experiment, dataset, progress, wait=False)
     if "train" in stages:
         values |= _stage(bench, experiment, "train", lambda: _train_adapter(bench, experiment, dataset, progress))
-    if "mmlu" in stages or bench.config.has_transfer:
+    if "train" not in stages and ("mmlu" in stages or bench.config.has_transfer):
         _check_adapter(bench, experiment)
     if "mmlu" in stages:
         values |= _stage(bench, experiment, "mmlu", lambda: _evaluate_mmlu(bench, experiment, progress))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,10 +11,14 @@ from typing import Any, TypeVar
 
 from raylora.errors import RemoteError, one_line, reason
 
-MAX_TRIES = 5
-"""Tries of one operation. The waits between them are 1, 2, 4 and 8 s."""
+PATIENCE_SECONDS = 40.0
+"""A store that answers nothing for so long is given up. Tries begin 1, 2, 4 and then 8 s apart."""
+MISSING_SECONDS = 0.2
+"""What is not found is asked for once more after this time: stores say 404 for a moment of what is there."""
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 """Errors that trying again does not change."""
+S3_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+"""Of one request, in seconds. Without retries of boto's own: 5 of its, 5 of s3fs's and ours made 200 s in all."""
 
 T = TypeVar("T")
 
@@ -30,17 +34,27 @@ class Remote:
 
         self.place = place
         # fsspec keeps listings of folders, which would not show what other machines write.
-        self._fs, self._root = url_to_fs(place, use_listings_cache=False)
+        self._fs, self._root = url_to_fs(place, use_listings_cache=False, **one_try(place))
+        if hasattr(self._fs, "retries"):
+            self._fs.retries = 1  # s3fs's own tries; they are made here
         self._has_answered = False
+        self._failing_since: float | None = None
+        """When the first of the operations failed that have failed since the last answer; of all threads."""
 
     def read(self, name: str) -> bytes | None:
         """The whole object; None where there is none."""
-        data: bytes | None = self._call(name, lambda: _or_none(lambda: self._fs.cat_file(self._path(name))))
+        data: bytes | None = self._call_or_none(name, lambda: self._fs.cat_file(self._path(name)))
         return data
 
     def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         """The contents by name of those objects that exist, read in parallel."""
-        return self._call("", lambda: self._read_many(names)) if names else {}
+        if not names:
+            return {}
+        found = self._call("", lambda: self._read_many(names))
+        if missing := [name for name in names if name not in found]:
+            time.sleep(MISSING_SECONDS)
+            found |= self._call("", lambda: self._read_many(missing))
+        return found
 
     def _read_many(self, names: Sequence[str]) -> dict[str, bytes]:
         names_by_path = {self._path(name): name for name in names}
@@ -62,7 +76,10 @@ class Remote:
                 self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
                 # It may be ours: ``_call`` tries again where the first try was written and its answer was lost.
-                return bool(self._fs.cat_file(self._path(name)) == data)
+                try:
+                    return bool(self._fs.cat_file(self._path(name)) == data)
+                except FileNotFoundError as error:
+                    raise OSError("the object is said to exist, and cannot be read") from error
             return True
 
         return self._call(name, create)
@@ -85,7 +102,7 @@ class Remote:
     def list(self, name: str) -> list[str]:
         """The names of the object itself and of all objects below it, sorted."""
         start = len(self._root.rstrip("/")) + 1
-        paths = self._call(name, lambda: _or_none(lambda: self._fs.find(self._path(name)))) or []
+        paths = self._call_or_none(name, lambda: self._fs.find(self._path(name))) or []
         names = [path[start:] for path in paths]
         # raylora writes no name with .. in it; somebody else's must not lead out of the folder of downloads.
         return sorted(n for n in names if not n.endswith("/") and ".." not in PurePosixPath(n).parts)
@@ -93,37 +110,60 @@ class Remote:
     def remove(self, name: str) -> None:
         """Delete the object, or all below the name, if there are any."""
         assert name, "the whole folder is never removed: other things may lie in it"
-        self._call(name, lambda: _or_none(lambda: self._fs.rm(self._path(name), recursive=True)))
+        self._call_or_none(name, lambda: self._fs.rm(self._path(name), recursive=True))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
 
+    def _call_or_none(self, name: str, do: Callable[[], T]) -> T | None:
+        """As ``_call``; None where ``do`` finds no such object."""
+        try:
+            return self._call(name, do)
+        except RemoteError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
     def _call(self, name: str, do: Callable[[], T]) -> T:
-        """Run one operation, up to ``MAX_TRIES`` times if this store has answered before.
+        """Run one operation, for up to ``PATIENCE_SECONDS`` if this store has answered before.
 
         One that has not is likely misspelt, or has no credentials here: its first error is raised at once.
         """
-        for seconds in [2.0**i for i in range(MAX_TRIES - 1)]:
+        waits = itertools.chain([1.0, 2.0, 4.0], itertools.repeat(8.0))
+        was_missing = False
+        while True:
             try:
-                result = do()
-                self._has_answered = True
-                return result
+                return self._answered(do())
+            except FileNotFoundError as error:
+                if was_missing:
+                    raise self._error(name, self._answered(error)) from error
+                was_missing, wait = True, MISSING_SECONDS
             except Exception as error:
-                if isinstance(error, FINAL_ERRORS) or not self._has_answered:
+                wait = next(waits)
+                if isinstance(error, FINAL_ERRORS) or self._is_given_up(wait):
                     raise self._error(name, error) from error
-            time.sleep(seconds)
-        try:
-            return do()
-        except Exception as error:
-            raise self._error(name, error) from error
+            time.sleep(wait)
+
+    def _answered(self, answer: T) -> T:
+        self._has_answered, self._failing_since = True, None
+        return answer
+
+    def _is_given_up(self, wait: float) -> bool:
+        """Whether the store has not answered for so long that it is not asked again after ``wait`` seconds."""
+        now = time.monotonic()
+        # Counted for all operations together: else each of those at the end of a run would wait as long again.
+        since = self._failing_since = self._failing_since or now
+        return not self._has_answered or now + wait - since > PATIENCE_SECONDS
 
     def _error(self, name: str, error: Exception) -> RemoteError:
         cause = reason(error) if isinstance(error, OSError) else one_line(error)
         return RemoteError(f"{self.place}/{name}".rstrip("/"), cause)
 
 
-def _or_none(do: Callable[[], Any]) -> Any:
-    """What ``do`` returns; None where it finds no such object."""
-    with contextlib.suppress(FileNotFoundError):
-        return do()
-    return None
+def one_try(place: str) -> dict[str, Any]:
+    """Options of fsspec for S3 by which a request is sent once and does not wait for ever; what the user set, stays."""
+    from fsspec.config import conf
+
+    if place.partition("://")[0] not in {"s3", "s3a"}:
+        return {}
+    return {"config_kwargs": {**S3_TIMEOUTS, **conf.get("s3", {}).get("config_kwargs", {})}}

@@ -98,7 +98,7 @@ class RemoteStore(Store):
         """See ``Store``.
 
         Raises:
-            UserError: another run took the folder over.
+            LockLostError: another run took the folder over.
             RemoteError: the object store does not answer.
         """
         self._run_lock.check()
@@ -158,6 +158,7 @@ class RemoteStore(Store):
         """Upload the log, and delete the local folder if the experiment has its row."""
         folder = self.folder(experiment)
         if (folder / LOG).is_file():
+            self._run_lock.check()
             self._remote.upload(_name(experiment, LOG), folder / LOG)
             # Another machine may append to the log: if this one has the experiment again, it must download it anew.
             (folder / LOG).unlink()
@@ -177,19 +178,23 @@ class RemoteStore(Store):
         return {experiment_id: row for experiment_id, row in rows.items() if row}
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
+        self._run_lock.check()
         text = to_json({"identity": experiment.identity, "row": row.values})
         self._remote.write(_name(experiment, ROW), text.encode("utf-8"))
 
     def write_pushed(self, experiment: Experiment, values: dict[str, Any]) -> None:
+        self._run_lock.check()
         self._remote.write(_name(experiment, PUSHED), to_json(values).encode("utf-8"))
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
         text = to_json({"origin": experiment.origins[stage], "values": values})
         marker = _name(experiment, f"{stage}.json")
+        self._run_lock.check()
         # See ``forget_stage``: the old marker must not stand beside the new files.
         self._remote.remove(marker)
         for name in products_of(experiment, stage):
             self._remote.upload(_name(experiment, name), self.folder(experiment) / name)
+        self._run_lock.check()  # again: uploads may take minutes, and a machine be suspended meanwhile
         self._remote.write(marker, text.encode("utf-8"))
         write_text(self.folder(experiment) / f"{stage}.json", text)
 
@@ -201,6 +206,7 @@ class RemoteStore(Store):
 
     def share(self, path: Path) -> None:
         name = path.relative_to(self.root).as_posix()
+        self._run_lock.check()
         if not self._remote.create(name, path.read_bytes()):
             self._download(name, path)
 

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raylora.errors import RemoteError, UserError
+from raylora.errors import LockLostError, RemoteError, UserError
 from raylora.storage.objects import Remote
 
 RENEW_SECONDS = 10.0
@@ -36,13 +36,12 @@ class RunLock:
     """The right to write below ``remote``, which one process at a time can hold.
 
     Args:
-        number: of the lock that another process of the same run holds; 0 where this one will.
+        number: of the lock that another process of the same run holds; 0 where this one will, or none does.
     """
 
     def __init__(self, remote: Remote, number: int = 0) -> None:
         self._remote = remote
         self.number = number
-        self._is_elsewhere = number > 0
         self._state: dict[str, Any] = {
             "owner": f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             "process": [_process_space(), os.getpid()],
@@ -76,15 +75,16 @@ class RunLock:
                 self._release()
 
     def check(self) -> None:
-        """To be called before something is written.
+        """To be called before something is written. Asks the store: whoever was suspended cannot know it otherwise.
 
         Raises:
-            UserError: the lock was lost: another run may be writing.
+            LockLostError: another run may be writing.
+            RemoteError: the object store does not answer.
         """
-        if self._is_elsewhere and self._read_highest()[0] != self.number:
+        if self.number and not self._lost and self._highest_number() != self.number:
             self._lost = TAKEN_OVER
         if self._lost:
-            raise UserError(f"--output {self._remote.place}: {self._lost}: this run stops, what is finished is kept")
+            raise LockLostError(f"--output {self._remote.place}", f"{self._lost}: this run stops")
 
     def _acquire(self) -> None:
         seen: tuple[int, bytes] | None = None
@@ -111,7 +111,7 @@ class RunLock:
         renewed = time.monotonic()
         while not self._ended.wait(RENEW_SECONDS):
             try:
-                if self._read_highest()[0] != self.number:
+                if self._highest_number() != self.number:
                     self._lost = TAKEN_OVER
                     return
                 self._state["renewals"] += 1
@@ -123,7 +123,7 @@ class RunLock:
                     return
 
     def _release(self) -> None:
-        if self._lost or self._read_highest()[0] != self.number:
+        if self._lost or self._highest_number() != self.number:
             return
         self._state["released"] = True
         # The object stays, so that no number is used twice; lower numbers are of no use any more.
@@ -134,9 +134,12 @@ class RunLock:
 
     def _read_highest(self) -> tuple[int, bytes]:
         """The highest number and its object's content; 0 where there is none yet."""
-        names = [path.rpartition("/")[2] for path in self._remote.list(FOLDER)]
-        number = max((int(name) for name in names if name.isdecimal()), default=0)
+        number = self._highest_number()
         return number, (self._remote.read(self._name(number)) or b"") if number else b""
+
+    def _highest_number(self) -> int:
+        names = [path.rpartition("/")[2] for path in self._remote.list(FOLDER)]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def _data(self) -> bytes:
         return json.dumps(self._state).encode()

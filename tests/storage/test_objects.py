@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
+import time
 
 import pytest
 
 from raylora.errors import RemoteError
-from raylora.storage.objects import Remote
+from raylora.storage import objects as object_module
+from raylora.storage.objects import Remote, one_try
+from tests.helpers.objects import BUCKET
+from tests.helpers.store_proxy import StoreProxy
 
 
 def test_objects_are_written_whole_read_listed_and_removed(remote, objects, tmp_path):
@@ -62,3 +67,74 @@ def test_an_error_says_where_and_why_and_travels(objects):
     text = str(pickle.loads(pickle.dumps(caught.value)).strerror)
     assert text.startswith("s3://no-such-bucket-here/x/name: ")
     assert "\n" not in text
+
+
+@pytest.fixture
+def behind_proxy(objects):
+    """A folder of the store as it is seen through a proxy that injects faults, and the proxy."""
+    s3fs = pytest.importorskip("s3fs")
+    with StoreProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()  # instances keep the address that they were made with
+        remote = Remote(f"s3://{BUCKET}/out")
+        remote.write("known", b"here")
+        yield remote, proxy
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_what_a_store_does_not_find_for_a_moment_is_asked_for_again(behind_proxy, tmp_path):
+    remote, proxy = behind_proxy
+    for ask, answer in (
+        (lambda: remote.read("known"), b"here"),
+        (lambda: remote.read_many(["known", "nothing"]), {"known": b"here"}),
+        (lambda: remote.list(""), ["known"]),
+        (lambda: remote.download("known", tmp_path / "copy"), True),
+    ):
+        proxy.inject("404")
+        assert ask() == answer
+        assert not proxy.num_left(), "the fault did not strike"
+    assert (tmp_path / "copy").read_bytes() == b"here"
+    assert remote.read("nothing") is None
+
+
+def test_an_object_that_is_said_to_exist_and_does_not_is_created(behind_proxy, objects):
+    remote, proxy = behind_proxy
+    proxy.inject("412")
+    assert remote.create("new", b"mine")
+    assert objects.get("out/new") == b"mine"
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "cut"])
+def test_a_store_that_fails_once_is_asked_again(behind_proxy, objects, fault):
+    remote, proxy = behind_proxy
+    proxy.inject(fault)
+    assert remote.create("one", b"1")
+    assert objects.get("out/one") == b"1"
+    assert not proxy.num_left(), "the fault did not strike"
+
+
+def test_a_store_that_is_down_is_given_up_once_and_not_by_each_operation(behind_proxy, monkeypatch):
+    remote, proxy = behind_proxy
+    monkeypatch.setattr(object_module, "PATIENCE_SECONDS", 2.5)
+    proxy.inject("500", times=10**6)
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match="out/a: "):
+        remote.write("a", b"1")
+    took = time.monotonic() - began
+    assert 0.9 < took < 2.5, "it was asked again, for less than its patience"
+    for _ in range(3):
+        with pytest.raises(RemoteError):
+            remote.write("b", b"1")
+    assert time.monotonic() - began < 2 * took + 3
+    proxy.clear()
+    remote.write("a", b"1")
+    assert remote.read("a") == b"1"
+
+
+def test_what_the_user_set_for_s3_stays(objects, monkeypatch):
+    from fsspec.config import conf
+
+    monkeypatch.setitem(conf, "s3", {"config_kwargs": {"read_timeout": 77, "user_agent_extra": "lab"}})
+    options = one_try(f"s3://{BUCKET}/out")["config_kwargs"]
+    assert (options["read_timeout"], options["user_agent_extra"], options["connect_timeout"]) == (77, "lab", 10)
+    assert one_try("gs://bucket/out") == {}

@@ -17,7 +17,7 @@ import pytest
 
 from raylora.commands.run_command import call_command
 from raylora.config.run import load_config
-from raylora.errors import UserError
+from raylora.errors import LockLostError, UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import ResultRow
@@ -26,6 +26,7 @@ from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore, store_at
 from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
 from tests.helpers.objects import BUCKET, SECRET, Objects, s3_server
+from tests.helpers.store_proxy import StoreProxy
 
 NUM_DATASETS = 3
 OUT = "out/chunk_1"
@@ -237,9 +238,40 @@ def test_another_process_of_the_run_publishes_until_another_run_takes_over(objec
             copy = make_other_machine(store)
             copy.write_file("results.csv", lambda p: p.write_text("first"))
             Remote(place).write(f"{FOLDER}/{99:08d}", b"{}")
-            with pytest.raises(UserError, match="another run took it over"):
+            with pytest.raises(LockLostError, match="another run took it over"):
                 copy.write_file("results.csv", lambda p: p.write_text("second"))
     assert objects.get(f"{OUT}/results.csv") == b"first"
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more_into_the_other_one_s(objects, options, tmp_path):
+    """Whoever was suspended for longer than its lock lasts does not know it, and goes on where it was."""
+    from raylora.storage.objects import Remote
+    from raylora.storage.run_lock import FOLDER
+
+    with on_machine(tmp_path / "m"):
+        plan = plan_of(options, limit=1)
+        (experiment,), store = plan.experiments, plan.store
+        with store.held(False):
+            folder = store.folder(experiment)
+            folder.mkdir(parents=True)
+            (folder / "log.txt").write_text("a line\n")
+            shared = store.base_file("key", "scores.parquet")
+            shared.parent.mkdir(parents=True)
+            shared.write_bytes(b"scores")
+            Remote(str(store.place)).write(f"{FOLDER}/{99:08d}", b"{}")
+            before = objects.everything()
+            for write in (
+                lambda: store.write_row(experiment, ResultRow({"dataset": "data_0"})),
+                lambda: store.write_stage(experiment, "features", {}),
+                lambda: store.write_pushed(experiment, {}),
+                lambda: store.put_away(experiment),
+                lambda: store.share(shared),
+                lambda: store.write_json("run.json", {}),
+            ):
+                with pytest.raises(LockLostError, match="another run took it over: this run stops"):
+                    write()
+            assert objects.everything() == before
+    assert objects.everything() == before
 
 
 def test_reports_find_what_other_machines_made(objects, options, tmp_path):
@@ -293,3 +325,27 @@ def test_a_killed_run_is_gone_on_with_and_a_second_one_is_told(objects, options,
     assert len(load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets
     assert {n: objects.get(n) for n in rows_before} == rows_before, "what was finished is not done again"
     assert f"s3://{BUCKET}/{OUT}" in output
+
+
+@pytest.mark.slow
+def test_a_store_that_goes_down_ends_the_run_within_a_minute(objects, options, tmp_path):
+    num_datasets = 12
+    for i in range(NUM_DATASETS, num_datasets):
+        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+        objects.put(f"data/chunk_1/{path.name}", path.read_bytes())
+    words = command(options, "--num-workers", "1")
+    with StoreProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        process = only_process(words, tmp_path / "m", text=True)
+        wait_for(lambda: [n for n in objects.names(OUT) if n.endswith("result.json")])
+        proxy.inject("500", times=10**6)
+        began = time.monotonic()
+        shown, _ = process.communicate(timeout=200)
+        took = time.monotonic() - began
+        assert process.returncode == 1, shown
+        assert "Traceback" not in shown
+        assert shown.strip().splitlines()[-1].endswith("What is finished is kept: the same command goes on from here.")
+        assert took < 70, shown
+        proxy.clear()
+        shown, _ = only_process(words, tmp_path / "m", text=True).communicate(timeout=300)
+    assert len(load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets, shown

@@ -79,7 +79,7 @@ def test_who_slept_too_long_finds_that_it_was_taken_over(remote, quick):
             assert sleeper.poll() is None, "it does not know yet"
             sleeper.send_signal(signal.SIGCONT)
             _, said = sleeper.communicate(timeout=60)
-            assert "UserError" in said
+            assert "LockLostError" in said
             assert "another run took it over" in said
             assert b'"released": false' in (remote.read("run.lock/00000001") or b""), "it touches nothing any more"
     finally:
