@@ -22,9 +22,11 @@ from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import ResultRow
 from raylora.rows import load_results
+from raylora.storage.digests import write_parquet
 from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore, store_at
 from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
+from tests.helpers.damages import CONTENT
 from tests.helpers.objects import BUCKET, SECRET, Objects, s3_server
 
 NUM_DATASETS = 3
@@ -192,13 +194,37 @@ def test_the_first_base_score_is_everybodys(objects, tmp_path):
     files = [store.base_file("key", "scores.parquet") for store in (one, two)]
     for file, text in zip(files, ("one", "two"), strict=True):
         file.parent.mkdir(parents=True)
-        file.write_text(text)
+        write_parquet(pd.DataFrame({"by": [text]}), file)
     two.share(files[1])
     one.share(files[0])
-    assert [f.read_text() for f in files] == ["two", "two"]
+    assert [pd.read_parquet(f)["by"].item() for f in files] == ["two", "two"]
     files[0].unlink()
     one.fetch(files[0])
-    assert files[0].read_text() == "two"
+    assert pd.read_parquet(files[0])["by"].item() == "two"
+
+
+@pytest.mark.parametrize("damage", CONTENT)
+def test_a_damaged_base_score_is_nobodys(objects, tmp_path, damage):
+    """Neither on a machine nor on the object store, where it is replaced by the next one that is made."""
+    with on_machine(tmp_path / "a"):
+        one = store_at(location(f"s3://{BUCKET}/{OUT}"))
+        one.open(False)
+    file = one.base_file("key", "scores.parquet")
+    file.parent.mkdir(parents=True)
+    write_parquet(pd.DataFrame({"by": ["one"]}), file)
+    whole = file.read_bytes()
+    one.share(file)
+    CONTENT[damage](file)
+    damaged = file.read_bytes()
+    one.fetch(file)
+    assert file.read_bytes() == whole, "the object store's is taken"
+    objects.put(f"{OUT}/base/key/scores.parquet", damaged)
+    file.write_bytes(damaged)
+    one.fetch(file)
+    assert not file.exists()
+    file.write_bytes(whole)
+    one.share(file)
+    assert file.read_bytes() == objects.get(f"{OUT}/base/key/scores.parquet") == whole
 
 
 def test_fresh_begins_anew_on_every_machine(objects, options, tmp_path):
