@@ -1,9 +1,9 @@
 """Digests of what raylora writes, kept with it and checked when it is read: SHA-256, in hex.
 
-A JSON product holds the digest of all else in it (``digest``); a Parquet file that of its own bytes, in its metadata; a
-stage's JSON file those of the files beside it (``files``). A power cut leaves blocks of zeros, a bad disk flips a bit:
-without a digest a flipped digit is another accuracy. What an older version wrote has none, and is taken if it can be
-read.
+A JSON product holds the digest of all else in it (``digest``), a Parquet file that of its other bytes in front of its
+footer, a stage's JSON file those of the files beside it (``files``). A power cut leaves blocks of zeros, a bad disk
+flips a bit: without a digest a flipped digit is another accuracy. What an older version wrote has none, and is taken if
+it can be read.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from raylora.storage.atomic import parse_json, to_json
 DIGEST = "digest"
 """The key of a JSON product's digest."""
 _MARK = b"raylora-sha256:"
-_EMPTY = b"0" * 64
-_KEY = "raylora_digest"
+_SLOT = len(_MARK) + 64
+_KEY = b"raylora_digest"
 
 
 # JSON
@@ -55,28 +55,32 @@ def unseal(data: bytes) -> dict[str, Any] | None:
 
 
 def write_parquet(table: pa.Table | pd.DataFrame, path: Path) -> None:
-    """Write a Parquet file with its digest: of all its bytes but those of the digest, which is in the metadata.
+    """Write a Parquet file with the digest of all its other bytes, which stands between its data and its footer.
 
-    Any reader of Parquet reads it. Data and digest are one file, so that no kill and no other machine parts them.
+    Any reader of Parquet passes over it. Data and digest are one file, so that no kill and no other machine parts them.
     """
     if isinstance(table, pd.DataFrame):
         table = pa.Table.from_pandas(table, preserve_index=False)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({_KEY: (_MARK + _EMPTY).decode()})
-    data = bytearray(sink.getvalue())
-    start = data.rindex(_MARK) + len(_MARK)
-    data[start : start + len(_EMPTY)] = _digest_without(data, start).encode()
-    path.write_bytes(data)
+        # Says that there is a digest. Zeros that cover both this and the digest cover what is needed to read the file.
+        writer.add_key_value_metadata({_KEY.decode(): "SHA-256"})
+    data = sink.getvalue().to_pybytes()
+    footer = _footer_of(data)
+    path.write_bytes(data[:footer] + _MARK + _digest_of(data[:footer], data[footer:]) + data[footer:])
 
 
-def _digest_without(data: bytes | bytearray, start: int) -> str:
-    """Digest of ``data`` without the 64 bytes from ``start`` on."""
-    view = memoryview(data)
-    found = hashlib.sha256(view[:start])
-    found.update(view[start + len(_EMPTY) :])
-    return found.hexdigest()
+def _footer_of(data: bytes) -> int:
+    """Where the footer of a Parquet file begins: its length is in front of the last four bytes."""
+    return len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+
+
+def _digest_of(*parts: bytes | memoryview) -> bytes:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest().encode()
 
 
 def check_parquet(data: bytes) -> None:
@@ -85,10 +89,12 @@ def check_parquet(data: bytes) -> None:
     Raises:
         DamagedError: it is not what was written.
     """
-    if (start := data.rfind(_MARK)) < 0:
+    view, footer = memoryview(data), max(0, _footer_of(data))
+    start = max(0, footer - _SLOT)
+    slot = data[start:footer]
+    if not slot.startswith(_MARK) and data.find(_KEY, footer) < 0:
         return
-    start += len(_MARK)
-    if data[start : start + len(_EMPTY)] != _digest_without(data, start).encode():
+    if slot != _MARK + _digest_of(view[:start], view[footer:]):
         raise DamagedError("is not what was written: its digest does not fit")
 
 
@@ -174,8 +180,7 @@ def is_whole(name: str, data: bytes) -> bool:
             return unseal(data) is not None
         if name.endswith(".parquet"):
             check_parquet(data)
-            if _MARK not in data:
-                pq.read_table(pa.BufferReader(data))
+            pq.read_table(pa.BufferReader(data))
         elif name.endswith(".csv"):
             return bool(data.decode("utf-8").replace("\0", ""))
     except (OSError, ValueError, pa.ArrowException):  # damaged pages are OSErrors of pyarrow's, all else is ValueErrors

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,12 @@ import pytest
 
 from raylora.commands.run_command import call_command
 from raylora.errors import UserError
-from tests.helpers.chunks import OPTIONS, still, write_dataset
+from raylora.mmlu.scoring import load_score
+from raylora.predict.predictor import load_predictor
+from raylora.report.read_run import load_run
+from raylora.rows import read_table
+from raylora.storage.digests import write_parquet
+from tests.helpers.chunks import OPTIONS, command, still, write_dataset
 from tests.helpers.damages import CONTENT, PLACE, remove
 from tests.helpers.questions import as_dicts, questions_of_many_sizes
 
@@ -50,7 +56,7 @@ PRODUCTS = {
     "cells of a finished row": Product(f"{E}/transfer.parquet"),
     "cells without their marker": Product(f"{E}/transfer.parquet", [ROW, TRANSFER]),
     "base scores": Product(f"{B}/scores.parquet", [ROW, MMLU]),
-    "questions": Product(f"{B}/questions.parquet", [ROW, MMLU, f"{E}/scores.parquet"]),
+    "questions": Product(f"{B}/questions.parquet", [ROW, MMLU, f"{E}/scores.parquet", f"{E}/scores-many.parquet"]),
     "held-out losses": Product(f"{B}/held_out.parquet", [ROW, TRANSFER, f"{E}/transfer.parquet"]),
     "counts of the template": Product(f"{B}/template.json", [ROW]),
 }
@@ -154,3 +160,136 @@ def test_what_has_taken_a_product_s_place_is_one_line(done, again, tmp_path, nam
     path.rmdir() if place == "make_folder" else path.unlink()
     again()
     assert row_of(tmp_path / "out") == done.row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flip_bit", "torn"])
+def test_features_that_trainings_share_are_measured_again(tmp_path, tiny_model_folder, capsys, damage):
+    words = words_of(
+        tmp_path, tiny_model_folder, "--repeats", "2", "--stages", "features,train", "--output", str(tmp_path)
+    )
+    assert call_command("experiment", words) == 0
+    first = pd.read_parquet(tmp_path / "single" / "results.parquet")
+    for path in [*places_of(tmp_path, ROW), *places_of(tmp_path, f"{E}/features.json")]:
+        path.unlink()
+    (shared,) = places_of(tmp_path, f"{B}/features.json")
+    CONTENT[damage](shared)
+    capsys.readouterr()
+    assert call_command("experiment", words) == 0
+    assert capsys.readouterr().out.count(f"Note: {shared}: damaged: it is made again") == 1
+    again = pd.read_parquet(tmp_path / "single" / "results.parquet")
+    rows = [[still(row) for row in table.to_dict("records")] for table in (first, again)]
+    assert pd.DataFrame(rows[0]).equals(pd.DataFrame(rows[1]))
+
+
+@pytest.mark.slow
+def test_the_line_of_a_worker_is_in_what_the_command_prints(tmp_path, tiny_model_folder):
+    """Once, though its supervisor, the worker and the command each find it."""
+    for i in range(2):
+        write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
+    places = {"model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    words = command({**OPTIONS, **places}, "--num-workers", "1")
+    tables = []
+    for harmed in ([], ["adapter/adapter_model.safetensors", "result.json"], ["scores.parquet"]):
+        folder = next((tmp_path / "out").glob("chunk_1/experiments/data_0*"), tmp_path)
+        for name in harmed:
+            CONTENT["flip_bit"](folder / name)
+        found = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+        assert found.returncode == 0, found.stdout + found.stderr
+        lines = [line for line in found.stdout.splitlines() if ": damaged: " in line]
+        assert sorted(lines) == [f"Note: {folder / name}: damaged: it is made again" for name in sorted(harmed)]
+        assert "damaged" not in found.stderr
+        table = pd.read_parquet(tmp_path / "out" / "chunk_1" / "results.parquet")
+        tables.append(pd.DataFrame([still(row) for row in table.to_dict("records")]))
+    assert all(table.equals(tables[0]) for table in tables)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, tiny_model_folder, adapter_folder, question_file) -> tuple[list[str], Path]:
+    """A command that asks a model and two adapters, and what it left."""
+    root = tmp_path_factory.mktemp("asked")
+    other = shutil.copytree(adapter_folder, root / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2}))
+    words = ["--model", str(tiny_model_folder), "--quantization", "none", "--questions", str(question_file)]
+    words += ["--adapter", str(adapter_folder), str(other)]
+    assert call_command("mmlu", [*words, "--output", str(root / "out")]) == 0
+    return words, root / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", CONTENT)
+@pytest.mark.parametrize("pattern", ["adapter-*.parquet", "scores.parquet"])
+def test_scores_that_are_kept_are_asked_again(asked, tmp_path, capsys, pattern, damage):
+    words, left = asked
+    out = shutil.copytree(left, tmp_path / "out")
+    harmed = sorted(out.rglob(pattern))[0]
+    before = load_score(harmed).questions
+    CONTENT[damage](harmed)
+    capsys.readouterr()
+    assert call_command("mmlu", [*words, "--output", str(out)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": damaged: " in line]
+    assert lines == [f"Note: {harmed}: damaged: it is made again"]
+    pd.testing.assert_frame_equal(load_score(harmed).questions, before, atol=1e-5)
+    summaries = [pd.read_csv(next(folder.rglob("summary.csv"))) for folder in (left, out)]
+    assert summaries[0]["overall_accuracy"].tolist() == summaries[1]["overall_accuracy"].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACE)
+def test_a_link_or_folder_for_a_kept_score_is_one_line(asked, tmp_path, place):
+    words, left = asked
+    out = shutil.copytree(left, tmp_path / "out")
+    harmed = sorted(out.rglob("adapter-*.parquet"))[0]
+    PLACE[place](harmed)
+    with pytest.raises(UserError, match="where a file belongs"):
+        call_command("mmlu", [*words, "--output", str(out)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("damage", ["flip_bit", "cut_short", "torn"])
+def test_who_uses_a_damaged_adapter_of_a_run_is_told_in_one_line(done, tmp_path, name, damage):
+    shutil.copytree(done.output, tmp_path / "out")
+    (path,) = places_of(tmp_path / "out", f"{E}/adapter/{name}")
+    CONTENT[damage](path)
+    model = done.words[done.words.index("--model") + 1]
+    for words in (
+        ["merge", str(path.parent), "--output", str(tmp_path / "merged")],
+        ["mmlu", "--model", model, "--quantization", "none", "--questions", "demo", "--adapter", str(path.parent)],
+        ["experiment", *done.words, "--init-adapter", str(path.parent), "--output", str(tmp_path / "next")],
+    ):
+        with pytest.raises(UserError) as raised:
+            call_command(words[0], words[1:])
+        assert f"{path}: damaged: remove " in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", CONTENT)
+def test_reports_and_predictors_are_not_made_of_damaged_tables(tmp_path, damage, forty):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_parquet(pd.read_parquet(forty / "results.parquet"), folder / "results.parquet")
+    shutil.copy(forty / "results.csv", folder)
+    CONTENT[damage](folder / "results.parquet")
+    assert len(load_run(folder).table) == 40, "the CSV file has the same"
+    (folder / "results.csv").unlink()
+    for read in (load_run, read_table):
+        with pytest.raises(UserError) as raised:
+            read(folder)
+        assert str(raised.value).startswith(f"{folder / 'results.parquet'}: ")
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [name for name in CONTENT if name != "flip_bit"])
+def test_a_damaged_predictor_is_one_line(tmp_path, predictor, damage):
+    """Its parts have checksums of their own: it is a ZIP file."""
+    path = predictor.save(tmp_path)
+    CONTENT[damage](path)
+    try:
+        line, again = "", load_predictor(path)
+    except UserError as error:
+        line = str(error)
+    assert line.startswith(f"{path}: ") or (damage == "change_digit" and again.card == predictor.card)
+    assert "\n" not in line
