@@ -157,6 +157,12 @@ class BaseChangedError(RayloraError, RuntimeError):
     kind = ErrorKind.BASE_CHANGED
 
 
+class DamagedError(RayloraError, ValueError):
+    """A product of an earlier run is not what was written: it is made again."""
+
+    kind = ErrorKind.STORAGE
+
+
 class PartialInputError(RayloraError, RuntimeError):
     """A module got a part of a pass's tokens only, as experts do: groups of tokens cannot be followed there."""
 

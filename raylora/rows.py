@@ -12,8 +12,9 @@ import pandas as pd
 
 from raylora.config.method import Method
 from raylora.config.run import Config
-from raylora.errors import ErrorKind, UserError, one_line, reason
+from raylora.errors import DamagedError, ErrorKind, UserError, one_line, reason
 from raylora.records import Experiment, ResultRow
+from raylora.storage.digests import check_parquet
 from raylora.storage.places import check_regular, location, reading
 
 
@@ -300,6 +301,11 @@ def tidy_column(name: str, column: pd.Series) -> pd.Series:
     return numbers.astype("Int64") if name in COUNTS and numbers.dropna().mod(1).eq(0).all() else numbers
 
 
+def _checked(data: bytes) -> io.BytesIO:
+    check_parquet(data)
+    return io.BytesIO(data)
+
+
 def read_table(path: Path) -> pd.DataFrame:
     """A table from a CSV or Parquet file, or from the folder of a run.
 
@@ -318,11 +324,13 @@ def read_table(path: Path) -> pd.DataFrame:
         with reading(file), file.open("rb") as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
-            table = pd.read_parquet(stream) if is_parquet else read_csv(stream)
+            table = pd.read_parquet(_checked(stream.read())) if is_parquet else read_csv(stream)
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; save it as UTF-8 CSV or Parquet") from None
+    except DamagedError as error:
+        raise UserError(f"{file}: damaged: {error}; the same batch command again writes it anew") from None
     except (ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{file}: no table can be read from it: {one_line(error)}") from None
     if table.empty:

@@ -55,7 +55,8 @@ class StatusBoard:
         self._progress.pop(worker, None)
 
     def note(self, text: str) -> None:
-        self._notes.append(text)
+        if text not in self._notes:  # two workers may find the same product damaged
+            self._notes.append(text)
 
     def begin_no_more(self) -> None:
         self._stopping = True

@@ -16,6 +16,7 @@ from raylora.config.run import Config
 from raylora.errors import ErrorKind, MachineError, OutOfMemoryError, one_line
 from raylora.model.memory import is_out_of_memory
 from raylora.records import Experiment, ProgressCallback, ProgressStage, ResultRow
+from raylora.storage.damage import damage_told
 from raylora.storage.store import Store
 
 PROGRESS_SECONDS = 0.5
@@ -154,7 +155,8 @@ class Worker:
 
         meter.begin()
         try:
-            yield progress
+            with damage_told(self._board.note.remote):
+                yield progress
         # Translated here, as the supervisor, which makes the row, has no torch to recognize the error by.
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):

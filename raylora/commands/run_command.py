@@ -135,9 +135,12 @@ def _read(command: Command | Group, prog: str, argv: Sequence[str]) -> tuple[Com
 
 
 def _work(command: Command, config: Settings) -> int:
+    from raylora.console import make_console, print_notes
     from raylora.run.interrupts import exit_on_sigterm
+    from raylora.storage.damage import damage_told
 
-    with exit_on_sigterm():
+    console = make_console()
+    with exit_on_sigterm(), damage_told(lambda line: print_notes(console, [line])):
         code: int = resolve_name(f"raylora.commands.{command.work}")(config)
     return code
 

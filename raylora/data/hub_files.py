@@ -8,7 +8,6 @@ that ``HF_HUB_OFFLINE=1`` finds all of a dataset that was used before. Tokens ar
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,8 @@ from raylora.data.hub_splits import Choice, check_complete, choose
 from raylora.data.record_stream import Record, in_bytes
 from raylora.errors import NoFilesError, NoRepositoryError, NoRevisionError, UserError, one_line, without_secrets
 from raylora.storage.atomic import write_text
+from raylora.storage.damage import read_sealed
+from raylora.storage.digests import seal
 from raylora.storage.hub_names import COMMIT, HubDataset
 
 log = logging.getLogger("raylora.data")
@@ -248,14 +249,13 @@ def _commit_of(place: HubDataset) -> str:
 def _tree_of(place: HubDataset, commit: str) -> dict[str, int]:
     """The paths of all files of a commit, with their sizes in bytes (0 where they are not known)."""
     listing = _cache(place) / "raylora" / f"{commit}.json"
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(listing.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+    found = (read_sealed(listing) or {}).get("files")
+    if isinstance(found, dict):
+        return found
     if _is_offline():
         return _tree_in_cache(place, commit)
     tree = _ask(place.at(commit), lambda: _listed(place, commit))
-    _note(listing, json.dumps(tree))
+    _note(listing, seal({"files": tree}))
     return tree
 
 

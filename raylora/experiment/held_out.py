@@ -20,7 +20,9 @@ from raylora.errors import MachineError, UserError, one_line
 from raylora.experiment.workbench import Workbench, load_planned_dataset
 from raylora.model.memory import is_out_of_memory
 from raylora.model.onednn import onednn_linears
-from raylora.storage.atomic import read_json, to_json, write_atomically, write_text
+from raylora.storage.atomic import write_atomically, write_text
+from raylora.storage.damage import note_file, read_sealed
+from raylora.storage.digests import open_parquet, seal, write_parquet
 from raylora.storage.store import Store
 from raylora.training.loop import ONEDNN_FROM_TOKENS
 from raylora.training.losses import ExampleLoss, example_losses
@@ -44,7 +46,7 @@ class Column:
 
 def write_columns(store: Store, key: str, columns: Sequence[Column]) -> None:
     path = store.base_file(key, COLUMNS)
-    write_text(path, to_json({"columns": [asdict(column) for column in columns]}))
+    write_text(path, seal({"columns": [asdict(column) for column in columns]}))
     store.share(path)
 
 
@@ -57,7 +59,7 @@ def read_columns(store: Store, key: str) -> list[Column]:
     path = store.base_file(key, COLUMNS)
     with store.base_lock(key, "columns"):
         store.fetch(path)
-    if (found := read_json(path)) is None:
+    if (found := read_sealed(path)) is None:
         raise MachineError(f"{path}: cannot be read: run the same command again")
     return [Column(**column) for column in found["columns"]]
 
@@ -101,17 +103,22 @@ def _held_out_set(bench: Workbench, column: Column, wait: bool) -> pd.DataFrame 
         store.fetch(path)
         if (table := read_parquet(path)) is None:
             new = _make_held_out_set(bench, column)
-            write_atomically(path, lambda partial: new.to_parquet(partial, index=False))
+            write_atomically(path, lambda partial: write_parquet(new, partial))
             store.share(path)
-            table = pd.read_parquet(path)  # ``share`` has put another machine's in its place, if that was there first
+            table = pd.read_parquet(
+                open_parquet(path)
+            )  # ``share`` has put another machine's in its place, if that was there first
     return table
 
 
 def read_parquet(path: Path) -> pd.DataFrame | None:
-    """A table of raylora's own; None if there is none, or it is cut off, so that it has to be made again."""
+    """A table of raylora's own; None if there is none, or it is damaged, so that it has to be made again."""
+    if not path.is_file():
+        return None
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
+        return pd.read_parquet(open_parquet(path))
+    except (OSError, ValueError):  # pyarrow's errors are one of these
+        note_file(path)
         return None
 
 

@@ -38,7 +38,9 @@ from raylora.records import (
     ignore_progress,
 )
 from raylora.rows import error_row, make_row
-from raylora.storage.atomic import read_json, to_json, write_text
+from raylora.storage.atomic import write_text
+from raylora.storage.damage import read_sealed
+from raylora.storage.digests import seal
 from raylora.storage.store import LOG
 from raylora.training.loop import train_adapters
 
@@ -116,9 +118,9 @@ def _features(
         return None
     with held:
         store.fetch(path)
-        if (saved := read_json(path)) is None:
+        if (saved := read_sealed(path)) is None:
             values = measure()
-            write_text(path, to_json(values))
+            write_text(path, seal(values))
             store.share(path)
             return values
         # No seconds of this row's: they are in the row of the experiment that measured.

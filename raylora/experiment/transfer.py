@@ -17,6 +17,7 @@ from raylora.model.adapter_files import adapter_hash
 from raylora.records import Experiment, ProgressCallback, ProgressStage, digest
 from raylora.rows import CELL_VALUES
 from raylora.storage.atomic import write_atomically
+from raylora.storage.digests import write_parquet
 from raylora.training.losses import ExampleLoss
 
 SAME_LOSS = 1e-6
@@ -59,7 +60,7 @@ def measure_transfer(bench: Workbench, experiment: Experiment, progress: Progres
 
 def _write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:
     table = pd.DataFrame(list(cells.values()), columns=["key", "on_dataset", *CELL_VALUES])
-    write_atomically(path, lambda partial: table.to_parquet(partial, index=False))
+    write_atomically(path, lambda partial: write_parquet(table, partial))
 
 
 def _read_cells(path: Path, keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:

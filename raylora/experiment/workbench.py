@@ -26,7 +26,9 @@ from raylora.model.adapter_files import adapter_hash, check_adapter
 from raylora.model.adapters import LoadedModel
 from raylora.model.sources import model_hash, resolve_model
 from raylora.records import Dataset, Example, Experiment, digest, digests_of
-from raylora.storage.atomic import read_json, to_json, write_atomically, write_text
+from raylora.storage.atomic import write_atomically, write_text
+from raylora.storage.damage import read_sealed
+from raylora.storage.digests import seal
 from raylora.storage.hub_names import DatasetPlace, dataset_location
 from raylora.storage.store import Store
 from raylora.training.gradients import Job
@@ -146,10 +148,9 @@ def _hold_to_template(bench: Workbench, dataset: Dataset, path: DatasetPlace, ma
     file = bench.store.base_file(key, "template.json")
     with bench.store.base_lock(key, "template"):
         bench.store.fetch(file)
-        saved = read_json(file)
-    if saved is not None:
-        refused = {int(number): text for number, text in saved.pop("refused").items()}
-        return hold_to_counts(dataset, TemplateCounts(**saved, refused=refused), path, columns)
+        kept = _kept_counts(read_sealed(file))
+    if kept is not None:
+        return hold_to_counts(dataset, kept, path, columns)
     counts, tokenizer = TemplateCounts(), bench.loaded.tokenizer
     encoded: StoredEncoded | None = None
     if max_length:
@@ -157,12 +158,21 @@ def _hold_to_template(bench: Workbench, dataset: Dataset, path: DatasetPlace, ma
     else:
         count_in_template(tokenizer, dataset.examples, counts)
     with bench.store.base_lock(key, "template"):
-        write_text(file, to_json(asdict(counts)))
+        write_text(file, seal(asdict(counts)))
         bench.store.share(file)
     held = hold_to_counts(dataset, counts, path, columns)
     if encoded is not None:
         bench.encoded = Encoded(held, max_length, encoded)
     return held
+
+
+def _kept_counts(saved: dict[str, Any] | None) -> TemplateCounts | None:
+    """What ``_hold_to_template`` has kept; None where that is nothing, or nothing that can be used."""
+    try:
+        refused = {int(number): text for number, text in (saved or {})["refused"].items()}
+        return TemplateCounts(**{**(saved or {}), "refused": refused})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def changed_meanwhile(place: str | Path) -> MachineError:

@@ -34,6 +34,7 @@ from raylora.model.loading import context_window, load_model, tokenizer_for
 from raylora.model.memory import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
 from raylora.storage.atomic import write_atomically
+from raylora.storage.damage import note_file
 from raylora.storage.store import Store
 
 T = TypeVar("T")
@@ -326,13 +327,13 @@ class Evaluator:
 
 
 def _load_if_whole(path: Path, load: Callable[[], T]) -> T | None:
-    """What a file holds; None if there is no file, or it is empty or cut off, so that it has to be made again."""
+    """What a file holds; None if there is no file, or it is damaged, so that it has to be made again."""
     if not path.is_file():
         return None
     try:
         return load()
-    except (ValueError, KeyError) as error:
-        log.warning("%s: cannot be read, and is made again: %s", path, " ".join(str(error).split()))
+    except (OSError, ValueError, KeyError):  # of damaged pages pyarrow raises an OSError
+        note_file(path)
         return None
 
 

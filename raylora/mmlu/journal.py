@@ -3,21 +3,25 @@
 A folder holds ``plan.json`` (the score's key and the token budget), an empty file ``claim-N`` for each batch that a
 process has begun, and ``answers-NAME.jsonl`` for each process, a line a batch. The process that needs the score owns
 the folder and takes batches from the first on; helpers take them from the last on. The next owner continues the folder
-of one that died.
+of one that died. A line begins with its digest: a damaged one is passed over, and its questions are asked again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylora.storage.atomic import partial_of, read_json, write_text
+from raylora.storage.atomic import partial_of, write_text
+from raylora.storage.damage import note_file, read_sealed
+from raylora.storage.digests import seal
 
 OWNER = "owner"
+DIGEST_CHARS = 16
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Journal:
         self.answers: dict[int, Answer] = {}  # by the question's index
         self.budget: int | None = None  # tokens in a batch; see ``open`` for both
         self.reduced: int | None = None
-        plan = read_json(folder / "plan.json") if folder else None
-        if plan and plan.get("key") == key:
-            self.budget, self.reduced = plan["budget"], plan["reduced"]
+        plan = (read_sealed(folder / "plan.json") if folder else None) or {}
+        budgets = [plan.get("budget"), plan.get("reduced")]
+        if plan.get("key") == key and all(isinstance(number, int) for number in budgets):
+            self.budget, self.reduced = budgets
         elif folder and not self.is_helper:
             shutil.rmtree(folder, ignore_errors=True)
         self.read_others()
@@ -85,8 +90,7 @@ class Journal:
         """
         self.budget, self.reduced = budget, reduced
         if self.folder and not self.is_helper:
-            plan = {"key": self.key, "budget": budget, "reduced": reduced}
-            write_text(self.folder / "plan.json", json.dumps(plan))
+            write_text(self.folder / "plan.json", seal({"key": self.key, "budget": budget, "reduced": reduced}))
 
     def claim(self, number: int) -> bool:
         """Claim a batch; False where another process has begun it, or the score is finished."""
@@ -108,23 +112,24 @@ class Journal:
 
     def _append(self, answers: dict[int, Answer]) -> None:
         assert self.folder
-        with (self.folder / f"answers-{self.name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(self._line(answers))
+        with (self.folder / f"answers-{self.name}.jsonl").open("a+b") as file:
+            if file.tell():  # a process of this name may have died in the middle of a line
+                file.seek(-1, 2)
+                file.write(b"" if file.read() == b"\n" else b"\n")
+            file.write(self._line(answers).encode("utf-8"))
 
     @staticmethod
     def _line(answers: dict[int, Answer]) -> str:
-        return json.dumps({i: [a.logprobs, a.prediction, a.text] for i, a in answers.items()}) + "\n"
+        text = json.dumps({i: [a.logprobs, a.prediction, a.text] for i, a in answers.items()})
+        return f"{_digest(text.encode('utf-8'))} {text}\n"
 
     def read_others(self) -> None:
-        """Read the answers of all processes so far; of each file up to a line that is not written to its end yet."""
+        """Read the answers of all processes so far, but for lines that are damaged, or not written to their end yet."""
         if not self.folder or not self.is_open:
             return
         for path in self.folder.glob("answers-*.jsonl"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.answers |= {int(i): Answer(*a) for i, a in json.loads(line).items()}
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    break
+            for answers in _read_lines(path):
+                self.answers |= answers
 
     def knows(self, indices: Sequence[int]) -> bool:
         """Whether all these questions, given by index, are answered."""
@@ -136,3 +141,26 @@ class Journal:
             # Renamed first: a helper that still writes finds no folder, and cannot fill one that is being deleted.
             renamed = self.folder.rename(partial_of(self.folder))
             shutil.rmtree(renamed, ignore_errors=True)
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:DIGEST_CHARS]
+
+
+def _read_lines(path: Path) -> Iterator[dict[int, Answer]]:
+    """The answers in each whole line of a file."""
+    for line in path.read_bytes().split(b"\n")[:-1]:  # the last one has no end yet; most often it is empty
+        # Lines of older versions have no digest: they begin with the JSON.
+        given, _, text = line.partition(b" ") if line[:1] != b"{" else (b"", b"", line)
+        try:
+            if given and given.decode("ascii") != _digest(text):
+                raise ValueError("its digest does not fit")
+            yield {int(i): Answer(*_checked(*values)) for i, values in json.loads(text).items()}
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            note_file(path, then="the questions of its damaged lines are asked again")
+
+
+def _checked(logprobs: list[float], prediction: int | None, text: str = "") -> tuple[list[float], int | None, str]:
+    if not (isinstance(logprobs, list) and isinstance(prediction, int | None) and isinstance(text, str)):
+        raise TypeError("no answer")
+    return [float(value) for value in logprobs], prediction, text

@@ -26,6 +26,7 @@ from raylora.errors import UserError
 from raylora.mmlu.letters import closing_mark, marks_thought, open_thought
 from raylora.mmlu.questions import LETTERS, NO_SUBJECT
 from raylora.records import Message, Question
+from raylora.storage.digests import open_parquet, write_parquet
 
 PromptStyle = Literal["harness", "chat"]
 ENCODED_AT_ONCE = 256
@@ -324,7 +325,7 @@ def save_encoded(encoded: Sequence[EncodedQuestion], path: Path) -> None:
         "continuations": [e.continuations for e in encoded],
         "num_truncated": [e.num_truncated for e in encoded],
     }
-    pq.write_table(pa.table(columns), path)
+    write_parquet(pa.table(columns), path)
 
 
 def load_encoded(path: Path, questions: Sequence[Question]) -> list[EncodedQuestion]:
@@ -334,8 +335,8 @@ def load_encoded(path: Path, questions: Sequence[Question]) -> list[EncodedQuest
         questions: those that were encoded, in the same order.
 
     Raises:
-        ValueError, KeyError: the file is no whole Parquet file, or is of another number of questions.
+        OSError, ValueError, KeyError: the file is damaged, or is of another number of questions.
     """
-    columns = pq.read_table(path).to_pydict()
+    columns = pq.read_table(open_parquet(path)).to_pydict()
     rows = zip(questions, columns["context_ids"], columns["continuations"], columns["num_truncated"], strict=True)
     return [EncodedQuestion(*row) for row in rows]

@@ -35,6 +35,7 @@ from raylora.model.memory import CPU_TOKEN_BUDGET, TokenBudget, free_gpu_bytes, 
 from raylora.model.onednn import onednn_linears
 from raylora.model.packing import is_exact
 from raylora.records import ProgressCallback, ProgressStage, Score, ignore_progress
+from raylora.storage.digests import open_parquet, write_parquet
 from raylora.work_counts import work_counts
 
 log = logging.getLogger("raylora.mmlu")
@@ -310,10 +311,15 @@ def save_score(score: Score, path: Path) -> None:
     """Write a Parquet file with a row for each question; ``score.info`` goes into its metadata, as JSON."""
     table = pa.Table.from_pandas(score.questions, preserve_index=False)
     metadata = {**(table.schema.metadata or {}), _INFO_KEY: json.dumps(score.info).encode()}
-    pq.write_table(table.replace_schema_metadata(metadata), path)
+    write_parquet(table.replace_schema_metadata(metadata), path)
 
 
 def load_score(path: Path) -> Score:
-    """Read what ``save_score`` wrote."""
-    table = pq.read_table(path)
+    """Read what ``save_score`` wrote.
+
+    Raises:
+        DamagedError: it is not what was written.
+        OSError, ValueError: it is no whole Parquet file.
+    """
+    table = pq.read_table(open_parquet(path))
     return Score(table.to_pandas(), json.loads((table.schema.metadata or {}).get(_INFO_KEY, b"{}")))

@@ -15,6 +15,7 @@ from raylora.errors import ErrorKind, UserError, one_line
 from raylora.model.sources import model_hash
 from raylora.records import digest
 from raylora.storage.atomic import read_json
+from raylora.storage.damage import check_adapter_of_run
 
 ONLY_IN_LAYERS = "only adapters that change the model's layers (LoRA, IA3, ...) can be asked or merged"
 _NOT_IN_LAYERS = {
@@ -45,12 +46,14 @@ def check_adapter(folder: Path) -> None:
 
     Raises:
         UserError: a file is missing or unreadable, the weights are in a pickle file, which could run code when it is
-            loaded, or the adapter does its work outside of the model's layers.
+            loaded, the adapter does its work outside of the model's layers, or it is not what the run that made it
+            wrote.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
+    check_adapter_of_run(folder)
     config = read_adapter_config(folder)
     outside = _NOT_IN_LAYERS.get(str(config.get("peft_type")).upper())
     if config.get("alora_invocation_tokens"):

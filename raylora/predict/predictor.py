@@ -228,6 +228,8 @@ def load_predictor(path: Path) -> Predictor:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_BYTES:
             raise UserError(f"{file}: {size / 2**30:.1f} GiB unpacked is more than any predictor; it is not opened")
+            if damaged := archive.testzip():  # who reads a part of it does not always come to its checksum
+                raise UserError(f"{file}: damaged ({damaged}): fit it again: {FIT_COMMAND}")
         untrusted = sorted(set(skops.io.get_untrusted_types(file=file)) - set(TRUSTED_TYPES))
         if untrusted:
             raise UserError(f"{file}: holds types that no predictor needs, and is not opened: {', '.join(untrusted)}")

@@ -26,6 +26,7 @@ from raylora.mmlu.questions import SUBJECT_GROUPS
 from raylora.mmlu.statistics import accuracies_of
 from raylora.records import ResultRow
 from raylora.report.read_run import UNREADABLE
+from raylora.storage.digests import open_parquet
 from raylora.storage.store import Store
 
 FILE = "results.jsonl"
@@ -268,4 +269,4 @@ def _read_scores(path: Path) -> tuple[dict[str, Any], float] | None:
 
 @functools.lru_cache(maxsize=4096)  # the sink writes the file again and again, from the same scores and a few new ones
 def _accuracies_of(path: Path, _: int) -> dict[str, Any]:
-    return accuracies_of(pd.read_parquet(path, columns=["subject", "correct"]))
+    return accuracies_of(pd.read_parquet(open_parquet(path), columns=["subject", "correct"]))

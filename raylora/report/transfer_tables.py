@@ -15,6 +15,7 @@ from raylora.mmlu.paired import false_discovery, holm
 from raylora.records import ResultRow
 from raylora.report.read_run import UNREADABLE
 from raylora.rows import CELL_VALUES
+from raylora.storage.digests import open_parquet, write_parquet
 from raylora.storage.places import location
 from raylora.storage.store import Store
 
@@ -49,7 +50,7 @@ class TransferTables:
         self._store.write_file(
             f"{TABLE}.csv", lambda p: write_csv(pa.Table.from_pandas(cells, preserve_index=False), p)
         )
-        self._store.write_file(f"{TABLE}.parquet", lambda p: cells.to_parquet(p, index=False))
+        self._store.write_file(f"{TABLE}.parquet", lambda p: write_parquet(cells, p))
         self._store.write_file(f"{TABLE}_table.csv", lambda p: table.to_csv(p))
 
 
@@ -63,7 +64,8 @@ def read_cells(path: Path) -> pd.DataFrame | None:
 
 @functools.lru_cache(maxsize=2048)  # the sink writes the tables again and again, from the same files and a few new ones
 def _read(path: Path, _: int) -> pd.DataFrame:
-    return pd.read_parquet(path, columns=["on_dataset", *CELL_VALUES]).astype(dict.fromkeys(CELL_VALUES[3:], "float64"))
+    cells = pd.read_parquet(open_parquet(path), columns=["on_dataset", *CELL_VALUES])
+    return cells.astype(dict.fromkeys(CELL_VALUES[3:], "float64"))
 
 
 def load_transfer(place: str | Path) -> pd.DataFrame:
@@ -77,8 +79,7 @@ def load_transfer(place: str | Path) -> pd.DataFrame:
     """
     path = location(place) / f"{TABLE}.parquet"
     try:
-        with path.open("rb") as stream:
-            return pd.read_parquet(stream)
+        return pd.read_parquet(open_parquet(path))
     except UNREADABLE as error:
         cause = " ".join(str(error).split())[:200]
         text = f"{path}: cannot be read; give the folder of a run with --transfer ({cause})"

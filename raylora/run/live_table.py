@@ -14,6 +14,7 @@ from rich.table import Table
 from raylora.cluster.status import Status, WorkerProgress
 from raylora.console import clock, make_console
 from raylora.records import ResultRow
+from raylora.storage.damage import is_noted
 
 REFRESH_SECONDS = 0.5
 """Between two looks at the run's status."""
@@ -84,7 +85,7 @@ class LiveTable:
                 status = self._read() if self._read else Status()
             except Exception:  # noqa: BLE001 - the cluster may be shutting down, and a missed look must not end the run
                 return
-            for note in status.notes[self._num_notes :]:
+            for note in (text for text in status.notes[self._num_notes :] if not is_noted(text)):
                 self.console.print(f"Note: {note}", soft_wrap=True)
             self._num_notes = max(self._num_notes, len(status.notes))
             for values in status.rows:

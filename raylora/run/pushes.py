@@ -29,6 +29,7 @@ from raylora.model.sources import hub_model_of, name_of_folder, resolve_model
 from raylora.planning.plan import Plan
 from raylora.records import Experiment, ResultRow
 from raylora.run.model_card import card_of, shared_config
+from raylora.storage.damage import check_adapter_of_run
 from raylora.storage.hub import MAX_NAME, push_files, repository_url
 
 PATIENCE = 1800.0
@@ -138,6 +139,7 @@ class Pushes:
         base, base_name = hub_model_of(plan.config.model, source), name_of_folder(plan.config.model, source)
         with at_hand(plan.store, experiment):
             folder = plan.store.adapter_folder(experiment)
+            check_adapter_of_run(folder)
             # A list of what is pushed, so that nothing else that lies in the folder ever is.
             files: dict[str, bytes | Path] = {
                 "README.md": card_of(row, base, base_name, plan.hashes["model"]).encode("utf-8"),

@@ -73,6 +73,6 @@ def parse_json(data: bytes) -> dict[str, Any] | None:
     """The JSON object that ``data`` is; None if it is none."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply to be anything of ours
         return None
     return value if isinstance(value, dict) else None

@@ -18,11 +18,13 @@ from typing import Any
 
 from raylora.errors import RemoteError, UserError
 from raylora.records import Experiment, ResultRow, digest
-from raylora.storage.atomic import parse_json, to_json, write_atomically, write_text
+from raylora.storage.atomic import write_atomically, write_text
+from raylora.storage.damage import note_damaged
+from raylora.storage.digests import damaged_files, is_readable, is_whole, missing_files, seal, unseal
 from raylora.storage.objects import Remote
 from raylora.storage.places import cache_folder, is_remote, location
 from raylora.storage.run_lock import RunLock
-from raylora.storage.store import LOG, PRODUCTS, PUSHED, ROW, Store, products_of, row_of
+from raylora.storage.store import LOG, PRODUCTS, PUSHED, ROW, Store, files_of, products_of, row_of, sealed_row
 
 EDITION = "edition"
 """The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
@@ -132,7 +134,10 @@ class RemoteStore(Store):
             # As in ``take_out``: an equal marker is of the same run of the stage.
             if not path.is_file() or not local.is_file() or local.read_bytes() != data:
                 self._download(path.relative_to(self.root).as_posix(), path)
-                write_text(local, data.decode("utf-8"))
+                write_text(local, data.decode("utf-8", "replace"))
+                if path.is_file() and not is_readable(path):
+                    fix = "remove the result.json beside it, and the same command makes it again"
+                    note_damaged(self.shown(path), then=fix)
 
     # One experiment
 
@@ -143,16 +148,28 @@ class RemoteStore(Store):
         for stage in PRODUCTS:
             marker = _name(experiment, f"{stage}.json")
             data = self._remote.read(marker) if marker in existing_names else None
-            local = folder / f"{stage}.json"
-            if data is None or (parse_json(data) or {}).get("origin") != experiment.origins[stage]:
+            saved, local = unseal(data or b"") or {}, folder / f"{stage}.json"
+            if data is None or saved.get("origin") != experiment.origins[stage]:
                 continue
             # An equal local JSON file is of the same run of the stage, as the stage's seconds are in it: no download.
-            if not local.is_file() or local.read_bytes() != data:
-                for name in products_of(experiment, stage):
-                    self._download(_name(experiment, name), folder / name)
-                write_text(local, data.decode("utf-8"))
+            if local.is_file() and local.read_bytes() == data and not self._unfit(experiment, stage, saved):
+                continue
+            for name in products_of(experiment, stage):
+                self._download(_name(experiment, name), folder / name)
+            if unfit := self._unfit(experiment, stage, saved):
+                for name in unfit:
+                    note_damaged(self.shown(folder / name), data)
+                self._remote.remove(marker)
+                local.unlink(missing_ok=True)
+                continue
+            write_text(local, data.decode("utf-8"))
         if _name(experiment, LOG) in existing_names and not (folder / LOG).is_file():
             self._download(_name(experiment, LOG), folder / LOG)
+
+    def _unfit(self, experiment: Experiment, stage: str, saved: dict[str, Any]) -> list[str]:
+        """The names of a stage's files that are not here, or not what it wrote; ``saved`` is its JSON file."""
+        folder, names = self.folder(experiment), files_of(experiment, stage)
+        return [*missing_files(folder, names), *damaged_files(folder, names, saved.get("files"))]
 
     def put_away(self, experiment: Experiment) -> None:
         """Upload the log, and delete the local folder if the experiment has its row."""
@@ -168,26 +185,32 @@ class RemoteStore(Store):
     def _missing_files(self, experiment: Experiment, stage: str) -> list[str]:
         return []  # no request for each file: the marker is uploaded after them and deleted before them
 
-    def _read(self, experiment: Experiment, name: str) -> dict[str, Any] | None:
-        return parse_json(self._remote.read(_name(experiment, name)) or b"")
+    def _damaged_files(self, experiment: Experiment, stage: str, saved: dict[str, Any]) -> list[str]:
+        return []  # ``take_out`` has checked what it downloaded
+
+    def _data(self, experiment: Experiment, name: str) -> bytes | None:
+        return self._remote.read(_name(experiment, name))
 
     def read_rows(self, experiments: Iterable[Experiment]) -> dict[str, ResultRow]:
         by_name = {_name(e, ROW): e for e in experiments}
         objects = self._remote.read_many([*by_name])
-        rows = {by_name[name].experiment_id: row_of(by_name[name], parse_json(data)) for name, data in objects.items()}
+        rows: dict[str, ResultRow | None] = {}
+        for name, data in objects.items():
+            if (saved := unseal(data)) is None:
+                note_damaged(self.place / name, data)
+            rows[by_name[name].experiment_id] = row_of(by_name[name], saved)
         return {experiment_id: row for experiment_id, row in rows.items() if row}
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
         self._run_lock.check()
-        text = to_json({"identity": experiment.identity, "row": row.values})
-        self._remote.write(_name(experiment, ROW), text.encode("utf-8"))
+        self._remote.write(_name(experiment, ROW), sealed_row(experiment, row).encode("utf-8"))
 
     def write_pushed(self, experiment: Experiment, values: dict[str, Any]) -> None:
         self._run_lock.check()
-        self._remote.write(_name(experiment, PUSHED), to_json(values).encode("utf-8"))
+        self._remote.write(_name(experiment, PUSHED), seal(values).encode("utf-8"))
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
-        text = to_json({"origin": experiment.origins[stage], "values": values})
+        text = self._sealed_stage(experiment, stage, values)
         marker = _name(experiment, f"{stage}.json")
         self._run_lock.check()
         # See ``forget_stage``: the old marker must not stand beside the new files.
@@ -201,14 +224,21 @@ class RemoteStore(Store):
     # Files that all experiments share. Two machines may make the same one: the first that is uploaded is used by both.
 
     def fetch(self, path: Path) -> None:
-        if not path.is_file():
-            self._download(path.relative_to(self.root).as_posix(), path)
+        if path.is_file() and is_readable(path):
+            return
+        self._download(path.relative_to(self.root).as_posix(), path)
+        super().fetch(path)
 
     def share(self, path: Path) -> None:
-        name = path.relative_to(self.root).as_posix()
+        name, data = path.relative_to(self.root).as_posix(), path.read_bytes()
         self._run_lock.check()
-        if not self._remote.create(name, path.read_bytes()):
+        if self._remote.create(name, data):
+            return
+        there = self._remote.read(name)
+        if there is not None and is_whole(name, there):
             self._download(name, path)
+        else:  # ``create`` leaves what is there, damaged or not
+            self._remote.write(name, data)
 
     def _download(self, name: str, path: Path) -> None:
         """Download the object, or all below the name, to ``path``, atomically. Without one ``path`` stays as it is."""

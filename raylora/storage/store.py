@@ -2,7 +2,8 @@
 
 Finished work survives a crash through what is here, not through Ray. Each experiment has a folder. Each stage's files
 are written under temporary names and renamed; last comes the stage's JSON file, its marker, with the origin: hashes of
-everything that the stage depends on. A stage whose origin has changed is run anew. ``result.json`` is written last.
+everything that the stage depends on, and digests of the files. A stage whose origin has changed, or that is damaged, is
+run anew. ``result.json`` is written last.
 
     results/<chunk>/
       results.csv  results.parquet  results.jsonl  run.json  batch_mmlu_results_<chunk>_<time>.json
@@ -33,7 +34,9 @@ from filelock import FileLock, Timeout
 
 from raylora.errors import UserError
 from raylora.records import Experiment, ResultRow, digest
-from raylora.storage.atomic import PARTIAL, read_json, to_json, write_atomically, write_text
+from raylora.storage.atomic import PARTIAL, to_json, write_atomically, write_text
+from raylora.storage.damage import check_places, note_damaged, note_file
+from raylora.storage.digests import damaged_files, file_digests, is_readable, missing_files, seal, unseal, write_parquet
 from raylora.storage.tables import rows_to_table
 
 LOG = "log.txt"
@@ -64,6 +67,11 @@ def products_of(experiment: Experiment, stage: str) -> list[str]:
     return [*PRODUCTS[stage], *map(_scores_name, further)]
 
 
+def files_of(experiment: Experiment, stage: str) -> list[str]:
+    """The names of the files of ``products_of``, in the experiment's folder."""
+    return [name for product in products_of(experiment, stage) for name in FILES_OF.get(product, (product,))]
+
+
 def _scores_name(question_set: str) -> str:
     return f"scores-{question_set}.parquet" if question_set else "scores.parquet"
 
@@ -83,7 +91,7 @@ class Store:
         """Make the folder, and delete what a killed run left half-written; with ``fresh`` all earlier results too.
 
         Raises:
-            UserError: it cannot be written to.
+            UserError: it cannot be written to, or something has taken the place of a product.
         """
         try:
             if fresh:
@@ -93,6 +101,7 @@ class Store:
             self._sweep()
             write_text(self.root / ".writable", "")
             (self.root / ".writable").unlink()
+            check_places(self.root)
         except OSError as error:
             raise UserError(f"--output {self.place}: cannot be written to: {error.strerror}") from error
 
@@ -108,7 +117,7 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            owner = owner_file.read_text(encoding="utf-8").strip() if owner_file.is_file() else "unknown"
+            owner = owner_file.read_text("utf-8", "replace").strip() if owner_file.is_file() else "unknown"
             raise UserError(
                 f"--output {self.root}: another run is writing here ({owner}): wait for it, or give another --output"
             ) from None
@@ -151,7 +160,19 @@ class Store:
         """Called after work on an experiment, finished or not: leave nothing on this machine that others need."""
 
     def _read(self, experiment: Experiment, name: str) -> dict[str, Any] | None:
-        return read_json(self.folder(experiment) / name)
+        """A JSON product; None where there is none, or it is damaged, which is noted."""
+        data = self._data(experiment, name)
+        if data is None:
+            return None
+        if (saved := unseal(data)) is None:
+            note_damaged(self.shown(self.folder(experiment) / name), data)
+        return saved
+
+    def _data(self, experiment: Experiment, name: str) -> bytes | None:
+        try:
+            return (self.folder(experiment) / name).read_bytes()
+        except OSError:
+            return None
 
     # One experiment's row
 
@@ -165,7 +186,7 @@ class Store:
         return {experiment_id: row for experiment_id, row in rows.items() if row}
 
     def write_row(self, experiment: Experiment, row: ResultRow) -> None:
-        write_text(self.folder(experiment) / ROW, to_json({"identity": experiment.identity, "row": row.values}))
+        write_text(self.folder(experiment) / ROW, sealed_row(experiment, row))
 
     def read_pushed(self, experiment: Experiment) -> dict[str, Any] | None:
         """What ``write_pushed`` wrote last; None where nothing was pushed."""
@@ -173,27 +194,49 @@ class Store:
 
     def write_pushed(self, experiment: Experiment, values: dict[str, Any]) -> None:
         """Keep where on the hub an experiment's adapter is."""
-        write_text(self.folder(experiment) / PUSHED, to_json(values))
+        write_text(self.folder(experiment) / PUSHED, seal(values))
 
     # One stage: its JSON file (the marker, with the stage's values and origin), written after the files beside it
 
     def read_stage(self, experiment: Experiment, stage: str) -> dict[str, Any] | None:
-        """A finished stage's values; None unless its origin is the experiment's now and its files are there."""
+        """A finished stage's values; None unless its origin is the experiment's now and its files are what it wrote."""
         saved = self._read(experiment, f"{stage}.json")
-        if saved is None or saved.get("origin") != experiment.origins[stage] or self._missing_files(experiment, stage):
+        if saved is None or saved.get("origin") != experiment.origins[stage]:
             return None
-        values: dict[str, Any] = saved["values"]
-        return values
+        if self._note_damaged_files(experiment, stage, saved) or self._missing_files(experiment, stage):
+            return None
+        values = saved.get("values")
+        return values if isinstance(values, dict) else None
 
     def _missing_files(self, experiment: Experiment, stage: str) -> list[str]:
         """The names of a stage's files that somebody deleted or emptied."""
-        names = [name for product in products_of(experiment, stage) for name in FILES_OF.get(product, (product,))]
-        paths = {name: self.folder(experiment) / name for name in names}
-        return [name for name, path in paths.items() if not path.is_file() or not path.stat().st_size]
+        return missing_files(self.folder(experiment), files_of(experiment, stage))
+
+    def _damaged_files(self, experiment: Experiment, stage: str, saved: dict[str, Any]) -> list[str]:
+        """The names of a stage's files that are not what it wrote; ``saved`` is its JSON file."""
+        return damaged_files(self.folder(experiment), files_of(experiment, stage), saved.get("files"))
+
+    def is_damaged(self, experiment: Experiment, stage: str) -> bool:
+        """Whether a file of a finished stage is not what it wrote, which is noted. One that was deleted does not count:
+        somebody may want its room."""
+        saved = self._read(experiment, f"{stage}.json") or {}
+        if saved.get("origin") != experiment.origins.get(stage):
+            return False
+        return self._note_damaged_files(experiment, stage, saved)
+
+    def _note_damaged_files(self, experiment: Experiment, stage: str, saved: dict[str, Any]) -> bool:
+        """Note the files of ``_damaged_files``; whether there is one."""
+        damaged = self._damaged_files(experiment, stage, saved)
+        for path in (self.folder(experiment) / name for name in damaged):
+            note_file(path, self.shown(path))
+        return bool(damaged)
 
     def write_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> None:
-        origin = experiment.origins[stage]
-        write_text(self.folder(experiment) / f"{stage}.json", to_json({"origin": origin, "values": values}))
+        write_text(self.folder(experiment) / f"{stage}.json", self._sealed_stage(experiment, stage, values))
+
+    def _sealed_stage(self, experiment: Experiment, stage: str, values: dict[str, Any]) -> str:
+        files = file_digests(self.folder(experiment), files_of(experiment, stage))
+        return seal({"origin": experiment.origins[stage], "values": values, "files": files})
 
     def forget_stage(self, experiment: Experiment, stage: str) -> None:
         """Delete a stage's marker before its files are replaced: a kill must not leave it beside files it is not of."""
@@ -206,8 +249,12 @@ class Store:
             return "new"
         now, before = experiment.origins[stage], saved["origin"]
         changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
-        missing = "" if changed else ", ".join(self._missing_files(experiment, stage))
-        return f"{', '.join(changed)} changed" if changed else f"{missing} missing" if missing else ""
+        if changed:
+            return f"{', '.join(changed)} changed"
+        if missing := self._missing_files(experiment, stage):
+            return f"{', '.join(missing)} missing"
+        damaged = self._damaged_files(experiment, stage, saved)
+        return f"{', '.join(damaged)} damaged" if damaged else ""
 
     def adapter_folder(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "adapter"
@@ -242,7 +289,13 @@ class Store:
         return FileLock(path)
 
     def fetch(self, path: Path) -> None:
-        """Bring a shared file that another machine made to this one. The caller holds the file's ``base_lock``."""
+        """Bring a shared file that another machine made to this one; remove one that is damaged, to be made again.
+
+        The caller holds the file's ``base_lock``.
+        """
+        if path.is_file() and not is_readable(path):
+            note_file(path, self.shown(path))
+            path.unlink(missing_ok=True)
 
     def share(self, path: Path) -> None:
         """Give a shared file that was made here to other machines."""
@@ -264,7 +317,7 @@ class Store:
         """Write ``results.csv`` and ``results.parquet``, each atomically, and return the table."""
         table = rows_to_table(rows, columns)
         self.write_file("results.csv", lambda p: table.to_csv(p, index=False))
-        self.write_file("results.parquet", lambda p: table.to_parquet(p, index=False))
+        self.write_file("results.parquet", lambda p: write_parquet(table, p))
         return table
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -277,8 +330,15 @@ class Store:
         self.write_file(name, write)
 
 
+def sealed_row(experiment: Experiment, row: ResultRow) -> str:
+    """The text of ``result.json``."""
+    return seal({"identity": experiment.identity, "row": row.values})
+
+
 def row_of(experiment: Experiment, saved: dict[str, Any] | None) -> ResultRow | None:
-    """A stored row; None unless its identity is the experiment's now."""
-    if saved is None or saved.get("identity") != experiment.identity or not isinstance(saved.get("row"), dict):
+    """A stored row; None unless its identity is the experiment's now, and it says what became of the experiment."""
+    row = (saved or {}).get("row")
+    if saved is None or saved.get("identity") != experiment.identity or not isinstance(row, dict):
         return None
-    return ResultRow(saved["row"])
+    # Rows of older versions have no digest: these columns the tables and the report cannot do without.
+    return ResultRow(row) if {"dataset", "experiment_id", "status"} <= row.keys() else None

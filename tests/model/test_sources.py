@@ -9,6 +9,7 @@ import pytest
 from raylora.errors import UserError
 from raylora.model import sources
 from raylora.model.sources import model_hash, resolve_model
+from tests.helpers.damages import CONTENT, PLACE
 
 
 def test_no_model_and_wrong_models_are_one_line(tmp_path):
@@ -54,7 +55,10 @@ def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, tiny_
     known = list((tmp_path / "cache" / "hashes").iterdir())
     assert known
     assert model_hash(str(tiny_model_folder)) == expected
-    known[0].write_text("torn")
+    for damage in CONTENT.values():
+        damage(known[0])
+        assert model_hash(str(tiny_model_folder)) == expected
+    PLACE["make_folder"](known[0])
     assert model_hash(str(tiny_model_folder)) == expected
     folder = shutil.copytree(tiny_model_folder, tmp_path / "moved")
     assert model_hash(str(folder)) == expected

@@ -33,6 +33,7 @@ from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore
 from raylora.storage.store import Store
 from tests.helpers.chunks import OPTIONS, planned, run, write_dataset
+from tests.helpers.damages import CONTENT
 from tests.helpers.hub import TOKEN
 from tests.helpers.objects import BUCKET
 from tests.helpers.runs import make_config, make_experiment, make_score
@@ -159,6 +160,26 @@ def test_what_is_pushed_is_an_adapter_without_paths_of_this_machine(hub, make, t
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_folder), tmp_path)
     assert model.active_peft_config.r == 16
     assert load_file(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["flip_bit", "cut_short", "zeros"])
+def test_a_damaged_adapter_is_not_pushed_and_one_line(hub, make, damage):
+    plan, rows = make("dolly")
+    (experiment,) = plan.experiments = (replace(plan.experiments[0], origins={"train": {"data": "x"}}),)
+    (plan.store.folder(experiment) / "loss_curve.csv").write_text("step,loss\n")
+    plan.store.write_stage(experiment, "train", {})
+    path = plan.store.adapter_folder(experiment) / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    CONTENT[damage](path)
+    pushes, shown = push(plan, rows)
+    assert hub.files == {}
+    assert shown.startswith(f"Note: dolly: not pushed to the hub: {path}: damaged: remove ")
+    assert list(pushes.failures) == [experiment.experiment_id]
+    path.write_bytes(whole)
+    assert push(plan, rows)[0].failures == {}
+    CONTENT[damage](plan.store.folder(experiment) / "pushed.json")
+    assert push(plan, rows)[0].failures == {}
+    assert hub.commits == ["org/run-dolly"] * 2, "nothing says any more that it is there"
 
 
 def test_adapters_on_an_object_store_are_fetched_and_noted_there(hub, objects, make, tmp_path, monkeypatch):

@@ -22,10 +22,14 @@ from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import ResultRow
 from raylora.rows import load_results
+from raylora.storage.damage import damage_told
+from raylora.storage.digests import write_parquet
 from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore, store_at
 from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
+from tests.helpers.damages import CONTENT, remove
 from tests.helpers.objects import BUCKET, SECRET, Objects, s3_server
+from tests.helpers.pool import make_experiment
 from tests.helpers.store_proxy import StoreProxy
 
 NUM_DATASETS = 3
@@ -193,13 +197,73 @@ def test_the_first_base_score_is_everybodys(objects, tmp_path):
     files = [store.base_file("key", "scores.parquet") for store in (one, two)]
     for file, text in zip(files, ("one", "two"), strict=True):
         file.parent.mkdir(parents=True)
-        file.write_text(text)
+        write_parquet(pd.DataFrame({"by": [text]}), file)
     two.share(files[1])
     one.share(files[0])
-    assert [f.read_text() for f in files] == ["two", "two"]
+    assert [pd.read_parquet(f)["by"].item() for f in files] == ["two", "two"]
     files[0].unlink()
     one.fetch(files[0])
-    assert files[0].read_text() == "two"
+    assert pd.read_parquet(files[0])["by"].item() == "two"
+
+
+@pytest.mark.parametrize("damage", [*CONTENT, "remove"])
+@pytest.mark.parametrize("name", ["loss_curve.csv", "adapter/adapter_model.safetensors", "train.json", "result.json"])
+def test_a_damaged_object_is_made_again(objects, tmp_path, name, damage):
+    """What lies here is fetched again where the object is whole; else the stage is no longer done."""
+    one, told = make_experiment("one"), []
+    files = ("loss_curve.csv", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+    with on_machine(tmp_path / "a"), damage_told(told.append):
+        store = store_at(location(f"s3://{BUCKET}/{OUT}"))
+        with store.held(False):
+            for file in files:
+                path = store.folder(one) / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{file}: {list(range(20))}")
+            store.write_stage(one, "train", {"train_loss": 1.25, "steps": [name, damage, *range(20)]})
+            row = ResultRow({"dataset": "one", "experiment_id": "one", "status": "ok", "accuracy": 0.25})
+            store.write_row(one, row)
+            assert (store.read_row(one), store.read_rows([one])) == (row, {"one": row})
+            harm, place = {**CONTENT, "remove": remove}[damage], store.folder(one) / name
+            if name in files:
+                whole = place.read_bytes()
+                harm(place)
+                store.take_out(one)
+                assert place.read_bytes() == whole
+                assert told == []
+            object_name = f"{OUT}/experiments/one/{name}"
+            place.write_bytes(objects.get(object_name))
+            harm(place)
+            objects.put(object_name, place.read_bytes()) if place.exists() else objects.remove(object_name)
+            store.take_out(one)
+            assert (store.read_stage(one, "train") is None) == (name != "result.json")
+            assert (store.read_row(one) is None) == (store.read_rows([one]) == {}) == (name == "result.json")
+            assert len(told) == (1 if damage != "remove" or name in files else 0), told
+            store.write_row(one, row)
+            assert store.read_row(one) == row
+
+
+@pytest.mark.parametrize("damage", CONTENT)
+def test_a_damaged_base_score_is_nobodys(objects, tmp_path, damage):
+    """Neither on a machine nor on the object store, where it is replaced by the next one that is made."""
+    with on_machine(tmp_path / "a"):
+        one = store_at(location(f"s3://{BUCKET}/{OUT}"))
+        one.open(False)
+    file = one.base_file("key", "scores.parquet")
+    file.parent.mkdir(parents=True)
+    write_parquet(pd.DataFrame({"by": ["one"]}), file)
+    whole = file.read_bytes()
+    one.share(file)
+    CONTENT[damage](file)
+    damaged = file.read_bytes()
+    one.fetch(file)
+    assert file.read_bytes() == whole, "the object store's is taken"
+    objects.put(f"{OUT}/base/key/scores.parquet", damaged)
+    file.write_bytes(damaged)
+    one.fetch(file)
+    assert not file.exists()
+    file.write_bytes(whole)
+    one.share(file)
+    assert file.read_bytes() == objects.get(f"{OUT}/base/key/scores.parquet") == whole
 
 
 def test_fresh_begins_anew_on_every_machine(objects, options, tmp_path):
