@@ -154,7 +154,8 @@ def _evaluate_set(
                 with evaluator.adapter(folder):
                     evaluator.score(base_key, one.key, path, progress(name))
             except (UserError, RuntimeError, MemoryError) as error:
-                failures[folder] = str(error) if isinstance(error, UserError) else f"{folder}: {one_line(error)}"
+                text = str(error) if isinstance(error, UserError) else one_line(error)
+                failures[folder] = text if str(folder) in text else f"{folder}: {text}"
                 continue
             store.share(path)
         evaluated.append(Evaluated(name, load_score(path), store.shown(path), folder))
@@ -339,4 +340,6 @@ def run(config: MmluConfig) -> int:
     console.print(f"Files: {evaluated[''][0].path.parents[2]}", soft_wrap=True)
     for failure in failures:
         print(f"raylora: {failure}", file=sys.stderr)
+    if failures and len(evaluated[""]) == 1:  # none of the adapters can be asked: wrong use, as where none is found
+        return 2
     return 1 if failures else 0

@@ -22,10 +22,12 @@ def help_experiment(
 
     Raises:
         MachineError: the questions or the model cannot be read here, or are not those of the run.
+        BaseChangedError: see ``Workbench.check_base``.
     """
     for base_key in experiment.base_keys.values():
         base_path = bench.store.base_file(base_key, "scores.parquet")
         if bench.is_being_scored(base_key, base_path):
+            bench.check_base()  # before answers of this process are in another's score
             with bench.loaded.base():
                 return bench.help_score(base_key, base_key, base_path, name, progress)
     folder = bench.store.adapter_folder(experiment)
@@ -34,6 +36,7 @@ def help_experiment(
     for question_set, base_key in experiment.base_keys.items():
         path = bench.store.scores_path(experiment, question_set)
         if bench.is_being_scored(key := score_key_of(bench, experiment, question_set), path):
+            bench.check_base()
             bench.loaded.attach_saved(folder)
             try:
                 return bench.help_score(base_key, key, path, name, progress)

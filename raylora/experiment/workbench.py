@@ -67,7 +67,7 @@ class Workbench(Evaluator):
         self.config: Config = config
         self.held_out: dict[str, pd.DataFrame] = {}
         self.encoded: Encoded | None = None
-        self._base_hash = self._model_hash = ""
+        self._base_hash = self._logits_hash = self._model_hash = ""
 
     @cached_property
     def model_key(self) -> str:
@@ -88,7 +88,7 @@ class Workbench(Evaluator):
             loaded = super().loaded
         except UserError as error:
             raise MachineError(str(error), kind=error.kind) from error
-        self._base_hash = loaded.logits_hash()
+        self._base_hash, self._logits_hash = loaded.base_hash(), loaded.logits_hash()
         return loaded
 
     def check_model(self, experiment: Experiment) -> None:
@@ -104,14 +104,21 @@ class Workbench(Evaluator):
             raise changed_meanwhile(source)
 
     def check_base(self) -> None:
-        """Check that the base's logits on a fixed input are those from when it was loaded: no stage may change them.
+        """Check that the base is what it was when it was loaded, in its weights and its logits: no stage may change it.
+
+        While an adapter that is more than LoRA is attached, only the logits are looked at: such a one may have some of
+        the base's weights changed, until it is detached.
 
         Raises:
-            BaseChangedError: they are not. What was made with the base must not be kept.
+            BaseChangedError: it is not. What was made with the base must not be kept.
         """
-        new_hash = self.loaded.logits_hash()
+        loaded = self.loaded
+        hash_of, before = loaded.base_hash, self._base_hash
+        if not loaded.has_plain_adapters:
+            hash_of, before = loaded.logits_hash, self._logits_hash
+        new_hash = hash_of()
         # Twice: a changed base gives the same new hash again, a device with nondeterministic kernels another one.
-        if new_hash != self._base_hash and new_hash == self.loaded.logits_hash():
+        if new_hash != before and new_hash == hash_of():
             raise BaseChangedError("the base model is not what it was when it was loaded")
 
 

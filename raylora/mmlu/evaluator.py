@@ -112,13 +112,13 @@ class Evaluator:
         Raises:
             UserError: it is no adapter of this model, or of a kind that cannot be asked.
         """
-        before = self.loaded.logits_hash()
+        before = self.loaded.base_hash()
         try:
             self.loaded.attach_saved(folder)
             yield
         finally:
             self.loaded.detach()
-            if self.loaded.logits_hash() != before:
+            if self.loaded.base_hash() != before:
                 log.warning("%s: has changed the base model, which is loaded again", folder)
                 self._load_again()
 
@@ -239,7 +239,7 @@ class Evaluator:
         wanted = wanted[: self._most_together(encoded)]
         if len(wanted) < 2 or self.config.scoring != "letters":
             return 0
-        before = self.loaded.logits_hash()
+        before = self.loaded.base_hash()
         names: dict[str | None, Unscored] = {}
         try:
             for number, one in enumerate(wanted):
@@ -257,7 +257,7 @@ class Evaluator:
             for name in names:
                 if name is not None:
                     self.loaded.detach(name)
-        if self.loaded.logits_hash() != before:
+        if self.loaded.base_hash() != before:
             log.warning("adapters that were asked together have changed the base model, which is loaded again")
             self._load_again()
             return 0

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from raylora.config.options import ClozePer, Scoring
-from raylora.errors import one_line
+from raylora.errors import ErrorKind, UserError, one_line
 from raylora.mmlu.batches import Part, batches_of, divide, in_turn
 from raylora.mmlu.choices import Asked, Asker, Read, asker_of
 from raylora.mmlu.cloze import by_letter, columns_of
@@ -72,11 +72,14 @@ def evaluate(
         A row a question, in the order of ``encoded``; ``info`` has the settings, times and counts of the evaluation.
 
     Raises:
+        UserError: a log-likelihood is not finite.
         torch.OutOfMemoryError: a single question does not fit (MemoryError or RuntimeError on a CPU).
     """
     journal = journal or Journal(None, "")
     started, num_resumed = time.perf_counter(), len(journal.answers)
     evaluation = answer(loaded, encoded, journal, scoring, token_budget, progress, thinking, cloze_per)
+    if scoring != "generate":  # what is written has no log-likelihoods
+        _check_finite(loaded, journal.answers)
     seconds = time.perf_counter() - started
     letters = LETTERS[: max([4, *(len(e.question.choices) for e in encoded)])]
     rows = [_row(encoded[i], journal.answers[i], scoring, letters) for i in range(len(encoded))]
@@ -98,6 +101,20 @@ def evaluate(
         "num_unparsed": sum(not row["prediction"] for row in rows),
     }
     return Score(pd.DataFrame(rows), info)
+
+
+def _check_finite(loaded: LoadedModel, answers: Mapping[int, Answer]) -> None:
+    """Check the log-likelihoods of all answers: of NaN the first letter would be the highest.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    broken = [number for number, answer in answers.items() if not np.isfinite(answer.logprobs).all()]
+    if broken:
+        text = f"the log-likelihoods of {len(broken)} of {len(answers)} questions are not finite numbers"
+        if loaded.serving is not None:
+            raise UserError(f"no adapter of {loaded.source}: with it {text}", kind=ErrorKind.ADAPTER)
+        raise UserError(f"--model {loaded.source}: {text}", kind=ErrorKind.MODEL)
 
 
 @dataclass(frozen=True)

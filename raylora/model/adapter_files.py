@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from raylora.errors import ErrorKind, UserError, one_line
+from raylora.errors import ErrorKind, UserError
+from raylora.model.adapter_checks import KINDS, check_against_file, check_types, tensors_of
+from raylora.model.model_files import read_settings
 from raylora.model.sources import model_hash
 from raylora.records import digest
 from raylora.storage.atomic import read_json
@@ -46,8 +45,8 @@ def check_adapter(folder: Path) -> None:
 
     Raises:
         UserError: a file is missing or unreadable, the weights are in a pickle file, which could run code when it is
-            loaded, the adapter does its work outside of the model's layers, or it is not what the run that made it
-            wrote.
+            loaded, the adapter does its work outside of the model's layers, its configuration asks for more than its
+            file has, or it is not what the run that made it wrote.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a PEFT adapter")
@@ -55,11 +54,15 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
     check_adapter_of_run(folder)
     config = read_adapter_config(folder)
-    outside = _NOT_IN_LAYERS.get(str(config.get("peft_type")).upper())
+    kind = str(config.get("peft_type")).upper()
+    outside = _NOT_IN_LAYERS.get(kind, "" if kind in KINDS else f"of a kind that raylora does not know ({kind[:40]})")
     if config.get("alora_invocation_tokens"):
         outside = "activated LoRA, which begins at certain tokens"
+    if config.get("megatron_config"):
+        outside = "of Megatron, whose modules would be imported by name"
     if outside:
         raise UserError(f"{folder}: is {outside}: {ONLY_IN_LAYERS}")
+    check_against_file(folder, config, tensors_of(folder / "adapter_model.safetensors"))
 
 
 def adapter_in(folder: Path) -> Path:
@@ -96,12 +99,7 @@ def tensor_names(folder: Path) -> list[str]:
     Raises:
         UserError: the file is no whole safetensors file.
     """
-    path = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
+    return list(tensors_of(folder / "adapter_model.safetensors"))
 
 
 def overwritten_by(folder: Path) -> set[str]:
@@ -186,13 +184,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """An adapter's ``adapter_config.json``.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: it is no JSON object, too large, or an option is of another type than PEFT's.
     """
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is no JSON object; give the folder of a PEFT adapter")
+    config = read_settings(path)
+    check_types(path, config)
     return config

@@ -16,12 +16,14 @@ from raylora.config.method import Method
 from raylora.data.encoding import EncodedExample, pad_token_of
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import memory, targets
+from raylora.model.adapter_checks import check_finite, check_is_whole, check_patterns
 from raylora.model.adapter_files import (
     ONLY_IN_LAYERS,
     check_adapter,
     is_plain_config,
     is_plain_lora,
     overwritten_by,
+    read_adapter_config,
 )
 from raylora.model.adapter_weights import (
     Beginning,
@@ -32,10 +34,12 @@ from raylora.model.adapter_weights import (
     save_difference,
     update_norm,
 )
+from raylora.model.base_state import weights_hash
 from raylora.model.device import compute_dtype, cuda_devices
 from raylora.model.eva import begin_with_directions
 from raylora.model.lora_config import TAKES_PARTS, check_options, lora_config
 from raylora.model.snapshot import Snapshot
+from raylora.records import digest
 
 SHARES_NO_PASS = (
     "--target-modules: adapters of fused experts cannot share a pass, nor can those with --lora-variant dora, --init, "
@@ -138,7 +142,7 @@ class LoadedModel:
             except ValueError as error:
                 raise targets.refusal(self.model, method.target_modules, error) from error
             if method.init_adapter:
-                self._check_is_whole(Path(method.init_adapter), name)
+                check_is_whole(self._peft, Path(method.init_adapter), name, self.source)
             if method.init == "eva":
                 self._peft.set_adapter(name)
                 begin_with_directions(
@@ -197,12 +201,16 @@ class LoadedModel:
         One that is more than plain LoRA, or of another kind, takes the place of all others.
 
         Raises:
-            UserError: it is no adapter of this model, or does its work outside of the model's layers.
+            UserError: it is no adapter of this model, has numbers that are not finite, or does its work outside of the
+                model's layers.
             torch.OutOfMemoryError: memory does not hold it (MemoryError or RuntimeError on a CPU).
         """
         from peft import PeftModel
 
         check_adapter(folder)
+        check_finite(folder)
+        names = [name.replace(".base_layer", "") for name, _ in self.model.named_modules()]
+        check_patterns(f"{folder / 'adapter_config.json'}", read_adapter_config(folder), names)
         plain = is_plain_lora(folder)
         if not (plain and self._plain):
             self.unwrap()
@@ -212,7 +220,7 @@ class LoadedModel:
                     self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
                 else:
                     self._peft.load_adapter(str(folder), adapter_name=name)
-                self._check_is_whole(folder, name)
+                check_is_whole(self._peft, folder, name, self.source)
                 self._activate(name, trainable=False)
                 if not plain:
                     self._peft.requires_grad_(False)
@@ -224,26 +232,6 @@ class LoadedModel:
                     raise
                 raise UserError(f"{folder}: no adapter of {self.source}: {one_line(error)}") from error
         self._plain = plain
-
-    def _check_is_whole(self, folder: Path, name: str) -> None:
-        """Check that each of LoRA's tensors in the file has its place in the model, and the other way round.
-
-        PEFT only warns of those that are missing, and says nothing of the others: an adapter of a model with more
-        layers, or with other names, would be applied in part or not at all.
-
-        Raises:
-            UserError: not so.
-        """
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        renamed = getattr(self.model, "_checkpoint_conversion_mapping", None)  # as in PeftModel.from_pretrained
-        weights = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
-        result = set_peft_model_state_dict(self._peft, weights, adapter_name=name)
-        unplaced = [key for key in result.unexpected_keys if ".lora_" in key]
-        missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}" in key]
-        for keys, what in ((unplaced, "has weights that the model has no place for"), (missing, "lacks weights")):
-            if keys:
-                raise UserError(f"{folder}: no adapter of {self.source}: {what} ({len(keys)}, the first {keys[0]})")
 
     def _check_acts_in_layers(self, folder: Path) -> None:
         """Check that the model alone computes what PEFT's wrapper around it does, on a fixed input.
@@ -414,11 +402,34 @@ class LoadedModel:
         """Whether parameters beside A and B are being trained: biases, whole modules, DoRA's magnitudes."""
         return bool(self._began.beside)
 
+    def base_hash(self) -> str:
+        """SHA-256 in hex of the base's weights and of its logits: unequal ones mean that something changed the base.
+
+        Call it where no adapter is attached, or plain ones only: others have some of the base's weights changed.
+        """
+        assert self._plain
+        return digest([self.logits_hash(), weights_hash(self.model)])
+
     def logits_hash(self) -> str:
-        """SHA-256 of the base's logits on a fixed input: unequal hashes mean that something changed the base."""
+        """SHA-256 of the base's logits on a fixed input, which sees nothing of what that input does not go through."""
+        return hashlib.sha256(self._fixed_logits().float().cpu().numpy().tobytes()).hexdigest()
+
+    def check_logits(self) -> None:
+        """Check that the base computes numbers.
+
+        Raises:
+            UserError: its logits on a fixed input are not finite.
+        """
+        if not bool(self._fixed_logits().isfinite().all()):
+            dtype = str(self.model.dtype).split(".")[-1]
+            text = f"its logits are not finite numbers: its weights are damaged, or too large for {dtype}"
+            raise UserError(f"--model {self.source}: {text}", kind=ErrorKind.MODEL)
+
+    def _fixed_logits(self) -> torch.Tensor:
+        """The base's logits (2, 16, V) on a fixed input."""
         with self.base(), torch.inference_mode():
-            logits = self.model(input_ids=self._fixed_ids(), use_cache=False).logits
-        return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+            logits: torch.Tensor = self.model(input_ids=self._fixed_ids(), use_cache=False).logits
+        return logits
 
     def _fixed_ids(self) -> torch.Tensor:
         """Token ids (2, 16), always the same."""

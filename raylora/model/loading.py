@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from raylora.config.options import ModelOptions
 from raylora.data.rendering import set_rendering
@@ -23,6 +22,8 @@ from raylora.model.device import compute_dtype, keep_to_share
 from raylora.model.fp8 import Fp8Linear, check_fp8, make_fp8
 from raylora.model.kernels import check_kernels
 from raylora.model.liger import use_liger
+from raylora.model.loaded_weights import check_loaded
+from raylora.model.model_files import check_source
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
 
 log = logging.getLogger("raylora")
@@ -99,12 +100,14 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
             devices named there; with several ``gpus_per_worker`` evenly over as many GPUs.
 
     Raises:
-        UserError: it cannot be found or read, does not fit into memory, or there are fewer GPUs.
+        UserError: it cannot be found or read, lacks weights, has some that are not finite, would run code that is not
+            trusted, does not fit into memory, or there are fewer GPUs.
     """
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
     source = resolve_model(options.model)
+    check_source(source, options.trust_remote_code)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each new sequence length, which takes tens of milliseconds. In packed rows
@@ -129,24 +132,30 @@ def load_model(options: ModelOptions, device: torch.device | None = None) -> Loa
         # Not None: that would replace what the configuration of stored int8 weights says, and their scales are lost.
         given["quantization_config"] = quantization
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             trust_remote_code=options.trust_remote_code,
             use_safetensors=None if options.allow_pickle else True,
+            output_loading_info=True,
             **given,
         )
     except torch.OutOfMemoryError as error:
         raise _does_not_fit(options) from error
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged configuration a model's code makes whatever it makes
         if not options.allow_pickle and has_only_pickles(source):
             raise UserError(
                 f"--model {options.model}: its weights are pickle files, which can run code: convert them to "
                 "safetensors, or give --allow-pickle if you trust who made them"
             ) from None
         raise UserError(f"--model {options.model}: cannot be loaded: {one_line(error)}") from error
+    check_loaded(model, info, options.model, source)
     check_tokenizer(tokenizer, model, options.model)
-    return wrap_model(model, tokenizer, source, options)
+    loaded = wrap_model(model, tokenizer, source, options)
+    loaded.check_logits()
+    return loaded
 
 
 def wrap_model(model: Any, tokenizer: Any, source: str, options: ModelOptions) -> LoadedModel:
@@ -241,8 +250,8 @@ def check_window(options: ModelOptions, source: str, max_length: int) -> None:
 
     try:
         window = _context_window(AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code))
-    except (OSError, ValueError, KeyError, AttributeError):
-        return  # loading the model will say what is wrong
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, ImportError, RuntimeError):
+        return  # of a damaged configuration; loading the model will say what is wrong
     if window is not None and max_length > window:
         raise UserError(f"--max-length {max_length}: {options.model} can look at {window} tokens; give no more")
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from raylora.config.method import Method
 from raylora.config.sources import patterns_by_name
-from raylora.errors import ErrorKind, UserError, one_line
+from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import targets
-from raylora.model.adapter_files import check_adapter, note_on_base, tensor_names
+from raylora.model.adapter_checks import check_finite, check_patterns
+from raylora.model.adapter_files import check_adapter, note_on_base
 
 OF_ADAPTER = (
     "lora_r", "lora_alpha", "target_modules", "lora_variant", "init", "bias", "modules_to_save", "rank_pattern",
@@ -70,6 +71,9 @@ def lora_config(model: Any, method: Method, source: str) -> Any:
 
     if method.init_adapter:
         config = read_lora_config(Path(method.init_adapter))
+        with errors_are(ErrorKind.ADAPTER):
+            modules = [name for name, _ in model.named_modules()]
+            check_patterns(f"--init-adapter {method.init_adapter}", vars(config), modules)
         config.lora_dropout, config.inference_mode, config.base_model_name_or_path = method.lora_dropout, False, source
         return config
     names = targets.resolve(model, method.target_modules)
@@ -153,17 +157,17 @@ def read_lora_config(folder: Path) -> Any:
     """The ``LoraConfig`` of an adapter that a training may go on from.
 
     Raises:
-        UserError: it is missing or damaged, no LoRA, or one whose weights say only what they add to another base: of
-            initial values that were taken out of the base's weights.
+        UserError: it is missing or damaged, has numbers that are not finite, is no LoRA, or one whose weights say only
+            what they add to another base: of initial values that were taken out of the base's weights.
     """
     from peft import LoraConfig, PeftConfig
 
     try:
         check_adapter(folder)
-        tensor_names(folder)
+        check_finite(folder)
         try:
             config = PeftConfig.from_pretrained(str(folder))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{folder}: no adapter that PEFT knows: {one_line(error)}") from error
     except UserError as error:
         raise _refusal(f"--init-adapter {error}") from None

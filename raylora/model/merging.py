@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapter_files import check_adapter, check_base, read_adapter_config, tensor_names
 from raylora.model.adapters import LoadedModel
+from raylora.model.loaded_weights import check_loaded
+from raylora.model.model_files import check_source
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
 from raylora.records import digest
 from raylora.storage.atomic import PARTIAL, write_atomically
@@ -69,6 +71,7 @@ def merge(folder: Path, output: Path, base: str | None = None, trust_remote_code
     if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
         raise UserError(f"{folder}: was trained for {task}: only adapters of causal language models are merged")
     source, revision = _source(folder, config, base)
+    check_source(source, trust_remote_code)
     notes = check_base(folder, source)
     _check_finite(folder, load_file(folder / "adapter_model.safetensors"))
     model, tokenizer = _load(source, revision, trust_remote_code)
@@ -146,7 +149,10 @@ def _load(source: str, revision: str | None, trust_remote_code: bool) -> tuple[A
             text = f"--model {source}: its weights are quantized ({getattr(method, 'value', method)}): "
             raise UserError(f"{text}give the model that it was made from")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+        )
+        check_loaded(model, info, source, source)
     except UserError:
         raise
     except Exception as error:  # the hub's client, a damaged file's parser and a model's own code raise anything

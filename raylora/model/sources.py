@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from raylora.config.options import DEMO
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
+from raylora.model.model_files import check_folder, files_below
 from raylora.records import digest
 from raylora.storage.atomic import write_text
 from raylora.storage.damage import read_sealed
@@ -59,7 +60,8 @@ def resolve_model(name: str | None) -> str:
     ``demo`` and ``.gguf`` files are converted once to safetensors in the cache, so that they can be quantized.
 
     Raises:
-        UserError: there is no such model, it cannot be converted, or a package that it needs is missing.
+        UserError: there is no such model, it cannot be converted, its files do not agree (``check_folder``), or a
+            package that it needs is missing.
     """
     if not name:
         raise UserError(NO_MODEL)
@@ -75,6 +77,7 @@ def resolve_model(name: str | None) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: no config.json in this folder; give the folder of a transformers model")
+        check_folder(path)
         return str(path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise UserError(f"--model {name}: no such folder")
@@ -202,10 +205,12 @@ def has_only_pickles(source: str) -> bool:
 
 @errors_are(ErrorKind.MODEL)
 def model_hash(source: str, trust_remote_code: bool = False) -> str:
-    """SHA-256 in hex that identifies a model: of a folder's files, or of a hub model's name and commit.
+    """SHA-256 in hex that identifies a model: of all files that are loaded with a folder's, or of a hub model's name
+    and commit.
 
     Raises:
-        UserError: ``source`` is no folder, and the hub has no such model or cannot be reached.
+        UserError: ``source`` is no folder, and the hub has no such model or cannot be reached; or an index of its
+            weights names files outside of the folder.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -219,4 +224,6 @@ def model_hash(source: str, trust_remote_code: bool = False) -> str:
             ) from error
         return digest([source, getattr(config, "_commit_hash", None)])
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in MODEL_SUFFIXES)
-    return digest([[p.name, _file_hash(p)] for p in files])
+    below = {p.relative_to(folder).as_posix(): p for p in files_below(folder)}
+    named = [*((p.name, p) for p in files), *sorted(below.items())]
+    return digest([[name, _file_hash(p)] for name, p in named])

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from raylora.config.method import ALL_LINEAR, AUTO, LORA_TARGETS
-from raylora.errors import ErrorKind, UserError, one_line
+from raylora.errors import ErrorKind, UserError, errors_are, one_line
+from raylora.model.adapter_checks import check_patterns
+from raylora.model.model_files import check_source
 
 log = logging.getLogger("raylora")
 _OF_PEFT = (".base_layer", ".lora_")
@@ -65,9 +67,14 @@ class Adapted:
 
 
 def skeleton(source: str, trust_remote_code: bool = False) -> Any | None:
-    """A model on torch's meta device, made from its configuration alone; None where that cannot be done."""
+    """A model on torch's meta device, made from its configuration alone; None where that cannot be done.
+
+    Raises:
+        UserError: see ``model_files.check_source``.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_source(source, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -221,6 +228,8 @@ def adapt_with(model: Any, config: Any, target_modules: Sequence[str] = ()) -> A
     target_modules = target_modules or ([] if is_expression else sorted(config.target_modules or ()))
     for option, pattern in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
         _check_expressions(f"--{option}-pattern", pattern)
+    with errors_are(ErrorKind.TARGET_MODULES):
+        check_patterns("the options of the adapter", vars(config), [name for name, _ in model.named_modules()])
     try:
         wrapped = wrap(model, config)
     except (ValueError, RuntimeError) as error:

@@ -114,6 +114,30 @@ def test_further_sets_and_a_mask_have_columns_of_their_own(tiny_model_folder, ad
     assert found["sets"]["masked"]["overall_accuracy"] == pytest.approx(summary["overall_accuracy[masked]"][1])
 
 
+def test_an_adapter_that_does_not_fit_costs_no_other_and_alone_is_wrong_use(
+    tiny_model_folder, adapter_folder, question_file, tmp_path, capsys
+):
+    """Half of its weights, or NaN in the place of them, would give the base's score, or one in between."""
+    half, broken = (shutil.copytree(adapter_folder, tmp_path / name) for name in ("half", "broken"))
+    weights = load_file(adapter_folder / "adapter_model.safetensors")
+    save_file({name: weights[name] for name in sorted(weights)[::2]}, half / "adapter_model.safetensors")
+    save_file({name: t * float("nan") for name, t in weights.items()}, broken / "adapter_model.safetensors")
+    given = {"model": str(tiny_model_folder), "quantization": "none", "mmlu": str(question_file)}
+
+    def ask(*adapters):
+        config = load_settings(MmluConfig, None, "mmlu", **given, adapter=list(adapters), output=tmp_path / "out")
+        return mmlu.run(config), capsys.readouterr().err.splitlines()
+
+    code, lines = ask(half, adapter_folder, broken)
+    assert code == 1
+    assert [line.split(": ")[1] for line in lines] == [str(half), str(broken)]
+    assert f"no adapter of {tiny_model_folder}: lacks weights" in lines[0]
+    assert "weights are not finite numbers" in lines[1]
+    (path,) = (tmp_path / "out").rglob("summary.csv")
+    assert list(pd.read_csv(path)["model"]) == ["base", "my_adapter"]
+    assert ask(half, broken) == (2, lines)
+
+
 def test_a_favourite_letter_that_moved_is_named(tmp_path):
     evaluated = []
     for name, score in zip(("base", "only_letters", "knowledge"), letter_scores(), strict=True):

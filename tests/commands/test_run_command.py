@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from raylora.commands.run_command import COMMANDS, PROGRAM, program, run_command
+from raylora.commands.run_command import COMMANDS, PROGRAM, call_command, program, run_command
 from raylora.config.run import Config, load_config
 from raylora.console import make_console
 from raylora.errors import MachineError, RemoteError, StoppedError, UserError
@@ -277,3 +279,35 @@ def test_the_schema_knows_shipped_yaml_files_and_refuses_what_the_command_refuse
     assert load_config(**good).stages == ("train", "mmlu")
     for bad in ({"lora_rr": 1}, {"lora_r": 0}, {"quantization": "3bit"}, {"stages": ["eat"]}, {"output": 3}):
         assert not check.is_valid(bad), bad
+
+
+@pytest.mark.parametrize("command", ["mmlu", "experiment", "batch", "features", "merge"])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
+        ("config.json", b"\xff\xfe", "config.json: cannot be read: not UTF-8"),
+        ("generation_config.json", b"[1]", "is no JSON object"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../a.safetensors"}}', "outside of the model's folder"),
+        ("config.json", {"attn_implementation": "org/kernel"}, "names the kernel org/kernel"),
+    ],
+)
+def test_every_command_refuses_such_a_model_in_one_line(
+    command, name, content, says, tiny_model_folder, adapter_folder, question_file, tmp_path
+):
+    """Before anything is built: a skeleton of so many layers would take hours."""
+    model = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    before = json.loads((model / name).read_text()) if isinstance(content, dict) else {}
+    (model / name).write_bytes(json.dumps({**before, **content}).encode() if isinstance(content, dict) else content)
+    dataset = write_dataset(tmp_path / "data" / "chunk_1", "data")
+    arguments = {
+        "mmlu": ["--questions", question_file],
+        "experiment": [dataset, "--questions", question_file, "--dry-run"],
+        "batch": ["--data-root", tmp_path / "data", "--chunk", "chunk_1", "--questions", question_file, "--dry-run"],
+        "features": ["--data-folder", tmp_path / "data" / "chunk_1", "--dry-run"],
+        "merge": [adapter_folder],
+    }[command]
+    more = [] if command == "merge" else ["--quantization", "none"]
+    with pytest.raises(UserError, match=re.escape(says)) as raised:
+        call_command(command, [*map(str, arguments), *more, "--model", str(model), "--output", str(tmp_path / "out")])
+    assert "\n" not in str(raised.value)

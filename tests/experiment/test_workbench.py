@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from raylora.config.run import load_config
 from raylora.console import make_console
 from raylora.data.encoding import lengths_of
-from raylora.errors import BaseChangedError
+from raylora.errors import BaseChangedError, ErrorKind, MachineError
 from raylora.experiment.runner import ExperimentRunner
 from raylora.experiment.story import run_experiment
 from raylora.experiment.workbench import Workbench, attach_job, load_planned_dataset
@@ -40,6 +41,33 @@ def test_a_base_that_was_changed_makes_no_row(tiny_model_folder, tmp_path):
         run_experiment(bench, experiment)
     assert plan.store.read_stage(experiment, "features") is None
     assert plan.store.read_row(experiment) is None
+
+
+def test_a_change_that_no_logit_shows_counts_too(tiny_model_folder, tmp_path):
+    path = write_dataset(tmp_path / "data" / "chunk_1", "data")
+    config = load_config(**{**OPTIONS, "model": str(tiny_model_folder), "output": tmp_path / "out"})
+    bench = Workbench(config, make_plan(config, [path], "single").store)
+    logits = bench.loaded.logits_hash()
+    bench.check_base()
+    table = bench.loaded.model.model.embed_tokens  # is no longer the head's, and of a token that is not looked at
+    table.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
+    table.weight[470, 0] += 1
+    assert bench.loaded.logits_hash() == logits
+    with pytest.raises(BaseChangedError):
+        bench.check_base()
+
+
+def test_a_model_that_lacks_weights_is_not_scored(tiny_model_folder, tmp_path):
+    model = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
+    save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
+    path = write_dataset(tmp_path / "data" / "chunk_1", "data")
+    config = load_config(**{**OPTIONS, "model": str(model), "output": tmp_path / "out"})
+    plan = make_plan(config, [path], "single")
+    with pytest.raises(MachineError, match="its files lack 9 weights") as raised:
+        run_experiment(Workbench(config, plan.store), plan.experiments[0])
+    assert raised.value.kind is ErrorKind.MODEL
 
 
 def with_template(folder, model_folder, template):

@@ -261,7 +261,7 @@ def test_only_an_adapter_of_this_base_is_gone_on_from(biased_folder, tmp_path):
         ({"r": 5}, "is of another model: of "),
         ({"target_modules": ["q_proj", "v_proj"]}, "it has nothing"),
         ({"target_modules": ["w"]}, "no layer is called w"),
-        ({"peft_type": "NEWEST"}, "no adapter that PEFT knows"),
+        ({"peft_type": "NEWEST"}, "of a kind that raylora does not know (NEWEST)"),
     ):
         folder = shutil.copytree(tmp_path / "good", tmp_path / "changed", dirs_exist_ok=True)
         values = json.loads((folder / "adapter_config.json").read_text())

@@ -225,7 +225,7 @@ def test_mistakes_are_one_line(adapter, tiny_model_folder, tmp_path):
     (quantized / "config.json").write_text(json.dumps(config))
     assert "quantized (bitsandbytes)" in refused(adapter, tmp_path / "merged", str(quantized))
     (quantized / "config.json").write_text("{")
-    assert "cannot be loaded" in refused(adapter, tmp_path / "merged", str(quantized))
+    assert "config.json: cannot be read" in refused(adapter, tmp_path / "merged", str(quantized))
 
 
 def test_what_cannot_be_merged_is_one_line(tmp_path):
