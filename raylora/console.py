@@ -6,11 +6,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from raylora.texts import shown_line
+
+
+class LineConsole(Console):
+    """A console in which every text, be it a line or a table's cell, is a single line that may be shown."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown_line(text), **options)
 
 
 def make_console(**options: Any) -> Console:
-    """A console that prints names as they are: ``[x]`` or ``:x:`` in a dataset's name is no markup and no emoji."""
-    return Console(highlight=False, markup=False, emoji=False, **options)
+    """A console that prints names as they are: ``[x]`` or ``:x:`` in a dataset's name is no markup and no emoji.
+
+    No name and no error can break a line, move the cursor or show a secret.
+    """
+    return LineConsole(highlight=False, markup=False, emoji=False, **options)
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 from collections.abc import Iterator
 from enum import StrEnum
+
+from raylora.texts import without_secrets
 
 
 class ErrorKind(StrEnum):
@@ -52,12 +53,15 @@ class ErrorKind(StrEnum):
 
 
 class RayloraError(Exception):
-    """The base class of raylora's exceptions. The text is for people, ``kind`` for programs; both survive pickling."""
+    """The base class of raylora's exceptions. The text is for people, ``kind`` for programs; both survive pickling.
+
+    No secret is in the text, whatever it is made of.
+    """
 
     kind = ErrorKind.UNKNOWN
 
     def __init__(self, *args: object, kind: ErrorKind | None = None) -> None:
-        super().__init__(*args)
+        super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
         if kind is not None:
             self.kind = kind
 
@@ -220,14 +224,9 @@ def errors_are(kind: ErrorKind) -> Iterator[None]:
 # The texts of errors
 
 
-def without_secrets(text: str) -> str:
-    """Text that may be shown: without the users, passwords and queries of its URIs."""
-    return re.sub(r"://\S*@", "://...@", re.sub(r"(://[^?\s]*)\?\S*", r"\1?...", text))
-
-
 def one_line(error: BaseException) -> str:
     """An error's text on one line, its first 300 characters, without secrets; its type's name if it has no text."""
-    return without_secrets(" ".join(str(error).split())[:300]) or type(error).__name__
+    return without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def reason(error: OSError) -> str:

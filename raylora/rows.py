@@ -14,8 +14,10 @@ from raylora.config.method import Method
 from raylora.config.run import Config
 from raylora.errors import DamagedError, ErrorKind, UserError, one_line, reason
 from raylora.records import Experiment, ResultRow
+from raylora.storage import csv_files
 from raylora.storage.digests import check_parquet
-from raylora.storage.places import check_regular, location, reading
+from raylora.storage.places import location, open_regular, reading
+from raylora.texts import shown_line, shown_values
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ ROW_COLUMNS = [
     *RUN_RECORD_COLUMNS,
 ]
 
+NAMES = ("dataset", "experiment_id")
 CELL_VALUES = ("is_own", "num_examples", "num_tokens", "base_loss", "loss", "loss_change", "low", "high", "p_value")
 """What is measured of an adapter on a dataset's held-out examples, with ``--transfer``; whether it is its own."""
 
@@ -196,12 +199,14 @@ def make_row(config: Config, experiment: Experiment, status: str, **values: Any)
         **{name: getattr(config, name) for name in RUN_RECORD_COLUMNS if name in type(config).model_fields},
         **settings,
     }
-    return ResultRow({**dict.fromkeys(ROW_COLUMNS), **identity, **values})
+    # Names stay as they are: rows are found by them.
+    row = {**dict.fromkeys(ROW_COLUMNS), **identity, **values}
+    return ResultRow({name: value if name in NAMES else shown_values(value) for name, value in row.items()})
 
 
 def error_row(config: Config, experiment: Experiment, error: str, kind: ErrorKind, **values: Any) -> ResultRow:
     """The row of an experiment that failed: the cause on one line of at most 1000 characters, and its kind."""
-    text = " ".join(error.split())[:1000]
+    text = shown_line(" ".join(error.split()))[:1000]
     return make_row(config, experiment, "error", error=text, error_kind=kind.value, **values)
 
 
@@ -254,17 +259,19 @@ def load_results(place: str | Path) -> pd.DataFrame:
 def read_csv(stream: IO[bytes] | Path) -> pd.DataFrame:
     """A CSV table with its names as they are: a dataset called 007 keeps its zeros, and one called null is no null.
 
+    Cells that ``write_csv`` guarded are as they were.
+
     Raises:
         ValueError: a row has more cells than the header, or pandas cannot parse the text.
         UnicodeDecodeError: it is not UTF-8.
     """
     data = stream.read_bytes() if isinstance(stream, Path) else stream.read()
     options: dict[str, Any] = {"encoding": "utf-8-sig", "low_memory": False}
-    table = pd.read_csv(io.BytesIO(data), **options)
+    table = csv_files.read_csv(io.BytesIO(data), **options)
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("rows have more cells than the header; names that hold commas must be quoted")
     text_columns = [name for name in table.columns if name_of_first(name) in TEXTS]
-    texts = pd.read_csv(io.BytesIO(data), **options, usecols=text_columns, dtype="string", keep_default_na=False)
+    texts = csv_files.read_csv(io.BytesIO(data), **options, usecols=text_columns, dtype="string", keep_default_na=False)
     for name in text_columns:
         table[name] = texts[name].where(texts[name] != "")
     return table
@@ -318,10 +325,9 @@ def read_table(path: Path) -> pd.DataFrame:
         if not files:
             raise UserError(f"{path}: no results.csv or results.parquet here; give a table or the folder of a run")
         file = files[0]
-    check_regular(file)
     try:
         # Parquet is recognized by its first bytes, as the ending of a user's file may be anything.
-        with reading(file), file.open("rb") as stream:
+        with reading(file), open_regular(file) as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
             table = pd.read_parquet(_checked(stream.read())) if is_parquet else read_csv(stream)

@@ -28,6 +28,7 @@ LAYERS = (
     ("storage",),
     ("records",),
     ("errors", "console", "work_counts"),
+    ("texts",),
 )
 """From the top to the ground. The options stand on ``storage``, as places are a type of option."""
 LEVEL = {wing: level for level, wings in enumerate(reversed(LAYERS)) for wing in wings}

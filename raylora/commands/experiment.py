@@ -5,6 +5,8 @@ python -m raylora.experiment FILE --model demo --mmlu demo
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from raylora.commands.options import ExperimentConfig
 from raylora.console import make_console, print_notes
 from raylora.experiment.story import run_experiment
@@ -19,7 +21,8 @@ from raylora.storage.places import check_regular
 
 
 def run(config: ExperimentConfig) -> int:
-    check_regular(config.file)  # within a chunk it is an error row; here it is all that was asked for
+    if isinstance(config.file, Path):
+        check_regular(config.file)  # within a chunk it is an error row; here it is all that was asked for
     plan = make_plan(config, [config.file], "single")
     console = make_console()
     print_notes(console, plan.notes)

@@ -44,8 +44,10 @@ from raylora.mmlu.statistics import (
 from raylora.model.adapter_files import adapter_hash, adapter_name, check_adapter, note_on_base
 from raylora.model.sources import quiet_libraries, resolve_model
 from raylora.records import ProgressCallback, Score
+from raylora.storage.csv_files import write_csv
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
+from raylora.texts import shown_line
 
 COUNTS_OF_CHANGES = {"num_gained": "Int64", "num_lost": "Int64"}
 
@@ -222,8 +224,8 @@ def write_tables(store: Store, sets: Sets) -> None:
     # Without further sets there is no column that names the set.
     of_sets = [_subjects_of(e).assign(**({"set": name} if len(sets) > 1 else {})) for name, e in sets.items()]
     table = pd.concat(of_sets, ignore_index=True)
-    store.write_file("summary.csv", lambda p: summary.to_csv(p, index=False))
-    store.write_file("subjects.csv", lambda p: table.to_csv(p, index=False))
+    store.write_file("summary.csv", lambda p: write_csv(summary, p))
+    store.write_file("subjects.csv", lambda p: write_csv(table, p))
 
 
 def _subjects_of(evaluated: list[Evaluated]) -> pd.DataFrame:
@@ -339,7 +341,7 @@ def run(config: MmluConfig) -> int:
     print_all(evaluated, console)
     console.print(f"Files: {evaluated[''][0].path.parents[2]}", soft_wrap=True)
     for failure in failures:
-        print(f"raylora: {failure}", file=sys.stderr)
+        print(shown_line(f"raylora: {failure}"), file=sys.stderr)
     if failures and len(evaluated[""]) == 1:  # none of the adapters can be asked: wrong use, as where none is found
         return 2
     return 1 if failures else 0

@@ -20,6 +20,7 @@ from raylora.predict.uncertainty import LEVEL, scores
 from raylora.predict.validation import fit_predictor
 from raylora.rows import read_table
 from raylora.storage.atomic import to_json, write_atomically, write_text
+from raylora.storage.csv_files import write_csv
 from raylora.storage.places import writing
 
 SCORE_NAMES = {"rmse": "RMSE", "mae": "mean error", "r2": "R2", "rank_correlation": "rank correlation"}
@@ -43,7 +44,7 @@ def fit(config: FitConfig) -> int:
     with writing("--output", config.output):
         predictor.save(config.output)
         write_text(config.output / "predictor.json", to_json(predictor.card))
-        write_atomically(config.output / "held_out.csv", lambda p: held_out.to_csv(p, index=False))
+        write_atomically(config.output / "held_out.csv", lambda p: write_csv(held_out, p))
         write_calibration(config.output / "calibration.png", predictor, held_out)
     print_card(predictor.card, console)
     console.print(predictor.verdict, soft_wrap=True)
@@ -73,7 +74,7 @@ def predict(config: PredictConfig) -> int:
     full = pd.concat([table[named], predictions], axis=1) if named else predictions
     if config.output is not None:
         with writing("--output", config.output):
-            write_atomically(config.output, lambda partial: full.to_csv(partial, index=False))
+            write_atomically(config.output, lambda partial: write_csv(full, partial))
     print_predictions(names_of(table), predictions, target, console)
     if measured is not None:
         _print_check(target, measured, predictions, console)

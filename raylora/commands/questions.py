@@ -15,6 +15,7 @@ from raylora.commands.options import QuestionsConfig
 from raylora.errors import ErrorKind, UserError, one_line
 from raylora.mmlu.questions import load_questions
 from raylora.storage.atomic import write_text
+from raylora.texts import shown_line
 
 REPOSITORY = "cais/mmlu"
 SPLITS = ("test", "dev")
@@ -40,7 +41,7 @@ def run_mmlu(config: QuestionsConfig) -> int:
                 write_text(path, json.dumps(rows, ensure_ascii=False))
             except OSError as error:
                 raise UserError(f"--output {config.output}: {error.strerror}") from error
-            print(f"{path}: {len(rows)} questions of {len({q.subject for q in found})} subjects")
+            print(shown_line(f"{path}: {len(rows)} questions of {len({q.subject for q in found})} subjects"))
     return 0
 
 

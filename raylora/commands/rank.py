@@ -31,6 +31,7 @@ from raylora.predict.ranking import rank
 from raylora.records import Experiment, ResultRow
 from raylora.run.execute import run_pending
 from raylora.storage.atomic import write_atomically
+from raylora.storage.csv_files import write_csv
 
 NO_RULE = (
     "Order: cheapest first (tokens of all epochs), as nothing is known of which is better: the best of any N is "
@@ -124,7 +125,7 @@ def run(config: RankConfig) -> int:
     table = measure_features(plan, console)
     ranking = rank(predictor, table, config.budget, config.coverage, config.seed)
     path = plan.store.root / "ranking.csv"
-    write_atomically(path, lambda partial: ranking.to_csv(partial, index=False))
+    write_atomically(path, lambda partial: write_csv(ranking, partial))
     plan.store.publish("ranking.csv")
     print_ranking(ranking, predictor, console)
     console.print(f"Files: {path}", soft_wrap=True)

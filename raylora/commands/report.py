@@ -9,6 +9,7 @@ from __future__ import annotations
 from raylora.commands.options import ReportConfig
 from raylora.errors import UserError
 from raylora.report.page import write_report
+from raylora.texts import shown_line
 
 
 def run(config: ReportConfig) -> int:
@@ -16,5 +17,5 @@ def run(config: ReportConfig) -> int:
         path = write_report(config.folder, config.price)
     except OSError as error:
         raise UserError(f"{config.folder}: the report cannot be written there: {error.strerror}") from error
-    print(path)
+    print(shown_line(path))
     return 0

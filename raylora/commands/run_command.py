@@ -8,6 +8,7 @@ Exit code 0: all is good; 1: some rows failed, or the run ended early; 2: wrong 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from raylora.commands import options
 from raylora.config.run import CommonOptions, Config
 from raylora.config.sources import OptionParser, Settings, settings_from_command
 from raylora.errors import MachineError, RemoteError, StoppedError, UserError
+from raylora.texts import LineFormatter, print_traceback, shown_line
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ def _work(command: Command, config: Settings) -> int:
 def _end(command: Command | Group, prog: str, argv: Sequence[str]) -> NoReturn:
     """Read the options, run the command and exit; an error is one line on stderr."""
     config = None
+    sys.excepthook = print_traceback
+    if logging.lastResort:  # warnings that no handler takes
+        logging.lastResort.setFormatter(LineFormatter())
     try:
         chosen, config = _read(command, prog, argv)
         code = _work(chosen, config)
@@ -166,7 +171,7 @@ def _end(command: Command | Group, prog: str, argv: Sequence[str]) -> NoReturn:
 
 def _print_error(line: str, code: int) -> int:
     """Print a line to stderr, and return ``code``."""
-    print(line.rstrip(), file=sys.stderr)
+    print(shown_line(line.rstrip()), file=sys.stderr)
     return code
 
 

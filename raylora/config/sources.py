@@ -24,7 +24,9 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from raylora.errors import UserError, without_secrets
+from raylora.errors import UserError
+from raylora.storage.places import check_regular, read_regular
+from raylora.texts import without_secrets
 
 POSITIONAL = get_args(CliPositionalArg)[1]
 """In the metadata of an option that is positional on the command line."""
@@ -284,7 +286,7 @@ class _YamlValues(YamlConfigSettingsSource):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -308,6 +310,7 @@ def _read_variables(settings: type[Settings]) -> Mapping[str, Collection[str]]:
         UserError: ``.env`` is not UTF-8, or a variable's name is nearly one of ours: it would silently set nothing.
     """
     try:
+        check_regular(Path(".env"))
         dotenv = _DotEnv(settings).env_vars
     except UnicodeDecodeError as error:
         raise UserError(f".env: not UTF-8 at byte {error.start}") from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +14,7 @@ import pyarrow as pa
 
 from raylora.data.record_stream import LARGEST_PIECE, SWELLING, in_bytes, shown_path
 from raylora.errors import UserError, one_line, reason
-from raylora.storage.places import check_regular
+from raylora.storage.places import is_remote, open_regular
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """pyarrow's names by the suffix that stands behind a file's own."""
@@ -28,13 +30,15 @@ def compression_of(path: Path) -> str:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is read from its beginning to its end, and hashed on the way."""
+    """A file that is read from its beginning to the end that it had when it was opened, and hashed on the way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        check_regular(path)
         try:
-            self._file = path.open("rb")
+            self._file = open_regular(path)
+            self._left = sys.maxsize if is_remote(path) else os.fstat(self._file.fileno()).st_size
+        except UserError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a null character in its name
             raise unreadable(path, error) from None
         self.sha256 = hashlib.sha256()
@@ -45,10 +49,11 @@ class _Hashed(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         try:
-            data = self._file.read(size)
+            data = self._file.read(self._left if size < 0 else min(size, self._left))
         except OSError as error:
             raise unreadable(self.path, error) from None
         self.sha256.update(data)
+        self._left -= len(data)
         self.size += len(data)
         self.at_end = not data
         return data

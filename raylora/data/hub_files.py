@@ -20,11 +20,12 @@ from raylora.data.columns import ColumnNames
 from raylora.data.dataset_files import FolderRecords
 from raylora.data.hub_splits import Choice, check_complete, choose
 from raylora.data.record_stream import Record, in_bytes
-from raylora.errors import NoFilesError, NoRepositoryError, NoRevisionError, UserError, one_line, without_secrets
+from raylora.errors import NoFilesError, NoRepositoryError, NoRevisionError, UserError, one_line
 from raylora.storage.atomic import write_text
 from raylora.storage.damage import read_sealed
 from raylora.storage.digests import seal
 from raylora.storage.hub_names import COMMIT, HubDataset
+from raylora.texts import without_secrets
 
 log = logging.getLogger("raylora.data")
 CONVERTED = "refs/convert/parquet"

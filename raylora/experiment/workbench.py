@@ -27,10 +27,12 @@ from raylora.model.adapters import LoadedModel
 from raylora.model.sources import model_hash, resolve_model
 from raylora.records import Dataset, Example, Experiment, digest, digests_of
 from raylora.storage.atomic import write_atomically, write_text
+from raylora.storage.csv_files import write_csv
 from raylora.storage.damage import read_sealed
 from raylora.storage.digests import seal
 from raylora.storage.hub_names import DatasetPlace, dataset_location
 from raylora.storage.store import Store
+from raylora.texts import LineFormatter
 from raylora.training.gradients import Job
 from raylora.training.loop import TrainingResult
 
@@ -236,7 +238,7 @@ def keep_adapter(
     # First the marker of an earlier training, so that a kill in the next lines leaves none beside new files.
     bench.store.forget_stage(experiment, "train")
     curve = pd.DataFrame(result.loss_curve())
-    write_atomically(bench.store.folder(experiment) / "loss_curve.csv", lambda p: curve.to_csv(p, index=False))
+    write_atomically(bench.store.folder(experiment) / "loss_curve.csv", lambda p: write_csv(curve, p))
     write_atomically(bench.store.adapter_folder(experiment), lambda p: bench.loaded.save_adapter(p, name))
     return dict(vars(result.metrics))
 
@@ -256,7 +258,7 @@ def log_file(path: Path) -> Iterator[None]:
     """Inside, raylora's log goes to a file, at level INFO, and an exception with its traceback too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("raylora")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from raylora.config.method import AUTO, LORA_TARGETS, Method
 from raylora.config.options import FeatureOptions
 from raylora.config.run import Config
@@ -29,9 +27,10 @@ from raylora.planning.hardware import check_fp8_here
 from raylora.planning.names import NamedDataset, is_utf8, name_datasets, place_text, printable
 from raylora.planning.transfer import left_out_key, with_transfer
 from raylora.records import Experiment, ResultRow, digest
+from raylora.storage.csv_files import read_csv
 from raylora.storage.hub import check_push
 from raylora.storage.hub_names import DatasetPlace
-from raylora.storage.places import reading
+from raylora.storage.places import open_regular, reading
 from raylora.storage.remote_store import store_at
 from raylora.storage.store import Store, safe_name
 
@@ -347,7 +346,10 @@ def read_order(path: Path | None) -> dict[str, int]:
     if path is None:
         return {}
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with open_regular(path) as file:
+            table = read_csv(file, dtype=str, keep_default_na=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"--order {path}: no CSV table can be read from it: {reason}") from None

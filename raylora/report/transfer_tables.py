@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-from pyarrow.csv import write_csv
+from pyarrow import csv
 
 from raylora.errors import UserError
 from raylora.mmlu.paired import false_discovery, holm
 from raylora.records import ResultRow
 from raylora.report.read_run import UNREADABLE
 from raylora.rows import CELL_VALUES
+from raylora.storage.csv_files import guarded, write_csv
 from raylora.storage.digests import open_parquet, write_parquet
 from raylora.storage.places import location
 from raylora.storage.store import Store
 
 TABLE = "transfer"
 """``transfer.csv`` and ``.parquet`` have a line for each cell; ``transfer_table.csv`` is the table itself."""
-COLUMNS = ["experiment_id", "dataset", "on_dataset", *CELL_VALUES, "holm_p_value", "fdr_p_value"]
+NAMES = ["experiment_id", "dataset", "on_dataset"]
+COLUMNS = [*NAMES, *CELL_VALUES, "holm_p_value", "fdr_p_value"]
 
 
 class TransferTables:
@@ -47,11 +49,11 @@ class TransferTables:
         cells = cells.assign(holm_p_value=holm(raw), fdr_p_value=false_discovery(raw))[COLUMNS]
         table = cells.set_index(["dataset", "experiment_id", "on_dataset"])["loss_change"].unstack("on_dataset")
         # Of 500 datasets there are 250,000 cells: pandas takes seconds to write them as text.
-        self._store.write_file(
-            f"{TABLE}.csv", lambda p: write_csv(pa.Table.from_pandas(cells, preserve_index=False), p)
-        )
+        names = {column: cells[column].map(guarded, na_action="ignore") for column in NAMES}
+        arrow = pa.Table.from_pandas(cells.assign(**names), preserve_index=False)
+        self._store.write_file(f"{TABLE}.csv", lambda p: csv.write_csv(arrow, p))
         self._store.write_file(f"{TABLE}.parquet", lambda p: write_parquet(cells, p))
-        self._store.write_file(f"{TABLE}_table.csv", lambda p: table.to_csv(p))
+        self._store.write_file(f"{TABLE}_table.csv", lambda p: write_csv(table, p, index=True))
 
 
 def read_cells(path: Path) -> pd.DataFrame | None:

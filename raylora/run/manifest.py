@@ -9,13 +9,14 @@ from typing import Any
 
 from raylora import __version__
 from raylora.planning.plan import Plan
+from raylora.texts import shown_values
 
 PACKAGES = ("raylora", "ray", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "scikit-learn")
 
 
 def manifest_of(plan: Plan) -> dict[str, Any]:
-    """The content of ``run.json``. No secret is in it: the configuration holds none."""
-    return {
+    """The content of ``run.json``, without secrets."""
+    manifest = {
         "chunk": plan.chunk,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "configuration": plan.config.model_dump(mode="json"),
@@ -25,6 +26,8 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "machine": _describe_machine(),
     }
+    shown: dict[str, Any] = shown_values(manifest)
+    return shown
 
 
 def version_of(package: str) -> str | None:

@@ -14,6 +14,7 @@ from raylora.config.options import MmluOptions, ModelOptions
 from raylora.model.sources import HubModel
 from raylora.records import ResultRow
 from raylora.report.harness_results import FURTHER_SET
+from raylora.texts import shown_line, without_secrets
 
 OF_ASKING = [name for name in (*ModelOptions.model_fields, *MmluOptions.model_fields) if name != "model"]
 
@@ -90,12 +91,12 @@ def _set_line(values: dict[str, Any], name: str, suffix: str) -> str:
 
 def _code(value: Any) -> str:
     """A value in backticks, with nothing in it that ends a cell, the code or the line."""
-    text = " ".join(str(value).split()).replace("`", "'").replace("|", "/")
+    text = shown_line(" ".join(str(value).split())).replace("`", "'").replace("|", "/")
     return f"`{text}`"
 
 
 def shared_config(path: Path, base: HubModel | None, base_name: str) -> bytes:
     """``adapter_config.json`` for others: the base by its name on the hub, or without the folders of this machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base.name if base else base_name
+    config["base_model_name_or_path"] = base.name if base else without_secrets(base_name)
     return json.dumps(config, indent=2, ensure_ascii=False).encode("utf-8")

@@ -22,6 +22,7 @@ from rich.console import Console
 from raylora.config.method import Method
 from raylora.planning.plan import Plan
 from raylora.records import ResultRow
+from raylora.texts import without_secrets
 
 CLOSING_SECONDS = 60
 """How long a run waits at its end for slow trackers."""
@@ -184,7 +185,7 @@ class Trackers:
             yield
         except Exception as error:  # noqa: BLE001 other people's packages and servers fail in any way
             self._trackers.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             self._console.print(f"Warning: {name} gets no more rows of this run: {reason}", soft_wrap=True)
 
 

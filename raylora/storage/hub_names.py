@@ -9,8 +9,9 @@ from urllib.parse import unquote
 
 from pydantic import PlainSerializer, PlainValidator
 
-from raylora.errors import UserError, without_secrets
+from raylora.errors import UserError
 from raylora.storage.places import location
+from raylora.texts import without_secrets
 
 PREFIX = "hf://"
 FORM = "hf://datasets/ORG/NAME[@REVISION][/CONFIG][:SPLIT]"

@@ -8,16 +8,18 @@ found by the libraries below fsspec (``AWS_PROFILE``, an instance's role, ...) a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, BinaryIO, cast
 from urllib.request import url2pathname
 
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
-from raylora.errors import RayloraError, UserError, one_line, without_secrets
+from raylora.errors import RayloraError, UserError, one_line
+from raylora.texts import without_secrets
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """By protocol, the extra of raylora that installs its package."""
@@ -87,8 +89,40 @@ def check_regular(path: Path) -> None:
         mode = path.stat().st_mode
     except (OSError, ValueError):  # ValueError: a null character in its name
         return
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    if not stat.S_ISDIR(mode):
+        _check_mode(path, mode)
+
+
+def _check_mode(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
         raise UserError(f"{path}: a pipe or a device, which cannot be read twice: write its content into a file")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, which must be no pipe, socket or device. Asked of what was opened: a name may be swapped.
+
+    Raises:
+        UserError: it is one.
+        OSError, ValueError: it cannot be opened.
+    """
+    if is_remote(path):
+        return cast(BinaryIO, path.open("rb"))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer does not wait
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _check_mode(path, mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path) -> bytes:
+    """What a file holds; raises as ``open_regular``."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def is_remote(path: object) -> bool:

@@ -35,6 +35,7 @@ from filelock import FileLock, Timeout
 from raylora.errors import UserError
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.atomic import PARTIAL, to_json, write_atomically, write_text
+from raylora.storage.csv_files import write_csv
 from raylora.storage.damage import check_places, note_damaged, note_file
 from raylora.storage.digests import damaged_files, file_digests, is_readable, missing_files, seal, unseal, write_parquet
 from raylora.storage.tables import rows_to_table
@@ -316,7 +317,7 @@ class Store:
     def write_tables(self, rows: Iterable[ResultRow], columns: list[str]) -> pd.DataFrame:
         """Write ``results.csv`` and ``results.parquet``, each atomically, and return the table."""
         table = rows_to_table(rows, columns)
-        self.write_file("results.csv", lambda p: table.to_csv(p, index=False))
+        self.write_file("results.csv", lambda p: write_csv(table, p))
         self.write_file("results.parquet", lambda p: write_parquet(table, p))
         return table
 

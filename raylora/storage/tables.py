@@ -11,6 +11,7 @@ import pandas as pd
 
 from raylora.records import ResultRow
 from raylora.storage.atomic import write_atomically
+from raylora.storage.csv_files import write_csv
 from raylora.storage.places import writing
 
 
@@ -55,4 +56,4 @@ class CsvTable:
         """
         table = rows_to_table(rows, self.columns)[self.columns]
         with writing(self.option, self.path):
-            write_atomically(self.path, lambda partial: table.to_csv(partial, index=False))
+            write_atomically(self.path, lambda partial: write_csv(table, partial))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import subprocess
@@ -158,3 +159,88 @@ def test_secrets_are_in_no_file(tiny_model_folder, tmp_path):
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert len(files) > 5
     assert not [p for p in files if secret.encode() in p.read_bytes()]
+
+
+PASSWORD, HUB_TOKEN, SIGNED = "hunter2pass", "hf_" + "aBc9" * 9, "c0ffeec0ffee"
+
+
+def secret_leaks(result: subprocess.CompletedProcess[str], *folders: Path) -> list[str]:
+    """Where one of the secrets is found: on the terminal, or in a file."""
+    places = {"stdout": result.stdout.encode(), "stderr": result.stderr.encode()}
+    places |= {str(p): p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+    secrets = [s.encode() for s in (PASSWORD, HUB_TOKEN, SIGNED)]
+    return [f"{place}: {s.decode()}" for place, content in places.items() for s in secrets if s in content]
+
+
+def run_with_secrets(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "HF_TOKEN": HUB_TOKEN, "WANDB_API_KEY": SIGNED, **variables}, cwd=folder,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", f"https://user:{PASSWORD}@host/model"],
+        ["--model", f"https://{HUB_TOKEN}@host/model"],
+        ["--model", "demo", "--mmlu", f"s3://user:{PASSWORD}@bucket/questions.json"],
+        ["--model", "demo", "--mmlu", f"s3://bucket/questions.json?X-Amz-Signature={SIGNED}"],
+        ["--model", "demo", "--data-root", f"s3://user:{PASSWORD}@bucket/data"],
+        ["--model", "demo", "--output", f"s3://bucket/x?AWSAccessKeyId=1&Signature={SIGNED}"],
+        ["--model", "demo", "--dataset", f"hf://datasets/org/name@{HUB_TOKEN}"],
+        ["--model", "demo", "--address", f"user:{PASSWORD}@host:6379"],
+        ["--learning-rate", f"https://user:{PASSWORD}@host"],
+        [f"--password=https://user:{PASSWORD}@host"],
+        ["--config", f"https://user:{PASSWORD}@host"],
+    ],
+)
+def test_a_secret_in_an_option_is_not_shown(tmp_path, options):
+    write_dataset(tmp_path / "data" / "chunk_1", "data")
+    more = [] if "--data-root" in options else ["--data-root", "data"]
+    result = run_with_secrets(["raylora.batch", "--chunk", "chunk_1", *more, *options], tmp_path)
+    assert result.returncode in {1, 2}, result.stderr
+    assert secret_leaks(result, tmp_path) == []
+    name = options[0].strip("-").replace("-", "_")
+    if len(options) == 2 and name not in {"config", "learning_rate"}:
+        (tmp_path / "x.yaml").write_text(json.dumps({name: options[1]}))
+        result = run_with_secrets(["raylora.batch", "--chunk", "chunk_1", *more, "--config", "x.yaml"], tmp_path)
+        (tmp_path / "x.yaml").unlink()
+        assert result.returncode == 2
+        assert secret_leaks(result, tmp_path) == []
+        variable = {f"RAYLORA_{name.upper()}": options[1]}
+        result = run_with_secrets(["raylora.batch", "--chunk", "chunk_1", *more], tmp_path, **variable)
+        assert result.returncode == 2
+        assert secret_leaks(result, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_whole_run_tells_no_secret(tiny_model_folder, tmp_path):
+    chunk = tmp_path / "data" / "chunk_1"
+    write_dataset(chunk, "data\n2026-01-01 INFO forged\x1b[2J")
+    (chunk / "bad.json").write_text("[{}")
+    write_dataset(chunk, "=cmd|' -C calc'!A0")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options = ["--chunk", "chunk_1", "--data-root", str(chunk.parent), "--output", "out", "--model",
+               str(tiny_model_folder), "--quantization", "none", "--mmlu", "demo", "--max-samples", "4", "--num-epochs",
+               "1", "--probe-steps", "0", "--sample-size", "4", "--trackers", "mlflow", "--max-length",
+               "64"]  # fmt: skip
+    tracking = {
+        "MLFLOW_TRACKING_URI": f"http://user:{PASSWORD}@127.0.0.1:9",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    for more in (["--dry-run"], []):
+        result = run_with_secrets(["raylora.batch", *options, *more], folder, **tracking)
+        assert result.returncode == (0 if more else 1), result.stdout + result.stderr
+        assert secret_leaks(result, folder) == []
+        lines = (result.stdout + result.stderr).splitlines()
+        assert not [line for line in lines if line.startswith("2026-01-01") or "\x1b" in line]
+    assert "mlflow gets no more rows" in result.stdout
+    for log in folder.rglob("log.txt"):
+        assert not [line for line in log.read_text().splitlines() if line.startswith("2026-01-01 INFO")]
+    rows = list(csv.DictReader((folder / "out" / "chunk_1" / "results.csv").open(newline="")))
+    assert len(rows) == 3
+    assert "'=cmd|' -C calc'!A0" in [row["dataset"] for row in rows]
