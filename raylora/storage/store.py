@@ -18,13 +18,10 @@ everything that the stage depends on. A stage whose origin has changed is run an
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
-import socket
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from filelock import FileLock, Timeout
 from raylora.errors import UserError
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.atomic import PARTIAL, read_json, to_json, write_atomically, write_text
+from raylora.storage.run_lock import this_run
 from raylora.storage.tables import rows_to_table
 
 LOG = "log.txt"
@@ -116,14 +114,16 @@ class Store:
             raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
         try:
             self.open(fresh)
-            since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-            write_text(owner_file, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            write_text(owner_file, this_run())
             yield
         finally:
-            with contextlib.suppress(OSError):  # the next run sweeps again
+            # A disk that became read-only, or is gone, must not hide the error that says so; the next run sweeps again.
+            with contextlib.suppress(OSError):
                 self._sweep()
-            owner_file.unlink(missing_ok=True)
-            lock.release()
+            with contextlib.suppress(OSError):
+                owner_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.release()
 
     def _sweep(self) -> None:
         """Delete what killed processes left half-written."""
