@@ -35,10 +35,10 @@ def test_no_exception_is_defined_elsewhere():
 @pytest.mark.parametrize("error_class", CLASSES)
 def test_kind_and_text_survive_pickling(error_class):
     assert issubclass(error_class, RayloraError)
-    words = ("s3://bucket/x", "no such key") if error_class is RemoteError else ("a.json: line 1: empty",)
+    words = ("s3://bucket/x", "no such key") if issubclass(error_class, RemoteError) else ("a.json: line 1: empty",)
     error = error_class(*words)
     assert error.kind is error_class.kind
-    if error_class is not RemoteError:
+    if not issubclass(error_class, RemoteError):
         error.kind = ErrorKind.TIMEOUT
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is error_class

@@ -9,8 +9,13 @@ import re
 from raylora.errors import CannotGoOnError, ErrorKind, MachineError, RemoteError
 from raylora.storage.store import Store
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-"""The system's error numbers for that: the disk is full, the quota is used up, the disk is read-only."""
+FIXES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "make room elsewhere, or mount it for writing again",
+    errno.EIO: "look at the disk",
+}
+"""What to do, by the system's error numbers for that: full, the quota is used up, read-only, damaged."""
 
 
 def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError | None:
@@ -19,8 +24,8 @@ def store_failure(error: BaseException | None, store: Store) -> CannotGoOnError 
     while error is not None and not isinstance(error, MachineError):
         if isinstance(error, RemoteError):
             return CannotGoOnError(error.strerror, kind=ErrorKind.STORAGE)
-        if (number := _error_number(error)) in NO_ROOM:
-            return CannotGoOnError(f"{store.root}: {os.strerror(number)}: make room", kind=ErrorKind.STORAGE)
+        if fix := FIXES.get(number := _error_number(error)):
+            return CannotGoOnError(f"{store.root}: {os.strerror(number)}: {fix}", kind=ErrorKind.STORAGE)
         error = error.__cause__ or error.__context__
     return None
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raylora.cluster.watcher import tell_ray_starts
 from raylora.errors import UserError, one_line
 from raylora.storage.places import is_remote
 
@@ -57,6 +58,7 @@ def start(init: Callable[..., Any], shutdown: Callable[[], None]) -> Any:
     if len(os.environ.get("TMPDIR", "")) > LONGEST_TEMP_FOLDER:
         os.environ["TMPDIR"] = str(SHORT_TEMP_FOLDER.parent)  # the dashboard's processes have sockets in it, too
     for attempt in range(1, MAX_STARTS + 1):
+        tell_ray_starts(f"{folder}/session_latest/logs")
         try:
             return init(_temp_dir=str(folder))
         except Exception as error:  # of a node that is slow to come Ray raises Exception itself

@@ -8,19 +8,25 @@ Exit code 0: all is good; 1: some rows failed, or the run ended early; 2: wrong 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import NoReturn
 
 from raylora import __version__
+from raylora.cluster.watcher import can_be_watched, watched
 from raylora.commands import options
 from raylora.config.run import CommonOptions, Config
 from raylora.config.sources import OptionParser, Settings, settings_from_command
+from raylora.console import outlasting_terminal, quietly
 from raylora.errors import MachineError, RemoteError, StoppedError, UserError
 from raylora.texts import LineFormatter, print_traceback, shown_line
+
+TERMINATED = 143
+"""The exit code after SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Command:
     """Its function, ``module:name`` in ``raylora.commands``; imported only when the command runs."""
     about: str = ""
     """What ``--help`` says of it; empty: the docstring of ``settings``."""
+    is_run: bool = False
+    """Whether it goes on when its terminal is gone, and nobody reads what it prints."""
+    on_ray: bool = False
+    """Whether it runs in a process that its own watches over, as Ray may end the one that uses it."""
 
     @property
     def summary(self) -> str:
@@ -69,12 +79,12 @@ QUESTIONS = Group(
     {"mmlu": Command(options.QuestionsConfig, "questions:run_mmlu")},
 )
 COMMANDS: dict[str, Command | Group] = {
-    "batch": Command(Config, "batch:run", "Train, evaluate and describe every dataset of a chunk."),
-    "experiment": Command(options.ExperimentConfig, "experiment:run"),
-    "mmlu": Command(options.MmluConfig, "mmlu:run"),
-    "features": Command(options.FeaturesConfig, "features:run"),
+    "batch": Command(Config, "batch:run", "Train, evaluate and describe every dataset of a chunk.", True, True),
+    "experiment": Command(options.ExperimentConfig, "experiment:run", is_run=True),
+    "mmlu": Command(options.MmluConfig, "mmlu:run", is_run=True),
+    "features": Command(options.FeaturesConfig, "features:run", is_run=True, on_ray=True),
     "predict": PREDICT,
-    "rank": Command(options.RankConfig, "rank:run"),
+    "rank": Command(options.RankConfig, "rank:run", is_run=True, on_ray=True),
     "report": Command(options.ReportConfig, "report:run"),
 }
 PROGRAM = Group(
@@ -142,36 +152,59 @@ def _work(command: Command, config: Settings) -> int:
     from raylora.storage.damage import damage_told
 
     console = make_console()
-    with exit_on_sigterm(), damage_told(lambda line: print_notes(console, [line])):
+    with (
+        outlasting_terminal() if command.is_run else contextlib.nullcontext(),
+        exit_on_sigterm(),
+        damage_told(lambda line: print_notes(console, [line])),
+    ):
         code: int = resolve_name(f"raylora.commands.{command.work}")(config)
     return code
 
 
 def _end(command: Command | Group, prog: str, argv: Sequence[str]) -> NoReturn:
     """Read the options, run the command and exit; an error is one line on stderr."""
-    config = None
+    config: Settings | None = None
     sys.excepthook = print_traceback
     if logging.lastResort:  # warnings that no handler takes
         logging.lastResort.setFormatter(LineFormatter())
+
+    def read_and_work() -> int:
+        nonlocal config
+        chosen, settings = _read(command, prog, argv)
+        config = settings
+        if chosen.on_ray and can_be_watched():
+            return watched(lambda: _exit_code(lambda: _work(chosen, settings), advice))
+        return _work(chosen, settings)
+
+    def advice() -> str:
+        return _how_to_go_on(config)
+
+    sys.exit(_exit_code(read_and_work, advice))
+
+
+def _exit_code(work: Callable[[], int], advice: Callable[[], str]) -> int:
+    """Do ``work``, and print what ended it early. ``advice`` says how to continue."""
     try:
-        chosen, config = _read(command, prog, argv)
-        code = _work(chosen, config)
+        return work()
     except (UserError, MachineError) as error:
-        code = _print_error(f"raylora: {error}", 2)
+        return _print_error(f"raylora: {error}", 2)
     except RemoteError as error:
-        code = _print_error(f"raylora: {error.strerror}", 2)
+        return _print_error(f"raylora: {error.strerror}", 2)
     except StoppedError as error:
-        code = _print_error(f"{error} {_how_to_go_on(config)}", 1)
+        return _print_error(f"{error} {advice()}", 1)
     except KeyboardInterrupt:
-        code = _print_error(f"Stopped. {_how_to_go_on(config)}", 130)
+        return _print_error(f"Stopped. {advice()}", 130)
     except BrokenPipeError:  # whoever read the output, such as `head`, has ended
-        code = 1
-    sys.exit(code)
+        return 1
+    except SystemExit as stop:
+        if stop.code != TERMINATED:
+            raise
+        return _print_error(f"Stopped by SIGTERM. {advice()}", TERMINATED)
 
 
 def _print_error(line: str, code: int) -> int:
     """Print a line to stderr, and return ``code``."""
-    print(shown_line(line.rstrip()), file=sys.stderr)
+    quietly(print, shown_line(line.rstrip()), file=sys.stderr, flush=True)
     return code
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
-from raylora.cluster import ray_run
+from raylora.cluster import ray_run, watcher
 from raylora.cluster.failures import store_failure
 from raylora.errors import CannotGoOnError, ClusterLostError, ErrorKind, StoppedError
 from raylora.planning.plan import Plan
@@ -16,6 +16,7 @@ from raylora.report.page import try_write_report
 from raylora.rows import ROW_COLUMNS, error_row
 from raylora.run.further_tables import further_tables
 from raylora.run.interrupts import Interrupts, exit_on_sigterm
+from raylora.run.last_tables import LastTables
 from raylora.run.live_table import LiveTable
 from raylora.run.manifest import manifest_of
 from raylora.run.pushes import Pushes, pushing
@@ -97,11 +98,13 @@ def run_pending(
     if not pending:
         return
     plan.check_fit()
+    watcher.keep(LastTables(plan.store, plan.experiments, tables, plan.config.retry_failed))
     with (
         exit_on_sigterm(),  # set again by Interrupts, as Ray replaces the handler when it starts
         ray_run.cluster(plan.config) as dashboard,
         LiveTable(len(plan.experiments), len(rows), console) as live_table,
         Interrupts(console) as interrupts,
+        watcher.ray_is_used(),
         tracking(plan, console) as trackers,
     ):
         console.print(dashboard, soft_wrap=True)

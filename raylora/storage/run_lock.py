@@ -30,6 +30,15 @@ KEEP_SECONDS = 60.0
 """A lock that is not renewed for so long, six times in a row, is free."""
 FOLDER = "run.lock"
 TAKEN_OVER = "another run took it over"
+shown_process: int | None = None
+"""The process id of the command, as its user knows it, where this process is another one (``raylora.cluster.watcher``).
+"""
+
+
+def this_run() -> str:
+    """This run, as others that want the same output are told of it."""
+    since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    return f"process {shown_process or os.getpid()} on {socket.gethostname()} since {since}"
 
 
 class RunLock:
@@ -43,7 +52,7 @@ class RunLock:
         self._remote = remote
         self.number = number
         self._state: dict[str, Any] = {
-            "owner": f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "owner": this_run(),
             "process": [_process_space(), os.getpid()],
             "token": uuid.uuid4().hex,
             "renewals": 0,

@@ -19,13 +19,10 @@ run anew. ``result.json`` is written last.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
-import socket
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,7 @@ from raylora.storage.atomic import PARTIAL, to_json, write_atomically, write_tex
 from raylora.storage.csv_files import write_csv
 from raylora.storage.damage import check_places, note_damaged, note_file
 from raylora.storage.digests import damaged_files, file_digests, is_readable, missing_files, seal, unseal, write_parquet
+from raylora.storage.run_lock import this_run
 from raylora.storage.tables import rows_to_table
 
 LOG = "log.txt"
@@ -126,14 +124,16 @@ class Store:
             raise UserError(f"--output {self.root}: cannot be written to: {error.strerror}") from error
         try:
             self.open(fresh)
-            since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-            write_text(owner_file, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            write_text(owner_file, this_run())
             yield
         finally:
-            with contextlib.suppress(OSError):  # the next run sweeps again
+            # A disk that became read-only, or is gone, must not hide the error that says so; the next run sweeps again.
+            with contextlib.suppress(OSError):
                 self._sweep()
-            owner_file.unlink(missing_ok=True)
-            lock.release()
+            with contextlib.suppress(OSError):
+                owner_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.release()
 
     def _sweep(self) -> None:
         """Delete what killed processes left half-written."""

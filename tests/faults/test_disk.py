@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.fault_runs import assert_equal_rows
+from tests.helpers.fault_runs import DATASETS, assert_equal_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -49,6 +50,35 @@ def test_a_disk_with_room_for_rows_and_not_for_adapters_gives_no_error_rows(smal
     remount(small_disk, "size=300m")
     small_disk.run()
     assert_equal_rows(small_disk.rows(), undisturbed)
+
+
+def test_a_disk_that_becomes_read_only_in_mid_run_is_the_last_line(small_disk):
+    remount(small_disk, "size=300m")
+    process = small_disk.start()
+    small_disk.wait_for_rows(1)
+    remount(small_disk, "ro")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, shown
+    assert "Traceback" not in shown, shown
+    last = shown.splitlines()[-1]
+    assert "Read-only file system: make room" in last
+    assert last.endswith("What is finished is kept: the same command goes on from here.")
+    remount(small_disk, "rw")
+    small_disk.run()
+    assert len(small_disk.rows()) == len(DATASETS)
+
+
+def test_a_folder_that_is_removed_in_mid_run_costs_no_row(site):
+    """Finished experiments have lost their files, and their rows are in the tables all the same."""
+    process = site.start()
+    site.wait_for_rows(2)
+    shutil.rmtree(site.results, ignore_errors=True)
+    shown, _ = process.communicate(timeout=200)
+    assert "Traceback" not in shown, shown
+    if process.returncode:
+        assert shown.splitlines()[-1].endswith("the same command goes on from here.")
+    site.run()
+    assert len(site.rows()) == len(DATASETS)
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(small_disk):
