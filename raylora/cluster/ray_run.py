@@ -27,6 +27,7 @@ from typing import Any
 
 import ray
 import ray.util.metrics
+from ray._private import ray_constants
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
@@ -34,7 +35,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 
 from raylora.cluster.failures import store_failure
 from raylora.cluster.metrics import WorkerMeter
-from raylora.cluster.ray_start import keep_token, start
+from raylora.cluster.ray_start import delete_session, keep_token, on_loopback, start
 from raylora.cluster.status import Status, StatusBoard
 from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker import Worker, check_gpu
@@ -234,12 +235,15 @@ def cluster(config: Config) -> Iterator[str]:
         token = keep_token(config.output)
         # "local" starts a new Ray, even where another one runs on this machine.
         local = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
-        context = start(functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet), ray.shutdown)
+        with on_loopback(ray_constants):
+            context = start(functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet), ray.shutdown)
     try:
         url = getattr(context, "dashboard_url", None)
         yield f"Ray dashboard: http://{url} (token: {token})" if url else "Ray dashboard: not running"
     finally:
         ray.shutdown()
+        if not config.address:
+            delete_session(Path(context.address_info["session_dir"]))
 
 
 def _join(address: str, options: dict[str, Any]) -> Any:

@@ -5,13 +5,16 @@ Does not import ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
 import secrets
+import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,10 @@ log = logging.getLogger("raylora")
 LONGEST_TEMP_FOLDER = 40
 """Characters of Ray's folder for temporary files. Linux allows 107 for the name of a socket, and Ray adds
 ``/session_2026-11-27_01-23-00_123456_1234567/sockets/plasma_store`` to it, which are 64 and more in later versions."""
-SHORT_TEMP_FOLDER = Path("/tmp/ray")
-"""Ray's own default."""
+SHORT_PLACE = Path("/tmp")
+"""Where Ray's folder lies if no variable names another place, or the name there would be too long."""
+KEEP_LOGS_SECONDS = 86400
+"""Logs of a Ray that broke down stay so long after their last line; those of one that ended in order are deleted."""
 MIN_OPEN_FILES = 128
 """With so many a run of one worker works (Ray 2.60); with ``ulimit -n 64`` it ends with a line of C++."""
 MIN_ADDRESS_BYTES = 8 * 2**30
@@ -55,8 +60,9 @@ def start(init: Callable[..., Any], shutdown: Callable[[], None]) -> Any:
     """
     folder, started = temp_folder(), time.monotonic()
     check_machine(folder)
+    _delete_old_sessions(folder)
     if len(os.environ.get("TMPDIR", "")) > LONGEST_TEMP_FOLDER:
-        os.environ["TMPDIR"] = str(SHORT_TEMP_FOLDER.parent)  # the dashboard's processes have sockets in it, too
+        os.environ["TMPDIR"] = str(SHORT_PLACE)  # the dashboard's processes have sockets in it, too
     for attempt in range(1, MAX_STARTS + 1):
         tell_ray_starts(f"{folder}/session_latest/logs")
         try:
@@ -72,11 +78,59 @@ def start(init: Callable[..., Any], shutdown: Callable[[], None]) -> Any:
             raise UserError(f"Ray does not start on this machine: {cause}") from error
 
 
+@contextlib.contextmanager
+def on_loopback(ray_constants: Any) -> Iterator[None]:
+    """A Ray that is started inside has the address 127.0.0.1, and all of its processes listen there alone.
+
+    By itself it takes the address of the machine, and listens on all; ``_node_ip_address="127.0.0.1"`` it replaces with
+    that as well. What makes the difference is Ray's own switch for systems whose firewalls would ask for each port.
+
+    Args:
+        ray_constants: the module ``ray._private.ray_constants``.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # of the processes that Ray starts, and of this one
+    try:
+        yield
+    finally:  # this process may join a cluster later on
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
+
+
 def temp_folder() -> Path:
-    """Where a Ray of one's own keeps logs and sockets: where it would by itself, unless that name is too long."""
-    named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
-    folder = Path(named).absolute() / "ray" if named else SHORT_TEMP_FOLDER
-    return folder if len(str(folder)) <= LONGEST_TEMP_FOLDER else SHORT_TEMP_FOLDER
+    """Where a Ray of one's own keeps logs and sockets: a folder of this user, whose name is short enough for sockets.
+
+    Ray's own, ``/tmp/ray``, is everybody's: who made it first may read and replace what others' Rays keep there. Ray
+    gives all rights to all users in its folder; so it has one around it that is the user's alone.
+    """
+    name = f"raylora-{os.getuid()}/ray"
+    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT_PLACE).absolute() / name
+    return folder if len(str(folder)) <= LONGEST_TEMP_FOLDER else SHORT_PLACE / name
+
+
+def delete_session(session: Path) -> None:
+    """Delete the files of a Ray that has ended, the links to them, and the folder if nothing else is in it."""
+    shutil.rmtree(session, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for link in session.parent.iterdir():
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+        if not any(session.parent.glob("session_*")):
+            shutil.rmtree(session.parent, ignore_errors=True)
+            session.parent.parent.rmdir()
+
+
+def _delete_old_sessions(folder: Path) -> None:
+    for session in folder.glob("session_*"):
+        with contextlib.suppress(OSError):
+            logs = session / "logs"
+            last_line = max((p.stat().st_mtime for p in [session, *logs.glob("*")]), default=0.0)
+            if not session.is_symlink() and time.time() - last_line > KEEP_LOGS_SECONDS:
+                delete_session(session)
 
 
 def check_machine(folder: Path) -> None:
@@ -101,6 +155,12 @@ def check_machine(folder: Path) -> None:
 def _check_folder(folder: Path) -> None:
     fix = "set RAY_TMPDIR to a folder with a short name on another disk"
     try:
+        mine = folder.parent
+        mine.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state = mine.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+            raise UserError(f"{mine}: Ray's temporary files would lie in what is somebody else's: {fix}")
+        mine.chmod(0o700)
         _write_into(folder)
         free = os.statvfs(folder)
     except OSError as error:
@@ -125,9 +185,12 @@ def keep_token(output: Path) -> str:
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return "ray get-auth-token"
     try:
-        usual = Path.home() / ".ray"
-        if not (usual / "auth_token").is_file():
-            _write_into(usual)
+        usual = Path.home() / ".ray" / "auth_token"
+        if not usual.is_file():
+            usual.parent.mkdir(parents=True, exist_ok=True)
+            _write_token(usual)
+        elif usual.stat().st_mode & 0o077:  # Ray makes it readable for everybody, if the umask allows it
+            usual.chmod(0o600)
         return "ray get-auth-token"
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
@@ -137,10 +200,14 @@ def keep_token(output: Path) -> str:
     path = output.absolute() / "ray_auth_token"
     if not path.is_file():
         output.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        _write_token(path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     return f"in {path}"
+
+
+def _write_token(path: Path) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
 
 
 def _write_into(folder: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shutil
 import stat
 import subprocess
+import tempfile
+import time
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 
-from raylora.cluster.ray_start import MAX_STARTS, check_machine, keep_token, start, temp_folder
+from raylora.cluster.ray_start import MAX_STARTS, check_machine, delete_session, keep_token, start, temp_folder
 from raylora.errors import UserError
 
 
@@ -19,15 +24,16 @@ from raylora.errors import UserError
 def test_a_folder_whose_name_is_too_long_for_sockets_is_not_taken(monkeypatch, variable):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.delenv("TMPDIR", raising=False)
-    assert temp_folder() == Path("/tmp/ray")
+    mine = f"raylora-{os.getuid()}/ray"
+    assert temp_folder() == Path("/tmp") / mine
     monkeypatch.setenv(variable, "/scratch/me")
-    assert temp_folder() == Path("/scratch/me/ray")
+    assert temp_folder() == Path("/scratch/me") / mine
     monkeypatch.setenv(variable, f"/scratch/{'a' * 90}")
-    assert temp_folder() == Path("/tmp/ray")
+    assert temp_folder() == Path("/tmp") / mine
 
 
 def test_limits_and_full_disks_are_one_line_with_their_fix(monkeypatch, tmp_path):
-    folder = tmp_path / "ray"
+    folder = tmp_path / "mine" / "ray"
     check_machine(folder)
     limits = {resource.RLIMIT_NOFILE: (64, 64), resource.RLIMIT_AS: (3 * 2**30, 3 * 2**30)}
     none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -44,16 +50,56 @@ def test_limits_and_full_disks_are_one_line_with_their_fix(monkeypatch, tmp_path
         with pytest.raises(UserError, match=f"{folder}: {expected}.*set RAY_TMPDIR"):
             check_machine(folder)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/ray: Ray's temporary files cannot be written there"):
-        check_machine(tmp_path / "file" / "ray")
+    with pytest.raises(UserError, match="file/mine/ray: Ray's temporary files cannot be written there"):
+        check_machine(tmp_path / "file" / "mine" / "ray")
+
+
+def test_the_folder_is_the_user_s_own_whatever_the_umask(tmp_path):
+    folder, former = tmp_path / "mine", os.umask(0)
+    try:
+        check_machine(folder / "ray")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        folder.chmod(0o777)
+        check_machine(folder / "ray")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    finally:
+        os.umask(former)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    with pytest.raises(UserError, match="link: Ray's temporary files would lie in what is somebody else's: set RAY_TM"):
+        check_machine(link / "ray")
+
+
+def test_a_session_is_deleted_with_its_links_and_others_stay(tmp_path):
+    folder = tmp_path / "mine" / "ray"
+    ended, other = folder / "session_1", folder / "session_2"
+    for session in (ended, other):
+        (session / "logs").mkdir(parents=True)
+    latest = folder / "session_latest"
+    latest.symlink_to(ended)
+    delete_session(ended)
+    assert [*folder.iterdir()] == [other]
+    latest.symlink_to(other)
+    (folder / "ray_current_cluster").write_text("")
+    delete_session(other)
+    assert not folder.parent.exists()
 
 
 def test_a_home_that_cannot_be_written_leaves_the_token_beside_the_results(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert keep_token(tmp_path / "out") == "ray get-auth-token"
+    former = os.umask(0)
+    try:
+        assert keep_token(tmp_path / "out") == "ray get-auth-token"
+    finally:
+        os.umask(former)
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    usual = tmp_path / "home" / ".ray" / "auth_token"
+    assert (len(usual.read_text()), stat.S_IMODE(usual.stat().st_mode)) == (64, 0o600)
+    usual.chmod(0o644)  # as Ray makes it
+    keep_token(tmp_path / "out")
+    assert stat.S_IMODE(usual.stat().st_mode) == 0o600
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     path = tmp_path / "out" / "ray_auth_token"
@@ -79,7 +125,7 @@ def test_a_slow_node_is_waited_for_and_what_ray_raises_is_one_line(monkeypatch, 
         return "started"
 
     assert start(slow, lambda: down.append(1)) == "started"
-    assert calls == [{"_temp_dir": "/tmp/ray"}] * MAX_STARTS
+    assert calls == [{"_temp_dir": f"/tmp/raylora-{os.getuid()}/ray"}] * MAX_STARTS
     assert len(down) == MAX_STARTS - 1
 
     def broken(**options):
@@ -109,3 +155,50 @@ def test_a_run_goes_on_with_a_long_folder_and_no_home(tiny_model_folder, tmp_pat
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"(token: in {tmp_path / 'out' / 'ray_auth_token'})" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_listens_on_loopback_alone_and_leaves_nothing(tiny_model_folder, tmp_path):
+    """Real: with a umask of 0, every socket of every process of the run, and every file that is there afterwards."""
+    from tests.helpers.chunks import OPTIONS, command, write_dataset
+
+    for name in ("a", "b", "c", "d"):
+        write_dataset(tmp_path / "data" / "chunk_1", name)
+    place = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))
+    options = {**OPTIONS, "model": tiny_model_folder, "data_root": tmp_path / "data", "output": tmp_path / "out"}
+    environment = {**os.environ, "RAY_TMPDIR": str(place), "HOME": str(tmp_path / "home")}
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        environment.pop(name, None)
+    run = subprocess.Popen(
+        command(options), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, umask=0
+    )
+    seen, modes = set(), set()
+    try:
+        while run.poll() is None:
+            seen |= listening(run.pid)
+            for path in (*place.iterdir(), *(tmp_path / "home" / ".ray").glob("*")):
+                with contextlib.suppress(FileNotFoundError):
+                    modes.add((path.name, stat.S_IMODE(path.lstat().st_mode)))
+            time.sleep(0.2)
+    finally:
+        run.kill()
+        shown = run.communicate()[0]
+    try:
+        assert run.returncode == 0, shown
+        assert len({port for _, port in seen}) > 8, "they were not looked at"
+        assert {address for address, _ in seen} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert modes == {(f"raylora-{os.getuid()}", 0o700), ("auth_token", 0o600)}
+        assert not [*place.iterdir()], "files of Ray are left"
+    finally:
+        shutil.rmtree(place)
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Addresses and ports at which a process, or one that it started, listens."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                sockets = process.net_connections(kind="inet")
+                found |= {(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
+    return found
