@@ -229,6 +229,11 @@ def one_line(error: BaseException) -> str:
     return without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, up to 300 characters: texts of Ray's errors hold whole tracebacks."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 def reason(error: OSError) -> str:
     """Why a file cannot be read: the system's text, or the error's own where a library of fsspec gives no such text."""
     if error.strerror:

@@ -51,6 +51,7 @@ from raylora.errors import (
     SinkError,
     UserError,
     WorkerFailedError,
+    first_line,
     kind_of,
     one_line,
 )
@@ -380,9 +381,9 @@ def run_experiments(
     except RayTaskError as error:
         if isinstance(error.cause, SinkError):
             raise error.cause.args[0] from None
-        raise ClusterLostError(_first_line(error)) from error
+        raise ClusterLostError(first_line(error)) from error
     except RayError as error:
-        raise ClusterLostError(_first_line(error)) from error
+        raise ClusterLostError(first_line(error)) from error
     return sink.rows
 
 
@@ -447,8 +448,3 @@ def _resources_of_a_worker(config: Config) -> dict[str, Any]:
 def _gpus_of_nodes() -> list[int]:
     """The number of GPUs of each node that is alive and has any."""
     return [n for node in ray.nodes() if node["Alive"] and (n := int(node["Resources"].get("GPU", 0)))]
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, up to 300 characters: texts of Ray's errors hold whole tracebacks."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -206,6 +206,7 @@ def test_the_first_base_score_is_everybodys(objects, tmp_path):
     assert pd.read_parquet(files[0])["by"].item() == "two"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [*CONTENT, "remove"])
 @pytest.mark.parametrize("name", ["loss_curve.csv", "adapter/adapter_model.safetensors", "train.json", "result.json"])
 def test_a_damaged_object_is_made_again(objects, tmp_path, name, damage):
