@@ -415,17 +415,18 @@ class LoadedModel:
         """Check that the base computes numbers.
 
         Raises:
-            UserError: its logits on a fixed input are not finite.
+            UserError: its logits on two tokens are not finite.
         """
-        if not bool(self._fixed_logits().isfinite().all()):
+        if not bool(self._fixed_logits(2).isfinite().all()):
             dtype = str(self.model.dtype).split(".")[-1]
             text = f"its logits are not finite numbers: its weights are damaged, or too large for {dtype}"
             raise UserError(f"--model {self.source}: {text}", kind=ErrorKind.MODEL)
 
-    def _fixed_logits(self) -> torch.Tensor:
-        """The base's logits (2, 16, V) on a fixed input."""
+    def _fixed_logits(self, num_tokens: int = 16) -> torch.Tensor:
+        """The base's logits (2, T, V) on a fixed input, of its first tokens."""
         with self.base(), torch.inference_mode():
-            logits: torch.Tensor = self.model(input_ids=self._fixed_ids(), use_cache=False).logits
+            ids = self._fixed_ids()[:, :num_tokens]
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     def _fixed_ids(self) -> torch.Tensor:

@@ -174,7 +174,7 @@ def read_lora_config(folder: Path) -> Any:
         try:
             with warnings.catch_warnings(action="ignore"):  # of options that a later PEFT has
                 config = PeftConfig.from_pretrained(str(folder))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except NO_ADAPTER_OF_IT as error:
             raise UserError(f"{folder}: no adapter that PEFT knows: {one_line(error)}") from error
     except UserError as error:
         raise _refusal(f"--init-adapter {error}") from None
