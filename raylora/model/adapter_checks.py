@@ -25,6 +25,11 @@ KINDS = (
 )  # fmt: skip
 """PEFT's kinds of adapters that were found to act in a model's layers alone, and to leave the base as it was
 (benchmarks/NOTES.md)."""
+NO_ADAPTER_OF_IT = (
+    ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
+    SafetensorError,
+)  # fmt: skip
+"""What PEFT, torch and a model's code raise where an adapter does not belong to the model."""
 PATTERN_SECONDS = 10
 """What matching all patterns of an adapter may take: those of a model with 30,000 modules take less than one."""
 FEW = 1_000
@@ -42,9 +47,9 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "alpha_pattern": (dict, type(None)),
     "layer_replication": (list, type(None)),
     "init_lora_weights": (bool, str, type(None)),
-    "bias": (str, type(None)),
+    "bias": (str,),
     "lora_alpha": (int, float),
-    "r": (int, type(None)),
+    "r": (int,),
 }
 """Of options that are looked at before PEFT reads them, what they may be."""
 _SHOWN = {str: "a text", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false"}

@@ -54,8 +54,9 @@ def check_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: no adapter_model.safetensors in it; adapters in pickle files are not loaded")
     check_adapter_of_run(folder)
     config = read_adapter_config(folder)
-    kind = str(config.get("peft_type")).upper()
-    outside = _NOT_IN_LAYERS.get(kind, "" if kind in KINDS else f"of a kind that raylora does not know ({kind[:40]})")
+    kind = str(config.get("peft_type"))
+    unknown = "" if kind in KINDS else f"of a kind that raylora does not know ({kind[:40]})"
+    outside = _NOT_IN_LAYERS.get(kind.upper(), unknown)
     if config.get("alora_invocation_tokens"):
         outside = "activated LoRA, which begins at certain tokens"
     if config.get("megatron_config"):

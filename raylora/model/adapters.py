@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from raylora.config.method import Method
 from raylora.data.encoding import EncodedExample, pad_token_of
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import memory, targets
-from raylora.model.adapter_checks import check_finite, check_is_whole, check_patterns
+from raylora.model.adapter_checks import NO_ADAPTER_OF_IT, check_finite, check_is_whole, check_patterns
 from raylora.model.adapter_files import (
     ONLY_IN_LAYERS,
     check_adapter,
@@ -45,10 +45,6 @@ SHARES_NO_PASS = (
     "--target-modules: adapters of fused experts cannot share a pass, nor can those with --lora-variant dora, --init, "
     "--bias or --modules-to-save"
 )
-_NO_ADAPTER_OF_IT = (
-    ValueError, RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ImportError, SafetensorError
-)  # fmt: skip
-"""What PEFT, torch and a model's code raise where an adapter does not belong to the model."""
 
 
 @dataclass
@@ -216,16 +212,17 @@ class LoadedModel:
             self.unwrap()
         with self._adding(name, overwritten_by(folder)):
             try:
-                if self._peft is None:
-                    self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
-                else:
-                    self._peft.load_adapter(str(folder), adapter_name=name)
+                with warnings.catch_warnings(action="ignore"):  # of what is missing, which is an error here
+                    if self._peft is None:
+                        self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+                    else:
+                        self._peft.load_adapter(str(folder), adapter_name=name)
                 check_is_whole(self._peft, folder, name, self.source)
                 self._activate(name, trainable=False)
                 if not plain:
                     self._peft.requires_grad_(False)
                     self._check_acts_in_layers(folder)
-            except _NO_ADAPTER_OF_IT as error:
+            except NO_ADAPTER_OF_IT as error:
                 if memory.is_out_of_memory(error):  # torch's is a RuntimeError; the adapter is not to blame
                     raise
                 if isinstance(error, UserError):
@@ -418,17 +415,18 @@ class LoadedModel:
         """Check that the base computes numbers.
 
         Raises:
-            UserError: its logits on a fixed input are not finite.
+            UserError: its logits on two tokens are not finite.
         """
-        if not bool(self._fixed_logits().isfinite().all()):
+        if not bool(self._fixed_logits(2).isfinite().all()):
             dtype = str(self.model.dtype).split(".")[-1]
             text = f"its logits are not finite numbers: its weights are damaged, or too large for {dtype}"
             raise UserError(f"--model {self.source}: {text}", kind=ErrorKind.MODEL)
 
-    def _fixed_logits(self) -> torch.Tensor:
-        """The base's logits (2, 16, V) on a fixed input."""
+    def _fixed_logits(self, num_tokens: int = 16) -> torch.Tensor:
+        """The base's logits (2, T, V) on a fixed input, of its first tokens."""
         with self.base(), torch.inference_mode():
-            logits: torch.Tensor = self.model(input_ids=self._fixed_ids(), use_cache=False).logits
+            ids = self._fixed_ids()[:, :num_tokens]
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     def _fixed_ids(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ have the model for themselves, and what is more than plain is computed by PEFT's
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from raylora.config.method import Method
 from raylora.config.sources import patterns_by_name
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model import targets
-from raylora.model.adapter_checks import check_finite, check_patterns
+from raylora.model.adapter_checks import NO_ADAPTER_OF_IT, check_finite, check_patterns
 from raylora.model.adapter_files import check_adapter, note_on_base
 
 OF_ADAPTER = (
@@ -102,7 +103,12 @@ def adapted_with(model: Any, method: Method, source: str, quantization: str) -> 
     """
     config = lora_config(model, method, source)
     names = () if method.init_adapter else targets.resolve(model, method.target_modules)
-    adapted = targets.adapt_with(model, config, names)
+    try:
+        adapted = targets.adapt_with(model, config, names)
+    except NO_ADAPTER_OF_IT as error:
+        if isinstance(error, UserError) or not method.init_adapter:
+            raise
+        raise _refusal(f"--init-adapter {method.init_adapter}: no adapter of {source}: {one_line(error)}") from error
     layers = targets.linear_layers(model)
     if quantization != "none":
         quantized = [name for whole in adapted.whole for name in layers if f"{name}.".startswith(f"{whole}.")]
@@ -166,8 +172,9 @@ def read_lora_config(folder: Path) -> Any:
         check_adapter(folder)
         check_finite(folder)
         try:
-            config = PeftConfig.from_pretrained(str(folder))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            with warnings.catch_warnings(action="ignore"):  # of options that a later PEFT has
+                config = PeftConfig.from_pretrained(str(folder))
+        except NO_ADAPTER_OF_IT as error:
             raise UserError(f"{folder}: no adapter that PEFT knows: {one_line(error)}") from error
     except UserError as error:
         raise _refusal(f"--init-adapter {error}") from None
@@ -179,6 +186,7 @@ def read_lora_config(folder: Path) -> Any:
             "with PEFT's path_initial_model_for_weight_conversion first"
         )
     config.init_lora_weights, config.eva_config = True, None
+    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
     return config
 
 
