@@ -27,6 +27,7 @@ CUT_MARGIN = 16
 such values are ``-Infinity`` (9 characters) and the two escapes of one character beyond U+FFFF (12)."""
 SPACE = re.compile(r"[ \t\n\r]*")
 IN_STRING = re.compile(r'(?s)(?:[^"\\]++|\\.)*+')
+NUMBER = re.compile(r"[^,\]}\s]*+")
 OUTSIDE = re.compile(r'[^"\[\]{}]*+')
 SPACE_AND_COMMAS = re.compile(r"[ \t\n\r,]*")
 _decode_utf8 = json.JSONDecoder().raw_decode
@@ -214,6 +215,9 @@ class Window:
             NotJsonError: nothing ends it.
         """
         depth, in_string, num_skipped = 0, False, 0
+        if self.text[self.pos] not in '"[{':
+            self.skip(NUMBER)
+            return Unreadable(self._too_long)
         while True:
             begin = self.pos
             while self.pos < len(self.text):
