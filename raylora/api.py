@@ -69,7 +69,9 @@ class FineTuner:
         """
         config = self.config
         check_columns(config.column_names)
-        return datasets.read_dataset(dataset_location(path), config.salvage, config.max_records, config.column_names)
+        return datasets.read_dataset(
+            dataset_location(path), config.salvage, config.max_records, config.column_names, config.max_record_chars
+        )
 
     def prepare_model(self) -> tuple[Any, Any, dict[str, Any]]:
         """The quantized base model, its tokenizer, and the hyperparameters of the adapter.

@@ -99,6 +99,12 @@ class MachineError(RayloraError):
     """This machine cannot do the work, and another one may: the data is not the cause."""
 
 
+class TemplateLimitError(UserError):
+    """A chat template made a far longer text of a conversation than it was told."""
+
+    kind = ErrorKind.CHAT_TEMPLATE
+
+
 class TrainingDivergedError(UserError):
     """A training's loss became infinite or NaN."""
 

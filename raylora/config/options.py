@@ -16,6 +16,8 @@ from raylora.storage.places import LocationText, location
 
 TEMPLATE_DATE = date(2024, 7, 26)
 """What chat templates take for today: the date that those of Llama 3.1 and 3.2 have where they are told none."""
+MAX_RECORD_CHARS = 10_000_000
+"""Characters of a record: a book has a million. In n-grams of words they take up to 100 times as much memory."""
 DEMO = "demo"
 """The value of ``--model`` and ``--mmlu`` that stands for the demo's."""
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, Validat
 from pydantic_settings import NoDecode
 
 from raylora.config.method import LARGEST_SEED, Method
-from raylora.config.options import FeatureOptions, MmluOptions, ModelOptions
+from raylora.config.options import MAX_RECORD_CHARS, FeatureOptions, MmluOptions, ModelOptions
 from raylora.config.sources import SETTINGS, NamePairs, Settings, load_settings, read_json, split_commas
 from raylora.storage.hub_names import DatasetLocation
 from raylora.storage.places import Location
@@ -71,6 +71,9 @@ class RunOptions(BaseModel):
     limit: int | None = Field(None, ge=1, description="only the first N dataset files")
     max_experiments: int | None = Field(None, ge=1, description="only the first N experiments, by --order or by size")
     max_records: int | None = Field(None, ge=1, description="only the first N records of each file")
+    max_record_chars: int = Field(
+        MAX_RECORD_CHARS, ge=1, description="characters of a record; a longer one is a bad record"
+    )
     salvage: bool = Field(False, description="keep the complete leading records of a truncated file")
     columns: Annotated[NamePairs, NoDecode] = Field(
         (),
@@ -240,6 +243,12 @@ class Config(RunOptions, FeatureOptions, Method, EvaluationConfig):
 def load_config(argv: list[str] | None = None, prog: str = "python -m raylora.batch", **overrides: Any) -> Config:
     """The configuration of a run; see ``load_settings``."""
     return load_settings(Config, argv, prog, **overrides)
+
+
+def longest_record(config: Config) -> list[dict[str, int]]:
+    """What of ``--max-record-chars`` is part of identities: nothing where it is the default, as older names stay."""
+    number = config.max_record_chars
+    return [] if number == MAX_RECORD_CHARS else [{"max_record_chars": number}]
 
 
 def method_of(experiment: Experiment) -> Method:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raylora.data.record_stream import LARGEST_PIECE, SWELLING, in_bytes, shown_path
+from raylora.data.record_stream import LARGEST_PIECE, LARGEST_TOTAL, SWELLING, in_bytes, shown_path
 from raylora.errors import UserError, one_line, reason
 from raylora.storage.places import is_remote, open_regular
 
@@ -119,13 +119,21 @@ class ByteStream:
                 self.damage = f"its {self.compression} data {what}"
                 data = self._before_damage(size)
         self._num_read += len(data)
+        if self.compression and self._num_read > max(LARGEST_TOTAL, SWELLING * self._raw.size):
+            self.skip_rest()
+            text = f"more than {in_bytes(self._num_read)}, out of {in_bytes(self.size)}"
+            raise UserError(f"{shown_path(self.path)}: {text}: unpack it first, if it is what you expect")
         if not data:
             if self.compression and not self._raw.size and not self._raw.read(1):
                 self.damage = "empty"
-            while not self._raw.at_end:
-                self._raw.read(PIECE)
-            self.at_end = True
+            self.skip_rest()
         return data
+
+    def skip_rest(self) -> None:
+        """Read the file to its end, for the hash, without unpacking what is left of it."""
+        while not self._raw.at_end:
+            self._raw.read(PIECE)
+        self.at_end = True
 
     def _before_damage(self, size: int) -> bytes:
         """What stands between the last bytes that were read and the damage: pyarrow gives no part of a piece."""
@@ -144,16 +152,21 @@ class ByteStream:
         return bytes(found)
 
 
-def unpacked(path: Path) -> bytes:
+def unpacked(path: Path, most: int) -> bytes:
     """All that a file holds, decompressed by its suffix.
 
+    Args:
+        most: bytes that it may hold.
+
     Raises:
-        UserError: it cannot be read, is torn, or is far larger than its file.
+        UserError: it cannot be read, is torn, holds more, or is far larger than its file.
     """
     found = bytearray()
     with ByteStream(path) as stream:
         while piece := stream.read(PIECE):
             found += piece
+            if len(found) > most:
+                raise UserError(f"{shown_path(path)}: more than {in_bytes(most)}: too large to be read at once")
             if stream.compression and len(found) > max(LARGEST_PIECE, SWELLING * stream.size):
                 text = f"more than {in_bytes(len(found))}, out of {in_bytes(stream.size)}"
                 raise UserError(f"{shown_path(path)}: {text}: unpack it first, if it is what you expect")

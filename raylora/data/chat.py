@@ -8,8 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from raylora.data.rendering import dated_template
-from raylora.errors import ErrorKind, UserError, one_line
+from raylora.errors import ErrorKind, TemplateLimitError, UserError, one_line
 from raylora.records import Example, Message
+
+TEMPLATE_CHARS, MOST_SWELLING = 1_000_000, 10
+"""Characters that a chat template may add of its own, and how often it may say what it is told: the system turn or the
+tools stand in some texts twice."""
 
 
 def render_chat(
@@ -43,7 +47,9 @@ def render_chat(
         options |= {"tools": json.loads(tools)} if tools else {}
         if dated := dated_template(tokenizer, options.get("tools")):
             options["chat_template"] = dated
-        return str(tokenizer.apply_chat_template(dicts, **options))
+        return _within_limit(str(tokenizer.apply_chat_template(dicts, **options)), messages, tools)
+    except TemplateLimitError:
+        raise
     except Exception as error:  # a template may raise anything; most often it refuses a system turn
         if tools or any(m.extra or m.role == "tool" for m in messages):
             return render_chat(tokenizer, _without_tools(messages, tools), add_generation_prompt, **variables)
@@ -54,6 +60,20 @@ def render_chat(
             f"{one_line(error)}; fix or remove it",
             kind=ErrorKind.CHAT_TEMPLATE,
         ) from error
+
+
+def _within_limit(text: str, messages: Sequence[Message], tools: str) -> str:
+    """The rendered text.
+
+    Raises:
+        TemplateLimitError: it is far longer than the conversation.
+    """
+    told = len(tools) + sum(len(m.content) + len(m.extra) for m in messages)
+    if len(text) > TEMPLATE_CHARS + MOST_SWELLING * told:
+        raise TemplateLimitError(
+            f"the tokenizer's chat template makes {len(text):,} characters of a conversation of {told:,}; fix it"
+        )
+    return text
 
 
 def system_in_next_turn(messages: Sequence[Message]) -> list[Message]:

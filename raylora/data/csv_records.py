@@ -6,17 +6,16 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.columns import ColumnNames
 from raylora.data.json_window import Window
-from raylora.data.record_stream import Record, RecordStream, shown_path
+from raylora.data.record_stream import Record, RecordStream, shown_path, too_long
 from raylora.data.table_records import check_names
 from raylora.errors import ErrorKind, UserError
 
 DELIMITERS = (",", ";", "\t")
 LARGEST_CELL = 1 << 24
 """Characters. A quote that is never closed takes all that follows into one cell."""
-
-csv.field_size_limit(LARGEST_CELL)  # of the process; Python's own limit is 131,072
 
 
 class CsvRecords(RecordStream):
@@ -26,13 +25,15 @@ class CsvRecords(RecordStream):
         salvage: keep the rows before a quote that is never closed.
     """
 
-    def __init__(self, path: Path, names: ColumnNames, salvage: bool) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, names: ColumnNames, salvage: bool, max_chars: int = MAX_RECORD_CHARS) -> None:
+        super().__init__(path, max_chars)
         self._names, self._salvage = names, salvage
         self._line = 1
+        self._is_long = self._in_quotes = False
+        csv.field_size_limit(max(LARGEST_CELL, max_chars))  # of the process; Python's own limit is 131,072
 
     def __iter__(self) -> Iterator[Record]:
-        with Window(self.path) as window:
+        with Window(self.path, self.max_chars) as window:
             try:
                 yield from self._rows(window)
                 window.drain()
@@ -53,7 +54,7 @@ class CsvRecords(RecordStream):
     def _rows(self, window: Window) -> Iterator[Record]:
         delimiter = self._delimiter(window)
         window.rewind()
-        lines = _whole_lines(window)
+        lines = self._whole_lines(window)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         columns: list[str] = []
         while True:
@@ -75,6 +76,12 @@ class CsvRecords(RecordStream):
                 continue
             if row is None:
                 break
+            is_long, self._is_long, self._in_quotes = self._is_long, False, False
+            if is_long and columns:
+                yield Record(place, None, too_long(self.max_chars))
+                continue
+            if is_long:
+                raise UserError(f"{shown_path(self.path)}: {place}: {too_long(self.max_chars)}")
             is_separator = self._line == 1 and len(row) == 2 and "".join(row).lower() == "sep="  # Excel's first line
             if not row or is_separator:
                 continue
@@ -102,10 +109,18 @@ class CsvRecords(RecordStream):
             found.append((self._names.find_form(names) is not None and len(names) > 1, len(names), delimiter))
         return max(found, key=lambda f: f[:2])[2] if found else DELIMITERS[0]
 
+    def _whole_lines(self, window: Window) -> Iterator[str]:
+        """The lines with their ends, without one in which compressed data breaks off.
 
-def _whole_lines(window: Window) -> Iterator[str]:
-    """The lines with their ends, without one in which compressed data breaks off."""
-    for line in window.lines():
-        is_last = window.at_end and window.pos == len(window.text) and not window.text.endswith("\n")
-        if not (is_last and (window.damage or not line)):
+        In place of a line that is longer than a record may be stands one that opens or closes a quote as it does.
+        """
+        for line in window.lines():
+            is_last = window.at_end and window.pos == len(window.text) and not window.text.endswith("\n")
+            if is_last and (window.damage or not line):
+                continue
+            is_odd = (line.count('"') + window.num_quotes_dropped) % 2 == 1
+            if len(line) > self.max_chars:
+                self._is_long = True
+                line = "x" if not is_odd else 'x"' if self._in_quotes else '"x'
+            self._in_quotes ^= is_odd
             yield f"{line}\n"

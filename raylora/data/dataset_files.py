@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.byte_stream import COMPRESSIONS, hash_of
 from raylora.data.columns import ColumnNames
 from raylora.data.csv_records import CsvRecords
@@ -102,17 +103,21 @@ def list_dataset_files(chunk: Path) -> list[Path]:
     return sorted(found)
 
 
-def open_records(path: Path, names: ColumnNames, salvage: bool) -> RecordStream:
-    """The records of a dataset file by its suffix, or of a folder of shards. Nothing is read yet."""
+def open_records(path: Path, names: ColumnNames, salvage: bool, max_chars: int = MAX_RECORD_CHARS) -> RecordStream:
+    """The records of a dataset file by its suffix, or of a folder of shards. Nothing is read yet.
+
+    Args:
+        max_chars: a record with more characters is a bad one.
+    """
     try:
         if path.is_dir():
-            return FolderRecords(path, names, salvage)
+            return FolderRecords(path, names, salvage, max_chars)
     except (OSError, ValueError):
         pass  # reading it will say why
     kind = kind_of(path.name)
     if kind in READERS:
-        return READERS[kind](path, names, salvage)
-    return JsonRecords(path, names, salvage, is_lines=kind is LINES)
+        return READERS[kind](path, names, salvage, max_chars)
+    return JsonRecords(path, names, salvage, is_lines=kind is LINES, max_chars=max_chars)
 
 
 def table_rows(path: Path) -> Iterator[Record] | None:
@@ -131,8 +136,8 @@ class FolderRecords(RecordStream):
     ``hash`` is the SHA-256 of the shards' names and bytes.
     """
 
-    def __init__(self, path: Path, names: ColumnNames, salvage: bool) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, names: ColumnNames, salvage: bool, max_chars: int = MAX_RECORD_CHARS) -> None:
+        super().__init__(path, max_chars)
         self._names, self._salvage = names, salvage
 
     def __iter__(self) -> Iterator[Record]:
@@ -140,7 +145,7 @@ class FolderRecords(RecordStream):
         hashes = dict.fromkeys(shards, "")
         try:
             for name, path in shards.items():
-                records = open_records(path, self._names, self._salvage)
+                records = open_records(path, self._names, self._salvage, self.max_chars)
                 try:
                     for record in records:
                         yield Record(f"{shown_path(Path(name))}, {record.place}", record.value, record.error)

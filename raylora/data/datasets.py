@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.columns import ColumnNames
 from raylora.data.dataset_files import list_dataset_files, natural_order, open_records
 from raylora.data.examples import Chosen, count_chars, keep_examples, order_by_content
 from raylora.data.hub_files import HubRecords
 from raylora.data.parse_record import FormCounts, parse_record
-from raylora.data.record_stream import shown_path
+from raylora.data.record_stream import shown_path, too_long
 from raylora.data.record_values import leaves_of
 from raylora.errors import ErrorKind, UserError, errors_are, reason
 from raylora.records import BadRecord, Dataset, Example, digests_of
@@ -30,6 +31,8 @@ MAX_KEPT_BAD_RECORDS = 100
 """Bad records that are described; those after them are only counted."""
 SURVEY_SAMPLE_SIZE = 32
 """Examples that ``survey`` keeps of a file: the plan estimates the tokens of all from them."""
+SURVEY_SAMPLE_CHARS = MAX_RECORD_CHARS
+"""Characters of the file's examples up to which it keeps more of them: one that is all a file has is one of them."""
 
 
 # Folders
@@ -102,17 +105,21 @@ class Survey:
 
 
 def survey(
-    path: DatasetPlace, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: DatasetPlace,
+    salvage: bool = False,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_chars: int = MAX_RECORD_CHARS,
 ) -> Survey:
     """Read a dataset file as ``read_dataset`` does, but keep only counts and a sample. A bad file raises nothing."""
-    reader = _Reader(path, salvage, limit, columns)
+    reader = _Reader(path, salvage, limit, columns, max_chars)
     result = Survey()
     try:
         with errors_are(ErrorKind.DATA), reading(path):
             for example in reader:
                 result.num_examples += 1
                 result.num_chars += count_chars(example)
-                if len(result.sample) < SURVEY_SAMPLE_SIZE:
+                if len(result.sample) < SURVEY_SAMPLE_SIZE and result.num_chars <= SURVEY_SAMPLE_CHARS:
                     result.sample.append(example)
     except UserError as error:
         result = Survey(error=str(error), error_kind=error.kind)
@@ -123,7 +130,11 @@ def survey(
 
 
 def read_dataset(
-    path: DatasetPlace, salvage: bool = False, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: DatasetPlace,
+    salvage: bool = False,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_chars: int = MAX_RECORD_CHARS,
 ) -> Dataset:
     """Read a dataset file, a folder of shards, or a dataset of the hub.
 
@@ -133,12 +144,13 @@ def read_dataset(
         salvage: keep the complete records at the beginning of a file that breaks off.
         limit: use only so many records, the first ones.
         columns: by a key that forms know, the file's own name of it (``--columns``).
+        max_chars: a record with more characters is a bad one.
 
     Raises:
         UserError: the file cannot be read, is not what its name says, breaks off, or holds no valid record.
         MachineError: it is large, and the disk that is to hold it is full.
     """
-    reader = _Reader(path, salvage, limit, columns)
+    reader = _Reader(path, salvage, limit, columns, max_chars)
     with errors_are(ErrorKind.DATA), reading(path):
         examples = keep_examples(reader)
     return Dataset(
@@ -155,17 +167,23 @@ def read_dataset(
     )
 
 
-def places_of(path: DatasetPlace, numbers: Collection[int], columns: Mapping[str, str] | None = None) -> dict[int, str]:
+def places_of(
+    path: DatasetPlace,
+    numbers: Collection[int],
+    columns: Mapping[str, str] | None = None,
+    max_chars: int = MAX_RECORD_CHARS,
+) -> dict[int, str]:
     """Where in the file the records of these examples are (``record 7``, ``line 12``). The file is read once more.
 
     Args:
         numbers: of examples as ``read_dataset`` returned them, from 0.
-        columns: as for ``read_dataset``.
+        columns: as for ``read_dataset``; ``max_chars`` as well.
 
     Raises:
         UserError: as ``read_dataset``.
     """
-    reader = _Reader(path, salvage=True, limit=None, columns=columns)  # neither changes which example comes where
+    # Neither ``salvage`` nor ``limit`` changes which example comes where.
+    reader = _Reader(path, True, None, columns, max_chars)
     with errors_are(ErrorKind.DATA), reading(path):
         return {number: reader.place for number, _ in enumerate(reader) if number in numbers}
 
@@ -177,13 +195,20 @@ class _Reader:
         UserError: as ``read_dataset`` does.
     """
 
-    def __init__(self, path: DatasetPlace, salvage: bool, limit: int | None, columns: Mapping[str, str] | None) -> None:
-        self.path, self.limit = path, limit
+    def __init__(
+        self,
+        path: DatasetPlace,
+        salvage: bool,
+        limit: int | None,
+        columns: Mapping[str, str] | None,
+        max_chars: int,
+    ) -> None:
+        self.path, self.limit, self.max_chars = path, limit, max_chars
         self._names = ColumnNames(columns)
         self.records = (
-            HubRecords(path, self._names, salvage)
+            HubRecords(path, self._names, salvage, max_chars)
             if isinstance(path, HubDataset)
-            else open_records(path, self._names, salvage)
+            else open_records(path, self._names, salvage, max_chars)
         )
         self.num_items = self.num_chars = self.num_bad = 0
         self.forms = FormCounts()
@@ -205,7 +230,11 @@ class _Reader:
             if record.error:
                 self._skip(record.place, record.error)
                 continue
-            self.num_chars += sum(len(leaf) for leaf in leaves_of(record.value) if isinstance(leaf, str))
+            num_chars = sum(len(leaf) for leaf in leaves_of(record.value) if isinstance(leaf, str))
+            if num_chars > self.max_chars:
+                self._skip(record.place, too_long(self.max_chars))
+                continue
+            self.num_chars += num_chars
             parsed = parse_record(self._names.of_record(record.value))
             num_examples += len(parsed.examples)
             if parsed.examples:

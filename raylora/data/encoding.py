@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 
 from raylora.data.disk_list import DiskList
+from raylora.data.long_texts import Tokens, is_long, tokenize_around
 from raylora.data.rendered import Rendered, TemplateCounts, render_each, render_example
 from raylora.data.rendering import special_tokens_of
 from raylora.records import Example
@@ -23,6 +24,8 @@ IGNORE_INDEX = -100
 ENCODED_TOGETHER = 512
 """Examples in one call of the tokenizer. Together, with marks set by arrays, an example takes 399 microseconds; one by
 one, with loops, it took 603 (benchmarks/NOTES.md)."""
+CHARS_TOGETHER = 2_000_000
+"""Characters of them, about: a tokenizer takes 400 bytes for each."""
 T = TypeVar("T")
 TrainOn = Literal["answer", "all"]
 
@@ -71,9 +74,21 @@ def encode_each(
         UserError: the chat template refuses an example, and there are no ``counts``.
     """
     remaining = render_each(tokenizer, examples, counts)
-    while group := list(itertools.islice(remaining, ENCODED_TOGETHER)):
-        for rendered, ids, offsets in zip(group, *_tokenize_rendered(tokenizer, group), strict=True):
+    while group := _next_group(remaining):
+        for rendered, ids, offsets in zip(group, *_tokenize_rendered(tokenizer, group, max_length), strict=True):
             yield _mark_tokens(rendered, ids, offsets, max_length)[0]
+
+
+def _next_group(remaining: Iterator[Rendered]) -> list[Rendered]:
+    """The next texts that are tokenized together: fewer where they are long."""
+    group: list[Rendered] = []
+    num_chars = 0
+    for rendered in itertools.islice(remaining, ENCODED_TOGETHER):
+        group.append(rendered)
+        num_chars += len(rendered.text)
+        if num_chars > CHARS_TOGETHER:
+            break
+    return group
 
 
 def encode_with_offsets(
@@ -86,7 +101,7 @@ def encode_with_offsets(
         (``is_answer_text``), in characters of that answer.
     """
     rendered = render_example(tokenizer, example)
-    (ids,), (offsets,) = _tokenize_rendered(tokenizer, [rendered])
+    (ids,), (offsets,) = _tokenize_rendered(tokenizer, [rendered], max_length)
     encoded, kept = _mark_tokens(rendered, ids, offsets, max_length)
     start, end = rendered.answer
     answer_tokens = [pair for pair, of_answer in zip(offsets[kept], encoded.is_answer_text, strict=True) if of_answer]
@@ -94,15 +109,25 @@ def encode_with_offsets(
 
 
 def _tokenize_rendered(
-    tokenizer: Any, group: Sequence[Rendered]
+    tokenizer: Any, group: Sequence[Rendered], max_length: int
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Of each text its token ids, and (start, end) of each token, in characters."""
+    """Of each text its token ids, and (start, end) of each in characters; of a long one those that can be kept."""
     ids: list[list[int]] = [[] for _ in group]
     offsets: list[list[tuple[int, int]]] = [[] for _ in group]
     # What a chat template renders has its special tokens already.
     kinds = [(r.is_plain or not tokenizer.chat_template, r.has_special_text) for r in group]
     for kind in dict.fromkeys(kinds):
-        numbers = [i for i, its_kind in enumerate(kinds) if its_kind == kind]
+        of_kind = [i for i, its_kind in enumerate(kinds) if its_kind == kind]
+        numbers = [i for i in of_kind if not is_long(group[i].text, max_length)]
+        for i in set(of_kind).difference(numbers):
+
+            def tokenize(part: str, kind: tuple[bool, bool] = kind) -> Tokens:
+                (its_ids,), (its_offsets,) = _tokenize(tokenizer, [part], *kind)
+                return its_ids, its_offsets
+
+            ids[i], offsets[i] = tokenize_around(group[i].text, group[i].answer[0], max_length, tokenize)
+        if not numbers:
+            continue
         for i, its_ids, its_offsets in zip(
             numbers, *_tokenize(tokenizer, [group[i].text for i in numbers], *kind), strict=True
         ):

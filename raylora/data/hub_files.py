@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.columns import ColumnNames
 from raylora.data.dataset_files import FolderRecords
 from raylora.data.hub_splits import Choice, check_complete, choose
@@ -67,8 +68,8 @@ class HubRecords(FolderRecords):
         pinned: as ``HubFiles.pinned``, once its files are here; None before.
     """
 
-    def __init__(self, place: HubDataset, names: ColumnNames, salvage: bool) -> None:
-        super().__init__(Path(place.name), names, salvage)
+    def __init__(self, place: HubDataset, names: ColumnNames, salvage: bool, max_chars: int = MAX_RECORD_CHARS) -> None:
+        super().__init__(Path(place.name), names, salvage, max_chars)
         self.place = place
         self.pinned: HubDataset | None = None
         self._downloaded: dict[str, Path] = {}

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.columns import ColumnNames
 from raylora.data.json_window import SPACE_AND_COMMAS, Items, Unreadable, Window
 from raylora.data.record_forms import Shape
-from raylora.data.record_stream import Record, RecordStream, kind, short, shown_path
+from raylora.data.record_stream import Record, RecordStream, kind, short, shown_path, too_long
 from raylora.errors import ErrorKind, NotJsonError, UserError
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -40,12 +41,14 @@ class JsonRecords(RecordStream):
         salvage: keep the complete records at the beginning of a file that breaks off.
     """
 
-    def __init__(self, path: Path, names: ColumnNames, salvage: bool, is_lines: bool) -> None:
-        super().__init__(path)
+    def __init__(
+        self, path: Path, names: ColumnNames, salvage: bool, is_lines: bool, max_chars: int = MAX_RECORD_CHARS
+    ) -> None:
+        super().__init__(path, max_chars)
         self._names, self._salvage, self._is_lines = names, salvage, is_lines
 
     def __iter__(self) -> Iterator[Record]:
-        with Window(self.path) as window:
+        with Window(self.path, self.max_chars) as window:
             try:
                 yield from self._records(window)
                 window.drain()
@@ -148,7 +151,8 @@ class JsonRecords(RecordStream):
             columns: the object's keys, all of them, in the file's order.
         """
         with contextlib.ExitStack() as stack:
-            cells = [self._cells(stack.enter_context(Window(self.path)), i) for i in range(len(columns))]
+            windows = [stack.enter_context(Window(self.path, self.max_chars)) for _ in columns]
+            cells = [self._cells(window, i) for i, window in enumerate(windows)]
             for number, values in enumerate(zip(*cells, strict=True), 1):
                 error = next((value.error for value in values if isinstance(value, Unreadable)), "")
                 row = None if error else dict(zip(columns, values, strict=True))
@@ -230,6 +234,9 @@ class JsonRecords(RecordStream):
         for number, line in enumerate(window.lines(), 1):
             is_last = window.at_end and window.pos == len(window.text) and not window.text.endswith("\n")
             if not line.strip() or (window.damage and is_last):
+                continue
+            if len(line) > self.max_chars:
+                yield Record(f"line {number}", None, too_long(self.max_chars))
                 continue
             try:
                 yield Record(f"line {number}", json.loads(line))

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.byte_stream import ByteStream
-from raylora.data.record_stream import LARGEST_PIECE, in_bytes, short, shown_path
+from raylora.data.record_stream import LARGEST_PIECE, in_bytes, short, shown_path, too_long
 from raylora.errors import ErrorKind, NotJsonError, UserError
 
 PIECE = 1 << 20
@@ -25,6 +26,9 @@ CUT_MARGIN = 16
 """An error in the last so many characters of the window may only say that the window cuts a value in two. The longest
 such values are ``-Infinity`` (9 characters) and the two escapes of one character beyond U+FFFF (12)."""
 SPACE = re.compile(r"[ \t\n\r]*")
+IN_STRING = re.compile(r'(?s)(?:[^"\\]++|\\.)*+')
+NUMBER = re.compile(r"[^,\]}\s]*+")
+OUTSIDE = re.compile(r'[^"\[\]{}]*+')
 SPACE_AND_COMMAS = re.compile(r"[ \t\n\r,]*")
 _decode_utf8 = json.JSONDecoder().raw_decode
 _decode_any_digits = json.JSONDecoder(parse_int=str).raw_decode
@@ -55,8 +59,9 @@ class Window:
         UserError: the file cannot be read, or is not UTF-8.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, max_chars: int = MAX_RECORD_CHARS) -> None:
+        self.path, self.max_chars = path, max_chars
+        self.num_quotes_dropped = 0
         self._bytes = ByteStream(path)
         self._begin()
 
@@ -106,8 +111,13 @@ class Window:
         return not self.at_end
 
     def _check_size(self) -> None:
-        if self._bytes.compression and len(self.text) > max(LARGEST_PIECE, self._bytes.size):
-            text = f"one value of more than {in_bytes(len(self.text))}, out of {in_bytes(self._bytes.size)}"
+        self._check_swelling(len(self.text))
+
+    def _check_swelling(self, num_chars: int) -> None:
+        """Raise UserError where one value of a compressed file has so many characters."""
+        if self._bytes.compression and num_chars > max(LARGEST_PIECE, self._bytes.size):
+            self._bytes.skip_rest()
+            text = f"one value of more than {in_bytes(num_chars)}, out of {in_bytes(self._bytes.size)}"
             raise UserError(f"{shown_path(self.path)}: line {self._line}: {text}: no dataset, or unpack it first")
 
     def _not_utf8(self, error: UnicodeDecodeError, begin: int) -> UserError:
@@ -169,7 +179,8 @@ class Window:
     def value(self) -> Any:
         """The value that begins here.
 
-        Where an integer in it has more digits than Python reads, ``Unreadable`` stands for all of it.
+        Where it is longer than a record may be, or an integer in it has more digits than Python reads, ``Unreadable``
+        stands for all of it.
 
         Raises:
             NotJsonError: there is none.
@@ -179,8 +190,8 @@ class Window:
             try:
                 value, end = decode(self.text, self.pos)
                 if end < len(self.text) - 2 or self.at_end:  # 1.5 near the window's end may be the start of 1.5e-3
-                    self.pos = end
-                    return Unreadable(too_long) if too_long else value
+                    is_long, self.pos = end - self.pos > self.max_chars, end
+                    return Unreadable(self._too_long if is_long else too_long) if is_long or too_long else value
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - CUT_MARGIN
                 if self.at_end or not cut:
@@ -189,7 +200,43 @@ class Window:
                 if self.at_end or not self.text[-1:].isdecimal():
                     decode, too_long = _decode_any_digits, short(error)
                     continue
+            if len(self.text) - self.pos > self.max_chars + CUT_MARGIN:
+                return self._skip_long()
             self.more()
+
+    @property
+    def _too_long(self) -> str:
+        return too_long(self.max_chars)
+
+    def _skip_long(self) -> Unreadable:
+        """Move past a value without keeping it: to the quote or bracket that ends it, whatever lies between.
+
+        Raises:
+            NotJsonError: nothing ends it.
+        """
+        depth, in_string, num_skipped = 0, False, 0
+        if self.text[self.pos] not in '"[{':
+            self.skip(NUMBER)
+            return Unreadable(self._too_long)
+        while True:
+            begin = self.pos
+            while self.pos < len(self.text):
+                pattern = IN_STRING if in_string else OUTSIDE
+                self.pos = pattern.match(self.text, self.pos).end()  # type: ignore[union-attr]
+                character = self.text[self.pos : self.pos + 1]
+                if not character or character == "\\":
+                    break  # an escape that the window cuts in two
+                self.pos += 1
+                if character == '"':
+                    in_string = not in_string
+                else:
+                    depth += 1 if character in "[{" else -1
+                if depth <= 0 and not in_string:
+                    return Unreadable(self._too_long)
+            num_skipped += self.pos - begin
+            self._check_swelling(num_skipped)
+            if not self.more():
+                raise self.error("Unterminated string starting at" if in_string else "Expecting ',' delimiter")
 
     def array(self) -> Iterator[Any]:
         """The values of the list, or of the object, that begins here."""
@@ -206,6 +253,8 @@ class Window:
             if self.skip() != '"':
                 raise self.error("Expecting property name enclosed in double quotes")
             key = self.value()
+            if isinstance(key, Unreadable):
+                raise self.error(f"a key is {key.error}")
             if self.skip() != ":":
                 raise self.error("Expecting ':' delimiter")
             self.pos += 1
@@ -272,16 +321,35 @@ class Window:
                 return
 
     def lines(self) -> Iterator[str]:
-        """The rest of the file, line by line."""
+        """The rest of the file, line by line. Of one that is longer than a record may be the end is dropped."""
         while True:
             end = self.text.find("\n", self.pos)
-            if end >= 0:
+            self.num_quotes_dropped = 0
+            if end < 0 and len(self.text) - self.pos > self.max_chars:
+                yield self._begin_of_long_line()
+            elif end >= 0:
                 line, self.pos = self.text[self.pos : end], end + 1
                 yield line
             elif not self.more():
                 line, self.pos = self.text[self.pos :], len(self.text)
                 yield line
                 return
+
+    def _begin_of_long_line(self) -> str:
+        kept, end = self.text[self.pos : self.pos + self.max_chars + 1], -1
+        self.pos += len(kept)
+        num_skipped = 0
+        while end < 0:
+            end = self.text.find("\n", self.pos)
+            passed = end if end >= 0 else len(self.text)
+            self.num_quotes_dropped += self.text.count('"', self.pos, passed)
+            num_skipped += passed - self.pos
+            self.pos = passed + (end >= 0)
+            if end < 0:
+                self._check_swelling(num_skipped)
+                if not self.more():
+                    break
+        return kept
 
     def line_before_another(self) -> str:
         """The line from here; empty where none but blank ones follow it, or where it is longer than a piece."""

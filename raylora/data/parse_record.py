@@ -169,7 +169,9 @@ def _parse_pair_of_turns(record: dict[Any, Any], form: Form, result: ParsedRecor
             is_asked = after[: len(before)] == before
         else:
             turn = next((turn for turn in after if speaker(turn) == "user"), {})
-            is_asked = asked.strip() in [text.strip() for text in turn.values() if isinstance(text, str)]
+            is_asked = require_text(asked, question).strip() in [
+                text.strip() for text in turn.values() if isinstance(text, str)
+            ]
         if not is_asked:
             raise BadRecordError(f"{answer} begins with a question that is not its {question}")
         before, after = after[:-1], after[-1:]

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raylora.config.options import MAX_RECORD_CHARS
+
 LARGEST_PIECE = 64 << 20
 """Bytes, or characters, that one record or one piece of a file may swell to, where that is more than the file itself
 has. As Python objects they may be 20 times as many."""
 
+LARGEST_TOTAL = 1 << 30
+"""Bytes that a file may swell to in all, where that is more than ``SWELLING`` times its own."""
 SWELLING = 50
 """Text of many like records becomes 10 to 20 times as short. What is over that, and over ``LARGEST_PIECE``, is no
 dataset: 23 KB of Parquet may be 3 GB."""
@@ -34,8 +38,8 @@ class RecordStream(ABC):
             then: ``salvage`` is for that.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, max_chars: int = MAX_RECORD_CHARS) -> None:
+        self.path, self.max_chars = path, max_chars
         self.hash = ""
         """SHA-256 of the file's bytes in hex, once iteration has ended, be it by an error."""
         self.num_lost = 0
@@ -49,6 +53,11 @@ def shown_path(path: object) -> str:
     """A path, or another place, as printable text on one line, whatever characters its name holds."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
+
+
+def too_long(max_chars: int) -> str:
+    """Why a record is bad that has more characters than it may."""
+    return f"longer than {max_chars:,} characters; cut it, or give a larger --max-record-chars"
 
 
 def kind(value: Any) -> str:

@@ -18,12 +18,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.byte_stream import PIECE, hash_of, unreadable
 from raylora.data.columns import ColumnNames
 from raylora.data.ipc_messages import scan_messages
 from raylora.data.parquet_footer import RowGroup, read_footer
 from raylora.data.record_forms import ACCEPTED
-from raylora.data.record_stream import LARGEST_PIECE, SWELLING, Record, RecordStream, in_bytes, short, shown_path
+from raylora.data.record_stream import (
+    LARGEST_PIECE,
+    LARGEST_TOTAL,
+    SWELLING,
+    Record,
+    RecordStream,
+    in_bytes,
+    short,
+    shown_path,
+    too_long,
+)
 from raylora.errors import ErrorKind, UserError, one_line
 
 BATCH_ROWS, BATCH_BYTES = 256, 8 << 20
@@ -69,8 +80,14 @@ class ArrowRecords(RecordStream):
     is_called: str
     """The kind of file, for messages."""
 
-    def __init__(self, path: Path, names: ColumnNames | None = None, salvage: bool = False) -> None:
-        super().__init__(path)
+    def __init__(
+        self,
+        path: Path,
+        names: ColumnNames | None = None,
+        salvage: bool = False,
+        max_chars: int = MAX_RECORD_CHARS,
+    ) -> None:
+        super().__init__(path, max_chars)
         self._names, self._salvage = names, salvage
         self._number = 0
         self._odd: list[str] = []
@@ -133,6 +150,10 @@ class ArrowRecords(RecordStream):
         if swollen > max(LARGEST_PIECE, SWELLING * stored):
             raise self._swells(f"{place} takes {in_bytes(swollen)}, out of {in_bytes(stored)}")
 
+    def _check_total(self, swollen: int) -> None:
+        if swollen > max(LARGEST_TOTAL, SWELLING * self._size):
+            raise self._swells(f"unpacked it takes {in_bytes(swollen)}, out of {in_bytes(self._size)}")
+
     def _swells(self, text: str) -> UserError:
         return UserError(f"{shown_path(self.path)}: {text}: no dataset, or write it again in smaller row groups")
 
@@ -149,6 +170,9 @@ class ArrowRecords(RecordStream):
             row = batch.slice(i, 1)
             if (size := _size(row)) > max(LARGEST_PIECE, self._size):
                 yield None, f"takes {in_bytes(size)}, out of {in_bytes(self._size)}"
+                continue
+            if size > max(LARGEST_PIECE, 4 * self.max_chars):
+                yield None, too_long(self.max_chars)
                 continue
             try:
                 yield self._plain(row.to_pylist()[0]), ""
@@ -178,6 +202,7 @@ class ParquetRecords(ArrowRecords):
         if table is None:
             return
         self._odd = self._guarded(lambda: self._check_schema(table.schema_arrow)) or []
+        self._check_total(sum(column.unpacked for group in groups for column in group.columns))
         for i, group in enumerate(groups):
             batches = self._guarded(lambda i=i, group=group: self._batches(file, table, i, group))  # type: ignore[misc]
             if batches is not None:
@@ -237,15 +262,17 @@ class IpcRecords(ArrowRecords):
         start = 8 if begin == b"ARROW1" else 0
         size = self._size
         num_rows = 0
-        torn = ""
+        torn, swollen = "", 0
         for found in scan_messages(file, start, size):
             if found.error:
                 torn = found.error
                 break
             self._check_swelling(size, found.swollen, f"the record batch behind row {num_rows:,}")
             num_rows += found.num_rows
+            swollen += found.swollen
         if torn and not (self._salvage and num_rows):
             raise self._damaged(torn, num_rows)
+        self._check_total(swollen)
         file.seek(start)
         reader = self._guarded(lambda: pa.ipc.open_stream(pa.PythonFile(file, mode="r")))
         if reader is None:

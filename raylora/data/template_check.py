@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raylora.config.options import MAX_RECORD_CHARS
 from raylora.data.datasets import MAX_KEPT_BAD_RECORDS, places_of
 from raylora.data.examples import Chosen
 from raylora.data.record_stream import shown_path
@@ -32,14 +33,18 @@ def held_to_template(tokenizer: Any, dataset: Dataset) -> Dataset:
 
 
 def hold_to_counts(
-    dataset: Dataset, counts: TemplateCounts, path: DatasetPlace | None = None, columns: Mapping[str, str] | None = None
+    dataset: Dataset,
+    counts: TemplateCounts,
+    path: DatasetPlace | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_chars: int = MAX_RECORD_CHARS,
 ) -> Dataset:
     """The dataset without the examples that the chat template refuses, whose records are bad ones, and with its notes.
 
     Args:
         counts: of all its examples.
         path: its file, from which records have their places; without one they are numbers of examples.
-        columns: as for ``read_dataset``, which read it.
+        columns: as for ``read_dataset``, which read it; ``max_chars`` as well.
 
     Raises:
         UserError: the chat template refuses all of it, or cuts most of its answers.
@@ -48,7 +53,7 @@ def hold_to_counts(
     shown = sorted({*counts.refused, *([] if counts.first_cut is None else [counts.first_cut])})
     places = {number: f"example {number + 1}" for number in shown}
     if path and shown:
-        places |= places_of(path, places, columns)
+        places |= places_of(path, places, columns, max_chars)
     if counts.refused and not counts.num_examples:
         first = min(counts.refused)
         raise UserError(

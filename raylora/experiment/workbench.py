@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import pandas as pd
 import torch
 
-from raylora.config.run import Config, method_of
+from raylora.config.run import Config, longest_record, method_of
 from raylora.data import datasets
 from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.data.held_out import leave_out
@@ -138,7 +138,8 @@ def load_planned_dataset(bench: Workbench, planned: Planned, max_length: int = 0
     """
     path, config = dataset_location(planned.path), bench.config
     try:
-        dataset = datasets.read_dataset(path, config.salvage, config.max_records, config.column_names)
+        options = (config.salvage, config.max_records, config.column_names, config.max_record_chars)
+        dataset = datasets.read_dataset(path, *options)
     except UserError as error:
         raise MachineError(str(error), kind=error.kind) from error
     if dataset.data_hash != planned.data_hash:
@@ -152,14 +153,15 @@ def _hold_to_template(bench: Workbench, dataset: Dataset, path: DatasetPlace, ma
     Args:
         max_length: see ``load_planned_dataset``.
     """
-    columns = bench.config.column_names
-    key = digest(["template", dataset.data_hash, columns, bench.config.max_records, bench.model_key])
+    columns, max_chars = bench.config.column_names, bench.config.max_record_chars
+    limits = [bench.config.max_records, *longest_record(bench.config)]
+    key = digest(["template", dataset.data_hash, columns, *limits, bench.model_key])
     file = bench.store.base_file(key, "template.json")
     with bench.store.base_lock(key, "template"):
         bench.store.fetch(file)
         kept = _kept_counts(read_sealed(file))
     if kept is not None:
-        return hold_to_counts(dataset, kept, path, columns)
+        return hold_to_counts(dataset, kept, path, columns, max_chars)
     counts, tokenizer = TemplateCounts(), bench.loaded.tokenizer
     encoded: StoredEncoded | None = None
     if max_length:
@@ -169,7 +171,7 @@ def _hold_to_template(bench: Workbench, dataset: Dataset, path: DatasetPlace, ma
     with bench.store.base_lock(key, "template"):
         write_text(file, seal(asdict(counts)))
         bench.store.share(file)
-    held = hold_to_counts(dataset, counts, path, columns)
+    held = hold_to_counts(dataset, counts, path, columns, max_chars)
     if encoded is not None:
         bench.encoded = Encoded(held, max_length, encoded)
     return held

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
-from raylora.features.words import words_of
+from raylora.features.words import first_words
 from raylora.records import Example
 
 DUPLICATE_COSINE = 0.8
@@ -58,7 +58,7 @@ def share_with_a_double(texts: Iterable[str]) -> float:
         num_copies[row] += 1
     del row_of_hash  # its memory is free before the matrix is made
     try:
-        vectorizer = CountVectorizer(analyzer=words_of, dtype=np.float32)
+        vectorizer = CountVectorizer(analyzer=first_words, dtype=np.float32)
         word_counts = vectorizer.fit_transform(itertools.compress(texts, is_first))
     except ValueError:  # no words at all: only equal texts are alike
         word_counts = None

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from raylora.data.encoding import IGNORE_INDEX, EncodedExample, TrainOn, encode_with_offsets, labels_of
 from raylora.data.minibatch import send
-from raylora.features.words import words_of
+from raylora.features.words import first_words
 from raylora.model.adapters import LoadedModel
 from raylora.model.fetching import Fetched, one_late
 from raylora.model.forward import Output, forward_rows, inference
@@ -95,7 +95,7 @@ def sentence_slices(answer: str, offsets: Sequence[tuple[int, int]]) -> list[tup
         if not ends or start >= ends[-1]:
             break
         first_token, end_token = bisect_right(ends, start), bisect_left(starts, end)
-        if end_token > first_token and len(words_of(answer[start:end])) > 1:
+        if end_token > first_token and len(first_words(answer[start:end])) > 1:
             slices.append((first_token, end_token))
         start = end
     return slices

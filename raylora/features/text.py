@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from raylora.data.encoding import CHARS_TOGETHER
+from raylora.data.long_texts import LONG, pieces_of
 from raylora.data.rendering import rendering_of
 from raylora.features.duplicates import duplicate_share
-from raylora.features.words import words_of
+from raylora.features.words import first_words, words_of
 from raylora.records import Example
 
 LONG_WORD = 8
@@ -35,14 +37,14 @@ def text_features(examples: Sequence[Example], tokenizer: Any) -> tuple[dict[str
     counter = _TokenCounter(tokenizer)
     for example in examples:
         question = example.asked
-        question_words, answer_words = words_of(question), words_of(example.answer)
+        question_words, answer_words = first_words(question), first_words(example.answer)
         for name, words in (("in_ttr", question_words), ("out_ttr", answer_words)):
             if words:
                 scores[name].append(len(set(words)) / len(words))
         if len(answer_words) >= 3:
             scores["repetition"].append(repetition(answer_words))
         if ground := example.context or example.question:  # a plain text has neither
-            grounded = _groundedness(words_of(ground), answer_words)
+            grounded = _groundedness(first_words(ground), answer_words)
             if grounded is not None:
                 scores["grounded"].append(grounded)
         for words in (question_words, answer_words):
@@ -81,26 +83,37 @@ class _TokenCounter:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._texts: list[str] = []
+        self._num_chars = 0
         self._counts = array("q")
 
     def add(self, text: str) -> None:
+        if len(text) > LONG:
+            self._count()
+            self._counts.append(sum(map(self._num_tokens, pieces_of(text))))
+            return
         self._texts.append(text)
-        if len(self._texts) == TOKENIZED_AT_ONCE:
+        self._num_chars += len(text)
+        if len(self._texts) == TOKENIZED_AT_ONCE or self._num_chars > CHARS_TOGETHER:
             self._count()
 
     def counts(self) -> np.ndarray:
         """(N,), as floats: the tokens of each text, in the order they were added."""
-        if self._texts:
-            self._count()
+        self._count()
         return np.array(self._counts, dtype=float)
 
+    def _num_tokens(self, text: str) -> int:
+        return len(self._tokenize([text])[0])
+
     def _count(self) -> None:
+        if self._texts:
+            self._counts.extend(map(len, self._tokenize(self._texts)))
+        self._texts, self._num_chars = [], 0
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # As in a training: special tokens that are written in the data are text.
         split = not rendering_of(self._tokenizer).allow_special_tokens
         options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": split}
-        encoded = self._tokenizer(self._texts, **options)
-        self._counts.extend(len(ids) for ids in encoded["input_ids"])
-        self._texts = []
+        return list(self._tokenizer(texts, **options)["input_ids"])
 
 
 def _mean(values: Sequence[float]) -> float | None:

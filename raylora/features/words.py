@@ -8,6 +8,15 @@ WORD = regex.compile(r"[\p{Han}\p{Hiragana}]|(?:(?![\p{Han}\p{Hiragana}])[\w\p{M
 _ASCII_WORD = regex.compile(r"\w+", regex.ASCII)  # the same words of an ASCII text, by a simpler pattern
 
 
+WORDS_WITHIN = 1_000_000
+"""Characters of a text whose words are looked at: each word takes some 60 bytes, and as much again in its n-grams."""
+
+
+def first_words(text: str) -> list[str]:
+    """The words of a text, of a long one those of its first ``WORDS_WITHIN`` characters."""
+    return words_of(text[:WORDS_WITHIN])
+
+
 def words_of(text: str) -> list[str]:
     """Unicode words, case-folded: runs of letters, combining marks, digits and underscores.
 

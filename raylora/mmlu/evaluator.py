@@ -15,6 +15,7 @@ import torch
 
 from raylora.config.options import ModelOptions
 from raylora.config.run import EvaluationConfig
+from raylora.data.template_process import check_template
 from raylora.errors import ErrorKind, MachineError, UserError, one_line
 from raylora.mmlu.answers import max_new_tokens
 from raylora.mmlu.journal import Journal
@@ -57,6 +58,7 @@ def check_prompt_style(config: EvaluationConfig, source: str) -> Thinking:
     tokenizer = tokenizer_for(config, source)
     if not tokenizer.chat_template:
         raise UserError(f"--prompt-style chat: {config.model} has no chat template; use --prompt-style harness")
+    check_template(tokenizer, config.model)
     return thinking_of(tokenizer, config.prompt_style, config.scoring)
 
 

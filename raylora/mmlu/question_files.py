@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from raylora.data.byte_stream import compression_of, unpacked
 from raylora.data.dataset_files import table_rows
+from raylora.data.record_values import leaves_of
 from raylora.errors import UserError
 
 Fields = dict[str, Any]
@@ -19,6 +20,8 @@ Record = tuple[str, Fields]
 """The place of a question in its file ("question 7"), and its fields."""
 Split = Literal["test", "validation", "dev", "train"]
 
+MOST_CHARS, MOST_QUESTION_CHARS = 128_000_000, 1_000_000
+"""Characters of all questions, and of one. MMLU has 8 million, and 8,000 in the longest."""
 SUFFIXES = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".csv")
 """In a folder, files of the first of these are the questions: converted copies often lie beside the originals."""
 _WORDS: dict[Split, frozenset[str]] = {
@@ -104,8 +107,20 @@ def read_file(path: Path) -> Iterator[Record]:
     """The records of a file, by its suffix: Parquet, Arrow, CSV, JSON lines or JSON.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is far larger than any set of questions: all are kept in memory.
     """
+    num_chars = 0
+    for place, fields in _read_records(path):
+        here = sum(len(leaf) for leaf in leaves_of(fields) if isinstance(leaf, str))
+        num_chars += here
+        if here > MOST_QUESTION_CHARS:
+            raise UserError(f"{path}: {place}: longer than {MOST_QUESTION_CHARS:,} characters: no question; cut it")
+        if num_chars > MOST_CHARS:
+            raise UserError(f"{path}: {place}: more than {MOST_CHARS:,} characters up to here: no set of questions")
+        yield place, fields
+
+
+def _read_records(path: Path) -> Iterator[Record]:
     if rows := table_rows(path):
         for i, row in enumerate(rows, 1):
             if row.error:
@@ -142,7 +157,7 @@ def text_of(path: Path) -> str:
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    data = unpacked(path)
+    data = unpacked(path, MOST_CHARS)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

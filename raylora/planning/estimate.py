@@ -21,6 +21,7 @@ from raylora.config.run import Config, Stage
 from raylora.data.encoding import encode_each
 from raylora.data.examples import count_chars
 from raylora.data.rendered import TemplateCounts
+from raylora.data.template_process import check_template, template_failure
 from raylora.errors import DoesNotFitError
 from raylora.features.static import count_held_out
 from raylora.mmlu.question_set import QuestionSet
@@ -90,7 +91,7 @@ class Estimator:
         model: its skeleton, if it has one.
 
     Raises:
-        UserError: the tokenizer cannot be loaded.
+        UserError: the tokenizer cannot be loaded, or its chat template takes too long.
     """
 
     def __init__(
@@ -99,12 +100,18 @@ class Estimator:
         self._config = config
         self._num_together = config.adapters_a_pass or num_experiments
         self._tokenizer = tokenizer_for(config, source)
+        check_template(self._tokenizer, config.model)
         self._machine, self._model = hardware_of(config), model
         self._shape = self._shape_with(config.target_modules)
         self._storage = LLM_INT8 if config.int8_activations else config.quantization
         self._questions = functools.reduce(QuestionTokens.beside, map(self._count_questions, asked), QuestionTokens())
         self.misfit = misfit(self._shape, self._machine, config) if self._shape else ""
         self.note = "" if self._shape else f"no estimates: the configuration of {config.model} does not say enough"
+
+    def template_error(self, sample: Sequence[Example]) -> str:
+        """Why a dataset cannot be rendered within the limits of time and memory; empty where its first examples can."""
+        why = template_failure(self._tokenizer, sample)
+        return why and f"the chat template {why} on its examples; fix them, or take another model"
 
     def _shape_with(self, names: Sequence[str]) -> Shape | None:
         return self._model and shape_of_skeleton(self._model, names)

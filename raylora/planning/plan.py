@@ -10,9 +10,10 @@ from typing import Any
 
 from raylora.config.method import AUTO, LORA_TARGETS, Method
 from raylora.config.options import FeatureOptions
-from raylora.config.run import Config
+from raylora.config.run import Config, longest_record
 from raylora.data import datasets
 from raylora.data.columns import check_columns
+from raylora.data.record_stream import shown_path
 from raylora.errors import ErrorKind, UserError
 from raylora.experiment.held_out import Column, write_columns
 from raylora.mmlu.evaluator import check_prompt_style, note_on_thinking
@@ -220,8 +221,10 @@ def _experiments_of(
         methods: from ``planned_methods``.
     """
     place, dataset = named.place, named.name
-    survey = datasets.survey(place, config.salvage, config.max_records, config.column_names)
+    survey = datasets.survey(place, config.salvage, config.max_records, config.column_names, config.max_record_chars)
     error, error_kind = survey.error, survey.error_kind
+    if not error and (why := estimator.template_error(survey.sample)):
+        error, error_kind, survey.sample = f"{shown_path(place)}: {why}", ErrorKind.CHAT_TEMPLATE, []
     if not is_utf8(place):
         dataset, error = printable(dataset), f"{printable(str(place))}: its name is not UTF-8: rename it"
         error_kind = ErrorKind.DATA
@@ -233,7 +236,7 @@ def _experiments_of(
         of_questions["mask"] = digest(sorted(masked))
     base_keys = {name: score_key(model_settings, settings) for name, settings in question_settings.items()}
     first_seed, experiments = config.seeds[0], []
-    columns = [config.column_names] if config.columns else []
+    columns = [*([config.column_names] if config.columns else []), *longest_record(config)]
     for method, adapted in methods.items():
         settings, identity = method.model_dump(mode="json"), method.identity()
         init_adapter = {}
