@@ -27,6 +27,7 @@ class ErrorKind(StrEnum):
     TARGET_MODULES = "target_modules"
     ADAPTER = "adapter"
     CHANGED_MEANWHILE = "changed_meanwhile"
+    DATASET_GONE = "dataset_gone"
     # A training
     DIVERGED = "diverged"
     BASE_CHANGED = "base_changed"
@@ -96,7 +97,19 @@ class NoFilesError(UserError):
 
 
 class MachineError(RayloraError):
-    """This machine cannot do the work, and another one may: the data is not the cause."""
+    """This machine cannot do the work, and another one may: the data is not the cause.
+
+    Attributes:
+        of_dataset: the cause is one dataset's, and others may be read here.
+    """
+
+    of_dataset = False
+
+
+class DatasetError(MachineError):
+    """A dataset is not what the run was planned with: it is gone, or was changed, at least on this machine."""
+
+    of_dataset = True
 
 
 class TemplateLimitError(UserError):
@@ -194,7 +207,15 @@ class WorkerFailedError(RayloraError):
 
 
 class MachineFailedError(WorkerFailedError):
-    """A worker raised MachineError: its machine cannot do the work, and another one may."""
+    """A worker raised MachineError: its machine cannot do the work, and another one may.
+
+    Attributes:
+        of_dataset: see ``MachineError``.
+    """
+
+    def __init__(self, *args: object, kind: ErrorKind | None = None, of_dataset: bool = False) -> None:
+        super().__init__(*args, kind=kind)
+        self.of_dataset = of_dataset
 
 
 class NodeLostError(WorkerFailedError):

@@ -175,7 +175,7 @@ class RayCluster:
                 raise failure from error
             text, kind = one_line(error.cause), kind_of(error.cause)
             if isinstance(error.cause, MachineError):
-                raise MachineFailedError(text, kind=kind) from error
+                raise MachineFailedError(text, kind=kind, of_dataset=error.cause.of_dataset) from error
             raise WorkerFailedError(f"{type(error.cause).__name__}: {text}", kind=kind) from error
         except OutOfMemoryError as error:
             text = "its worker process was killed: the node ran out of memory"

@@ -62,11 +62,12 @@ class WorkerCalls:
 
 @dataclass(frozen=True)
 class Failure:
-    """A try that failed: where, why, and what kind of cause that is."""
+    """A try that failed: where, why, what kind of cause that is, and whether it is one dataset's."""
 
     place: WorkerPlace
     cause: str
     kind: ErrorKind
+    of_dataset: bool = False
 
 
 class RetryingExecutor:
@@ -142,7 +143,8 @@ class RetryingExecutor:
                 num_moves += isinstance(error, NodeLostError)
                 only_machines &= isinstance(error, MachineFailedError)
                 if not isinstance(error, NodeLostError) or num_moves > MAX_MOVES:
-                    failures.append(Failure(worker.place, str(error), error.kind))
+                    of_dataset = isinstance(error, MachineFailedError) and error.of_dataset
+                    failures.append(Failure(worker.place, str(error), error.kind, of_dataset))
                 if len(failures) < MAX_ATTEMPTS:
                     self._on_retry(f"{experiment.dataset} is tried again: on {worker.place}, {error}")
                 continue
@@ -207,8 +209,9 @@ class RetryingExecutor:
         Raises:
             CannotGoOnError: nothing has gone well so far, and machines were to blame each time.
         """
-        self._num_given_up += for_now
-        if for_now and self._num_given_up >= MAX_GIVEN_UP and not self._some_are_done:
+        is_of_all = for_now and not failure.of_dataset
+        self._num_given_up += is_of_all
+        if is_of_all and self._num_given_up >= MAX_GIVEN_UP and not self._some_are_done:
             raise CannotGoOnError(failure.cause, kind=failure.kind)
         text = (
             f"{experiment.dataset}: {failure.cause}; tried {MAX_ATTEMPTS} times, see {self._store.log_path(experiment)}"

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import resource
 import signal
 import sys
 import time
@@ -223,6 +224,7 @@ class Watcher:
         if self._said.get("running"):
             self._look_at_ray()
             if self._lost and now - self._lost_at > LOST_SECONDS:
+                self._cause = self._why_ray_broke()
                 os.kill(self._child, signal.SIGKILL)
         elif "starting" in self._said and now - self._said_at["starting"] > START_SECONDS:
             self._cause = f"Ray does not start on this machine: it hangs ({_where_to_look(self._said['starting'])})."
@@ -293,17 +295,22 @@ class Watcher:
     def _why(self) -> str:
         if self._cause:
             return self._cause
-        if self._lost:  # where all are gone, which was the first is not known any more
-            lost = "processes" if len(self._lost) == len(RAY_PROCESSES) else " and its ".join(self._lost)
-            return f"Ray broke down: its {lost} ended."
+        code = os.waitstatus_to_exitcode(self._status or 0)
+        if code == -signal.SIGKILL:  # not Ray's own doing, and not done here
+            return "The run's process was killed by SIGKILL, perhaps for memory."
+        if self._said.get("running"):
+            return self._why_ray_broke()
         if "starting" in self._said:
             return f"Ray does not start on this machine: it ended this run ({_where_to_look(self._said['starting'])})."
-        code = os.waitstatus_to_exitcode(self._status or 0)
-        if code < 0:
-            return f"The run's process was killed by {signal.Signals(-code).name}, perhaps for memory."
-        if self._said.get("running"):
+        what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"The run's process {what} before its end."
+
+    def _why_ray_broke(self) -> str:
+        if not self._lost:
             return "Ray broke down: it ended the run's process."
-        return f"The run's process ended with exit code {code} before its end."
+        # Where all are gone, which was the first is not known any more.
+        lost = "processes" if len(self._lost) == len(RAY_PROCESSES) else " and its ".join(self._lost)
+        return f"Ray broke down: its {lost} ended{_suspect()}."
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -311,6 +318,14 @@ def _is_alive(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+def _suspect() -> str:
+    """A limit of this shell that Ray often ends at: its processes map much more memory than they use."""
+    address_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_bytes == resource.RLIM_INFINITY:
+        return ""
+    return f", perhaps at this shell's limit: ulimit -v {address_bytes // 1024}; try ulimit -v unlimited"
 
 
 def _where_to_look(logs: str) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, CliVariadicArg, NoDecode, SettingsConfigDict
@@ -14,14 +14,7 @@ from pydantic_settings import CliPositionalArg, CliVariadicArg, NoDecode, Settin
 from raylora.config.run import TARGETS, Config, EvaluationConfig
 from raylora.config.sources import Settings, split_commas
 from raylora.storage.hub_names import DatasetLocation
-from raylora.storage.places import Location
-
-
-def _check_local(path: Any) -> Any:
-    """Refuse a URI, such as ``s3://...``, for an option whose file is read without a download."""
-    if "://" in str(path):
-        raise ValueError("only what lies on this machine is read here: copy it first")
-    return path
+from raylora.storage.places import LocalPath, Location
 
 
 def _check_target(target: str) -> str:
@@ -29,9 +22,6 @@ def _check_target(target: str) -> str:
     if target.partition("[")[0] not in TARGETS:
         raise ValueError(f"expected {', '.join(TARGETS)}, or one of these with [NAME] of a further set of questions")
     return target
-
-
-LocalPath = Annotated[Path, BeforeValidator(_check_local)]
 
 
 class ExperimentConfig(Config):
@@ -45,7 +35,7 @@ class ExperimentConfig(Config):
 class MmluConfig(EvaluationConfig):
     """Evaluate a model and its adapters on MMLU."""
 
-    adapter: Annotated[CliVariadicArg[list[Path]], NoDecode, BeforeValidator(split_commas)] = Field(
+    adapter: Annotated[CliVariadicArg[list[LocalPath]], NoDecode, BeforeValidator(split_commas)] = Field(
         [], description="folders of PEFT adapters"
     )
 
@@ -64,14 +54,14 @@ class FeaturesConfig(Config):
     single_dataset: DatasetLocation | None = Field(
         None, description="one dataset file, a folder of its shards, or hf://datasets/org/name of the hub"
     )
-    output_csv: Path | None = Field(None, description="CSV file that grows with every dataset")
+    output_csv: LocalPath | None = Field(None, description="CSV file that grows with every dataset")
     describe: bool = Field(False, description="print every column with its definition, unit and range, and stop")
 
 
 class RankConfig(Config):
     """Predict what training on each dataset would do, and in which order to train."""
 
-    predictor: Path = Field(Path("results/predictor"), description="folder or file that raylora.predict fit wrote")
+    predictor: LocalPath = Field(Path("results/predictor"), description="folder or file that raylora.predict fit wrote")
     budget: int | None = Field(None, ge=1, description="trainings that can be paid for (default: all)")
     coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: the predictor's)")
 
@@ -96,7 +86,7 @@ class FitConfig(Settings):
     folds: int = Field(5, ge=3, le=50, description="outer folds of the cross-validation")
     seed: int = Field(0, ge=0, le=2**32 - 2, description="of folds and forests")
     threads: int | None = Field(None, ge=1, description="processes that fit folds (default: one a core)")
-    output: Path = Field(Path("results/predictor"), description="folder for the predictor")
+    output: LocalPath = Field(Path("results/predictor"), description="folder for the predictor")
 
     not_from_environment = frozenset({"output"})
 
@@ -107,7 +97,7 @@ class PredictConfig(Settings):
     predictor: CliPositionalArg[LocalPath] = Field(description="what fit wrote")
     table: CliPositionalArg[LocalPath] = Field(description="folder of a run, its results.csv, or any such table")
     coverage: float | None = Field(None, gt=0, lt=1, description="of the intervals (default: what it was fitted with)")
-    output: Path | None = Field(None, description="CSV file for the predictions")
+    output: LocalPath | None = Field(None, description="CSV file for the predictions")
 
     not_from_environment = frozenset({"output"})
 
@@ -130,7 +120,7 @@ class ReportConfig(Settings):
 class QuestionsConfig(Settings):
     """Get MMLU's test and dev questions from the Hugging Face hub (cais/mmlu)."""
 
-    output: Path = Field(Path("mmlu_dataset"), description="folder for the two files")
+    output: LocalPath = Field(Path("mmlu_dataset"), description="folder for the two files")
     revision: str = Field("main", description="the dataset's branch, tag or commit on the hub")
 
     not_from_environment = frozenset({"output"})

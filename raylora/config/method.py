@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from raylora.config.sources import check_patterns, split_commas, split_patterns
+from raylora.storage.places import expanded
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of attention and MLP, as Llama and models like it name them."""
@@ -51,7 +53,7 @@ class Method(BaseModel):
     alpha_pattern: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="another alpha for some layers, NAME=ALPHA with commas between"
     )
-    init_adapter: str | None = Field(
+    init_adapter: Annotated[str | None, AfterValidator(lambda text: text and str(expanded(Path(text))))] = Field(
         None, description="PEFT folder that trainings go on from; rank, alpha, layers and variant are its own"
     )
     num_epochs: float = Field(3, gt=0, le=1000, description="passes over the dataset")

@@ -18,7 +18,7 @@ from raylora.config.method import LARGEST_SEED, Method
 from raylora.config.options import MAX_RECORD_CHARS, FeatureOptions, MmluOptions, ModelOptions
 from raylora.config.sources import SETTINGS, NamePairs, Settings, load_settings, read_json, split_commas
 from raylora.storage.hub_names import DatasetLocation
-from raylora.storage.places import Location
+from raylora.storage.places import LocalPath, Location
 
 if TYPE_CHECKING:  # imports pandas, half a second: errors in options and --help need not wait for it
     from raylora.records import Experiment
@@ -88,7 +88,9 @@ class RunOptions(BaseModel):
     retry_failed: bool = Field(False, description="run experiments again that ended in an error row")
     dry_run: bool = Field(False, description="show what would run, and stop")
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port of its head node")
-    order: Path | None = Field(None, description="CSV that says what to run first, such as ranking.csv of raylora.rank")
+    order: LocalPath | None = Field(
+        None, description="CSV that says what to run first, such as ranking.csv of raylora.rank"
+    )
     price: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="price of a GPU-hour in your currency, for the report's costs"
     )

@@ -286,7 +286,7 @@ class _YamlValues(YamlConfigSettingsSource):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
+        values = yaml.safe_load(read_regular(path.expanduser()).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

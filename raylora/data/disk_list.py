@@ -9,8 +9,7 @@ import threading
 from array import array
 from tempfile import SpooledTemporaryFile
 
-from raylora.errors import ErrorKind, MachineError
-from raylora.storage.places import cache_folder
+from raylora.storage.places import cache_error, cache_folder, caching
 
 MEMORY_BYTES = 16 << 20
 """A list of more bytes than this, 16 MiB, goes to disk."""
@@ -20,15 +19,13 @@ class DiskList:
     """An append-only list of byte strings. Eight bytes an item, its end in the file, stay in memory.
 
     Raises:
-        UserError: the cache folder cannot be made.
+        MachineError: the cache folder cannot be made.
     """
 
     def __init__(self) -> None:
         folder = cache_folder()
-        try:
+        with caching("a large dataset"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _no_room(error) from None
         self._file = SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - open as long as the list lives
         self._ends = array("q", [0])
         self._lock = threading.Lock()
@@ -42,7 +39,7 @@ class DiskList:
         try:
             self._file.write(item)
         except OSError as error:
-            raise _no_room(error) from None
+            raise cache_error("a large dataset", error) from None
         self._ends.append(self._ends[-1] + len(item))
 
     def __len__(self) -> int:
@@ -56,9 +53,4 @@ class DiskList:
                 self._file.seek(begin)  # the first time it writes what is buffered, and a full disk may refuse that
                 return self._file.read(end - begin)
             except OSError as error:
-                raise _no_room(error) from None
-
-
-def _no_room(error: OSError) -> MachineError:
-    text = f"{cache_folder()}: cannot keep a large dataset here: {error.strerror}"
-    return MachineError(f"{text}; set RAYLORA_CACHE to a folder with room", kind=ErrorKind.CACHE_FULL)
+                raise cache_error("a large dataset", error) from None

@@ -19,7 +19,7 @@ from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.data.held_out import leave_out
 from raylora.data.rendered import TemplateCounts, count_in_template
 from raylora.data.template_check import hold_to_counts
-from raylora.errors import BaseChangedError, ErrorKind, MachineError, UserError
+from raylora.errors import BaseChangedError, DatasetError, ErrorKind, MachineError, UserError
 from raylora.mmlu.evaluator import Evaluator
 from raylora.mmlu.question_set import model_key
 from raylora.model.adapter_files import adapter_hash, check_adapter
@@ -30,7 +30,7 @@ from raylora.storage.atomic import write_atomically, write_text
 from raylora.storage.csv_files import write_csv
 from raylora.storage.damage import read_sealed
 from raylora.storage.digests import seal
-from raylora.storage.hub_names import DatasetPlace, dataset_location
+from raylora.storage.hub_names import DatasetPlace, HubDataset, dataset_location
 from raylora.storage.store import Store
 from raylora.texts import LineFormatter
 from raylora.training.gradients import Job
@@ -134,17 +134,31 @@ def load_planned_dataset(bench: Workbench, planned: Planned, max_length: int = 0
 
     Raises:
         UserError: the chat template refuses all of it, or cuts most of its answers.
-        MachineError: the file cannot be read on this machine, or its content is another one.
+        MachineError: the file cannot be read on this machine, or its content is another one; a DatasetError where
+            that says nothing of other datasets.
     """
     path, config = dataset_location(planned.path), bench.config
     try:
         options = (config.salvage, config.max_records, config.column_names, config.max_record_chars)
         dataset = datasets.read_dataset(path, *options)
     except UserError as error:
-        raise MachineError(str(error), kind=error.kind) from error
+        raise _unreadable(path, error) from error
     if dataset.data_hash != planned.data_hash:
-        raise changed_meanwhile(planned.path)
+        raise DatasetError(str(changed_meanwhile(planned.path)), kind=ErrorKind.CHANGED_MEANWHILE)
     return _hold_to_template(bench, dataset, path, max_length)
+
+
+def _unreadable(path: DatasetPlace, error: UserError) -> MachineError:
+    """The error of a dataset that could be read when the run began. One that is gone takes no other one with it, unless
+    its folder is gone too, or empty, as that of a mount is whose disk went away."""
+    if not isinstance(path, HubDataset):
+        with contextlib.suppress(Exception):  # clients of object stores raise errors of their own: nothing can be read
+            if path.exists():
+                return DatasetError(str(error), kind=error.kind)
+            if any(path.parent.iterdir()):
+                text = f"{path}: gone since the run began: put it back, and run the same command again"
+                return DatasetError(text, kind=ErrorKind.DATASET_GONE)
+    return MachineError(str(error), kind=error.kind)
 
 
 def _hold_to_template(bench: Workbench, dataset: Dataset, path: DatasetPlace, max_length: int) -> Dataset:

@@ -29,7 +29,7 @@ from raylora.model.model_files import check_source
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
 from raylora.records import digest
 from raylora.storage.atomic import PARTIAL, write_atomically
-from raylora.storage.places import cache_folder, writing
+from raylora.storage.places import cache_folder, caching, writing
 
 GENERATION = "generation_config.json"
 SHARD = "5GB"
@@ -114,8 +114,10 @@ def check_output(output: Path) -> None:
 def _one_at_a_time(output: Path) -> Iterator[None]:
     """Inside, no other merge of this machine writes to ``output``; what a killed one left half-written is deleted."""
     output, locks = output.absolute(), cache_folder() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{digest(str(output), 32)}.lock"):
+    with contextlib.ExitStack() as stack:
+        with caching("a lock"):
+            locks.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(locks / f"{digest(str(output), 32)}.lock"))
         for left in output.parent.glob(f"{PARTIAL}*-{output.name}"):
             shutil.rmtree(left, ignore_errors=True)
         yield

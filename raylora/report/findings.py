@@ -46,6 +46,7 @@ FIXES = {
     ErrorKind.TARGET_MODULES: "--target-modules with names of the cause, or auto; of experts with --lora-dropout 0",
     ErrorKind.ADAPTER: "add train to --stages; one that cannot be read: remove its folder" + AGAIN,
     ErrorKind.CHANGED_MEANWHILE: "the same command runs it as it is now",
+    ErrorKind.DATASET_GONE: "put its file back; the same command tries it again",
     ErrorKind.DIVERGED: "lower --learning-rate" + ANEW,
     ErrorKind.BASE_CHANGED: "the same command with --retry-failed; if it comes again, tell its authors",
     ErrorKind.OUT_OF_MEMORY: "one example does not fit: lower --max-length, or --quantization 4bit" + AGAIN,

@@ -13,14 +13,20 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
 from urllib.request import url2pathname
 
-from pydantic import AfterValidator, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainValidator
 
-from raylora.errors import RayloraError, UserError, one_line
+from raylora.errors import ErrorKind, MachineError, RayloraError, UserError, one_line
 from raylora.texts import without_secrets
 
+_ARCHIVE = "what is inside an archive is not read: unpack it, and give its folder"
+USELESS = {
+    "memory": "memory:// is one process's own, and a run has several: give a folder, or s3://bucket/folder",
+    **dict.fromkeys(("zip", "tar", "libarchive"), _ARCHIVE),
+}
+"""What is said of protocols that fsspec has and a run cannot use."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """By protocol, the extra of raylora that installs its package."""
 
@@ -39,17 +45,18 @@ def writing(option: str, place: Path) -> Iterator[None]:
 
 
 def location(text: str | Path) -> Path:
-    """A place as users write it: a local path (``file://`` too), or a URI as a path with pathlib's methods.
+    """A place as users write it: a local path (``~`` and ``file://`` too), or a URI as a path with pathlib's methods.
 
     Raises:
-        UserError: the URI holds a password or a query, its protocol is unknown, or the package for it is missing.
+        UserError: the URI holds a password or a query, its protocol is unknown or of no use here, or the package for it
+            is missing.
     """
     if not isinstance(text, str):
         if not hasattr(text, "joinpath"):  # a number or nothing, out of a YAML file
             raise UserError("expected a path")
-        return text
+        return expanded(text) if isinstance(text, Path) else text
     if "://" not in text:
-        return Path(text)
+        return expanded(Path(text))
     protocol, _, rest = text.partition("://")
     if "?" in rest or ":" in rest.rpartition("@")[0]:
         raise UserError(
@@ -61,12 +68,25 @@ def location(text: str | Path) -> Path:
     _check_protocol(text, protocol)
     from upath import UPath
 
-    return cast(Path, UPath(text.rstrip("/"), use_listings_cache=False))  # as in objects.Remote
+    path = UPath(text.rstrip("/"), use_listings_cache=False)  # as in objects.Remote
+    if protocol not in EXTRAS:  # these two need no more than the URI
+        try:
+            path.fs.protocol  # noqa: B018 - makes the file system
+        except Exception as error:  # whatever a file system of fsspec raises that lacks a host, a name, ...
+            raise UserError(f"{text}: {protocol}:// cannot be used here: {one_line(error)}") from error
+    return cast(Path, path)
+
+
+def expanded(path: Path) -> Path:
+    """A local path with the home folder in place of a leading ``~``, as a shell does it; others as they are."""
+    return Path(os.path.expanduser(path)) if str(path).startswith("~") else path  # noqa: PTH111 - keeps an unknown ~x
 
 
 def _check_protocol(text: str, protocol: str) -> None:
     from fsspec import get_filesystem_class
 
+    if use := USELESS.get(protocol):
+        raise UserError(f"{text}: {use}")
     try:
         get_filesystem_class(protocol)
     except ImportError as error:
@@ -125,6 +145,21 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def local_path(value: Any) -> Any:
+    """Of an option that takes no URI: its text as a path, with ``~`` expanded. Other values as they are.
+
+    Raises:
+        ValueError: it is a URI, such as ``s3://...``.
+    """
+    if "://" in str(value):
+        raise ValueError("only what lies on this machine is read here: copy it first")
+    return expanded(Path(value)) if isinstance(value, str | Path) else value
+
+
+LocalPath = Annotated[Path, BeforeValidator(local_path)]
+"""An option that is a place on this machine."""
+
+
 def is_remote(path: object) -> bool:
     """Whether a place is a URI's path, or a name on a hub, and not a local path."""
     return not isinstance(path, Path)
@@ -145,6 +180,26 @@ LocationText = Annotated[str, AfterValidator(_validate_uri)]
 def cache_folder() -> Path:
     """This machine's folder for files that can be made again: ``RAYLORA_CACHE``, or ``~/.cache/raylora``."""
     return Path(os.environ.get("RAYLORA_CACHE") or Path.home() / ".cache" / "raylora")
+
+
+def cache_error(what: str, error: BaseException) -> MachineError:
+    """The error of a cache that has no room for what is needed there."""
+    cause = getattr(error, "strerror", None) or one_line(error)
+    text = f"{cache_folder()}: cannot keep {what} here: {cause}; set RAYLORA_CACHE to a folder with room"
+    return MachineError(text, kind=ErrorKind.CACHE_FULL)
+
+
+@contextlib.contextmanager
+def caching(what: str) -> Iterator[None]:
+    """For code that writes to the cache what cannot be done without.
+
+    Raises:
+        MachineError: in place of an ``OSError``; one line that names the cache.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cache_error(what, error) from error
 
 
 @contextlib.contextmanager

@@ -16,19 +16,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylora.errors import RemoteError, UserError
+from raylora.errors import RayloraError, RemoteError, UserError
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.atomic import write_atomically, write_text
 from raylora.storage.damage import note_damaged
 from raylora.storage.digests import damaged_files, is_readable, is_whole, missing_files, seal, unseal
 from raylora.storage.objects import Remote
-from raylora.storage.places import cache_folder, is_remote, location
+from raylora.storage.places import cache_error, cache_folder, caching, is_remote, location
 from raylora.storage.run_lock import RunLock
 from raylora.storage.store import LOG, PRODUCTS, PUSHED, ROW, Store, files_of, products_of, row_of, sealed_row
 
 EDITION = "edition"
 """The object that holds the name of the machines' local folders. ``--fresh`` writes a new name, so that no machine goes
 on with files of the results that were deleted."""
+
+MACHINES_PART = "this machine's part of the results"
 
 REPORT_FILES = ("/loss_curve.csv", "/scores.parquet", "/result.json")
 """Endings of the objects that a report is made from."""
@@ -75,8 +77,12 @@ class RemoteStore(Store):
                     self._remote.remove(name)
         except RemoteError as error:
             raise UserError(f"--output {self.place}: cannot be written to: {error.strerror}") from error
-        self._make_work_folder()
+        with caching(MACHINES_PART):
+            self._make_work_folder()
         super().open(False)
+
+    def _not_writable(self, error: OSError) -> RayloraError:
+        return cache_error(MACHINES_PART, error)
 
     @contextlib.contextmanager
     def held(self, fresh: bool) -> Iterator[None]:

@@ -29,7 +29,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from raylora.errors import UserError
+from raylora.errors import RayloraError, UserError
 from raylora.records import Experiment, ResultRow, digest
 from raylora.storage.atomic import PARTIAL, to_json, write_atomically, write_text
 from raylora.storage.csv_files import write_csv
@@ -102,7 +102,10 @@ class Store:
             (self.root / ".writable").unlink()
             check_places(self.root)
         except OSError as error:
-            raise UserError(f"--output {self.place}: cannot be written to: {error.strerror}") from error
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> RayloraError:
+        return UserError(f"--output {self.place}: cannot be written to: {error.strerror}")
 
     @contextlib.contextmanager
     def held(self, fresh: bool) -> Iterator[None]:

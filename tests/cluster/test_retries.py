@@ -37,6 +37,16 @@ def test_what_no_machine_can_do_for_anyone_ends_the_run(tmp_path):
             executor.run(make_experiment("three"), 0)
 
 
+def test_what_is_gone_for_single_datasets_ends_no_run(tmp_path):
+    told: list[str] = []
+    error = MachineFailedError("a.json: gone", kind=ErrorKind.DATASET_GONE, of_dataset=True)
+    with executor_of(tmp_path, failing(error), make_pool(told), told) as executor:
+        for name in ("one", "two", "three", "four"):
+            values = executor.run(make_experiment(name), 0)
+            assert (values["status"], values["error_kind"]) == ("error", "dataset_gone")
+            assert Store(tmp_path).read_row(make_experiment(name)) is None, "it may come back"
+
+
 def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
     told: list[str] = []
     one, error = make_experiment("one"), WorkerFailedError("its worker process died", kind=ErrorKind.WORKER_DIED)

@@ -56,14 +56,20 @@ def test_a_disk_that_becomes_read_only_in_mid_run_is_the_last_line(small_disk):
     remount(small_disk, "size=300m")
     process = small_disk.start()
     small_disk.wait_for_rows(1)
-    remount(small_disk, "ro")
+    place = str(small_disk.results)  # what has the disk's own files open forbids to remount it: over it, another view
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    if subprocess.run(["mount", "-o", "remount,bind,ro", place], capture_output=True, check=False).returncode:
+        process.terminate()
+        process.communicate(timeout=60)
+        subprocess.run(["umount", "-l", place], check=True)
+        pytest.skip("this machine cannot make a disk in use read-only")
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 1, shown
     assert "Traceback" not in shown, shown
     last = shown.splitlines()[-1]
     assert "Read-only file system: make room" in last
     assert last.endswith("What is finished is kept: the same command goes on from here.")
-    remount(small_disk, "rw")
+    subprocess.run(["umount", "-l", place], check=True)
     small_disk.run()
     assert len(small_disk.rows()) == len(DATASETS)
 

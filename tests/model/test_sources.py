@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from raylora.errors import UserError
+from raylora.errors import MachineError, UserError
 from raylora.model import sources
 from raylora.model.sources import model_hash, resolve_model
 from tests.helpers.damages import CONTENT, PLACE
@@ -46,6 +46,19 @@ def test_the_hash_of_a_model_follows_its_files_and_not_its_place(tmp_path, tiny_
     assert model_hash(str(folder)) == model_hash(str(tiny_model_folder))
     (folder / "modeling_own.py").write_text("own = 1")
     assert model_hash(str(folder)) != model_hash(str(tiny_model_folder))
+
+
+def test_a_cache_without_room_costs_no_hash_and_is_named_where_it_is_needed(tmp_path, tiny_model_folder, monkeypatch):
+    before = model_hash(str(tiny_model_folder))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAYLORA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("raylora.model.sources.REMEMBERED_BYTES", 0)
+    assert model_hash(str(tiny_model_folder)) == before
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        MachineError, match=f"^{tmp_path / 'file'}: cannot keep the converted model here: .*RAYLORA_CACHE"
+    ):
+        resolve_model(str(tmp_path / "a.gguf"))
 
 
 def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, tiny_model_folder, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylora import errors, rows
+from raylora.commands.options import MmluConfig, PredictConfig, ReportConfig
 from raylora.config.run import EvaluationConfig, load_config
 from raylora.config.sources import load_settings
 from raylora.data.datasets import read_dataset
@@ -37,6 +38,24 @@ def test_local_places_are_plain_paths(tmp_path):
     assert type(location("results")) is type(Path("results"))
 
 
+def test_a_home_folder_is_meant_wherever_a_place_is_named(monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (home / "run.yaml").write_text("data_root: ~/data\norder: ~/order.csv\ninit_adapter: ~/adapter\n")
+    monkeypatch.setenv("RAYLORA_OUTPUT", "~/out")
+    (tmp_path / ".env").write_text("RAYLORA_DATASET=~/a.json\n")
+    config = load_config(["--config", "~/run.yaml"])
+    places = (config.output, config.data_root, config.order, *config.dataset, Path(config.init_adapter))
+    assert places == tuple(home / name for name in ("out", "data", "order.csv", "a.json", "adapter"))
+    assert load_config(output=Path("~/x")).output == home / "x"
+    assert load_settings(MmluConfig, ["--adapter", "~/a", "~/b"], "").adapter == [home / "a", home / "b"]
+    assert load_settings(ReportConfig, ["~/run"], "").folder == home / "run"
+    assert load_settings(PredictConfig, ["~/p", "~/t", "--output=~/o"], "").output == home / "o"
+    assert load_config(output="~nobody-of-that-name/x").output == Path("~nobody-of-that-name/x")
+
+
 def test_places_of_a_configuration_are_kept_as_they_were_given(objects):
     config = load_config(output=f"s3://{BUCKET}/out/", data_root=f"s3://{BUCKET}/data")
     assert str(config.output) == f"s3://{BUCKET}/out"
@@ -52,6 +71,10 @@ def test_places_of_a_configuration_are_kept_as_they_were_given(objects):
         ("s3://AKIA:hunter2/with/slashes@bucket/x", "password"),
         ("s3://bucket/x?X-Amz-Signature=hunter2", "query"),
         ("nothing://bucket/x", "no protocol"),
+        ("memory://x", "a run has several"),
+        ("zip://a/b.zip", "unpack it"),
+        ("tar://a", "unpack it"),
+        ("github://a/b", "cannot be used here"),
     ],
 )
 @pytest.mark.parametrize("option", ["output", "data_root", "mmlu"])
