@@ -44,7 +44,7 @@ FIXES = {
     ErrorKind.QUESTIONS: "give that machine the questions of --mmlu; the same command tries it again",
     ErrorKind.MODEL: "fix it on the machine that the cause names; the same command tries it again",
     ErrorKind.TARGET_MODULES: "--target-modules with names of the cause, or auto; of experts with --lora-dropout 0",
-    ErrorKind.ADAPTER: "add train to --stages; one that cannot be read: remove its folder" + AGAIN,
+    ErrorKind.ADAPTER: "add train to --stages; too large weights: lower --learning-rate; unreadable: remove it" + AGAIN,
     ErrorKind.CHANGED_MEANWHILE: "the same command runs it as it is now",
     ErrorKind.DATASET_GONE: "put its file back; the same command tries it again",
     ErrorKind.DIVERGED: "lower --learning-rate" + ANEW,

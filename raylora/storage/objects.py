@@ -13,6 +13,8 @@ from raylora.errors import RemoteError, one_line, reason
 
 PATIENCE_SECONDS = 40.0
 """A store that answers nothing for so long is given up. Tries begin 1, 2, 4 and then 8 s apart."""
+FIRST_PATIENCE_SECONDS = 4.0
+"""One that has answered nothing so far is likely misspelt, or takes no credentials of ours: it is asked three times."""
 MISSING_SECONDS = 0.2
 """What is not found is asked for once more after this time: stores say 404 for a moment of what is there."""
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -125,10 +127,7 @@ class Remote:
             raise
 
     def _call(self, name: str, do: Callable[[], T]) -> T:
-        """Run one operation, for up to ``PATIENCE_SECONDS`` if this store has answered before.
-
-        One that has not is likely misspelt, or has no credentials here: its first error is raised at once.
-        """
+        """Run one operation, again and again until the store is given up."""
         waits = itertools.chain([1.0, 2.0, 4.0], itertools.repeat(8.0))
         was_missing = False
         while True:
@@ -153,7 +152,7 @@ class Remote:
         now = time.monotonic()
         # Counted for all operations together: else each of those at the end of a run would wait as long again.
         since = self._failing_since = self._failing_since or now
-        return not self._has_answered or now + wait - since > PATIENCE_SECONDS
+        return now + wait - since > (PATIENCE_SECONDS if self._has_answered else FIRST_PATIENCE_SECONDS)
 
     def _error(self, name: str, error: Exception) -> RemoteError:
         cause = reason(error) if isinstance(error, OSError) else one_line(error)
