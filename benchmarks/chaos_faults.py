@@ -176,12 +176,14 @@ def zero_block(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + bytes(size) + data[at + size :]
 
 
-RAY_WORKER, SINK, BOARD, SUPERVISOR = ("RayWorker",), ("Write",), ("Board",), ("MapWorker",)
+RAY_WORKER, SINK, BOARD, SUPERVISOR = ("RayWorker", "raylora-"), ("Write",), ("StatusBoard", "-board"), ("MapWorker",)
+"""Parts of the titles of a run's processes; a worker at work shows its dataset and stage behind its name."""
 FAULTS = (
     Fault("worker killed", EVERYWHERE, kill_part(*RAY_WORKER), (1,)),
     Fault("worker stopped for seconds", EVERYWHERE, stop_part(*RAY_WORKER)),
     Fault("process of the tables killed", EVERYWHERE, kill_part(*SINK)),
     Fault("status board killed", EVERYWHERE, kill_part(*BOARD)),
+    Fault("supervisor killed", EVERYWHERE, kill_part(*SUPERVISOR)),
     Fault("command stopped for seconds", EVERYWHERE, stop_part()),
     Fault("command: SIGKILL", EVERYWHERE, signal_to_command(signal.SIGKILL), (-9, 137), is_last=True),
     Fault("command: SIGTERM", EVERYWHERE, signal_to_command(signal.SIGTERM), (143,), is_last=True),

@@ -83,7 +83,9 @@ class Place:
         found = []
         for process in processes_of(self.site, of_a_run=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if any(title in " ".join(process.cmdline()) for title in titles):
+                shown = " ".join(process.cmdline())
+                is_other = "Board" in shown or "-board" in shown
+                if any(title in shown for title in titles) and is_other == ("StatusBoard" in titles):
                     found.append(process)
         return sorted(found, key=lambda p: p.pid)
 
