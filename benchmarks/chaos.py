@@ -351,9 +351,9 @@ def show(record: Round, num_before: int) -> None:
     sys.stdout.flush()
 
 
-def table_of(rounds: list[Round]) -> str:
+def counts(rounds: list[Round]) -> str:
     """The counts, as a table in Markdown."""
-    counts = collections.Counter(f["name"] for r in rounds for f in r.faults)
+    struck = collections.Counter(f["name"] for r in rounds for f in r.faults)
     exits: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for fault in (f for r in rounds for f in r.faults if f["exit"] is not None):
         exits[fault["name"]][fault["exit"]] += 1
@@ -364,11 +364,11 @@ def table_of(rounds: list[Round]) -> str:
 
     lines = ["| fault | struck | the command ended with |", "| --- | --- | --- |"]
     for fault in FAULTS:
-        if counts[fault.name]:
+        if struck[fault.name]:
             ends = ", ".join(f"{code}: {n}" for code, n in sorted(exits[fault.name].items()))
-            lines.append(f"| {fault.name} | {counts[fault.name]} | {ends} |")
+            lines.append(f"| {fault.name} | {struck[fault.name]} | {ends} |")
     lines += [
-        f"| together | {sum(counts.values())} | |",
+        f"| together | {sum(struck.values())} | |",
         "",
         f"{len(rounds)} rounds, {sum(r.num_commands for r in rounds)} commands, "
         f"{sum(r.num_polls for r in rounds)} reads of a table, {sum(r.num_rows for r in rounds)} rows in the end: "
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.table:
         campaign.run(options.faults, options.places)
     rounds = campaign.rounds()
-    print(table_of(rounds))
+    print(counts(rounds))
     return int(any(r.violations for r in rounds))
 
 
