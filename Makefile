@@ -10,7 +10,7 @@ demo: $(VENV)/.demo  ## the main job on the embedded model, questions and datase
 	@$(BIN)/python -m raylora.batch --config configs/demo.yaml
 
 test: $(VENV)/.dev  ## the tests, without those marked slow
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests marked slow
 	@$(BIN)/python -m pytest -q -m slow

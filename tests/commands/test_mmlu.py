@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -228,7 +229,7 @@ def test_adapters_of_all_kinds_in_one_run_cost_each_other_nothing(question_file,
     assert list(summary["model"]) == ["base", "modules_to_save", "plain", "IA3", "bias_of_all"]
     for adapter, path in zip((None, *adapters), summary["scores"], strict=True):
         alone = evaluate_mmlu(str(model), adapter, question_file, quantization="none")
-        np.testing.assert_allclose(load_score(path).questions[LOGPROBS], alone["questions"][LOGPROBS], atol=1e-6)
+        np.testing.assert_allclose(load_score(Path(path)).questions[LOGPROBS], alone["questions"][LOGPROBS], atol=1e-6)
 
 
 @pytest.mark.slow
