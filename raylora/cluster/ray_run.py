@@ -35,7 +35,8 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 
 from raylora.cluster.failures import store_failure
 from raylora.cluster.metrics import WorkerMeter
-from raylora.cluster.ray_start import delete_session, keep_token, on_loopback, start
+from raylora.cluster.ray_folder import ray_folder
+from raylora.cluster.ray_start import keep_token, on_loopback, start
 from raylora.cluster.status import Status, StatusBoard
 from raylora.cluster.supervisor import Supervisor
 from raylora.cluster.worker import Worker, check_gpu
@@ -230,21 +231,20 @@ def cluster(config: Config) -> Iterator[str]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's core, in C++, writes to the terminal itself
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     token = "ray get-auth-token"
-    if config.address:
-        context = _join(config.address, quiet)
-    else:
-        token = keep_token(config.output)
-        # "local" starts a new Ray, even where another one runs on this machine.
-        local = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
-        with on_loopback(ray_constants):
-            context = start(functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet), ray.shutdown)
-    try:
+    with contextlib.ExitStack() as stack:
+        if config.address:
+            context = _join(config.address, quiet)
+        else:
+            token = keep_token(config.output)
+            folder = stack.enter_context(ray_folder())
+            # "local" starts a new Ray, even where another one runs on this machine.
+            local = {"address": "local", "dashboard_host": "127.0.0.1", "include_dashboard": True}
+            with on_loopback(ray_constants):
+                init = functools.partial(ray.init, num_gpus=_visible_gpus(), **local, **quiet)
+                context = start(init, ray.shutdown, folder)
+        stack.callback(ray.shutdown)
         url = getattr(context, "dashboard_url", None)
         yield f"Ray dashboard: http://{url} (token: {token})" if url else "Ray dashboard: not running"
-    finally:
-        ray.shutdown()
-        if not config.address:
-            delete_session(Path(context.address_info["session_dir"]))
 
 
 def _join(address: str, options: dict[str, Any]) -> Any:

@@ -10,47 +10,35 @@ import logging
 import os
 import resource
 import secrets
-import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raylora.cluster.ray_folder import LONGEST, SHORT_PLACE, RayFolder
 from raylora.cluster.watcher import tell_ray_starts
 from raylora.errors import UserError, one_line
 from raylora.storage.places import is_remote
 
 log = logging.getLogger("raylora")
 
-LONGEST_TEMP_FOLDER = 40
-"""Characters of Ray's folder for temporary files. Linux allows 107 for the name of a socket, and Ray adds
-``/session_2026-11-27_01-23-00_123456_1234567/sockets/plasma_store`` to it, which are 64 and more in later versions."""
-SHORT_PLACE = Path("/tmp")
-"""Where Ray's folder lies if no variable names another place, or the name there would be too long."""
-KEEP_LOGS_SECONDS = 86400
-"""Logs of a Ray that broke down stay so long after their last line; those of one that ended in order are deleted."""
 MIN_OPEN_FILES = 128
 """With so many a run of one worker works (Ray 2.60); with ``ulimit -n 64`` it ends with a line of C++."""
 MIN_ADDRESS_BYTES = 8 * 2**30
 """On a machine of 24 GB a run works with ``ulimit -v`` of 15 GB, ends with 7.6, and hangs for minutes with 3: Ray's
 processes map the object store, 30% of the memory, and much else."""
-MIN_FREE_BYTES, MIN_FREE_FILES = 64 * 2**20, 200
-"""In the folder for temporary files: logs and sockets of a run take some 10 MB and 80 files."""
-MIN_MEBIBYTES = MIN_FREE_BYTES // 2**20
-
-
 MAX_STARTS = 3
 """How often a Ray is started whose node is slow to come, as on a busy machine: Ray waits for it for 30 s each time."""
 
 
-def start(init: Callable[..., Any], shutdown: Callable[[], None]) -> Any:
+def start(init: Callable[..., Any], shutdown: Callable[[], None], folder: RayFolder) -> Any:
     """Start a Ray of one's own.
 
     Args:
         init: ``ray.init`` with its options, but for the folder.
         shutdown: takes down what is left of a Ray that did not start.
+        folder: for its files; is kept where it does not start.
 
     Returns:
         What ``init`` returns.
@@ -58,23 +46,22 @@ def start(init: Callable[..., Any], shutdown: Callable[[], None]) -> Any:
     Raises:
         UserError: it does not start.
     """
-    folder, started = temp_folder(), time.monotonic()
-    check_machine(folder)
-    _delete_old_sessions(folder)
-    if len(os.environ.get("TMPDIR", "")) > LONGEST_TEMP_FOLDER:
+    started = time.monotonic()
+    check_limits()
+    if len(os.environ.get("TMPDIR", "")) > LONGEST:
         os.environ["TMPDIR"] = str(SHORT_PLACE)  # the dashboard's processes have sockets in it, too
     for attempt in range(1, MAX_STARTS + 1):
-        tell_ray_starts(f"{folder}/session_latest/logs")
+        tell_ray_starts(str(folder.logs))
         try:
-            return init(_temp_dir=str(folder))
+            return init(_temp_dir=str(folder.path))
         except Exception as error:  # of a node that is slow to come Ray raises Exception itself
             shutdown()
             if "timed out" in str(error) and attempt < MAX_STARTS:
                 log.warning("Ray was too slow to start, and is started again: %s", one_line(error))
                 continue
             seconds = time.monotonic() - started
-            logs = f"{folder}/session_latest/logs"
-            cause = f"{one_line(error)} (tried for {seconds:.0f} s; its logs: {logs})"
+            folder.keep = True
+            cause = f"{one_line(error)} (tried for {seconds:.0f} s; its logs: {folder.logs})"
             raise UserError(f"Ray does not start on this machine: {cause}") from error
 
 
@@ -101,46 +88,11 @@ def on_loopback(ray_constants: Any) -> Iterator[None]:
             os.environ[name] = before[0]
 
 
-def temp_folder() -> Path:
-    """Where a Ray of one's own keeps logs and sockets: a folder of this user, whose name is short enough for sockets.
-
-    Ray's own, ``/tmp/ray``, is everybody's: who made it first may read and replace what others' Rays keep there. Ray
-    gives all rights to all users in its folder; so it has one around it that is the user's alone.
-    """
-    name = f"raylora-{os.getuid()}/ray"
-    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or SHORT_PLACE).absolute() / name
-    return folder if len(str(folder)) <= LONGEST_TEMP_FOLDER else SHORT_PLACE / name
-
-
-def delete_session(session: Path) -> None:
-    """Delete the files of a Ray that has ended, the links to them, and the folder if nothing else is in it."""
-    shutil.rmtree(session, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        for link in session.parent.iterdir():
-            if link.is_symlink() and not link.exists():
-                link.unlink()
-        if not any(session.parent.glob("session_*")):
-            shutil.rmtree(session.parent, ignore_errors=True)
-            session.parent.parent.rmdir()
-
-
-def _delete_old_sessions(folder: Path) -> None:
-    for session in folder.glob("session_*"):
-        with contextlib.suppress(OSError):
-            logs = session / "logs"
-            last_line = max((p.stat().st_mtime for p in [session, *logs.glob("*")]), default=0.0)
-            if not session.is_symlink() and time.time() - last_line > KEEP_LOGS_SECONDS:
-                delete_session(session)
-
-
-def check_machine(folder: Path) -> None:
+def check_limits() -> None:
     """Check that a Ray can start here.
 
-    Args:
-        folder: from ``temp_folder``.
-
     Raises:
-        UserError: a limit or the folder for temporary files does not allow it.
+        UserError: a limit of this shell does not allow it.
     """
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= open_files < MIN_OPEN_FILES:
@@ -149,28 +101,6 @@ def check_machine(folder: Path) -> None:
     if 0 <= address_bytes < MIN_ADDRESS_BYTES:
         kib = address_bytes // 1024
         raise UserError(f"ulimit -v {kib}: Ray maps more address space than that: ulimit -v unlimited, then again")
-    _check_folder(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    fix = "set RAY_TMPDIR to a folder with a short name on another disk"
-    try:
-        mine = folder.parent
-        mine.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = mine.lstat()
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-            raise UserError(f"{mine}: Ray's temporary files would lie in what is somebody else's: {fix}")
-        mine.chmod(0o700)
-        _write_into(folder)
-        free = os.statvfs(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: Ray's temporary files cannot be written there ({error.strerror}): {fix}") from None
-    if free.f_bavail * free.f_frsize < MIN_FREE_BYTES:
-        text = f"{free.f_bavail * free.f_frsize // 2**20} MB are free for Ray's temporary files, and it needs"
-        raise UserError(f"{folder}: {text} {MIN_MEBIBYTES}: make room, or {fix}")
-    if free.f_files and free.f_favail < MIN_FREE_FILES:  # some file systems count no files
-        text = f"room for {free.f_favail} files more, and Ray needs {MIN_FREE_FILES}"
-        raise UserError(f"{folder}: {text}: make room, or {fix}")
 
 
 def keep_token(output: Path) -> str:

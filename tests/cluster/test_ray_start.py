@@ -10,79 +10,26 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import psutil
 import pytest
 
-from raylora.cluster.ray_start import MAX_STARTS, check_machine, delete_session, keep_token, start, temp_folder
+from raylora.cluster.ray_folder import RayFolder
+from raylora.cluster.ray_start import MAX_STARTS, check_limits, keep_token, start
 from raylora.errors import UserError
 
 
-@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
-def test_a_folder_whose_name_is_too_long_for_sockets_is_not_taken(monkeypatch, variable):
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.delenv("TMPDIR", raising=False)
-    mine = f"raylora-{os.getuid()}/ray"
-    assert temp_folder() == Path("/tmp") / mine
-    monkeypatch.setenv(variable, "/scratch/me")
-    assert temp_folder() == Path("/scratch/me") / mine
-    monkeypatch.setenv(variable, f"/scratch/{'a' * 90}")
-    assert temp_folder() == Path("/tmp") / mine
-
-
-def test_limits_and_full_disks_are_one_line_with_their_fix(monkeypatch, tmp_path):
-    folder = tmp_path / "mine" / "ray"
-    check_machine(folder)
+def test_limits_are_one_line_with_their_fix(monkeypatch):
+    check_limits()
     limits = {resource.RLIMIT_NOFILE: (64, 64), resource.RLIMIT_AS: (3 * 2**30, 3 * 2**30)}
     none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, none))
     with pytest.raises(UserError, match="ulimit -n 64: too few open files for Ray: ulimit -n 4096"):
-        check_machine(folder)
+        check_limits()
     del limits[resource.RLIMIT_NOFILE]
     with pytest.raises(UserError, match=r"ulimit -v 3145728: .* ulimit -v unlimited"):
-        check_machine(folder)
-    limits.clear()
-    disk = namedtuple("disk", "f_bavail f_frsize f_files f_favail")
-    for free, expected in ((disk(200, 4096, 0, 0), "0 MB are free"), (disk(10**6, 4096, 99, 40), "room for 40 files")):
-        monkeypatch.setattr(os, "statvfs", lambda _, free=free: free)
-        with pytest.raises(UserError, match=f"{folder}: {expected}.*set RAY_TMPDIR"):
-            check_machine(folder)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/mine/ray: Ray's temporary files cannot be written there"):
-        check_machine(tmp_path / "file" / "mine" / "ray")
-
-
-def test_the_folder_is_the_user_s_own_whatever_the_umask(tmp_path):
-    folder, former = tmp_path / "mine", os.umask(0)
-    try:
-        check_machine(folder / "ray")
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        folder.chmod(0o777)
-        check_machine(folder / "ray")
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    finally:
-        os.umask(former)
-    link = tmp_path / "link"
-    link.symlink_to(folder)
-    with pytest.raises(UserError, match="link: Ray's temporary files would lie in what is somebody else's: set RAY_TM"):
-        check_machine(link / "ray")
-
-
-def test_a_session_is_deleted_with_its_links_and_others_stay(tmp_path):
-    folder = tmp_path / "mine" / "ray"
-    ended, other = folder / "session_1", folder / "session_2"
-    for session in (ended, other):
-        (session / "logs").mkdir(parents=True)
-    latest = folder / "session_latest"
-    latest.symlink_to(ended)
-    delete_session(ended)
-    assert [*folder.iterdir()] == [other]
-    latest.symlink_to(other)
-    (folder / "ray_current_cluster").write_text("")
-    delete_session(other)
-    assert not folder.parent.exists()
+        check_limits()
 
 
 def test_a_home_that_cannot_be_written_leaves_the_token_beside_the_results(monkeypatch, tmp_path):
@@ -124,8 +71,10 @@ def test_a_slow_node_is_waited_for_and_what_ray_raises_is_one_line(monkeypatch, 
             raise Exception("The current node timed out during startup.\nThis could happen")
         return "started"
 
-    assert start(slow, lambda: down.append(1)) == "started"
-    assert calls == [{"_temp_dir": f"/tmp/raylora-{os.getuid()}/ray"}] * MAX_STARTS
+    folder = RayFolder(Path("/tmp/rl-1/ray"))
+    assert start(slow, lambda: down.append(1), folder) == "started"
+    assert calls == [{"_temp_dir": "/tmp/rl-1/ray"}] * MAX_STARTS
+    assert not folder.keep
     assert len(down) == MAX_STARTS - 1
 
     def broken(**options):
@@ -134,7 +83,8 @@ def test_a_slow_node_is_waited_for_and_what_ray_raises_is_one_line(monkeypatch, 
     with pytest.raises(
         UserError, match=r"^Ray does not start on this machine: .*no such thing .*tried for 0 s"
     ) as raised:
-        start(broken, lambda: None)
+        start(broken, lambda: None, folder)
+    assert folder.keep, "its logs say why"
     assert "\n" not in str(raised.value)
 
 
@@ -178,7 +128,7 @@ def test_a_ray_of_its_own_listens_on_loopback_alone_and_leaves_nothing(tiny_mode
             seen |= listening(run.pid)
             for path in (*place.iterdir(), *(tmp_path / "home" / ".ray").glob("*")):
                 with contextlib.suppress(FileNotFoundError):
-                    modes.add((path.name, stat.S_IMODE(path.lstat().st_mode)))
+                    modes.add((path.name[:3], stat.S_IMODE(path.lstat().st_mode)))
             time.sleep(0.2)
     finally:
         run.kill()
@@ -187,7 +137,7 @@ def test_a_ray_of_its_own_listens_on_loopback_alone_and_leaves_nothing(tiny_mode
         assert run.returncode == 0, shown
         assert len({port for _, port in seen}) > 8, "they were not looked at"
         assert {address for address, _ in seen} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-        assert modes == {(f"raylora-{os.getuid()}", 0o700), ("auth_token", 0o600)}
+        assert modes == {("rl-", 0o700), ("aut", 0o600)}
         assert not [*place.iterdir()], "files of Ray are left"
     finally:
         shutil.rmtree(place)
