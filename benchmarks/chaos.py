@@ -40,6 +40,8 @@ MAX_ATTEMPTS = 6
 END_SECONDS = 120.0
 """In this time a command must have ended after the fault that is to end it."""
 RUN_SECONDS = 400.0
+EARLY = 0.2
+"""How many of the faults strike in the first seconds of a command."""
 STILL_RUNS = 1000
 """In place of an exit code."""
 ERRORS_OF_FAULTS = {"worker_died", "timeout", "missing_file", "node_lost"}
@@ -249,11 +251,14 @@ class RoundRunner:
             reader.join(10)
 
     def _wait(self, process: subprocess.Popen[str]) -> None:
-        """Until a random moment: some seconds after now, or just after one more row."""
-        end, target = time.monotonic() + self._rng.uniform(0.2, 6), self._place.num_done() + self._rng.randint(1, 2)
+        """Until a random moment: now and then while Ray starts, else while workers are at work."""
+        if self._rng.random() < EARLY:
+            end, target = time.monotonic() + self._rng.uniform(0.2, 8), len(DATASETS) + 1
+        else:
+            end, target = time.monotonic() + 90, self._place.num_done() + self._rng.randint(1, 2)
         while process.poll() is None and time.monotonic() < end and self._place.num_done() < target:
             time.sleep(0.1)
-        time.sleep(self._rng.uniform(0, 0.3))
+        time.sleep(self._rng.uniform(0, 1))
 
     def _strike(self, fault: Fault, process: subprocess.Popen[str] | None) -> bool:
         try:

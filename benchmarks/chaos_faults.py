@@ -198,12 +198,12 @@ FAULTS = (
     Fault("one bit flipped", (DISK, STORE), damage(flip_bit), is_between=True),
     Fault("block of zeros", (DISK, STORE), damage(zero_block), is_between=True),
     Fault("clock jumps", (DISK, STORE), jump_clock),
-    Fault("store answers 500", (STORE,), break_store("500"), (1,)),
-    Fault("store answers 503", (STORE,), break_store("503"), (1,)),
+    Fault("store answers 500", (STORE,), break_store("500"), (1, 2)),
+    Fault("store answers 503", (STORE,), break_store("503"), (1, 2)),
     Fault("store answers 404", (STORE,), break_store("404"), (1, 2)),
     Fault("store answers 412", (STORE,), break_store("412"), (1, 2)),
     Fault("store is slow", (STORE,), break_store("slow")),
-    Fault("store's answer is lost", (STORE,), break_store("cut"), (1,)),
+    Fault("store's answer is lost", (STORE,), break_store("cut"), (1, 2)),
     Fault("node lost", (CLUSTER,), lose_node, (1,)),
 )
 
