@@ -11,6 +11,7 @@ import os
 import resource
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
 import time
@@ -112,6 +113,12 @@ def temp_folder() -> Path:
     return folder if len(str(folder)) <= LONGEST_TEMP_FOLDER else SHORT_PLACE / name
 
 
+def delete_sessions_of(process: int) -> None:
+    """Delete the files of a Ray that a process started which was ended, as its name ends with the process id."""
+    for session in temp_folder().glob(f"session_*_{process}"):
+        delete_session(session)
+
+
 def delete_session(session: Path) -> None:
     """Delete the files of a Ray that has ended, the links to them, and the folder if nothing else is in it."""
     shutil.rmtree(session, ignore_errors=True)
@@ -129,8 +136,18 @@ def _delete_old_sessions(folder: Path) -> None:
         with contextlib.suppress(OSError):
             logs = session / "logs"
             last_line = max((p.stat().st_mtime for p in [session, *logs.glob("*")]), default=0.0)
-            if not session.is_symlink() and time.time() - last_line > KEEP_LOGS_SECONDS:
+            is_old = not session.is_symlink() and time.time() - last_line > KEEP_LOGS_SECONDS
+            if is_old and not _is_used(session):
                 delete_session(session)
+
+
+def _is_used(session: Path) -> bool:
+    """Whether a Ray listens on a socket of the session: one that runs for days may log nothing for one."""
+    for path in (session / "sockets").glob("raylet*"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            return True
+    return False
 
 
 def check_machine(folder: Path) -> None:
@@ -185,12 +202,7 @@ def keep_token(output: Path) -> str:
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return "ray get-auth-token"
     try:
-        usual = Path.home() / ".ray" / "auth_token"
-        if not usual.is_file():
-            usual.parent.mkdir(parents=True, exist_ok=True)
-            _write_token(usual)
-        elif usual.stat().st_mode & 0o077:  # Ray makes it readable for everybody, if the umask allows it
-            usual.chmod(0o600)
+        _keep_private(Path.home() / ".ray" / "auth_token")
         return "ray get-auth-token"
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
@@ -198,11 +210,18 @@ def keep_token(output: Path) -> str:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         return "set RAY_AUTH_TOKEN before the run to choose it"
     path = output.absolute() / "ray_auth_token"
-    if not path.is_file():
-        output.mkdir(parents=True, exist_ok=True)
-        _write_token(path)
+    _keep_private(path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     return f"in {path}"
+
+
+def _keep_private(path: Path) -> None:
+    """Write a token file, or keep the one that is there; its owner alone may read it."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_token(path)
+    elif path.stat().st_mode & 0o077:  # Ray makes it readable for everybody, if the umask allows it
+        path.chmod(0o600)
 
 
 def _write_token(path: Path) -> None:

@@ -178,8 +178,15 @@ class Watcher:
         finally:
             for number, handler in former.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        # From here on a signal ends this process, as one whose store does not answer may wait for long.
+        # From here on a signal ends this process, as one whose store does not answer may wait for long; but not that of
+        # a terminal that is gone.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self._end_session()
+        if self._asked:  # of a Ray that broke down by itself the logs may say why
+            from raylora.cluster.ray_start import delete_sessions_of  # which imports this module
+
+            delete_sessions_of(self._child)
         self._write_remains()
         if signal.SIGTERM in self._asked:
             sys.exit(128 + signal.SIGTERM)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -85,6 +86,22 @@ def test_a_session_is_deleted_with_its_links_and_others_stay(tmp_path):
     assert not folder.parent.exists()
 
 
+def test_old_logs_are_deleted_but_not_those_of_a_ray_that_lives(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as place, socket.socket(socket.AF_UNIX) as raylet:
+        monkeypatch.setenv("RAY_TMPDIR", place)
+        folder = temp_folder()
+        for name in ("session_dead", "session_lives"):
+            (folder / name / "sockets").mkdir(parents=True)
+            with socket.socket(socket.AF_UNIX) as ended:
+                ended.bind(str(folder / name / "sockets" / "raylet.1"))
+            os.utime(folder / name, (0, 0))
+        raylet.bind(str(folder / "session_lives" / "sockets" / "raylet"))
+        raylet.listen()
+        os.utime(folder / "session_lives", (0, 0))
+        assert start(lambda **_: "started", lambda: None) == "started"
+        assert [path.name for path in folder.iterdir()] == ["session_lives"]
+
+
 def test_a_home_that_cannot_be_written_leaves_the_token_beside_the_results(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -110,6 +127,10 @@ def test_a_home_that_cannot_be_written_leaves_the_token_beside_the_results(monke
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     assert keep_token(tmp_path / "out") == f"in {path}"
     assert path.read_text() == token, "another run's Ray may be using it"
+    path.chmod(0o644)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    keep_token(tmp_path / "out")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(path)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
 

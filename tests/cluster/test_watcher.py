@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+
+from raylora.cluster.ray_start import temp_folder
 
 HEAD = """
 import contextlib, os, signal, sys, time
@@ -96,3 +99,30 @@ def test_a_command_that_is_killed_takes_its_run_along(tmp_path):
     process.stdout.readline()
     process.kill()
     process.communicate(timeout=10)  # to the end of the run's output
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_tables_are_written_ends_in_order(tmp_path):
+    slowly = "print('writing', flush=True), time.sleep(60)"
+    process = start(tmp_path, f"    os._exit(1)\n\nRemains.write = lambda self: ({slowly})\n")
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    assert process.poll() is None, "a terminal that is gone stops nothing"
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+@pytest.mark.slow
+def test_a_ray_that_was_ended_by_a_signal_leaves_no_files(tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        monkeypatch.setenv("RAY_TMPDIR", place)
+        folder = temp_folder()
+        (folder / "session_now_1").mkdir(parents=True)
+        process = start(tmp_path, f"    Path({str(folder)!r}, f'session_now_{{os.getpid()}}').mkdir()\n{WAIT}")
+        process.stdout.readline()
+        assert len([*folder.iterdir()]) == 2
+        process.terminate()
+        process.communicate(timeout=30)
+        assert [path.name for path in folder.iterdir()] == ["session_now_1"], "that is another run's"
