@@ -76,7 +76,17 @@ def ray_folder() -> Iterator[RayFolder]:
 
 def _delete_unless_kept(folder: RayFolder) -> None:
     if not folder.keep:
-        shutil.rmtree(folder.path.parent, ignore_errors=True)
+        delete_folder(str(folder.logs))
+
+
+def delete_folder(logs: str) -> None:
+    """Delete the folder of a Ray that has ended.
+
+    Args:
+        logs: ``RayFolder.logs``; empty: no Ray was started.
+    """
+    if logs:
+        shutil.rmtree(Path(logs).parents[2], ignore_errors=True)
 
 
 def _check_room(folder: Path) -> None:

@@ -115,12 +115,7 @@ def keep_token(output: Path) -> str:
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return "ray get-auth-token"
     try:
-        usual = Path.home() / ".ray" / "auth_token"
-        if not usual.is_file():
-            usual.parent.mkdir(parents=True, exist_ok=True)
-            _write_token(usual)
-        elif usual.stat().st_mode & 0o077:  # Ray makes it readable for everybody, if the umask allows it
-            usual.chmod(0o600)
+        _keep_private(Path.home() / ".ray" / "auth_token")
         return "ray get-auth-token"
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
@@ -128,11 +123,18 @@ def keep_token(output: Path) -> str:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         return "set RAY_AUTH_TOKEN before the run to choose it"
     path = output.absolute() / "ray_auth_token"
-    if not path.is_file():
-        output.mkdir(parents=True, exist_ok=True)
-        _write_token(path)
+    _keep_private(path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     return f"in {path}"
+
+
+def _keep_private(path: Path) -> None:
+    """Write a token file, or keep the one that is there; its owner alone may read it."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_token(path)
+    elif path.stat().st_mode & 0o077:  # Ray makes it readable for everybody, if the umask allows it
+        path.chmod(0o600)
 
 
 def _write_token(path: Path) -> None:

@@ -111,13 +111,19 @@ class RetryingExecutor:
             CannotGoOnError: results cannot be kept, or no worker starts.
         """
         row = self._store.read_row(experiment)
-        if row and (row.ok or not self._config.retry_failed):
-            # Finished under a supervisor that was killed before it could return the row.
+        if row and self._is_finished(experiment, row):
+            # Under a supervisor that was killed before it could return the row.
             return row.values
         try:
             return self._try(experiment, rank)
         except OSError as error:
             raise store_failure(error, self._store) or error from error
+
+    def _is_finished(self, experiment: Experiment, row: ResultRow) -> bool:
+        """Whether a stored row is the run's: else the command has planned the experiment anew."""
+        if not row.ok:
+            return not self._config.retry_failed
+        return not any(self._store.is_damaged(experiment, stage) for stage in experiment.origins)
 
     def _try(self, experiment: Experiment, rank: float) -> dict[str, Any] | None:
         failures: list[Failure] = []

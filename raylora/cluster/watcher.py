@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from raylora.cluster.ray_folder import delete_folder
 from raylora.console import quietly
 from raylora.errors import RayloraError, StoppedError, one_line
 
@@ -163,6 +164,8 @@ class Watcher:
         self._lost: list[str] = []
         self._lost_at = 0.0
         self._cause = ""
+        self._logs = ""
+        """The folder of its Ray's logs, once that starts."""
 
     def wait(self) -> int:
         """See ``watched``."""
@@ -178,8 +181,13 @@ class Watcher:
         finally:
             for number, handler in former.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        # From here on a signal ends this process, as one whose store does not answer may wait for long.
+        # From here on a signal ends this process, as one whose store does not answer may wait for long; but not that of
+        # a terminal that is gone.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self._end_session()
+        if self._asked:  # of a Ray that broke down by itself the logs may say why
+            delete_folder(self._logs)
         self._write_remains()
         if signal.SIGTERM in self._asked:
             sys.exit(128 + signal.SIGTERM)
@@ -207,6 +215,8 @@ class Watcher:
             if self._link.poll(LOOK_SECONDS):
                 name, value = self._link.recv()
                 self._said[name], self._said_at[name] = value, time.monotonic()
+                if name == "starting":
+                    self._logs = value
                 if name == "running":
                     self._said.pop("starting", None)
                     self._of_ray = {}

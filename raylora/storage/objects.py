@@ -29,9 +29,12 @@ class Remote:
     """A folder on an object store. Names are relative to it, with ``/``. An object cannot be renamed or appended to.
 
     Every method raises ``RemoteError`` where the store does not answer or refuses.
+
+    Args:
+        has_answered: whether it is known to answer, as to the process that this one works for.
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, has_answered: bool = False) -> None:
         from fsspec.core import url_to_fs
 
         self.place = place
@@ -39,7 +42,7 @@ class Remote:
         self._fs, self._root = url_to_fs(place, use_listings_cache=False, **one_try(place))
         if hasattr(self._fs, "retries"):
             self._fs.retries = 1  # s3fs's own tries; they are made here
-        self._has_answered = False
+        self._has_answered = has_answered
         self._failing_since: float | None = None
         """When the first of the operations failed that have failed since the last answer; of all threads."""
 

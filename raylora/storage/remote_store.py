@@ -51,9 +51,12 @@ class RemoteStore(Store):
 
     def __init__(self, place: Path, edition: str = "", lock_number: int = 0) -> None:
         self.place = place
-        self._remote = Remote(str(place))
+        # A worker may start in the minute in which the store does not answer: it is as patient as the command is.
+        self._remote = Remote(str(place), has_answered=bool(edition))
         self._run_lock = RunLock(self._remote, lock_number)
         self._use_edition(edition)
+        self._ahead: dict[str, bytes | None] = {}
+        """Inside ``read_ahead``, the objects that were read there by their names; None where there is none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another machine has its own cache folder, and the run lock stays with the command.
@@ -165,6 +168,7 @@ class RemoteStore(Store):
             if unfit := self._unfit(experiment, stage, saved):
                 for name in unfit:
                     note_damaged(self.shown(folder / name), data)
+                self._run_lock.check()
                 self._remote.remove(marker)
                 local.unlink(missing_ok=True)
                 continue
@@ -194,8 +198,21 @@ class RemoteStore(Store):
     def _damaged_files(self, experiment: Experiment, stage: str, saved: dict[str, Any]) -> list[str]:
         return []  # ``take_out`` has checked what it downloaded
 
+    def is_damaged(self, experiment: Experiment, stage: str) -> bool:
+        return False  # no request for each finished experiment, of which there are thousands
+
     def _data(self, experiment: Experiment, name: str) -> bytes | None:
-        return self._remote.read(_name(experiment, name))
+        name = _name(experiment, name)
+        return self._remote.read(name) if name not in self._ahead else self._ahead[name]
+
+    @contextlib.contextmanager
+    def read_ahead(self, stages: Mapping[str, Sequence[str]]) -> Iterator[None]:
+        names = [f"experiments/{experiment}/{stage}.json" for experiment in stages for stage in stages[experiment]]
+        self._ahead = {**dict.fromkeys(names), **self._remote.read_many(names)}
+        try:
+            yield
+        finally:
+            self._ahead = {}
 
     def read_rows(self, experiments: Iterable[Experiment]) -> dict[str, ResultRow]:
         by_name = {_name(e, ROW): e for e in experiments}

@@ -22,7 +22,7 @@ import contextlib
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,11 @@ class Store:
             return f"{', '.join(missing)} missing"
         damaged = self._damaged_files(experiment, stage, saved)
         return f"{', '.join(damaged)} damaged" if damaged else ""
+
+    @contextlib.contextmanager
+    def read_ahead(self, stages: Mapping[str, Sequence[str]]) -> Iterator[None]:
+        """Inside, asking ``why_not_done`` of these stages, by experiment id, takes no request for each."""
+        yield
 
     def adapter_folder(self, experiment: Experiment) -> Path:
         return self.folder(experiment) / "adapter"

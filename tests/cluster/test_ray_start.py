@@ -57,6 +57,10 @@ def test_a_home_that_cannot_be_written_leaves_the_token_beside_the_results(monke
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     assert keep_token(tmp_path / "out") == f"in {path}"
     assert path.read_text() == token, "another run's Ray may be using it"
+    path.chmod(0o644)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    keep_token(tmp_path / "out")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(path)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
 

@@ -9,6 +9,7 @@ import pytest
 
 from raylora.cluster.worker_pool import WorkerPlace
 from raylora.errors import CannotGoOnError, ErrorKind, MachineFailedError, WorkerFailedError
+from raylora.records import ResultRow
 from raylora.storage.store import Store
 from tests.helpers.pool import PLACES, executor_of, failing, make_experiment, make_pool
 
@@ -54,6 +55,23 @@ def test_what_the_experiment_is_to_blame_for_is_done_with(tmp_path):
         assert executor.run(one, 0)["status"] == "error"
     values = Store(tmp_path).read_row(one).values
     assert (values["num_attempts"], values["error_kind"]) == (2, "worker_died")
+
+
+def test_a_finished_row_is_the_run_s_unless_something_beside_it_is_damaged(tmp_path):
+    told: list[str] = []
+    store, one = Store(tmp_path), make_experiment("one")
+    store.folder(one).mkdir(parents=True)
+    store.scores_path(one).write_bytes(b"scores")
+    store.write_stage(one, "mmlu", {})
+    store.write_row(one, ResultRow({"dataset": "one", "experiment_id": "one", "status": "ok", "by": "before"}))
+
+    def run(_, experiment):
+        return {"status": "ok", "dataset": experiment.dataset, "by": "now"}
+
+    with executor_of(tmp_path, run, make_pool(told), told) as executor:
+        assert executor.run(one, 0)["by"] == "before"
+        store.scores_path(one).write_bytes(b"scares")
+        assert executor.run(one, 0)["by"] == "now"
 
 
 @pytest.mark.parametrize("error", [None, WorkerFailedError("its worker process died", kind=ErrorKind.WORKER_DIED)])

@@ -96,3 +96,29 @@ def test_a_command_that_is_killed_takes_its_run_along(tmp_path):
     process.stdout.readline()
     process.kill()
     process.communicate(timeout=10)  # to the end of the run's output
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_tables_are_written_ends_in_order(tmp_path):
+    slowly = "print('writing', flush=True), time.sleep(60)"
+    process = start(tmp_path, f"    os._exit(1)\n\nRemains.write = lambda self: ({slowly})\n")
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    assert process.poll() is None, "a terminal that is gone stops nothing"
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+@pytest.mark.slow
+def test_a_ray_that_was_ended_by_a_signal_leaves_no_files(tmp_path):
+    logs = tmp_path / "rl-mine" / "ray" / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    (tmp_path / "rl-other").mkdir()
+    process = start(tmp_path, f"    tell_ray_starts({str(logs)!r})\n{WAIT}")
+    process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=30)
+    assert not (tmp_path / "rl-mine").exists()
+    assert (tmp_path / "rl-other").exists(), "that is another run's"

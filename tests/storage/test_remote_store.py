@@ -17,13 +17,13 @@ import pytest
 
 from raylora.commands.run_command import call_command
 from raylora.config.run import load_config
-from raylora.errors import LockLostError, UserError
+from raylora.errors import LockLostError, RemoteError, UserError
 from raylora.mmlu.question_set import DEMO_QUESTIONS
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import ResultRow
 from raylora.rows import load_results
 from raylora.storage.damage import damage_told
-from raylora.storage.digests import write_parquet
+from raylora.storage.digests import seal, write_parquet
 from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore, store_at
 from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
@@ -323,6 +323,8 @@ def test_a_run_that_was_taken_over_writes_nothing_more_into_the_other_one_s(obje
             shared = store.base_file("key", "scores.parquet")
             shared.parent.mkdir(parents=True)
             shared.write_bytes(b"scores")
+            torn = seal({"origin": experiment.origins["train"], "values": {}, "files": {}})
+            objects.put(f"{OUT}/experiments/{experiment.experiment_id}/train.json", torn.encode())
             Remote(str(store.place)).write(f"{FOLDER}/{99:08d}", b"{}")
             before = objects.everything()
             for write in (
@@ -330,6 +332,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more_into_the_other_one_s(obje
                 lambda: store.write_stage(experiment, "features", {}),
                 lambda: store.write_pushed(experiment, {}),
                 lambda: store.put_away(experiment),
+                lambda: store.take_out(experiment),
                 lambda: store.share(shared),
                 lambda: store.write_json("run.json", {}),
             ):
@@ -337,6 +340,49 @@ def test_a_run_that_was_taken_over_writes_nothing_more_into_the_other_one_s(obje
                     write()
             assert objects.everything() == before
     assert objects.everything() == before
+
+
+@pytest.fixture
+def proxy(objects, monkeypatch):
+    """In front of the store, with faults to be injected."""
+    s3fs = pytest.importorskip("s3fs")
+    with StoreProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()  # instances keep the address that they were made with
+        yield proxy
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.slow
+def test_many_experiments_are_looked_at_without_a_request_for_each(proxy, tmp_path):
+    one, two = make_experiment("one"), make_experiment("two")
+    with on_machine(tmp_path / "m"):
+        store = store_at(location(f"s3://{BUCKET}/{OUT}"))
+        store.open(False)
+        store.write_stage(one, "features", {})
+        with store.read_ahead({"one": ["features", "train"], "two": ["train"]}):
+            proxy.inject("503", times=10**6)
+            assert store.why_not_done(one, "features") == ""
+            assert store.why_not_done(one, "train") == store.why_not_done(two, "train") == "new"
+            assert not store.is_damaged(one, "mmlu")
+        proxy.clear()
+        assert store.why_not_done(one, "features") == ""
+
+
+@pytest.mark.slow
+def test_a_worker_that_starts_while_the_store_does_not_answer_is_patient(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr("raylora.storage.objects.FIRST_PATIENCE_SECONDS", 0.5)
+    one = make_experiment("one")
+    with on_machine(tmp_path / "m"):
+        store = store_at(location(f"s3://{BUCKET}/{OUT}"))
+        store.open(False)
+        copy, unopened = make_other_machine(store), store_at(location(f"s3://{BUCKET}/{OUT}"))
+        proxy.inject("500", times=1)
+        with pytest.raises(RemoteError):
+            unopened.read_row(one)
+        proxy.inject("500", times=1)
+        assert copy.read_row(one) is None
+        assert not proxy.num_left()
 
 
 def test_reports_find_what_other_machines_made(objects, options, tmp_path):

@@ -190,7 +190,7 @@ def test_the_line_of_a_worker_is_in_what_the_command_prints(tmp_path, tiny_model
     places = {"model": str(tiny_model_folder), "data_root": tmp_path / "data", "output": tmp_path / "out"}
     words = command({**OPTIONS, **places}, "--num-workers", "1")
     tables = []
-    for harmed in ([], ["adapter/adapter_model.safetensors", "result.json"], ["scores.parquet"]):
+    for harmed in ([], ["adapter/adapter_model.safetensors", "result.json"], ["scores.parquet"], []):
         folder = next((tmp_path / "out").glob("chunk_1/experiments/data_0*"), tmp_path)
         for name in harmed:
             CONTENT["flip_bit"](folder / name)
