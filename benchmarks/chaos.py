@@ -1,6 +1,6 @@
 """Strike the real command with faults, and count what was lost: rows, tables, last lines.
 
-    python -m benchmarks.chaos --faults 1000 --seed 1 --folder chaos       # goes on where it was stopped
+    python -m benchmarks.chaos --faults 1000 --seed 1 --folder chaos       # resumes where it was stopped
     python -m benchmarks.chaos --folder chaos --table                      # the table of docs/faults.md
 
 A round is a run of twelve datasets with a tiny model: started, struck, started again, until no fault is left and the
@@ -338,7 +338,7 @@ def last_line(lines: list[str]) -> str:
 
 def is_ours(line: str) -> bool:
     """Whether it is a line that raylora ends with."""
-    return any(text in line for text in ("goes on from here", "raylora: ", "rows are good", "of each", "Files:"))
+    return any(text in line for text in ("resumes from here", "raylora: ", " succeeded", "of each", "Files:"))
 
 
 def save_tiny(folder: Path) -> Path:

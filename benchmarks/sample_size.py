@@ -1,7 +1,7 @@
 """How the features of one distribution move with the number of examples, and an isolation forest's with its seed.
 
     python -m benchmarks.sample_size --out probes.jsonl                # probes of 6 to 100 examples: an hour on a CPU
-    python -m benchmarks.sample_size --out probes.jsonl --seconds 240  # the same in pieces: it goes on where it was
+    python -m benchmarks.sample_size --out probes.jsonl --seconds 240  # the same in pieces: it resumes where it stopped
     python -m benchmarks.sample_size --forests                         # embeddings of 8 to 400 examples, many seeds
 
 The distribution is that of the short records of one file of chunk_001; a draw is a random part of them.

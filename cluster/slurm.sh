@@ -10,7 +10,7 @@
 #     srun --jobid JOBID --overlap --pty bash
 #
 # All that follows the script's name goes to `python -m raylora.batch`. Submit the same again after the time limit: it
-# goes on where it was. The dashboard listens on localhost of the first node: forward it as above, open
+# resumes where it stopped. The dashboard listens on localhost of the first node: forward it as above, open
 # http://localhost:8265, and give it what `.venv/bin/ray get-auth-token` prints.
 #
 #SBATCH --job-name=raylora

@@ -77,7 +77,7 @@ ACTIVATION_COLUMNS = column_group(
 PROBE_COLUMNS = column_group(
     "dynamic",
     ("perplexity_change_rate", "ratio", -1, INF, "(held-out answer perplexity after the probe - before) / before"),
-    ("initial_loss", "nats a token", 0, INF, "held-out loss before the probe's first step"),
+    ("initial_loss", "nats per token", 0, INF, "held-out loss before the probe's first step"),
     ("loss_decay_rate", "ratio", -INF, 1, "(initial - final held-out loss) / initial"),
     ("loss_stability", "score", 0, 1, "1 / (1 + standard deviation of step losses around their linear trend)"),
     ("avg_grad_norm", "L2 norm", 0, INF, "mean global norm of the adapter's gradient before clipping"),
@@ -336,7 +336,7 @@ def read_table(path: Path) -> pd.DataFrame:
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 at byte {_first_bad_byte(file)}; save it as UTF-8 CSV or Parquet") from None
     except DamagedError as error:
-        raise UserError(f"{file}: damaged: {error}; the same batch command again writes it anew") from None
+        raise UserError(f"{file}: damaged: {error}; the same batch command writes it again") from None
     except (ValueError, pd.errors.ParserError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{file}: no table can be read from it: {one_line(error)}") from None
     if table.empty:

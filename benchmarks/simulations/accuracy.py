@@ -1,4 +1,4 @@
-"""A row's change of accuracy: its intervals, what is called real, and a favourite letter that moves."""
+"""A row's change of accuracy: its intervals, what is called significant, and a favourite letter that moves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def draw_pairs(seed: int, num: int, gains: list[float], losses: list[float]) -> 
 
 
 def accuracy() -> list[Rate]:
-    """Of a row's change of accuracy: its intervals, and what is called real."""
+    """Of a row's change of accuracy: its intervals, and what is called significant."""
     rates = []
     for num in (57, 114, 570, 14042):
         pairs = [draw_pairs(1, num, [d / 2] * 4, [d / 2] * 4) for d in (0.02, 0.1, 0.4)]
@@ -66,7 +66,7 @@ def accuracy() -> list[Rate]:
         significant, found = draw_pairs(3, num, [0.1] * 4, [0.1] * 4).verdicts()
         setting = f"{num} questions; 20% differ, as often gained as lost"
         rates.append(Rate("significant by McNemar", setting, float(significant.mean()), "0.05 or less"))
-        rates.append(Rate("called real", setting, float(is_real(found).mean()), "0.05 or less"))
+        rates.append(Rate("called significant", setting, float(is_real(found).mean()), "0.05 or less"))
     # Half of the answers A become D; a few others change by chance.
     moved = [0.02, 0.02, 0.02, 0.5], [0.5, 0.02, 0.02, 0.02]
     for num in (57, 570, 14042):
@@ -78,7 +78,7 @@ def accuracy() -> list[Rate]:
         rates.append(
             Rate("significant by McNemar", setting, float(significant.mean()), "no limit: accuracy did change")
         )
-        rates.append(Rate("called real", setting, float(is_real(found).mean()), "0.05 or less"))
+        rates.append(Rate("called significant", setting, float(is_real(found).mean()), "0.05 or less"))
     # Runs of 40 rows: of these 20,000 draws 500.
     for what, num, probabilities in (
         ("in none anything changed", 570, ([0.1] * 4, [0.1] * 4)),
@@ -86,11 +86,13 @@ def accuracy() -> list[Rate]:
     ):
         _, found = draw_pairs(5, num, *probabilities).verdicts(rows=40)
         any_real = is_real(found).reshape(-1, 40).any(axis=1).mean()
-        rates.append(Rate("any of 40 rows called real", f"{num} questions; {what}", float(any_real), "0.05 or less"))
+        rates.append(
+            Rate("any of 40 rows called significant", f"{num} questions; {what}", float(any_real), "0.05 or less")
+        )
     for num, gain in ((57, 0.24), (570, 0.09), (14042, 0.054)):
         _, found = draw_pairs(6, num, [gain] * 4, [0.04] * 4).verdicts()
         setting = f"{num} questions; a true gain of {100 * (gain - 0.04):.1f} points, the same for each right letter"
-        rates.append(Rate("called real", setting, float(is_real(found).mean()), "much"))
+        rates.append(Rate("called significant", setting, float(is_real(found).mean()), "much"))
         rates.append(Rate("called a moved letter", setting, float((found == "letter").mean()), "little"))
     return rates
 

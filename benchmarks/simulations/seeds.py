@@ -52,13 +52,13 @@ class Trial:
 
 
 def over_seeds(trials: list[Trial], setting: str) -> list[Rate]:
-    """How often the interval over seeds holds a fresh seed's change, and how often a line is called real."""
+    """How often the interval over seeds holds a fresh seed's change, and how often a line is called significant."""
     found = [change_over_seeds(trial.differences) for trial in trials]
     held = np.mean([c.low <= t.fresh <= c.high for t, c in zip(trials, found, strict=True)])
     real = np.mean([c.p_value < ALPHA for c in found])
     return [
         Rate("interval over seeds holds a fresh seed's change", setting, float(held), "0.93 or more"),
-        Rate("called real over seeds", setting, float(real), "0.05 or less"),
+        Rate("called significant over seeds", setting, float(real), "0.05 or less"),
     ]
 
 
@@ -81,8 +81,13 @@ def a_a_pairs(trials: list[np.ndarray], setting: str) -> list[Rate]:
     by_one = mcnemar(*np.array([_counts(d[0])[:2] for d in differences]).T) < ALPHA
     by_several = [change_over_seeds(d).p_value < ALPHA for d in differences]
     return [
-        Rate("A/A pair called real by one seed's McNemar test", setting, float(by_one.mean()), "not promised"),
-        Rate("A/A pair called real by the interval over seeds", setting, float(np.mean(by_several)), "0.05 or less"),
+        Rate("A/A pair called significant by one seed's McNemar test", setting, float(by_one.mean()), "not promised"),
+        Rate(
+            "A/A pair called significant by the interval over seeds",
+            setting,
+            float(np.mean(by_several)),
+            "0.05 or less",
+        ),
     ]
 
 

@@ -65,7 +65,7 @@ BACKOFFS = Metric(
     "raylora_oom_backoffs_total", "counter", "back-offs", _WORK_LABELS, "times that smaller batches had to be tried"
 )
 GPU_MEMORY = Metric("raylora_gpu_memory_bytes", "gauge", "bytes", ("worker",), "what PyTorch holds of the GPU")
-RETRIES = Metric("raylora_retries_total", "counter", "tries", (), "experiments begun anew: their worker failed")
+RETRIES = Metric("raylora_retries_total", "counter", "tries", (), "experiments tried again: their worker failed")
 METRICS = (EXPERIMENTS, QUESTIONS, TOKENS, SECONDS, BACKOFFS, GPU_MEMORY, RETRIES)
 
 

@@ -3,7 +3,7 @@
     python -m raylora.features --data_folder D --model_path M --output_csv F --sample_size 100 --probe_steps 20
     python -m raylora.features --describe
 
-It is the batch command with one stage: the same workers, store and rows. Run again, it goes on where it was.
+It is the batch command with one stage: the same workers, store and rows. Run again, it resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class FeaturesConfig(Config):
     model_config = SettingsConfigDict(cli_shortcuts={"model": "model-path", "data-folder": "data-dir"})
 
     output: Location = Field(
-        Path("results/features"), description="folder for rows, logs and what a rerun goes on with"
+        Path("results/features"), description="folder for rows, logs and what a rerun resumes from"
     )
     data_folder: DatasetLocation | None = Field(
         None, description="folder of dataset files, or hf://datasets/org/name (or name a --chunk, or a --dataset)"
@@ -109,7 +109,7 @@ class ExplainConfig(Settings):
 
 
 class ReportConfig(Settings):
-    """The page of a finished or half-finished run, written anew."""
+    """The page of a finished or half-finished run, written again."""
 
     folder: CliPositionalArg[LocalPath] = Field(description="a run's folder, such as results/chunk_001")
     price: float | None = Field(

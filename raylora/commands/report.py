@@ -1,4 +1,4 @@
-"""The page of a finished or half-finished run, written anew.
+"""The page of a finished or half-finished run, written again.
 
 python -m raylora.report results/chunk_001
 python -m raylora.report results/chunk_001 --price 2.5    # of a GPU-hour, for the costs

@@ -213,4 +213,4 @@ def _how_to_go_on(config: Settings | None) -> str:
     if not isinstance(config, CommonOptions):
         return ""
     without = " without --fresh" if config.fresh else ""
-    return f"What is finished is kept: the same command{without} goes on from here."
+    return f"What is finished is kept: the same command{without} resumes from here."

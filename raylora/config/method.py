@@ -54,7 +54,7 @@ class Method(BaseModel):
         (), description="another alpha for some layers, NAME=ALPHA with commas between"
     )
     init_adapter: Annotated[str | None, AfterValidator(lambda text: text and str(expanded(Path(text))))] = Field(
-        None, description="PEFT folder that trainings go on from; rank, alpha, layers and variant are its own"
+        None, description="PEFT folder of the adapter to continue from; rank, alpha, layers and variant are its own"
     )
     num_epochs: float = Field(3, gt=0, le=1000, description="passes over the dataset")
     batch_size: int = Field(4, ge=1, description="examples in a minibatch; halves by itself when memory runs out")

@@ -99,7 +99,7 @@ class RunOptions(BaseModel):
     )
     push_to_hub: str | None = Field(
         None,
-        description="ORG/NAME: each good adapter goes, with a card, to the hub repository ORG/NAME-<dataset> (private; "
+        description="ORG/NAME: each adapter goes, with a card, to the hub repository ORG/NAME-<dataset> (private; "
         "needs HF_TOKEN or a login)",
     )
     push_public: bool = Field(False, description="with --push-to-hub: everybody can see the repositories it makes")

@@ -25,7 +25,7 @@ SAME_LOSS = 1e-6
 
 
 def measure_transfer(bench: Workbench, experiment: Experiment, progress: ProgressCallback) -> dict[str, Any]:
-    """Measure what is not measured yet, and store it piece by piece: a killed stage goes on where it was.
+    """Measure what is not measured yet, and store it piece by piece: a killed stage resumes where it stopped.
 
     Returns:
         The row's columns: ``transfer_values``, and ``num_held_out_examples``.
@@ -104,7 +104,7 @@ def cell_of(held_out: pd.DataFrame, losses: Sequence[ExampleLoss]) -> dict[str, 
 
     Returns:
         ``num_examples`` and ``num_tokens`` (those with a supervised token, and these); ``base_loss``, ``loss``,
-        ``loss_change`` (adapter - base), ``low`` and ``high`` (its 95% interval), in nats a token; ``p_value``. None
+        ``loss_change`` (adapter - base), ``low`` and ``high`` (its 95% interval), in nats per token; ``p_value``. None
         where there is nothing to measure, or a loss is not finite; no interval for one conversation.
     """
     table = held_out.assign(loss=[loss.total for loss in losses])[held_out["num_supervised"] > 0]
@@ -139,7 +139,7 @@ def _values(
 
 
 def transfer_values(cells: Mapping[str, Mapping[str, Any]], own: str) -> dict[str, Any]:
-    """The row's columns: its own dataset's cell, the mean change of the others, and how many became really worse.
+    """The row's columns: its own dataset's cell, the mean change of the others, how many became significantly worse.
 
     Really: the p-value is below 5% by the false-discovery rate over the adapter's other datasets, as the table's are
     over all cells.

@@ -224,7 +224,7 @@ def attach_job(bench: Workbench, experiment: Experiment, dataset: Dataset, name:
 
 
 def _check_init_adapter(experiment: Experiment, folder: Path) -> None:
-    """Check that the adapter that a training goes on from is the one that the run was planned with.
+    """Check that the adapter whose training is continued is the one that the run was planned with.
 
     Raises:
         MachineError: it is not, or is not on this machine.

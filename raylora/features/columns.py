@@ -26,7 +26,7 @@ RUN_COLUMNS = column_group(
 
 
 def describe_columns(columns: Sequence[FeatureColumn] = FEATURE_COLUMNS) -> str:
-    """Columns with unit, range and definition, as a Markdown table; the README has that of the features."""
+    """Columns with unit, range and definition, as a Markdown table; docs/columns.md has that of the features."""
     lines = ["| column | unit | range | definition |", "| --- | --- | --- | --- |"]
     for column in columns:
         ends = [f"{end:g}" if math.isfinite(end) else "" for end in (column.minimum, column.maximum)]

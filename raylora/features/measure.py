@@ -55,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one example. Losses are means in nats a token."""
+    """What was measured of one example. Losses are means in nats per token."""
 
     embedding: np.ndarray
     """(H,), of unit length: the direction of the mean last hidden state of question and answer."""

@@ -187,7 +187,7 @@ def landscape_flatness(
 
     Args:
         parameters: with the gradient of the held-out loss in their ``grad``.
-        loss: the held-out loss, in nats a token.
+        loss: the held-out loss, in nats per token.
 
     Returns:
         None where the gradient is zero or NaN.

@@ -270,7 +270,7 @@ def outlier_ratio(embeddings: np.ndarray) -> float:
 
 
 def _perplexity(measured: Sequence[Measured], losses_alone: Sequence[float | None]) -> dict[str, float | None]:
-    """``losses_alone`` are the losses of the answers without their questions, in nats a token, None if unknown."""
+    """``losses_alone`` are the losses of the answers without their questions, in nats per token, None if unknown."""
     with np.errstate(over="ignore"):  # a perplexity that overflows makes the mean infinite, and the feature None
         of_all, of_answer = np.exp([m.loss for m in measured]), np.exp([m.answer_loss for m in measured])
     ratios = [m.answer_loss / alone for m, alone in zip(measured, losses_alone, strict=True) if alone and alone > 0]

@@ -231,7 +231,7 @@ def going_on(method: Method, given: Collection[str], source: str) -> Method:
         if name in given and not is_same:
             shown = [",".join(map(str, v)) if isinstance(v, tuple) else v for v in (mine, theirs)]
             raise _refusal(
-                f"--{name.replace('_', '-')} {shown[0]}: the adapter that training goes on from (--init-adapter "
+                f"--{name.replace('_', '-')} {shown[0]}: the adapter whose training is continued (--init-adapter "
                 f"{folder}) has {shown[1] or 'none'}: leave the option out"
             )
     if note := note_on_base(folder, source):

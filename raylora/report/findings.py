@@ -32,7 +32,7 @@ STAGES = {
 }
 """By stage, the column of its seconds."""
 AGAIN = "; then the same command with --retry-failed"
-ANEW = "; the same command then runs it anew"
+ANEW = "; the same command then runs it again"
 FIXES = {
     ErrorKind.DATA: "fix the file where the cause points" + ANEW,
     ErrorKind.TRUNCATED_FILE: "get the file again, or --salvage its complete records" + ANEW,

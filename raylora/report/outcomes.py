@@ -49,9 +49,9 @@ def sets_of(run: FinishedRun) -> list[str]:
 def outcomes(run: FinishedRun, ranked: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of the ranking by each other outcome that the table has.
 
-    A change is real where its p-value, Holm-adjusted over the lines, is below 0.05; of a further set's accuracy as of
-    the first one's (``paired.verdicts``). Where datasets were trained with several seeds the interval of balanced
-    accuracy is that over seeds; of the others only the mean is known, and nothing is called real.
+    A change is significant where its p-value, Holm-adjusted over the lines, is below 0.05; of a further set's accuracy
+    as of the first one's (``paired.verdicts``). Where datasets were trained with several seeds the interval of balanced
+    accuracy is that over seeds; of the others only the mean is known, and nothing is called significant.
 
     Args:
         ranked: from ``findings.ranking``.

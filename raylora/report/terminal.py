@@ -48,7 +48,8 @@ def print_results(rows: Sequence[ResultRow], store: Store, console: Console | No
                 console.print(f"Note: {row.values['dataset']}: {row.values[name]}", soft_wrap=True)
     for row in failed:
         console.print(f"FAILED {row.values['dataset']}: {row.values['error']}", soft_wrap=True)
-    console.print(f"{len(good)} of {len(rows)} rows are good. Files: {store.place}", soft_wrap=True)
+    num_failed = f", {len(failed)} failed" if failed else ""
+    console.print(f"{len(good)} of {len(rows)} succeeded{num_failed}. Files: {store.place}", soft_wrap=True)
     console.print("  results.csv, results.parquet   one row a dataset")
     if (store.root / "transfer_table.csv").is_file():
         console.print("  transfer_table.csv             what each adapter does to every dataset's held-out loss")
@@ -84,14 +85,16 @@ def seed_notes(ranked: dict[str, Any]) -> list[str]:
         line, verdict = ranked["seeds"]["lines"][row], ranked["verdicts"][row]
         num = len(line["rows"])
         interval = "unknown" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}"
-        called = LETTER_MOVED if verdict == "letter" else f"a real {verdict}" if verdict != "undecided" else verdict
+        called = (
+            LETTER_MOVED if verdict == "letter" else f"a significant {verdict}" if verdict != "undecided" else verdict
+        )
         over = f"over {num} seeds, a fresh one {interval}" if num > 1 else f"with its one seed, {interval}"
         lines.append(f"{line['label']}: {line['change']:+.3f} {over}: {called}")
     return lines
 
 
 def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
-    """Of three changes or more: how many are real, by Holm and by the false-discovery rate, and the best one shrunk."""
+    """Of three changes or more: how many are significant, by Holm and by false-discovery rate, and the best shrunk."""
     rows, estimates = ranked["rows"], ranked["accuracy_change_shrunk"]
     if not rows or all(math.isnan(estimates[row]) for row in rows):
         return []
@@ -99,8 +102,9 @@ def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
     changes = {row: lines[row]["change"] if lines else run.numbers("accuracy_change")[row] for row in rows}
     best = max(rows, key=changes.__getitem__)
     label = lines[best]["label"] if lines else run.labels[best]
-    real = ranked["num_gains"] + ranked["num_losses"]
-    notes = [f"Real: {real} of {len(rows)} by Holm at 5%; {ranked['num_fdr']} at a false-discovery rate of 5%."]
+    num = ranked["num_gains"] + ranked["num_losses"]
+    by_rate = f"{ranked['num_fdr']} at a false-discovery rate of 5%"
+    notes = [f"Significant: {num} of {len(rows)} by Holm at 5%; {by_rate}."]
     raw, moved = f"{changes[best]:+.3f}", f"{estimates[best]:+.3f}"
     if not math.isnan(estimates[best]) and raw != moved:
         about = f"{label} {raw}, shrunk towards the mean of all {moved}"
@@ -109,7 +113,7 @@ def discovery_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
 
 
 def set_notes(run: FinishedRun, ranked: dict[str, Any]) -> list[str]:
-    """A line for each further set of questions: how many changes of accuracy on it are real, the best and the worst."""
+    """A line for each further set of questions: how many changes of accuracy are significant, the best, the worst."""
     notes = []
     for outcome in outcomes(run, ranked):
         if outcome["kind"] != "accuracy":

@@ -19,14 +19,14 @@ MOST_SHOWN = 40
 def transfer(run: FinishedRun) -> dict[str, Any] | None:
     """The table of changes of held-out losses, in the order of the ranking.
 
-    A change is real where its p-value, adjusted by Benjamini and Hochberg over all cells, is below ``alpha``.
+    A change is significant where its p-value, adjusted by Benjamini and Hochberg over all cells, is below ``alpha``.
 
     Returns:
         ``rows``: numbers of rows of the run's table, R of them; ``columns``: datasets, C; ``base``: their losses under
         the base, (C,); ``change``, ``low``, ``high``, ``fdr``: (R, C), None where nothing was measured; ``own``: each
         row's own column, None where it is not shown; ``num_examples``, (C,); ``num_rows``, ``num_columns``: before
         those with the smallest changes were left out; ``num_cells``, ``num_helped``, ``num_forgotten``: of all that are
-        not an adapter's own, how many there are, and how many are really lower and higher; ``sentence``. None where the
+        not an adapter's own, how many there are, and how many significantly lower, higher; ``sentence``. None where the
         run has no such table.
     """
     cells = _read_cells(run)
@@ -96,17 +96,21 @@ def _largest(cells: pd.DataFrame) -> pd.DataFrame:
     return cells[cells["row"].isin(rows) & cells["on_dataset"].isin(columns)]
 
 
-def _sentence(run: FinishedRun, real: pd.DataFrame) -> str:
-    """What helps what most, and what is forgotten most, of the cells that are real and no adapter's own."""
-    if real.empty:
-        return "No adapter really helps with another dataset, and none is really forgotten."
-    ordered = real.sort_values("loss_change")
+def _sentence(run: FinishedRun, significant: pd.DataFrame) -> str:
+    """What helps what most, and what is forgotten most, of the cells that are significant and no adapter's own."""
+    if significant.empty:
+        return "No adapter significantly helps with another dataset, and none is significantly forgotten."
+    ordered = significant.sort_values("loss_change")
     best, worst = ordered.iloc[0], ordered.iloc[-1]
-    helped = f"Helped most: {_told(run, best)}" if best["loss_change"] < 0 else "No other dataset is really helped"
-    forgotten = f"forgotten most: {_told(run, worst)}" if worst["loss_change"] > 0 else "none is really forgotten"
+    helped = (
+        f"Helped most: {_told(run, best)}" if best["loss_change"] < 0 else "No other dataset is significantly helped"
+    )
+    forgotten = (
+        f"forgotten most: {_told(run, worst)}" if worst["loss_change"] > 0 else "none is significantly forgotten"
+    )
     return f"{helped}; {forgotten}."
 
 
 def _told(run: FinishedRun, cell: pd.Series[Any]) -> str:
-    about = f"{cell['base_loss']:.2f} to {cell['loss']:.2f} nats a token"
+    about = f"{cell['base_loss']:.2f} to {cell['loss']:.2f} nats per token"
     return f"{cell['on_dataset']} by the adapter of {run.labels[int(cell['row'])]} ({about})"

@@ -52,7 +52,7 @@ GROUP_ALIGNMENT = 16
 class Step:
     """What one optimizer step did.
 
-    ``loss`` is in nats a supervised token; ``grad_norm`` is the global L2 norm before clipping.
+    ``loss`` is in nats per supervised token; ``grad_norm`` is the global L2 norm before clipping.
     """
 
     step: int
@@ -67,7 +67,7 @@ class StepGradient(NamedTuple):
     """The loss of a step, and how much it was computed from. The gradient itself is in the parameters' ``grad``."""
 
     loss: torch.Tensor
-    """One float64, in nats a supervised token, on the device: reading it waits for the GPU."""
+    """One float64, in nats per supervised token, on the device: reading it waits for the GPU."""
     num_tokens: int
     num_supervised: int
     num_examples: int = 0

@@ -140,7 +140,7 @@ def test_ctrl_c_before_anything_runs_is_one_line(monkeypatch, capsys):
     ("error", "code", "line"),
     [
         (StoppedError("Ray broke down."), 1, "Ray broke down. What is finished is kept: the same command without"),
-        (KeyboardInterrupt(), 130, "Stopped. What is finished is kept: the same command without --fresh goes on from"),
+        (KeyboardInterrupt(), 130, "Stopped. What is finished is kept: the same command without --fresh resumes from"),
         (UserError("a.json: empty"), 2, "raylora: a.json: empty"),
         (MachineError("a.json: gone"), 2, "raylora: a.json: gone"),
         (RemoteError("s3://a", "no"), 2, "raylora: s3://a: no"),

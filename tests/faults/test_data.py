@@ -41,4 +41,4 @@ def test_a_folder_that_is_gone_ends_the_run_in_a_line(site, tmp_path):
     shutil.rmtree(site.data / "chunk_1")
     shown, _ = process.communicate(timeout=200)
     assert process.returncode == 1, shown
-    assert shown.splitlines()[-1].endswith("What is finished is kept: the same command goes on from here.")
+    assert shown.splitlines()[-1].endswith("What is finished is kept: the same command resumes from here.")

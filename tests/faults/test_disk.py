@@ -33,7 +33,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_loses_nothing(small_disk, und
     shown = small_disk.run(expect=1)
     last = shown.strip().splitlines()[-1]
     assert "No space left on device" in last
-    assert "the same command goes on from here" in last
+    assert "the same command resumes from here" in last
     num_done = small_disk.num_done()
     assert 0 < num_done < len(undisturbed)
     remount(small_disk, "size=300m")
@@ -68,7 +68,7 @@ def test_a_disk_that_becomes_read_only_in_mid_run_is_the_last_line(small_disk):
     assert "Traceback" not in shown, shown
     last = shown.splitlines()[-1]
     assert "Read-only file system: make room" in last
-    assert last.endswith("What is finished is kept: the same command goes on from here.")
+    assert last.endswith("What is finished is kept: the same command resumes from here.")
     subprocess.run(["umount", "-l", place], check=True)
     small_disk.run()
     assert len(small_disk.rows()) == len(DATASETS)
@@ -82,7 +82,7 @@ def test_a_folder_that_is_removed_in_mid_run_costs_no_row(site):
     shown, _ = process.communicate(timeout=200)
     assert "Traceback" not in shown, shown
     if process.returncode:
-        assert shown.splitlines()[-1].endswith("the same command goes on from here.")
+        assert shown.splitlines()[-1].endswith("the same command resumes from here.")
     site.run()
     assert len(site.rows()) == len(DATASETS)
 

@@ -67,7 +67,7 @@ def test_ctrl_c_finishes_what_is_at_work_and_begins_nothing_new(shared_site, und
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     assert "Ctrl-C again stops now" in shown
-    assert "the same command goes on from here" in shown
+    assert "the same command resumes from here" in shown
     assert "Traceback" not in shown
     num_done = shared_site.num_done()
     assert 2 <= num_done < NUM_DATASETS
@@ -112,7 +112,7 @@ def test_ctrl_c_twice_stops_now(shared_site, undisturbed):
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=15)
     assert process.returncode == 130, shown
-    assert "the same command goes on from here" in shown
+    assert "the same command resumes from here" in shown
     assert "Traceback" not in shown
     shared_site.strike()
     check_that_it_goes_on(shared_site, undisturbed, [shared_site.num_done()])

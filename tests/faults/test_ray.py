@@ -43,7 +43,7 @@ def check_what_is_left(site, process: subprocess.Popen, code: int) -> str:
         assert len(pd.read_csv(site.output / "results.csv")) == num_done
         assert len(pd.read_parquet(site.output / "results.parquet")) == num_done
     last = shown.splitlines()[-1]
-    assert last.endswith("What is finished is kept: the same command goes on from here.")
+    assert last.endswith("What is finished is kept: the same command resumes from here.")
     return last
 
 

@@ -67,7 +67,7 @@ def test_a_sink_that_cannot_live_ends_the_run_in_a_line_and_the_next_one_goes_on
     shown = shared_site.run(expect=1)
     print(f"ended after {time.monotonic() - started:.0f} s, {shared_site.num_fired()} processes")
     assert "Ray broke down: " in shown.splitlines()[-1]
-    assert "the same command goes on from here" in shown.splitlines()[-1]
+    assert "the same command resumes from here" in shown.splitlines()[-1]
     num_done = shared_site.num_done()
     assert num_done > 0
     assert len(pd.read_parquet(shared_site.output / "results.parquet")) == num_done

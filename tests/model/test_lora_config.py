@@ -249,7 +249,7 @@ def test_only_an_adapter_of_this_base_is_gone_on_from(biased_folder, tmp_path):
     assert adapted_with(bare, taken, source, "none").target_modules == ("q_proj",)
     given = {"lora_r", "target_modules", "bias"}
     assert going_on(Method(init_adapter=str(tmp_path / "good"), lora_r=4, target_modules="q_proj"), given, source)
-    assert "--lora-r 8: the adapter that training goes on from" in refused(tmp_path / "good", {"lora_r"}, lora_r=8)
+    assert "--lora-r 8: the adapter whose training is continued" in refused(tmp_path / "good", {"lora_r"}, lora_r=8)
     assert "has none: leave" in refused(tmp_path / "good", {"rank_pattern"}, rank_pattern="q_proj=3")
     assert "--init eva" in refused(tmp_path / "good", {"init"}, init="eva")
     assert "nowhere: no adapter_config.json" in refused(tmp_path / "nowhere")

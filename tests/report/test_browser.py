@@ -126,14 +126,14 @@ def test_shrunk_changes_and_what_the_questions_can_show_are_on_the_page(open_pag
     assert "null" not in of_two.locator("#ranking").inner_text()
 
 
-def test_a_favourite_letter_that_moved_is_not_called_real(open_page, letters_run):
+def test_a_favourite_letter_that_moved_is_not_called_significant(open_page, letters_run):
     page = open_page(letters_run)
     assert names_of(page, "ranking") == ["knowledge", "only_letters"]
     rows = page.locator("#ranking tbody tr.row")
     assert "its favourite letter moved" in rows.nth(1).inner_text()
     assert "gain" in rows.nth(0).inner_text().split()
     about = page.locator("#ranking .note", has_text="95% intervals").inner_text()
-    assert "1 of 2 changes is real" in about
+    assert "1 of 2 changes is significant" in about
     assert "In 1, only McNemar's passes" in about
     assert "only_letters: the model answers D to 600 of 600 questions" in page.locator("#ranking").inner_text()
     assert "answers A to 100%" in page.locator("#tiles").inner_text()
@@ -204,7 +204,7 @@ def test_the_map_of_adapters_by_datasets_tells_its_cells(open_page, tmp_path):
     box = page.locator("#transfer canvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.9)
     assert re.search(
-        r"adapter of .*\non .* \(50 examples, .*\n.* nats a token, .* to ", page.locator("#tip").inner_text()
+        r"adapter of .*\non .* \(50 examples, .*\n.* nats per token, .* to ", page.locator("#tip").inner_text()
     )
     page.locator("#transfer summary").click()
     page.locator("#transfer tbody tr.row").nth(8).wait_for(state="attached")

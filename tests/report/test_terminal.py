@@ -88,7 +88,7 @@ def test_a_further_set_is_one_line(tmp_path):
 def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path):
     rows = write_run(tmp_path / "chunk", ["a", "b", "c"])
     text = " ".join(printed(rows, tmp_path / "chunk").split())
-    assert re.search(r"Real: \d of 3 by Holm at 5%; \d at a false-discovery rate of 5%\.", text)
+    assert re.search(r"Significant: \d of 3 by Holm at 5%; \d at a false-discovery rate of 5%\.", text)
     best = max(rows, key=lambda row: row.values["accuracy_change"]).values
     start = f"best of 3 noisy changes is partly luck: {best['dataset']} {best['accuracy_change']:+.3f}, shrunk towards"
     assert start in text
@@ -97,7 +97,7 @@ def test_of_three_changes_the_best_is_shrunk_and_both_adjustments_count(tmp_path
     base, _, _ = letter_scores()
     nothing = write_run(tmp_path / "nothing", ["a", "b", "c"], scores=(base, base, base, base))
     text = printed(nothing, tmp_path / "nothing")
-    assert "Real: 0 of 3" in text
+    assert "Significant: 0 of 3" in text
     assert "partly luck" not in text, "no change is the best of none"
 
 

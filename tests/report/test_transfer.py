@@ -83,7 +83,9 @@ def test_nothing_real_is_said_to_be_nothing(tmp_path):
     rows = write_run(tmp_path / "chunk", ["a", "b"], sizes=SIZES)
     write_transfer(tmp_path / "chunk", rows, num_examples=2)
     found = transfer(load_run(tmp_path / "chunk"))
-    assert found["sentence"] == "No adapter really helps with another dataset, and none is really forgotten."
+    assert (
+        found["sentence"] == "No adapter significantly helps with another dataset, and none is significantly forgotten."
+    )
     assert (found["num_helped"], found["num_forgotten"]) == (0, 0)
 
 

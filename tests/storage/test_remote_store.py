@@ -455,7 +455,7 @@ def test_a_store_that_goes_down_ends_the_run_within_a_minute(objects, options, t
         took = time.monotonic() - began
         assert process.returncode == 1, shown
         assert "Traceback" not in shown
-        assert shown.strip().splitlines()[-1].endswith("What is finished is kept: the same command goes on from here.")
+        assert shown.strip().splitlines()[-1].endswith("What is finished is kept: the same command resumes from here.")
         assert took < 70, shown
         proxy.clear()
         shown, _ = only_process(words, tmp_path / "m", text=True).communicate(timeout=300)

@@ -51,7 +51,7 @@ function drawLosses() {
   const ranked = ASKED.filter((i) => DATA.curves[i]);
   const marked = ranked.length >= 5 ? 2 : ranked.length >= 2 ? 1 : 0;
   const [up, down] = [new Set(ranked.slice(0, marked)), new Set(ranked.slice(ranked.length - marked))];
-  host.append(note("Mean cross entropy of the supervised tokens at each optimizer step, in nats a token; a long curve is drawn by the means of 80 stretches. ",
+  host.append(note("Training loss at each optimizer step: mean cross-entropy of the supervised tokens, in nats per token; a long curve is drawn by the means of 80 stretches. ",
     marked ? `Coloured: the ${marked === 1 ? "best and the worst change" : `${marked} best and the ${marked} worst changes`} in accuracy. ` : "",
     "A low loss says that the answers are easy to learn, not that they help."));
   const unit = el("select", { "aria-label": "Horizontal axis" }, el("option", { value: "step" }, "optimizer steps"), el("option", { value: "share" }, "share of the training"));
@@ -79,7 +79,7 @@ function drawLosses() {
     const useLog = log.checked && positive.length > 0;
     const [low, high] = useLog ? extent(positive) : extent([0, ...everything]);
     const x = { low: share ? 0 : 1, high: share ? 1 : Math.max(2, ...lengths), title: share ? "share of the training" : "optimizer step", tick: share ? (v) => percent(v, 0) : null };
-    const at = axes(figure, width, height, x, { low, high: high * 1.03, log: useLog, zero: true, title: "loss (nats a token)" }, width < 700 ? 14 : Math.min(260, 6.6 * longestLabel + 40));
+    const at = axes(figure, width, height, x, { low, high: high * 1.03, log: useLog, zero: true, title: "loss (nats per token)" }, width < 700 ? 14 : Math.min(260, 6.6 * longestLabel + 40));
     drawn = [];
     paths.clear();
     const order = [...rows.filter((i) => !up.has(i) && !down.has(i)), ...down, ...up];
@@ -122,7 +122,7 @@ function drawLosses() {
     if (i !== hovered) { hovered = i; mark(); }
     if (point === null) { hideTip(); return; }
     const { steps, losses } = DATA.curves[i];
-    showTip(event, DATA.labels[i], `step ${short(Math.round(steps[point.k]))} of ${short(Math.round(steps.at(-1)))}: ${losses[point.k].toFixed(3)} nats a token`, CHANGE[i] === null ? null : `change ${pointsOf(i)}`);
+    showTip(event, DATA.labels[i], `step ${short(Math.round(steps[point.k]))} of ${short(Math.round(steps.at(-1)))}: ${losses[point.k].toFixed(3)} nats per token`, CHANGE[i] === null ? null : `change ${pointsOf(i)}`);
   });
   figure.addEventListener("pointerleave", () => { hovered = null; mark(); hideTip(); });
   figure.addEventListener("click", (event) => { const point = nearest(drawn, event, figure, 30); if (point) choose(point.i); });
@@ -137,7 +137,7 @@ function drawFeatures() {
   const found = DATA.features;
   const measured = found.columns.filter((f) => f.num_measured > 0);
   if (!measured.length) {
-    host.append(note("No feature was measured: the features stage was not run, or no row of it is good."));
+    host.append(note("No feature was measured: the features stage was not run, or none of it succeeded."));
     return;
   }
   const tested = found.num_tested > 0;

@@ -33,7 +33,7 @@ function drawSubjects() {
   const [fewest, most] = extent(found.sizes);
   host.append(note(
     "Change from the base by subject, in percentage points. ",
-    el("b", {}, `${count(numReal, "cell")} of ${(rows.length * order.length).toLocaleString("en")} ${numReal === 1 ? "is" : "are"} real`),
+    el("b", {}, `${count(numReal, "cell")} of ${(rows.length * order.length).toLocaleString("en")} ${numReal === 1 ? "is" : "are"} significant`),
     " (dotted): the p-values of McNemar's exact test and of balanced accuracy's change are both below 0.05, Holm-adjusted over each experiment's subjects. ",
     `A subject has ${fewest === most ? fewest : `${fewest} to ${most.toLocaleString("en")}`} questions: a single one moves a cell by ${fewest === most ? "" : "up to "}${(100 / fewest).toFixed(1)} points, so most of what is pale is chance.`,
     found.num_left_out ? ` ${count(found.num_left_out, "experiment")} left out: the answers are missing.` : ""));
@@ -51,7 +51,7 @@ function drawSubjects() {
       const subject = `${found.names[s].replaceAll("_", " ")} (${count(found.sizes[s], "question")}, base ${percent(found.base[s])})`;
       if (i === undefined) return [subject];
       if (i === null) return [`mean of ${count(rows.length, "experiment")}`, subject, `${points(mean[s])} points`];
-      return [DATA.labels[i], subject, `${points(change(i, s))} points: ${found.rows[i].gained[s]} gained, ${found.rows[i].lost[s]} lost`, `Holm p ${pValue(found.rows[i].holm[s])}${real(i, s) ? ": real" : found.rows[i].verdicts[s] === "letter" ? ": its favourite letter moved" : ""}`];
+      return [DATA.labels[i], subject, `${points(change(i, s))} points: ${found.rows[i].gained[s]} gained, ${found.rows[i].lost[s]} lost`, `Holm p ${pValue(found.rows[i].holm[s])}${real(i, s) ? ": significant" : found.rows[i].verdicts[s] === "letter" ? ": its favourite letter moved" : ""}`];
     },
   });
   sort.addEventListener("change", () => {
@@ -65,7 +65,7 @@ function drawSubjects() {
  * A heat map of experiments by columns; `show` gives it other rows.
  *
  * spec: `rows` (experiments), `columns` (keys), `value(i, c)` (null: nothing was measured), `limit` (the value of the
- * deepest colour), `real(i, c)` (dotted), `tip(i, c)` (lines of the tooltip; i null: the mean, undefined: the heading),
+ * deepest colour), `real(i, c)` (significant: dotted), `tip(i, c)` (lines of the tooltip; i null: the mean, undefined: the heading),
  * `columnLabel(c)`, `label` (of the picture), `scaleBar`; perhaps `mean` (by column), `groups` of columns, `own(i)` (the
  * column that is outlined), `widest` (pixels of a cell).
  */
@@ -226,7 +226,7 @@ function subjectTable(host, found, order, rows, change, real, mean) {
       { key: "size", title: "Questions", value: (s) => found.sizes[s], text: (s) => String(found.sizes[s]), num: true, width: 90, from: 560 },
       { key: "base", title: "Base", hint: "Accuracy of the base", value: (s) => found.base[s], text: (s) => percent(found.base[s]), num: true, width: 74 },
       { key: "mean", title: "Mean", hint: "Mean change over experiments, points", value: (s) => mean[s], text: (s) => points(mean[s]), num: true, width: 70 },
-      { key: "real", title: "Real", hint: "Experiments with a real change", value: (s) => num[s], text: (s) => String(num[s]), num: true, width: 58 },
+      { key: "real", title: "Significant", hint: "Experiments with a significant change", value: (s) => num[s], text: (s) => String(num[s]), num: true, width: 96 },
       { key: "best", title: "Best", value: (s) => change(best[s], s), text: titled(best), first: "descending", from: 760 },
       { key: "worst", title: "Worst", value: (s) => change(worst[s], s), text: titled(worst), from: 900 },
     ], { name: "subjects", rows: order, sort: "mean", search: (s) => `${found.names[s].replaceAll("_", " ")} ${found.groups[s]}`, height: 460, onRow: null });

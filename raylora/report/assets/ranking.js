@@ -37,12 +37,12 @@ function drawTiles() {
     const asked = numbers("total_questions")[best];
     add("Base model on MMLU", percent(base), `${stderr === null ? "" : `± ${(100 * stderr).toFixed(1)} (standard error${clustered === null ? "" : `; ${(100 * clustered).toFixed(1)} for other questions and subjects like these`}), `}${asked === null ? "" : count(asked, "question")}${favourite("base_", best)}`);
     add("Best change", `${points(lineOf(best).change)} points`, `${lineOf(best).label}${isReal(best) ? "" : `: ${verdict(best)}`}`, tone(best) === "none" ? "" : tone(best));
-    add("Real changes", `${gains} up, ${losses} down`, `of ${RANKED.length}; ${SEEDS ? "over seeds and questions" : "McNemar's test"}, Holm-adjusted, 5%, and balanced accuracy`);
+    add("Significant changes", `${gains} up, ${losses} down`, `of ${RANKED.length}; ${SEEDS ? "over seeds and questions" : "McNemar's test"}, Holm-adjusted, 5%, and balanced accuracy`);
   }
   const seconds = DATA.costs.totals.reduce((a, b) => a + (b || 0), 0);
   add(DATA.costs.gpus.length ? "GPU time" : "Worker time", duration(seconds), DATA.costs.gpus.length ? [...new Set(DATA.costs.gpus)].join(", ") : "one process a worker");
   const bad = NUM_ROWS - good;
-  add("Failed", String(bad), bad ? "with cause and fix below" : `all ${count(good, "experiment")} are good`, bad ? "loss" : "");
+  add("Failed", String(bad), bad ? "with cause and fix below" : `all ${count(good, "experiment")} succeeded`, bad ? "loss" : "");
 }
 
 /** How often two trainings on the same data would count as different. */
@@ -50,19 +50,19 @@ function aboutPairs() {
   const { num_pairs: pairs, num_pairs_real: differ, num_held_out: heldOut, num_held_out_real: real } = SEEDS;
   if (!pairs) return "No answers question by question (scores.parquet) are here: without them there is no interval over seeds.";
   const one = `A/A pairs, two trainings on the same data with other seeds: by McNemar's test alone, as for one seed, ${differ} of ${count(pairs, "pair")} (${percent(differ / pairs, 0)}) differ. `;
-  if (!heldOut) return `${one}With three seeds or more, the page also says how often the interval over seeds would call one real.`;
+  if (!heldOut) return `${one}With three seeds or more, the page also says how often the interval over seeds would call one significant.`;
   return `${one}By the interval over seeds, each training in turn taken for the base of the others, ${real} of ${heldOut} (${percent(real / heldOut, 0)}) count as changed; 5% are to be expected.`;
 }
 
 const HAS_SHRUNK = RANKED.some((i) => SHRUNK[i] !== null);
-/** What can be ranked by: accuracy, which decides what is real on the rest of the page, and other outcomes. */
+/** What can be ranked by: accuracy, which decides what is significant on the rest of the page, and other outcomes. */
 const BY_ACCURACY = { title: "accuracy", column: "accuracy_change", line: lineOf, holm: HOLM, verdicts: VERDICT, digits: 1 };
 const RANKINGS = [BY_ACCURACY, ...DATA.outcomes.map((o) => ({ ...o, line: (i) => ({ ...lineOf(i), ...o.lines[i] }), digits: o.kind === "correct_probability" ? 2 : 1 }))];
 
 function drawRanking() {
   const host = body("ranking");
   if (!RANKED.length) {
-    host.append(note(NUM_ROWS ? "No good row has an MMLU accuracy: without the mmlu stage there is no change to rank." : "The table has no rows yet."));
+    host.append(note(NUM_ROWS ? "No experiment that succeeded has an MMLU accuracy: without the mmlu stage there is no change to rank." : "The table has no rows yet."));
     return;
   }
   const figure = el("div");
@@ -81,11 +81,11 @@ function aboutAccuracy() {
     note(
       "Change in MMLU accuracy in percentage points, adapter minus base on the same questions, with 95% intervals ",
       SEEDS ? "that hold what a training with a fresh seed would change, on all questions like these: they count the noise of the seeds and that of the questions. Small dots are the seeds, large ones their mean. " : "(Tango's score interval, corrected for continuity). ",
-      el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} real`),
+      el("b", {}, `${gains + losses} of ${count(RANKED.length, "change")} ${gains + losses === 1 ? "is" : "are"} significant`),
       ` (filled): the p-values of ${SEEDS ? "the change of accuracy over seeds" : "McNemar's exact test of accuracy"} and of the change of balanced accuracy (the mean over the right letters) are both below ${ALPHA}, Holm-adjusted over all ${RANKED.length}, and both changed to the same side. `,
       letters ? `In ${letters}, ${SEEDS ? "only that of accuracy" : "only McNemar's"} passes, and balanced accuracy did not change: its favourite letter moved. A model that comes to prefer another letter gains where that letter happens to be right. ` : "",
       `The chance of even one false mark is at most 5%. Unadjusted, ${raw} would pass, where about ${short(Number((ALPHA * RANKED.length).toPrecision(2)))} would by chance alone if nothing had changed.`,
-      RANKED.length > 1 ? ` Where a few false ones among them do no harm: by the false-discovery rate (Benjamini and Hochberg, 5%) ${discovered} ${discovered === 1 ? "is" : "are"} real, of which 5% may be false on average.` : "",
+      RANKED.length > 1 ? ` Where a few false ones among them do no harm: by the false-discovery rate (Benjamini and Hochberg, 5%) ${discovered} ${discovered === 1 ? "is" : "are"} significant, of which 5% may be false on average.` : "",
     ),
     ...(DATA.power ? [note(`${DATA.power}.`)] : []),
     ...(HAS_SHRUNK ? [note(`Shrunk: the greatest of ${RANKED.length} noisy changes is partly luck, so each is moved towards the mean of all, by as much as its own noise asks for (empirical Bayes). A single true change among hundreds that are none is moved too far: there, look at its p-value.`)] : []),
@@ -108,7 +108,7 @@ function aboutOutcome({ kind, set, title, verdicts, power }) {
     note(
       `Change in ${title} in percentage points, adapter minus base on the same questions, with 95% intervals. `,
       ABOUT[kind].meaning,
-      el("b", {}, `${real} of ${count(RANKED.length, "change")} ${real === 1 ? "is" : "are"} real`),
+      el("b", {}, `${real} of ${count(RANKED.length, "change")} ${real === 1 ? "is" : "are"} significant`),
       ` (filled): the p-value of ${ABOUT[kind].test} is below ${ALPHA}, Holm-adjusted over all ${RANKED.length}.`,
       SEEDS && (set || kind === "correct_probability") ? " Of datasets with several seeds only the mean is shown, without an interval." : "",
     ),
@@ -127,7 +127,7 @@ function drawRankingBy(host, ranking) {
   const verdict = (i) => (verdicts[i] === "letter" ? "its favourite letter moved" : verdicts[i]);
   const order = RANKED.slice().sort((a, b) => (line(b).change ?? -Infinity) - (line(a).change ?? -Infinity));
   host.append(...(isAccuracy ? aboutAccuracy() : aboutOutcome(ranking)));
-  const keys = [["gain", "real gain", true], ["loss", "real loss", true], ["none", "undecided", false]];
+  const keys = [["gain", "significant gain", true], ["loss", "significant loss", true], ["none", "undecided", false]];
   host.append(el("div", { class: "keys" }, ...keys.map(([name, text, filled]) => el("span", { class: "key" }, el("i", { style: { borderColor: `var(--${name})`, background: filled ? `var(--${name})` : "none" } }), text))));
 
   const known = (name) => RANKED.map((i) => line(i)[name]).filter((v) => v !== null);
@@ -167,7 +167,7 @@ function drawRankingBy(host, ranking) {
     { key: "p", title: "p", hint: SEEDS ? "Over seeds and questions, unadjusted" : isAccuracy ? "McNemar's exact test of accuracy, unadjusted" : `Of ${title}, unadjusted`, value: (i) => line(i).p_value, text: (i) => pValue(line(i).p_value), num: true, width: 70, from: 960, first: "ascending" },
     { key: "holm", title: "Holm p", hint: `${SEEDS || !isAccuracy ? "That p" : "McNemar's p of accuracy"}, adjusted over ${RANKED.length} changes`, value: (i) => holm[i], text: (i) => pValue(holm[i]), num: true, width: 74, from: 640, first: "ascending" },
     ...(RANKED.length > 1 && isAccuracy ? [{ key: "fdr", title: "FDR p", hint: "That p, adjusted by Benjamini and Hochberg: of those below 5%, 5% are false on average", value: (i) => FDR[i], text: (i) => pValue(FDR[i]), num: true, width: 64, from: 1080, first: "ascending" }] : []),
-    { key: "verdict", title: "Real?", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
+    { key: "verdict", title: "Verdict", value: verdict, text: verdict, width: letters ? 206 : 112, from: 860, tone: (i) => (isReal(i) ? tone(i) : "faded") },
     ...(HAS_SHRUNK && isAccuracy ? [] : [{ key: "accuracy", title: "Accuracy", value: accuracy, text: (i) => percent(accuracy(i)), num: true, width: 86, from: 1000 }]), // no room beside the others; the table of all columns has it
   ], { name: "ranking", rows: order, sort: "plot", search: (i) => `${line(i).label} ${verdict(i)}`, height: 760 });
 }

@@ -1,4 +1,4 @@
-// Time and cost, failures and oddities, the whole table; then everything is drawn.
+// Time and cost, failures and warnings, the whole table; then everything is drawn.
 
 function drawTime() {
   const host = body("time");
@@ -62,7 +62,7 @@ function drawFailures() {
       log(failures)], { name: "failures", rows: failures.map((_, k) => k), sort: "name", descending: false, search: (k) => `${DATA.labels[failures[k].row]} ${failures[k].cause} ${failures[k].fix}`, wrap: failures.length <= 60, height: 420, onRow: null });
   }
   if (oddities.length) {
-    host.append(el("h3", {}, "No failure, and worth a look"));
+    host.append(el("h3", {}, "Warnings: no failure, and worth a look"));
     new Table(host, [name(oddities), { key: "what", title: "What", value: (k) => oddities[k].what, text: (k) => oddities[k].what }, log(oddities)],
       { name: "oddities", rows: oddities.map((_, k) => k), sort: "name", descending: false, search: (k) => `${DATA.labels[oddities[k].row]} ${oddities[k].what}`, wrap: oddities.length <= 12, height: 300, whole: 8, onRow: null });
   }

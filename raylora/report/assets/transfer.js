@@ -19,8 +19,8 @@ function drawTransfer() {
   const left = found.num_rows > found.rows.length || found.num_columns > columns.length;
   host.append(note(
     el("b", {}, found.sentence),
-    ` Of ${cells} pairs of an adapter and another dataset ${found.num_helped.toLocaleString("en")} ${found.num_helped === 1 ? "is" : "are"} really better and ${found.num_forgotten.toLocaleString("en")} really worse than with the base (dotted): the p-value of the paired t-test over a dataset's held-out conversations is below ${found.alpha} by the false-discovery rate over all cells, so that 5% of them may be false. `,
-    "A cell is the change of the mean loss, in nats a token, on examples that trainings left out; those of the adapter's own dataset are outlined.",
+    ` Of ${cells} pairs of an adapter and another dataset ${found.num_helped.toLocaleString("en")} ${found.num_helped === 1 ? "is" : "are"} significantly better and ${found.num_forgotten.toLocaleString("en")} significantly worse than with the base (dotted): the p-value of the paired t-test over a dataset's held-out conversations is below ${found.alpha} by the false-discovery rate over all cells, so that 5% of them may be false. `,
+    "A cell is the change of the mean loss, in nats per token, on examples that trainings left out; those of the adapter's own dataset are outlined.",
     left ? ` Shown are the ${found.rows.length} adapters and ${columns.length} datasets with the greatest changes, of ${found.num_rows.toLocaleString("en")} and ${found.num_columns.toLocaleString("en")}: ` : " ",
     el("a", { href: "transfer.csv" }, "transfer.csv"), " has all."));
   const sort = el("select", { "aria-label": "Order of the adapters" }, el("option", { value: "ranking" }, "the ranking"), el("option", { value: "name" }, "name"), ...columns.map((c) => el("option", { value: c }, found.columns[c])));
@@ -34,11 +34,11 @@ function drawTransfer() {
     columnLabel: (c) => found.columns[c],
     tip(i, c) {
       if (c === undefined) return [`adapter of ${DATA.labels[i]}`];
-      const dataset = `on ${found.columns[c]} (${count(found.num_examples[c], "example")}, base ${short(found.base[c])} nats a token)`;
+      const dataset = `on ${found.columns[c]} (${count(found.num_examples[c], "example")}, base ${short(found.base[c])} nats per token)`;
       if (i === undefined) return [dataset];
       if (!isNumber(change(i, c))) return [`adapter of ${DATA.labels[i]}`, dataset, "not measured"];
       const interval = isNumber(at(found.low, i, c)) ? `, ${nats(at(found.low, i, c))} to ${nats(at(found.high, i, c))}` : "";
-      return [`adapter of ${DATA.labels[i]}`, dataset, `${nats(change(i, c))} nats a token${interval}`, `FDR p ${pValue(at(found.fdr, i, c))}${real(i, c) ? (change(i, c) < 0 ? ": really better" : ": really worse") : ""}${isOwn(i, c) ? "; its own dataset" : ""}`];
+      return [`adapter of ${DATA.labels[i]}`, dataset, `${nats(change(i, c))} nats per token${interval}`, `FDR p ${pValue(at(found.fdr, i, c))}${real(i, c) ? (change(i, c) < 0 ? ": significantly better" : ": significantly worse") : ""}${isOwn(i, c) ? "; its own dataset" : ""}`];
     },
   });
   sort.addEventListener("change", () => {
@@ -67,7 +67,7 @@ function transferTable(host, found, columns, change, real, isOwn, nats) {
       { key: "own", title: "Own", hint: "Change of the loss on its own dataset's held-out examples", value: (k) => lines[k].own, text: (k) => nats(lines[k].own), num: true, width: 84, first: "ascending" },
       { key: "helped", title: "Best of the others", value: valued("helped"), text: titled("helped"), first: "ascending", from: 620 },
       { key: "worst", title: "Worst of the others", value: valued("worst"), text: titled("worst"), first: "descending", from: 820 },
-      { key: "forgotten", title: "Forgotten", hint: "Other datasets shown here that became really worse", value: (k) => lines[k].forgotten, text: (k) => String(lines[k].forgotten), num: true, width: 96 },
+      { key: "forgotten", title: "Forgotten", hint: "Other datasets shown here that became significantly worse", value: (k) => lines[k].forgotten, text: (k) => String(lines[k].forgotten), num: true, width: 96 },
     ], { name: "transfer", rows: lines.map((_, k) => k), sort: "own", descending: false, search: (k) => DATA.labels[lines[k].i], height: 420, onRow: null });
   });
 }
