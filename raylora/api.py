@@ -1,24 +1,31 @@
-"""The Python API, with the names of the research code that users come from; it calls what the commands call."""
+"""The Python API, with the names of the research code that users come from; it calls what the commands call.
+
+``raylora.run``, which is new, is in ``run/from_python.py``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from pydantic import ValidationError
+
+from raylora.config.keywords import ConfigKeywords, EvaluationKeywords, RunKeywords
 from raylora.config.method import Method
 from raylora.config.options import MASKED, ModelOptions
 from raylora.config.run import Config, EvaluationConfig, load_config
-from raylora.config.sources import load_settings
+from raylora.config.sources import explain, load_settings
 from raylora.console import make_console
 from raylora.data import datasets
 from raylora.data.columns import check_columns
 from raylora.data.encoding import StoredEncoded, encode_each
 from raylora.data.rendered import TemplateCounts
 from raylora.data.template_check import hold_to_counts
-from raylora.errors import ErrorKind, UserError
+from raylora.errors import ErrorKind, OutOfMemoryError, UserError, one_line
 from raylora.experiment.story import run_experiment as run_planned_experiment
 from raylora.experiment.workbench import Workbench, use_threads
 from raylora.mmlu.prompts import encode_questions, thinking_of
@@ -29,6 +36,7 @@ from raylora.model.adapter_files import ONLY_IN_LAYERS, check_adapter, note_on_b
 from raylora.model.adapters import LoadedModel
 from raylora.model.loading import as_loaded, borrowed, context_window, load_model
 from raylora.model.lora_config import check_options, going_on
+from raylora.model.memory import is_out_of_memory
 from raylora.planning.plan import find_files, make_plan
 from raylora.records import Dataset, Example, Score
 from raylora.rows import load_results
@@ -56,9 +64,14 @@ class FineTuner:
         UserError: an option is unknown or its value does not fit.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[ConfigKeywords]) -> None:
         self.config: Config = load_config(**options)
         self._loaded: LoadedModel | None = None
+
+    def __repr__(self) -> str:
+        given = sorted({"model", "quantization", *self.config.model_fields_set})
+        options = ", ".join(f"{name}={getattr(self.config, name)!r}" for name in given)
+        return f"FineTuner({options}): {'the model is loaded' if self._loaded else 'no model is loaded yet'}"
 
     def prepare_context_dataset(self, path: str | Path) -> Dataset:
         """Read a dataset file in any of the formats of the batch command, or ``hf://datasets/org/name`` of the hub.
@@ -107,14 +120,14 @@ class FineTuner:
             ``adapter_path``.
 
         Raises:
-            pydantic.ValidationError: a hyperparameter is unknown, or its value does not fit.
-            UserError: no example has a supervised token, or the chat template refuses all, or cuts most answers.
+            UserError: a hyperparameter is unknown, or its value does not fit; no example has a supervised token; or the
+                chat template refuses all, or cuts most answers.
             TrainingDivergedError: the loss became infinite or NaN.
-            torch.OutOfMemoryError: a single example does not fit.
+            OutOfMemoryError: a single example does not fit; a RayloraError, too.
         """
         if self._loaded is None or self._loaded.model is not model:
             self._loaded = as_loaded(model, tokenizer)
-        loaded, method = self._loaded, Method(**lora_config_info)
+        loaded, method = self._loaded, _method_of(lora_config_info)
         if not isinstance(dataset, Dataset):
             dataset = Dataset("", tuple(dataset), len(dataset), 0)
         seed = (dataset.seed ^ method.seed) % 2**62
@@ -124,7 +137,8 @@ class FineTuner:
         encoded = StoredEncoded(encode_each(tokenizer, ordered, method.max_length, counts))
         parameters = loaded.attach(method, seed, examples=encoded)
         note = hold_to_counts(replace(dataset, examples=ordered), counts).template_note
-        result = train_adapter(loaded, parameters, encoded, method, seed)
+        with _memory_explained():
+            result = train_adapter(loaded, parameters, encoded, method, seed)
         if output_dir is not None:
             loaded.save_adapter(Path(output_dir))
         metrics = {**vars(result.metrics), "train_runtime": result.metrics.train_seconds}
@@ -137,7 +151,9 @@ class FineTuner:
         }
 
 
-def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **options: Any) -> dict[str, Any]:
+def run_experiment(
+    dataset_path: str | Path, max_samples: int | None = None, **options: Unpack[RunKeywords]
+) -> dict[str, Any]:
     """Run one dataset through all stages in this process, without Ray.
 
     Args:
@@ -174,7 +190,9 @@ def run_experiment(dataset_path: str | Path, max_samples: int | None = None, **o
     return legacy_result(row)
 
 
-def process_folder(folder_name: str, max_samples: int | None = None, **options: Any) -> list[dict[str, Any]]:
+def process_folder(
+    folder_name: str, max_samples: int | None = None, **options: Unpack[RunKeywords]
+) -> list[dict[str, Any]]:
     """Run all datasets of a chunk, on every GPU, as the batch command does.
 
     Args:
@@ -200,7 +218,7 @@ def evaluate_mmlu(
     dataset_path: str | Path | None = None,
     batch_size: int = 4,
     max_samples: int | None = None,
-    **options: Any,
+    **options: Unpack[EvaluationKeywords],
 ) -> dict[str, Any]:
     """Load a model, with or without an adapter, and score it on MMLU.
 
@@ -216,7 +234,7 @@ def evaluate_mmlu(
     Raises:
         UserError: the model, the adapter or the questions cannot be used.
     """
-    config = _evaluation_config(dataset_path, max_samples, {"model": base_model_path, **options})
+    config = _evaluation_config(dataset_path, max_samples, {**options, "model": base_model_path})
     if adapter_path is not None:
         check_adapter(Path(adapter_path))
     for name in config.question_sets:  # so that a bad file is an error before the model is loaded
@@ -235,7 +253,7 @@ def evaluate_mmlu_with_model(
     dataset_path: str | Path | None = None,
     batch_size: int = 4,
     max_samples: int | None = None,
-    **options: Any,
+    **options: Unpack[EvaluationKeywords],
 ) -> dict[str, Any]:
     """Score a loaded model on MMLU as it is now, its active adapter included; arguments as in ``evaluate_mmlu``.
 
@@ -259,7 +277,7 @@ def evaluate_mmlu_with_model(
 
 
 def _evaluation_config(
-    dataset_path: str | Path | None, max_samples: int | None, options: dict[str, Any]
+    dataset_path: str | Path | None, max_samples: int | None, options: Mapping[str, Any]
 ) -> EvaluationConfig:
     given = _given(mmlu=str(dataset_path) if dataset_path is not None else None, max_samples=max_samples, **options)
     return load_settings(EvaluationConfig, None, "evaluate_mmlu", **given)
@@ -281,7 +299,7 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
             thinking,
             config.scoring,
         )
-        with borrowed(model, tokenizer) as loaded:
+        with _memory_explained(), borrowed(model, tokenizer) as loaded:
             score = evaluate(
                 loaded,
                 encoded,
@@ -298,6 +316,25 @@ def _evaluate_with(config: EvaluationConfig, model: Any, tokenizer: Any) -> dict
     }
     first = results.pop("")
     return {**first, "sets": results} if results else first
+
+
+def _method_of(values: dict[str, Any]) -> Method:
+    try:
+        return Method(**values)
+    except ValidationError as error:
+        raise UserError(explain(Method, error)) from None
+
+
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Raise raylora's own error where memory runs out: torch has several, of which some are a plain RuntimeError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = "lower max_length or token_budget, or quantization='4bit'"
+        raise OutOfMemoryError(f"a single example does not fit: {fix} ({one_line(error)})") from error
 
 
 def _config(**options: Any) -> Config:

@@ -67,7 +67,14 @@ class RayloraError(Exception):
             self.kind = kind
 
 
-class UserError(RayloraError, ValueError):
+class OneLineError(RayloraError):
+    """One whose text says all: a notebook shows it without a traceback, as the commands do."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(OneLineError, ValueError):
     """Something the user can fix. Its text is one line that names the file, the place and the fix."""
 
     kind = ErrorKind.USAGE
@@ -96,7 +103,7 @@ class NoFilesError(UserError):
     """The repository holds no file of a dataset that is read here."""
 
 
-class MachineError(RayloraError):
+class MachineError(OneLineError):
     """This machine cannot do the work, and another one may: the data is not the cause.
 
     Attributes:
@@ -190,7 +197,7 @@ class PartialInputError(RayloraError, RuntimeError):
     """A module got a part of a pass's tokens only, as experts do: groups of tokens cannot be followed there."""
 
 
-class StoppedError(RayloraError, RuntimeError):
+class StoppedError(OneLineError, RuntimeError):
     """The run ended before every experiment had a row; what is finished is kept."""
 
     kind = ErrorKind.STOPPED

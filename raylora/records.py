@@ -125,7 +125,7 @@ class Dataset:
     """What a dataset file holds, in the file's order."""
 
     path: str
-    examples: Sequence[Example]
+    examples: Sequence[Example] = field(repr=False)
     """A tuple, or a sequence on disk that reads an example whenever it is used."""
     num_items: int
     """Records in the file, good and bad."""

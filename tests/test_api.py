@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
+import raylora
 from raylora import api, evaluate_mmlu_with_model, rows
-from raylora.errors import UserError
+from raylora.errors import OutOfMemoryError, RayloraError, UserError
+from tests.helpers import ROOT
 from tests.helpers.chunks import write_dataset
 
 
@@ -65,3 +70,64 @@ def test_a_model_that_is_loaded_already_is_evaluated_as_it_is(tiny_model, tokeni
     assert found["total_questions"] == 6
     assert found["correct_questions"] == found["questions"]["correct"].sum()
     assert found["overall_accuracy"] == found["correct_questions"] / 6
+
+
+def test_every_public_name_is_listed_and_there():
+    assert set(raylora.__all__) <= set(dir(raylora))
+    assert "__version__" in dir(raylora)
+    assert all(callable(getattr(raylora, name)) for name in raylora.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'proces_folder'") as caught:
+        raylora.proces_folder  # noqa: B018
+    assert caught.value.name == "proces_folder"
+
+
+def test_results_are_loaded_without_torch(forty):
+    code = "import sys, raylora; raylora.load_results(sys.argv[1]); print({'torch', 'ray', 'sklearn'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(forty)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_what_fails_is_an_error_of_raylora(options, tmp_path, monkeypatch):
+    tuner = api.FineTuner(**options)
+    assert "no model is loaded yet" in repr(tuner)
+    dataset = tuner.prepare_context_dataset(write_dataset(tmp_path, "data"))
+    assert "num_items=8" in repr(dataset)
+    assert "What is" not in repr(dataset)
+    model, tokenizer, lora = tuner.prepare_model()
+    with pytest.raises(UserError, match="--lora-r: input should be greater than or equal to 1, got '0'"):
+        tuner.train(dataset, model, tokenizer, {**lora, "lora_r": 0})
+
+    def full(*_):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(api, "train_adapter", full)
+    with pytest.raises(OutOfMemoryError, match="lower max_length"):
+        tuner.train(dataset, model, tokenizer, lora)
+    assert issubclass(OutOfMemoryError, RayloraError)
+
+
+USER_FILE = """\
+import raylora
+
+run = raylora.run("folder", model="demo", lora_r=8, target_modules=["q_proj"], quantization="none")
+reveal_type(run.table)
+reveal_type(run.report)
+raylora.process_folder("chunk_001", max_samples=10, lora_rank=8)
+raylora.run("folder", num_epochs="three")
+raylora.proces_folder("chunk_001")
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_options_and_the_results(tmp_path):
+    (tmp_path / "user.py").write_text(USER_FILE)
+    config = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    command = [sys.executable, "-m", "mypy", *config, str(tmp_path / "user.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=500)
+    lines = [line.partition("user.py:")[2] for line in done.stdout.splitlines() if "user.py:" in line]
+    assert [line.partition(":")[0] for line in lines if " note: " not in line] == ["6", "7", "8"], done.stdout
+    assert "DataFrame" in done.stdout
+    assert "pathlib.Path" in done.stdout
+    assert 'Unexpected keyword argument "lora_rank" for "process_folder"' in done.stdout

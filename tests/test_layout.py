@@ -34,7 +34,8 @@ def files_without_a_module(tests: Path, package: Path) -> list[str]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name.strip("_").isidentifier()
+    """``_repr_html_`` and such are names that notebooks call."""
+    return name.startswith("_") and not name.startswith("__") and not name.endswith("_") and name[1:].isidentifier()
 
 
 def private_names_of(package: Path) -> set[str]:

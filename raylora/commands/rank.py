@@ -28,6 +28,7 @@ from raylora.errors import UserError
 from raylora.planning.plan import Plan, find_files, make_plan
 from raylora.predict.predictor import Predictor, load_predictor
 from raylora.predict.ranking import rank
+from raylora.predict.sentences import summary_of
 from raylora.records import Experiment, ResultRow
 from raylora.run.execute import run_pending
 from raylora.storage.atomic import write_atomically
@@ -73,8 +74,8 @@ def print_ranking(ranking: pd.DataFrame, predictor: Predictor, console: Console)
     for name in ("train", "dataset", "prediction", "interval", "best of all", "best so far"):
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=name != "dataset")
     for _, row in ranking[ranking["error"] == ""].iterrows():
-        numbers = [f"{row.prediction:.4f}", f"{row.low:.4f} {row.high:.4f}", f"{row.chance_best:.0%}"]
-        cells = (str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:.4f}")
+        numbers = [f"{row.prediction:z.4f}", f"{row.low:z.4f} {row.high:z.4f}", f"{row.chance_best:.0%}"]
+        cells = (str(row["rank"]) if row.train else "-", str(row.dataset), *numbers, f"{row.expected_best:z.4f}")
         table.add_row(*cells)
     console.print(table)
     for _, row in ranking[ranking["error"] != ""].iterrows():
@@ -114,6 +115,7 @@ def run(config: RankConfig) -> int:
     console = make_console()
     predictor = load_predictor(config.predictor)
     order = "" if predictor.is_better_than_mean else "; datasets are ordered by cost alone"
+    console.print(summary_of(predictor.card), soft_wrap=True)
     console.print(f"{predictor.verdict}{order}", soft_wrap=True)
     steps = config.probe_steps if predictor.card["needs_probe"] else 0
     if predictor.card["needs_probe"] and steps == 0:

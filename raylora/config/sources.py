@@ -267,7 +267,7 @@ def settings_from_command(settings: type[S], given: Mapping[str, Any], **overrid
         made = _Command(**overrides)
     except ValidationError as error:
         place = _place_of(error, command_values, variables, yaml_path, yaml_values)
-        raise UserError(_explain(settings, error, place)) from None
+        raise UserError(explain(settings, error, place)) from None
     except SettingsError as error:
         raise UserError(_explain_settings_error(settings, error)) from None
     return settings.model_construct(_fields_set=made.model_fields_set, **made.model_dump())
@@ -342,7 +342,7 @@ def _every_option() -> set[str]:
     return {name for settings in classes for name in settings.model_fields}
 
 
-def closest_option(settings: type[Settings], name: str) -> str:
+def closest_option(settings: type[BaseModel], name: str) -> str:
     """A hint for somebody who gave an unknown option: the one with the closest name, if any is close."""
     close = difflib.get_close_matches(name, settings.model_fields, n=1)
     return f"did you mean {close[0]}?" if close else "see --help for what there is"
@@ -363,8 +363,12 @@ def _place_of(
     return places[0] if places else str(yaml_path) if name in yaml_values else ""
 
 
-def _explain(settings: type[Settings], error: ValidationError, place: str) -> str:
-    """The first of pydantic's errors in one line: the option, what would fit, and what was given."""
+def explain(settings: type[BaseModel], error: ValidationError, place: str = "") -> str:
+    """The first of pydantic's errors in one line: the option, what would fit, and what was given.
+
+    Args:
+        place: where the value comes from; empty: the command line or Python.
+    """
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "extra_forbidden":
@@ -378,7 +382,7 @@ def _explain(settings: type[Settings], error: ValidationError, place: str) -> st
     return " ".join(f"{option}: {message[0].lower() + message[1:]}, got {value!r}".split())
 
 
-def _on_command_line(settings: type[Settings], name: str) -> str:
+def _on_command_line(settings: type[BaseModel], name: str) -> str:
     """An option as it is written on the command line: ``--num-epochs``; ``TABLE`` if it is positional."""
     option = settings.model_fields.get(name)
     return name.upper() if option and POSITIONAL in option.metadata else "--" + name.replace("_", "-")

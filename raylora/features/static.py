@@ -93,6 +93,10 @@ class OfLoadedModel:
         self.model = model.to(device) if device is not None else model
         self.tokenizer = tokenizer
 
+    def __repr__(self) -> str:
+        name = getattr(getattr(self.model, "config", None), "name_or_path", "")
+        return f"{type(self).__name__}({type(self.model).__name__} {name!r})"
+
 
 class StaticFeatureExtractor(OfLoadedModel):
     """Static features of a dataset."""

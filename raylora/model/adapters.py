@@ -57,9 +57,9 @@ class LoadedModel:
     base stays when PEFT drops them.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     """The transformers model. The attached adapter acts in it: PEFT replaces modules within this model."""
-    tokenizer: Any
+    tokenizer: Any = field(repr=False)
     source: str
     """The folder or the Hugging Face name that it was loaded from."""
     quantization: str

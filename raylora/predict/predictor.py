@@ -18,8 +18,8 @@ import sklearn
 from raylora.errors import UserError
 from raylora.predict.conformal import cv_plus
 from raylora.predict.novelty import Novelty
+from raylora.predict.sentences import doubt_of, summary_of, verdict_of, why_unmeasured
 from raylora.predict.tables import numbers_of
-from raylora.predict.uncertainty import LEVEL
 from raylora.rows import name_of_first
 from raylora.storage.atomic import write_atomically
 
@@ -58,6 +58,9 @@ class Predictor:
     novelty: Novelty | None
     """Finds rows that are unlike those of the fit; None where predictions use no features."""
 
+    def __repr__(self) -> str:
+        return f"Predictor: {summary_of(self.card)}"
+
     @property
     def columns(self) -> list[str]:
         """The features that predictions are made of: none where every prediction is the mean."""
@@ -74,14 +77,14 @@ class Predictor:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings for this installation: scikit-learn does not promise that another version predicts the same."""
-        version = self.card["scikit_learn"]
-        if version == sklearn.__version__:
-            return []
-        return [
-            f"the predictor was made with scikit-learn {version}, this is {sklearn.__version__}: "
-            "fit it again to be sure"
-        ]
+        """Warnings: figures that are too good, and another scikit-learn, of which nobody promises the same numbers."""
+        version, notes = self.card["scikit_learn"], [doubt_of(self.card)]
+        if version != sklearn.__version__:
+            notes.append(
+                f"the predictor was made with scikit-learn {version}, this is {sklearn.__version__}: "
+                "fit it again to be sure"
+            )
+        return [note for note in notes if note]
 
     def features_of(self, table: pd.DataFrame, place: str = "TABLE") -> pd.DataFrame:
         """The columns that the predictor uses, as floats, (rows, columns); NaN where null.
@@ -96,7 +99,7 @@ class Predictor:
         if missing:
             raise UserError(
                 f"{place}: the predictor uses {len(missing)} columns that are not there: {', '.join(missing)}; "
-                "measure them (python -m raylora.features), or fit one with --leave-out"
+                f"measure them (python -m raylora.features), or fit without: --leave-out {' '.join(missing)}"
             )
         return numbers_of(table, self.columns, place)
 
@@ -138,9 +141,7 @@ class Predictor:
         features = self.features_of(table, place)
         unmeasured = self._unmeasured(features)
         if all(unmeasured):
-            raise UserError(
-                f"{place}: not measured in any row: {unmeasured[0]}" if len(unmeasured) else f"{place}: empty"
-            )
+            raise UserError(f"{place}: {why_unmeasured(table, unmeasured)}" if len(unmeasured) else f"{place}: empty")
         clipped = self._clip_to_fit(features)
         outside = self.novelty.unusual(features) if self.novelty else [""] * len(features)
         level = coverage or self.card["coverage"]
@@ -201,17 +202,6 @@ class Predictor:
         return path
 
 
-def verdict_of(card: dict[str, Any]) -> str:
-    """One line of a card: is the predictor better than guessing the mean, by how much, and how sure is that?"""
-    verdict = card["verdict"]
-    # As a change of the RMSE: its sign is the one that readers expect of an error that falls.
-    change, low, high = (f"{-share:+.1%}" for share in (verdict["rmse_reduction"], *reversed(verdict["interval"])))
-    found = f"RMSE on held-out rows {change} against the mean's ({LEVEL:.0%} interval {low} to {high})"
-    if verdict["better"]:
-        return f"Better than guessing the mean: {found}"
-    return f"No better than guessing the mean, which every prediction therefore is: {found}"
-
-
 def load_predictor(path: Path) -> Predictor:
     """Read a predictor from its file or folder.
 
@@ -261,7 +251,11 @@ def _checked_content(content: Any) -> Predictor:
     predictor = Predictor(**content, novelty=Novelty(**novelty) if novelty else None)
     if missing := REQUIRED_CARD_KEYS - {*predictor.card}:
         raise ValueError(f"its card lacks {', '.join(sorted(missing))}")
-    verdict_of(predictor.card)  # it is printed before anything else: it must be there as a whole
+    (
+        verdict_of(predictor.card),
+        summary_of(predictor.card),
+        doubt_of(predictor.card),
+    )  # printed before anything else: they must be there as a whole
     num_folds, fold_of = len(predictor.fold_models), predictor.fold_of
     if len(fold_of) != len(predictor.residuals) or not (0 <= fold_of.min() <= fold_of.max() < num_folds):
         raise ValueError("folds and residuals do not fit together")

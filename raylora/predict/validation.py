@@ -8,7 +8,7 @@ predictor's conformal intervals are made of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ from raylora.predict.uncertainty import (
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Nominal levels at which the coverage of intervals is checked."""
 NUM_SHUFFLES = 3
+Told = Callable[[str, int, int], None]
+"""Called with what is done, how many parts of it are, and of how many."""
 
 
 def fit_predictor(
@@ -46,6 +48,7 @@ def fit_predictor(
     seed: int = 0,
     threads: int | None = None,
     explain: bool = True,
+    told: Told = lambda what, done, total: None,
 ) -> tuple[Predictor, pd.DataFrame]:
     """Fit a predictor of ``target``, and measure it by nested cross-validation.
 
@@ -57,6 +60,7 @@ def fit_predictor(
         num_folds: outer folds; fewer where there are fewer rows or groups.
         threads: processes that fit folds (default: one a core).
         explain: also measure what features and groups are worth, which takes as long again.
+        told: hears of the progress.
 
     Returns:
         The predictor, and the regression's held-out predictions, a row each: ``name``, ``measured``, ``predicted``,
@@ -64,16 +68,20 @@ def fit_predictor(
     """
     features, measured = table.features, table.target
     folds = list(make_folds(num_folds, table.groups, len(measured), seed).split(features, measured, table.groups))
-    parallel = Parallel(n_jobs=min(threads or os.cpu_count() or 1, len(folds)))
-    fold_fits = parallel(
+    # In the calls' order, and each as soon as it and those before it are done.
+    parallel = Parallel(n_jobs=min(threads or os.cpu_count() or 1, len(folds)), return_as="generator")
+    fits = (
         delayed(choose_model)(features.iloc[rows], measured[rows], _groups_of_rows(table, rows), seed)
         for rows, _ in folds
     )
+    fold_fits = _all_of(parallel(fits), "fitting folds", len(folds), told)
     fold_kinds, fold_models = [kind for kind, _ in fold_fits], [model for _, model in fold_fits]
     predicted, fold_of = np.empty(len(measured)), np.empty(len(measured), dtype=np.int64)
     for fold, (model, (_, held_out)) in enumerate(zip(fold_models, folds, strict=True)):
         predicted[held_out], fold_of[held_out] = model.predict(features.iloc[held_out]), fold
+    told("fitting all rows", 0, 1)
     kind, final_model = choose_model(features, measured, table.groups, seed)
+    told("fitting all rows", 1, 1)
     sample = _Resampled(table, seed)
     baselines = {
         name: cross_val_predict(model, features, measured, cv=folds) for name, model in make_baselines().items()
@@ -82,8 +90,9 @@ def fit_predictor(
     verdict = reduction_of_rmse(residuals, residuals_of_mean, sample.counts, sample.num_units)
     worth: dict[str, Any] = {}
     if explain:
-        worth["importance"] = _importance(table, folds, fold_models, parallel, seed)
-        worth["feature_groups"] = _group_gains(table, kind, folds, parallel, seed, sample)
+        worth["effects"] = _effects(table, folds, fold_models)
+        worth["importance"] = _importance(table, folds, fold_models, parallel, seed, told)
+        worth["feature_groups"] = _group_gains(table, kind, folds, parallel, seed, sample, told)
     if not verdict["better"]:
         residuals = residuals_of_mean
         final_model = DummyRegressor().fit(features, measured)
@@ -105,6 +114,16 @@ def fit_predictor(
     held_out_rows = {"name": table.names, "measured": measured, "predicted": predicted, "fold": fold_of}
     novelty = fit_novelty(features, folds) if verdict["better"] else None
     return Predictor(card, final_model, fold_models, fold_of, residuals, novelty), pd.DataFrame(held_out_rows)
+
+
+def _all_of(results: Iterable[Any], what: str, total: int, told: Told) -> list[Any]:
+    """The results, told of one by one."""
+    told(what, 0, total)
+    found = []
+    for result in results:
+        found.append(result)
+        told(what, len(found), total)
+    return found
 
 
 class _Resampled:
@@ -176,8 +195,28 @@ def coverage_by_level(residuals: np.ndarray, fold_of: np.ndarray) -> dict[str, f
     return shares
 
 
+def _effects(table: TrainingTable, folds: Sequence[Any], models: Sequence[Any]) -> dict[str, float]:
+    """By how much a prediction rises from a feature's lower quartile to its upper one, all else as it is.
+
+    It is the difference of two points of the partial dependence (Friedman 2001), over held-out rows.
+    """
+    features = table.features
+    ends = features.quantile([0.25, 0.75])
+    effects = {}
+    for column in features.columns:
+        if (low := ends[column].iloc[0]) == (high := ends[column].iloc[1]):  # most rows are alike: its whole range
+            low, high = features[column].min(), features[column].max()
+        rises = [
+            model.predict(features.iloc[held_out].assign(**{column: high}))
+            - model.predict(features.iloc[held_out].assign(**{column: low}))
+            for model, (_, held_out) in zip(models, folds, strict=True)
+        ]
+        effects[column] = float(np.concatenate(rises).mean())
+    return effects
+
+
 def _importance(
-    table: TrainingTable, folds: Sequence[Any], models: Sequence[Any], parallel: Parallel, seed: int
+    table: TrainingTable, folds: Sequence[Any], models: Sequence[Any], parallel: Parallel, seed: int, told: Told
 ) -> dict[str, list[float]]:
     """Rise of the held-out RMSE when a feature is shuffled: mean and standard deviation over shuffles, largest first.
 
@@ -198,9 +237,8 @@ def _importance(
 
         return np.stack([[*(with_shuffled(column, order) for column in columns), unshuffled] for order in orders])
 
-    by_fold = parallel(
-        delayed(squared_errors)(model, held_out) for model, (_, held_out) in zip(models, folds, strict=True)
-    )
+    calls = (delayed(squared_errors)(model, held_out) for model, (_, held_out) in zip(models, folds, strict=True))
+    by_fold = _all_of(parallel(calls), "shuffling features, folds", len(folds), told)
     rmse = np.sqrt(np.concatenate(by_fold, axis=2).mean(axis=2))
     rises = rmse[:, :-1] - rmse[:, -1:]
     largest_first = np.argsort(-rises.mean(axis=0), kind="stable")
@@ -208,7 +246,13 @@ def _importance(
 
 
 def _group_gains(
-    table: TrainingTable, kind: str, folds: Sequence[Any], parallel: Parallel, seed: int, sample: _Resampled
+    table: TrainingTable,
+    kind: str,
+    folds: Sequence[Any],
+    parallel: Parallel,
+    seed: int,
+    sample: _Resampled,
+    told: Told,
 ) -> dict[str, dict[str, Any]]:
     """For each feature group the held-out RMSE without it and with it alone, its gain, and its seconds a dataset.
 
@@ -227,7 +271,8 @@ def _group_gains(
     def held_out(subset: list[str]) -> np.ndarray:
         return cross_val_predict(clone(model), table.features[subset], table.target, cv=folds)
 
-    predicted = dict(zip(subsets, parallel(delayed(held_out)(s) for s in subsets.values()), strict=True))
+    fits = parallel(delayed(held_out)(s) for s in subsets.values())
+    predicted = dict(zip(subsets, _all_of(fits, "with and without feature groups", len(subsets), told), strict=True))
     found = {}
     for group, members in by_group.items():
         values: dict[str, Any] = {"rmse_without": None, "rmse_alone": None, "gain": None}

@@ -14,6 +14,7 @@ from rich.table import Table
 from raylora.cluster.status import Status, WorkerProgress
 from raylora.console import clock, make_console
 from raylora.records import ResultRow
+from raylora.run.notebook import NotebookDisplay
 from raylora.storage.damage import is_noted
 
 REFRESH_SECONDS = 0.5
@@ -37,7 +38,7 @@ class LiveTable:
         self._row_came: Callable[[ResultRow], None] = self.finished
         self._look_lock = threading.Lock()
         self._num_notes = 0
-        self._live: Live | None = None
+        self._live: Live | NotebookDisplay | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._shown: dict[int, tuple[str, str]] = {}
@@ -52,6 +53,9 @@ class LiveTable:
     def __enter__(self) -> LiveTable:
         if self.console.is_terminal:
             self._live = Live(self._table([]), console=self.console, refresh_per_second=4, transient=True)
+        elif self.console.is_jupyter:
+            self._live = NotebookDisplay(self._table([]))
+        if self._live:
             self._live.start()
         self._thread.start()
         return self

@@ -46,7 +46,8 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
     csv = tmp_path / "predictions.csv"
     predict = call_command("predict", str(out), str(run), "--output", str(csv))
     assert predict.returncode == 0, predict.stderr
-    assert predict.stdout.startswith("Better than guessing the mean: RMSE on held-out rows -")
+    assert predict.stdout.startswith("It predicts a new dataset's accuracy to within 0.0")
+    assert "Better than guessing the mean: RMSE on held-out rows -" in predict.stdout.splitlines()[1]
     assert "rows with a measured overall_accuracy: RMSE" in predict.stdout
     predicted = pd.read_csv(csv)
     assert list(predicted["dataset"]) == list(make_table(40)["dataset"])
@@ -72,18 +73,20 @@ def test_the_command_fits_predicts_and_explains(tmp_path):
         ),
     ],
 )
-def test_the_verdict_is_the_first_line_of_what_is_predicted_and_explained(make, verdict, row, tmp_path, capsys):
+def test_a_sentence_and_the_verdict_are_the_first_lines_of_what_is_predicted_and_explained(
+    make, verdict, row, tmp_path, capsys
+):
     predictor, _ = make()
     predictor.save(tmp_path)
     make_noise(12).to_csv(tmp_path / "t.csv")
     with pytest.raises(SystemExit) as stop:
         run_command("predict", ["predict", str(tmp_path), str(tmp_path / "t.csv")])
     assert not stop.value.code
-    assert capsys.readouterr().out.startswith(verdict)
+    assert capsys.readouterr().out.splitlines()[1].startswith(verdict)
     with pytest.raises(SystemExit):
         run_command("predict", ["explain", str(tmp_path)])
     explained = capsys.readouterr().out
-    assert explained.startswith(verdict)
+    assert explained.splitlines()[1].startswith(verdict)
     assert row in explained
 
 
@@ -98,6 +101,15 @@ def test_every_figure_of_the_printed_card_has_its_interval(capsys):
     assert "90%: " in shown
     gain = card["feature_groups"]["perplexity"]["intervals"]["gain"]
     assert f"{gain[0]:.4f} {gain[1]:.4f}" in shown
+
+
+def test_effects_have_a_sign_and_no_number_is_minus_zero(capsys):
+    card = fitted()[0].card
+    assert card["effects"]["loss_stability"] > 0 > card["effects"]["approximate_duplicates"]
+    name = next(iter(card["importance"]))
+    print_card({**card, "importance": {name: [-1e-9, 0.0]}, "effects": {name: -1e-9}}, make_console(width=200))
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.strip().startswith(name)]
+    assert line.split()[1:] == ["0.00000", "0.00000", "+0.00000"]
 
 
 @pytest.mark.parametrize(
