@@ -32,6 +32,8 @@ _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRAS
 _PASSWORD_IN_URI = re.compile(r"://[^\s/?#@:]*:(\S+)@")
 MIN_SECRET = 8
 """Characters of a variable's value that is looked for in texts: shorter ones, such as ``none``, are words as well."""
+MIN_KEY = 16
+"""The same of a variable whose name ends with KEY, as that of a column to sort by does: keys of services are longer."""
 MIN_PASSWORD = 6
 """The same of a password within a variable's URI."""
 _OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -51,7 +53,8 @@ def without_secrets(text: str) -> str:
 @lru_cache(maxsize=8)
 def _secrets(variables: tuple[tuple[str, str], ...]) -> list[str]:
     """The values of variables that are secrets, and passwords in their URIs, the longest first."""
-    found = {v for name, v in variables if _SECRET_VARIABLE.search(name.upper()) and len(v) >= MIN_SECRET}
+    named = [(name.upper(), value) for name, value in variables if _SECRET_VARIABLE.search(name.upper())]
+    found = {v for name, v in named if len(v) >= (MIN_KEY if name.endswith("KEY") else MIN_SECRET)}
     for _, value in variables:
         found.update(p for p in _PASSWORD_IN_URI.findall(value) if len(p) >= MIN_PASSWORD)
     return sorted(found, key=len, reverse=True)

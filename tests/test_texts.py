@@ -42,7 +42,11 @@ def test_what_variables_hold_is_no_text(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:correct horse@host:5000 ")
     monkeypatch.setenv("OTHER_TRACKING_URI", "http://me:battery9@host:5000")
     monkeypatch.setenv("SHORT_KEY", "none")
-    assert without_secrets("0123456789abcdef refused, battery9 too; none") == "... refused, ... too; none"
+    monkeypatch.setenv("SORT_KEY", "experiment")
+    assert (
+        without_secrets("0123456789abcdef refused, battery9 too; none, experiment")
+        == "... refused, ... too; none, experiment"
+    )
 
 
 def test_a_secret_is_gone_before_a_text_is_cut():

@@ -32,7 +32,7 @@ import psutil
 
 from raylora.cluster.ray_folder import delete_folder
 from raylora.console import quietly
-from raylora.errors import RayloraError, StoppedError, one_line
+from raylora.errors import StoppedError, one_line
 
 LOOK_SECONDS = 0.5
 """Between two looks at the run's process and at Ray's."""
@@ -299,7 +299,7 @@ class Watcher:
         try:
             remains: Remains = pickle.loads(zlib.decompress(self._said["remains"]))  # the child's, not a user's
             remains.write()
-        except (OSError, RayloraError) as error:
+        except Exception as error:  # noqa: BLE001 - of pandas, pyarrow or a store: the last line is still to be said
             quietly(print, f"raylora: the tables could not be written: {one_line(error)}", file=sys.stderr)
 
     def _why(self) -> str:

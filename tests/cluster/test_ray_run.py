@@ -145,7 +145,6 @@ def test_rows_reach_the_tables_one_by_one_from_one_process_beside_the_command(ra
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_sink_that_is_killed_costs_no_row(ray_with_gpus, tmp_path):
     run = Run(tmp_path).start(num_rows=2)
     first = run.diary.entries()[0]["process"]
@@ -160,7 +159,6 @@ def test_a_sink_that_is_killed_costs_no_row(ray_with_gpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_board_that_dies_costs_no_row_either(ray_with_gpus, tmp_path):
     run = Run(tmp_path).start(num_rows=2)
     ray.kill(run.handles[0].board)

@@ -125,7 +125,6 @@ def test_a_grid_makes_a_row_for_every_combination(ray_with_gpus, options, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_worker_killed_midway_costs_no_row(ray_with_gpus, options, tmp_path):
     for i in range(4):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i, num=24)
@@ -173,7 +172,6 @@ def test_an_experiment_that_kills_or_hangs_its_worker_gets_an_error_row(ray_with
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_the_whole_run_killed_midway_goes_on_where_it_was(options, tmp_path):
     for i in range(4):
         write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)

@@ -11,7 +11,6 @@ STAGES = ["begin", "load", "features", "probe", "train", "mmlu", "write", "half 
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_workers_killed_once_in_every_stage_change_no_row(shared_site, undisturbed):
     """Each stage of another experiment, all in one run."""
     others = (

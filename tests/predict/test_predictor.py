@@ -83,7 +83,7 @@ def test_null_features_and_values_beyond_those_seen():
     unmeasured = "not measured: base_model_perplexity"
     assert list(found["outside"]) == ["base_model_perplexity", unmeasured, unmeasured, "", ""]
     assert found["prediction"].dropna().between(0, 1).all()
-    with pytest.raises(UserError, match="not measured in any row: base_model_perplexity"):
+    with pytest.raises(UserError, match="5 of 5 rows have no prediction: set_0 lacks base_model_perplexity"):
         predictor.predict(table.assign(base_model_perplexity=None))
     ranking = rank(predictor, table.assign(experiment_id=table["dataset"], error=""), None, None, 0)
     assert ranking["error"].str.startswith("not measured").tolist() == [False] * 3 + [True] * 2
