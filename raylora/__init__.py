@@ -62,11 +62,13 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC)]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:  # with its module, so that Python can say what was meant
-        raise AttributeError(f"module 'raylora' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
-    module = importlib.import_module(_PUBLIC[name])
-    return module if name == "run" else getattr(module, name)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:  # with its module, so that Python can say what was meant
+            raise AttributeError(f"module 'raylora' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        module = importlib.import_module(_PUBLIC[name])
+        return module if name == "run" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

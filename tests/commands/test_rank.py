@@ -77,7 +77,8 @@ def test_the_command_ranks_a_chunk_without_training(informed, predictor, tiny_mo
     command = [sys.executable, "-m", "raylora.rank", *arguments]
     first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert first.returncode == 1, first.stdout + first.stderr
-    verdict = first.stdout.splitlines()[0]
+    sentence, verdict, *_ = first.stdout.splitlines()
+    assert ("Features do not predict" in sentence) != informed
     assert verdict.startswith("Better than" if informed else "No better than")
     assert verdict.endswith("datasets are ordered by cost alone") != informed
     assert "no probe is run" in first.stdout
