@@ -115,8 +115,8 @@ def test_over_a_quantized_base_they_are_what_they_become_alone(outlier_model_fol
     expected = [alone(loaded, *plan, seed=i) for i, plan in enumerate(plans)]
     jobs = attach_all(loaded, plans)
     for job, result, (solo, weights) in zip(jobs, train_adapters(loaded, jobs), expected, strict=True):
-        assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in solo.steps], rel=1e-5)
-        assert [s.grad_norm for s in result.steps] == pytest.approx([s.grad_norm for s in solo.steps], rel=1e-3)
+        assert [s.loss for s in result.steps] == pytest.approx([s.loss for s in solo.steps], rel=3e-6)
+        assert [s.grad_norm for s in result.steps] == pytest.approx([s.grad_norm for s in solo.steps], rel=1e-4)
         # By norm: where a number's gradient is all but 0, Adam makes a step of float noise.
         for a, b in zip(job.parameters, weights, strict=True):
             assert float((a.detach() - b).norm()) < 1e-3 * float(b.norm())

@@ -68,9 +68,14 @@ def steps_of(loaded, encoded, methods, capture, num_steps=6, observer=None, seed
 
 
 def assert_equal(gradients, others) -> None:
-    """Float noise apart, of which weights this large make 3e-5: as much as a change of the weights by 1e-7 does."""
+    """Float noise apart: as much as a change of the weights by 1e-7 makes.
+
+    Of all gradients together that is 5e-5 at most, of a single small one 1.8e-4, by processor.
+    """
     for a, b in zip(gradients, others, strict=True):
-        assert float((a - b).norm()) <= 1e-3 * float(b.norm())  # processors differ: 1.5e-4 on one of AMD
+        assert float((a - b).norm()) <= 3e-4 * float(b.norm())
+    whole = [torch.cat([g.flatten() for g in side]) for side in (gradients, others)]
+    assert float((whole[0] - whole[1]).norm()) <= 1e-4 * float(whole[1].norm())
 
 
 METHODS = {
