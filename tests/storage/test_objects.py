@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import threading
 import time
@@ -13,7 +12,7 @@ from raylora.errors import RemoteError
 from raylora.storage import objects as object_module
 from raylora.storage.objects import Remote, one_try
 from tests.helpers.objects import BUCKET
-from tests.helpers.store_proxy import StoreProxy
+from tests.helpers.s3_runs import behind_proxy
 
 
 def test_objects_are_written_whole_read_listed_and_removed(remote, objects, tmp_path):
@@ -70,20 +69,16 @@ def test_an_error_says_where_and_why_and_travels(objects):
 
 
 @pytest.fixture
-def behind_proxy(objects):
+def remote_and_proxy(objects):
     """A folder of the store as it is seen through a proxy that injects faults, and the proxy."""
-    s3fs = pytest.importorskip("s3fs")
-    with StoreProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        s3fs.S3FileSystem.clear_instance_cache()  # instances keep the address that they were made with
+    with behind_proxy() as proxy:
         remote = Remote(f"s3://{BUCKET}/out")
         remote.write("known", b"here")
         yield remote, proxy
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_what_a_store_does_not_find_for_a_moment_is_asked_for_again(behind_proxy, tmp_path):
-    remote, proxy = behind_proxy
+def test_what_a_store_does_not_find_for_a_moment_is_asked_for_again(remote_and_proxy, tmp_path):
+    remote, proxy = remote_and_proxy
     for ask, answer in (
         (lambda: remote.read("known"), b"here"),
         (lambda: remote.read_many(["known", "nothing"]), {"known": b"here"}),
@@ -97,24 +92,24 @@ def test_what_a_store_does_not_find_for_a_moment_is_asked_for_again(behind_proxy
     assert remote.read("nothing") is None
 
 
-def test_an_object_that_is_said_to_exist_and_does_not_is_created(behind_proxy, objects):
-    remote, proxy = behind_proxy
+def test_an_object_that_is_said_to_exist_and_does_not_is_created(remote_and_proxy, objects):
+    remote, proxy = remote_and_proxy
     proxy.inject("412")
     assert remote.create("new", b"mine")
     assert objects.get("out/new") == b"mine"
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "cut"])
-def test_a_store_that_fails_once_is_asked_again(behind_proxy, objects, fault):
-    remote, proxy = behind_proxy
+def test_a_store_that_fails_once_is_asked_again(remote_and_proxy, objects, fault):
+    remote, proxy = remote_and_proxy
     proxy.inject(fault)
     assert remote.create("one", b"1")
     assert objects.get("out/one") == b"1"
     assert not proxy.num_left(), "the fault did not strike"
 
 
-def test_a_store_that_is_down_is_given_up_once_and_not_by_each_operation(behind_proxy, monkeypatch):
-    remote, proxy = behind_proxy
+def test_a_store_that_is_down_is_given_up_once_and_not_by_each_operation(remote_and_proxy, monkeypatch):
+    remote, proxy = remote_and_proxy
     monkeypatch.setattr(object_module, "PATIENCE_SECONDS", 2.5)
     proxy.inject("500", times=10**6)
     began = time.monotonic()

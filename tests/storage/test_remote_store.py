@@ -1,141 +1,47 @@
-"""Whole runs with data, questions and results on a real S3 server: real Ray, real processes, a tiny model."""
+"""What lies on a real S3 server, and what several machines and runs make of it."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import shutil
-import signal
-import subprocess
-import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from raylora.commands.run_command import call_command
-from raylora.config.run import load_config
-from raylora.errors import LockLostError, RemoteError, UserError
-from raylora.mmlu.question_set import DEMO_QUESTIONS
-from raylora.planning.plan import find_files, make_plan
+from raylora.errors import LockLostError, RemoteError
 from raylora.records import ResultRow
-from raylora.rows import load_results
 from raylora.storage.damage import damage_told
 from raylora.storage.digests import seal, write_parquet
 from raylora.storage.places import location
 from raylora.storage.remote_store import RemoteStore, store_at
-from tests.helpers.chunks import OPTIONS, command, run, still, write_dataset
+from tests.helpers.chunks import planned, still
 from tests.helpers.damages import CONTENT, remove
-from tests.helpers.objects import BUCKET, SECRET, Objects, s3_server
+from tests.helpers.objects import BUCKET, Objects
 from tests.helpers.pool import make_experiment
-from tests.helpers.store_proxy import StoreProxy
+from tests.helpers.s3_runs import OUT, behind_proxy, on_machine, options_on_s3, put_chunk
 
 NUM_DATASETS = 3
-OUT = "out/chunk_1"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as (_, objects):
-        yield objects
-
-
-@pytest.fixture(scope="module")
-def ray_on_s3(server):
-    """After the server, so that its workers know it."""
-    import ray
-
-    ray.init(num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
 
 
 @pytest.fixture
-def objects(server: Objects, tmp_path, monkeypatch):
-    server.remove("")
-    for i in range(NUM_DATASETS):
-        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
-        server.put(f"data/chunk_1/{path.name}", path.read_bytes())
-    server.put("mmlu/questions.json", DEMO_QUESTIONS.read_bytes())
-    return server
+def objects(objects, tmp_path):
+    """The bucket, with data and questions in it."""
+    put_chunk(objects, tmp_path / "data", NUM_DATASETS)
+    return objects
 
 
 @pytest.fixture
-def options(tiny_model_folder, tmp_path):
-    place = f"s3://{BUCKET}"
-    return {
-        **OPTIONS, "model": str(tiny_model_folder), "mmlu": f"{place}/mmlu/questions.json",
-        "data_root": f"{place}/data", "output": f"{place}/out",
-    }  # fmt: skip
+def options(tiny_model_folder):
+    return options_on_s3(tiny_model_folder)
 
 
-@contextmanager
-def on_machine(folder: Path):
-    """A machine is told from another one by what it keeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYLORA_CACHE", str(folder))
-        yield folder
-
-
-def only_process(command_line, machine: Path, **kwargs):
-    environment = {**os.environ, "RAYLORA_CACHE": str(machine)}
-    return subprocess.Popen(command_line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
-
-
-def plan_of(options, **more):
-    config = load_config(**options, chunk="chunk_1", **more)
-    chunk, files = find_files(config)
-    return make_plan(config, files, chunk)
+@pytest.fixture
+def proxy(objects):
+    with behind_proxy() as proxy:
+        yield proxy
 
 
 def stages_logged(objects: Objects, folder: str) -> list[str]:
     return [line.partition(" INFO ")[2] for line in objects.get(f"{folder}/log.txt").decode().splitlines()]
-
-
-@pytest.mark.slow
-def test_a_run_on_s3_leaves_what_one_on_a_disk_leaves_and_a_rerun_does_nothing(
-    ray_on_s3, objects, options, tmp_path, capsys
-):
-
-    rows = run(options, transfer=True)
-    at_home = {"data_root": tmp_path / "data", "mmlu": str(DEMO_QUESTIONS), "output": tmp_path / "here"}
-    local = run({**options, **at_home}, transfer=True)
-    assert len(rows) == NUM_DATASETS
-    assert {k: still(v) for k, v in rows.items()} == {k: still(v) for k, v in local.items()}
-    here = {p.relative_to(tmp_path / "here").as_posix() for p in (tmp_path / "here").rglob("*") if p.is_file()}
-    there = {name.removeprefix("out/") for name in objects.names("out/")}
-    stamped = {n for n in here | there if "batch_mmlu_results" in n}
-    needs_files = {n for n in here if n.endswith((".lock", "questions.parquet"))}
-    machinery = {n for n in there if "/run.lock/" in n or n.endswith("/edition")}
-    assert here - stamped - needs_files == there - stamped - machinery
-    assert len(stamped) == 2
-    table = load_results(f"s3://{BUCKET}/{OUT}")
-    assert sorted(table["dataset"]) == sorted(rows)
-    assert list(pd.read_csv(location(f"s3://{BUCKET}/{OUT}/results.csv").open("rb"))["status"]) == ["ok"] * 3
-    before = {n: d for n, d in objects.everything().items() if "/experiments/" in n or "/base/" in n}
-    results = [json.loads(line) for line in objects.get(f"{OUT}/results.jsonl").splitlines()]
-    assert [line["raylora"].get("dataset") for line in results] == [None, *sorted(rows)]
-    found = [line["results"]["demo" if "demo" in line["results"] else "questions"]["acc,none"] for line in results[1:]]
-    assert found == [rows[name]["overall_accuracy"] for name in sorted(rows)]
-    cells = objects.get(f"{OUT}/transfer.csv")
-    assert len(pd.read_csv(io.BytesIO(cells))) == NUM_DATASETS**2
-    assert run(options, transfer=True) == rows
-    assert {n: d for n, d in objects.everything().items() if n in before} == before
-    assert objects.get(f"{OUT}/transfer.csv") == cells
-    call_command("batch", [*command(options, "--transfer")[3:], "--dry-run"])
-    assert "3 experiments, 3 done" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.ci
-def test_no_secret_is_in_anything_that_is_kept(ray_on_s3, objects, options):
-    run(options, limit=1)
-    kept = objects.everything()
-    assert not [name for name, data in kept.items() if SECRET.encode() in data]
-    manifest = json.loads(kept[f"{OUT}/run.json"])
-    assert manifest["configuration"]["output"] == f"s3://{BUCKET}/out"
 
 
 @pytest.mark.slow
@@ -145,7 +51,7 @@ def test_a_half_done_experiment_goes_on_on_another_machine(objects, options, tmp
     from raylora.experiment.workbench import Workbench
 
     with on_machine(tmp_path / "first"):
-        plan = plan_of(options, limit=1)
+        plan = planned(options, limit=1)
         (experiment,) = plan.experiments
         with plan.store.held(False):
             whole = run_experiment(Workbench(plan.config, plan.store), experiment)
@@ -156,7 +62,7 @@ def test_a_half_done_experiment_goes_on_on_another_machine(objects, options, tmp
     adapter = objects.get(f"{folder}/adapter/adapter_model.safetensors")
     shutil.rmtree(tmp_path / "first")
     with on_machine(tmp_path / "second"):
-        plan = plan_of(options, limit=1)
+        plan = planned(options, limit=1)
         assert plan.done() == {}
         assert [plan.store.why_not_done(experiment, s) for s in ("features", "train", "mmlu")] == ["", "", "new"]
         with plan.store.held(False):
@@ -172,7 +78,7 @@ def test_a_stage_without_its_json_file_is_made_again(objects, options, tmp_path)
     from raylora.experiment.workbench import Workbench
 
     with on_machine(tmp_path / "first"):
-        plan = plan_of(options, limit=1, stages="train")
+        plan = planned(options, limit=1, stages="train")
         (experiment,) = plan.experiments
         with plan.store.held(False):
             bench = Workbench(plan.config, plan.store)
@@ -269,7 +175,7 @@ def test_a_damaged_base_score_is_nobodys(objects, tmp_path, damage):
 
 def test_fresh_begins_anew_on_every_machine(objects, options, tmp_path):
     with on_machine(tmp_path / "m"):
-        plan = plan_of(options, limit=1)
+        plan = planned(options, limit=1)
         (experiment,) = plan.experiments
         with plan.store.held(False):
             plan.store.write_row(experiment, ResultRow({"status": "ok"}))
@@ -282,7 +188,7 @@ def test_fresh_begins_anew_on_every_machine(objects, options, tmp_path):
             assert not plan.done()
             assert not old.exists()
             assert make_other_machine(plan.store).root == plan.store.root
-        assert plan_of(options, limit=1).done() == {}
+        assert planned(options, limit=1).done() == {}
 
 
 def make_other_machine(store) -> RemoteStore:
@@ -314,7 +220,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more_into_the_other_one_s(obje
     from raylora.storage.run_lock import FOLDER
 
     with on_machine(tmp_path / "m"):
-        plan = plan_of(options, limit=1)
+        plan = planned(options, limit=1)
         (experiment,), store = plan.experiments, plan.store
         with store.held(False):
             folder = store.folder(experiment)
@@ -340,17 +246,6 @@ def test_a_run_that_was_taken_over_writes_nothing_more_into_the_other_one_s(obje
                     write()
             assert objects.everything() == before
     assert objects.everything() == before
-
-
-@pytest.fixture
-def proxy(objects, monkeypatch):
-    """In front of the store, with faults to be injected."""
-    s3fs = pytest.importorskip("s3fs")
-    with StoreProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        s3fs.S3FileSystem.clear_instance_cache()  # instances keep the address that they were made with
-        yield proxy
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.slow
@@ -390,7 +285,7 @@ def test_reports_find_what_other_machines_made(objects, options, tmp_path):
     from raylora.experiment.workbench import Workbench
 
     with on_machine(tmp_path / "first"):
-        plan = plan_of(options, limit=1)
+        plan = planned(options, limit=1)
         (experiment,) = plan.experiments
         with plan.store.held(False):
             run_experiment(Workbench(plan.config, plan.store), experiment)
@@ -403,60 +298,3 @@ def test_reports_find_what_other_machines_made(objects, options, tmp_path):
         assert len([*store.root.glob("base/*/scores.parquet")]) == 1
         store.write_file("report.html", lambda p: p.write_text("<p>"))
     assert objects.get(f"{OUT}/report.html") == b"<p>"
-
-
-def wait_for(condition) -> None:
-    for _ in range(1800):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise TimeoutError
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_gone_on_with_and_a_second_one_is_told(objects, options, tmp_path):
-    num_datasets = 24  # so many that the first run is not done before it is killed
-    for i in range(NUM_DATASETS, num_datasets):
-        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
-        objects.put(f"data/chunk_1/{path.name}", path.read_bytes())
-    words = command(options, "--num-workers", "1")
-    first = only_process(words, tmp_path / "first")
-    wait_for(lambda: objects.names(f"{OUT}/run.lock"))
-    told = pytest.raises(UserError, match="another run is writing here")
-    with on_machine(tmp_path / "second"), told, plan_of(options).store.held(False):
-        pass
-    wait_for(lambda: [n for n in objects.names(OUT) if n.endswith("result.json")])
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    rows_before = {n: objects.get(n) for n in objects.names(OUT) if n.endswith("result.json")}
-    assert 1 <= len(rows_before) < num_datasets
-    second = only_process(words, tmp_path / "second", text=True)
-    output, _ = second.communicate(timeout=300)
-    assert second.returncode == 0, output
-    assert len(load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets
-    assert {n: objects.get(n) for n in rows_before} == rows_before, "what was finished is not done again"
-    assert f"s3://{BUCKET}/{OUT}" in output
-
-
-@pytest.mark.slow
-def test_a_store_that_goes_down_ends_the_run_within_a_minute(objects, options, tmp_path):
-    num_datasets = 12
-    for i in range(NUM_DATASETS, num_datasets):
-        path = write_dataset(tmp_path / "data" / "chunk_1", f"data_{i}", offset=i)
-        objects.put(f"data/chunk_1/{path.name}", path.read_bytes())
-    words = command(options, "--num-workers", "1")
-    with StoreProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        process = only_process(words, tmp_path / "m", text=True)
-        wait_for(lambda: [n for n in objects.names(OUT) if n.endswith("result.json")])
-        proxy.inject("500", times=10**6)
-        began = time.monotonic()
-        shown, _ = process.communicate(timeout=200)
-        took = time.monotonic() - began
-        assert process.returncode == 1, shown
-        assert "Traceback" not in shown
-        assert shown.strip().splitlines()[-1].endswith("What is finished is kept: the same command resumes from here.")
-        assert took < 70, shown
-        proxy.clear()
-        shown, _ = only_process(words, tmp_path / "m", text=True).communicate(timeout=300)
-    assert len(load_results(f"s3://{BUCKET}/{OUT}")) == num_datasets, shown
