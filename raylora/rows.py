@@ -15,7 +15,7 @@ from raylora.config.run import Config
 from raylora.errors import DamagedError, ErrorKind, UserError, one_line, reason
 from raylora.records import Experiment, ResultRow
 from raylora.storage import csv_files
-from raylora.storage.digests import check_parquet
+from raylora.storage.digests import checked_parquet
 from raylora.storage.places import location, open_regular, reading
 from raylora.texts import shown_line, shown_values
 
@@ -308,11 +308,6 @@ def tidy_column(name: str, column: pd.Series) -> pd.Series:
     return numbers.astype("Int64") if name in COUNTS and numbers.dropna().mod(1).eq(0).all() else numbers
 
 
-def _checked(data: bytes) -> io.BytesIO:
-    check_parquet(data)
-    return io.BytesIO(data)
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """A table from a CSV or Parquet file, or from the folder of a run.
 
@@ -330,7 +325,7 @@ def read_table(path: Path) -> pd.DataFrame:
         with reading(file), open_regular(file) as stream:
             is_parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
-            table = pd.read_parquet(_checked(stream.read())) if is_parquet else read_csv(stream)
+            table = pd.read_parquet(checked_parquet(stream.read())) if is_parquet else read_csv(stream)
     except OSError as error:
         raise UserError(f"{file}: {reason(error)}; give a table or the folder of a run") from None
     except UnicodeDecodeError:

@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,14 +139,3 @@ def _keep_private(path: Path) -> None:
 def _write_token(path: Path) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-
-
-def _write_into(folder: Path) -> None:
-    """Make the folder and a file in it, which is deleted again. Permissions alone do not tell: of root, of /proc.
-
-    Raises:
-        OSError: that cannot be done.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"x")

@@ -22,7 +22,7 @@ from raylora.model.memory import is_out_of_memory
 from raylora.model.onednn import onednn_linears
 from raylora.storage.atomic import write_atomically, write_text
 from raylora.storage.damage import note_file, read_sealed
-from raylora.storage.digests import open_parquet, seal, write_parquet
+from raylora.storage.digests import load_parquet, seal, write_parquet
 from raylora.storage.store import Store
 from raylora.training.loop import ONEDNN_FROM_TOKENS
 from raylora.training.losses import ExampleLoss, example_losses
@@ -105,9 +105,7 @@ def _held_out_set(bench: Workbench, column: Column, wait: bool) -> pd.DataFrame 
             new = _make_held_out_set(bench, column)
             write_atomically(path, lambda partial: write_parquet(new, partial))
             store.share(path)
-            table = pd.read_parquet(
-                open_parquet(path)
-            )  # ``share`` has put another machine's in its place, if that was there first
+            table = load_parquet(path)  # ``share`` has put another machine's in its place, if that was there first
     return table
 
 
@@ -116,7 +114,7 @@ def read_parquet(path: Path) -> pd.DataFrame | None:
     if not path.is_file():
         return None
     try:
-        return pd.read_parquet(open_parquet(path))
+        return load_parquet(path)
     except (OSError, ValueError):  # pyarrow's errors are one of these
         note_file(path)
         return None

@@ -141,8 +141,8 @@ def _values(
 def transfer_values(cells: Mapping[str, Mapping[str, Any]], own: str) -> dict[str, Any]:
     """The row's columns: its own dataset's cell, the mean change of the others, how many became significantly worse.
 
-    Really: the p-value is below 5% by the false-discovery rate over the adapter's other datasets, as the table's are
-    over all cells.
+    Significantly: the p-value is below 5% by the false-discovery rate over the adapter's other datasets, as those of
+    the table are over all cells.
 
     Args:
         cells: of ``cell_of``, by dataset.

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from raylora.errors import ErrorKind, UserError, errors_are, one_line
 from raylora.model.adapter_files import check_adapter, check_base, read_adapter_config, tensor_names
 from raylora.model.adapters import LoadedModel
-from raylora.model.loaded_weights import check_loaded
+from raylora.model.loaded_weights import check_loaded, is_finite
 from raylora.model.model_files import check_source
 from raylora.model.sources import has_only_pickles, quiet_libraries, resolve_model
 from raylora.records import digest
@@ -202,7 +202,7 @@ def _check_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         UserError: a number is NaN or infinite.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise UserError(f"{folder}: its {name} is not finite in {str(tensor.dtype).split('.')[-1]}")
 
 

@@ -251,11 +251,9 @@ def _checked_content(content: Any) -> Predictor:
     predictor = Predictor(**content, novelty=Novelty(**novelty) if novelty else None)
     if missing := REQUIRED_CARD_KEYS - {*predictor.card}:
         raise ValueError(f"its card lacks {', '.join(sorted(missing))}")
-    (
-        verdict_of(predictor.card),
-        summary_of(predictor.card),
-        doubt_of(predictor.card),
-    )  # printed before anything else: they must be there as a whole
+    # Printed before anything else: they must be there as a whole.
+    for sentence in (verdict_of, summary_of, doubt_of):
+        sentence(predictor.card)
     num_folds, fold_of = len(predictor.fold_models), predictor.fold_of
     if len(fold_of) != len(predictor.residuals) or not (0 <= fold_of.min() <= fold_of.max() < num_folds):
         raise ValueError("folds and residuals do not fit together")

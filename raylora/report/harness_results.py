@@ -18,15 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from raylora import __version__
 from raylora.config.options import DEMO
 from raylora.mmlu.questions import SUBJECT_GROUPS
 from raylora.mmlu.statistics import accuracies_of
 from raylora.records import ResultRow
 from raylora.report.read_run import UNREADABLE
-from raylora.storage.digests import open_parquet
+from raylora.storage.digests import load_parquet
 from raylora.storage.store import Store
 
 FILE = "results.jsonl"
@@ -269,4 +267,4 @@ def _read_scores(path: Path) -> tuple[dict[str, Any], float] | None:
 
 @functools.lru_cache(maxsize=4096)  # the sink writes the file again and again, from the same scores and a few new ones
 def _accuracies_of(path: Path, _: int) -> dict[str, Any]:
-    return accuracies_of(pd.read_parquet(open_parquet(path), columns=["subject", "correct"]))
+    return accuracies_of(load_parquet(path, ["subject", "correct"]))

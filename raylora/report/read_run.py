@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from raylora.config.method import Method
 from raylora.errors import UserError
 from raylora.storage.atomic import read_json
-from raylora.storage.digests import open_parquet
+from raylora.storage.digests import load_parquet, open_parquet
 
 UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 """What pandas and pyarrow raise for a missing, cut or foreign file."""
@@ -89,10 +89,6 @@ class FinishedRun:
         return folder if is_one_name and folder.is_dir() else None
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(open_parquet(path))
-
-
 def load_run(root: Path) -> FinishedRun:
     """Read a run's ``results.parquet`` (or, where that is missing or broken, ``results.csv``) and ``run.json``.
 
@@ -102,7 +98,7 @@ def load_run(root: Path) -> FinishedRun:
     from raylora.rows import read_csv
 
     table, problem = None, ""
-    for name, read in (("results.parquet", _read_parquet), ("results.csv", read_csv)):
+    for name, read in (("results.parquet", load_parquet), ("results.csv", read_csv)):
         if table is None and (root / name).is_file():
             try:
                 table = read(root / name)
@@ -150,9 +146,8 @@ class Answers:
 def read_answers(path: Path) -> Answers | None:
     """The answers in a ``scores.parquet``; None where there is no file, or none that can be read."""
     try:
-        table = pq.read_table(open_parquet(path), columns=["question_id", "subject", "answer", "correct"]).sort_by(
-            "question_id"
-        )
+        columns = ["question_id", "subject", "answer", "correct"]
+        table = pq.read_table(open_parquet(path), columns=columns).sort_by("question_id")
     except UNREADABLE:
         return None
     return Answers(table["question_id"], table["subject"], table["answer"], table["correct"].to_numpy().astype(bool))

@@ -10,7 +10,7 @@ import pandas as pd
 from raylora.mmlu.paired import ALPHA
 from raylora.report.read_run import UNREADABLE, FinishedRun
 from raylora.report.transfer_tables import COLUMNS, TABLE
-from raylora.storage.digests import open_parquet
+from raylora.storage.digests import load_parquet
 
 MOST_SHOWN = 40
 """Rows and columns of the page's heat map, at most: those with the greatest changes. ``transfer.csv`` has all."""
@@ -73,7 +73,7 @@ def numbers_of(run: FinishedRun, name: str) -> list[float]:
 def _read_cells(run: FinishedRun) -> pd.DataFrame | None:
     """The measured cells of experiments that are in the run's table, with their ``row``."""
     try:
-        cells = pd.read_parquet(open_parquet(run.root / f"{TABLE}.parquet"), columns=COLUMNS)
+        cells = load_parquet(run.root / f"{TABLE}.parquet", COLUMNS)
         numbers = [name for name in COLUMNS[4:] if name in cells]
         cells = cells.astype(dict.fromkeys(numbers, "float64")).astype({"is_own": bool, "on_dataset": str})
     except UNREADABLE:

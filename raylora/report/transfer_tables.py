@@ -16,7 +16,7 @@ from raylora.records import ResultRow
 from raylora.report.read_run import UNREADABLE
 from raylora.rows import CELL_VALUES
 from raylora.storage.csv_files import guarded, write_csv
-from raylora.storage.digests import open_parquet, write_parquet
+from raylora.storage.digests import load_parquet, write_parquet
 from raylora.storage.places import location
 from raylora.storage.store import Store
 
@@ -66,7 +66,7 @@ def read_cells(path: Path) -> pd.DataFrame | None:
 
 @functools.lru_cache(maxsize=2048)  # the sink writes the tables again and again, from the same files and a few new ones
 def _read(path: Path, _: int) -> pd.DataFrame:
-    cells = pd.read_parquet(open_parquet(path), columns=["on_dataset", *CELL_VALUES])
+    cells = load_parquet(path, ["on_dataset", *CELL_VALUES])
     return cells.astype(dict.fromkeys(CELL_VALUES[3:], "float64"))
 
 
@@ -81,7 +81,7 @@ def load_transfer(place: str | Path) -> pd.DataFrame:
     """
     path = location(place) / f"{TABLE}.parquet"
     try:
-        return pd.read_parquet(open_parquet(path))
+        return load_parquet(path)
     except UNREADABLE as error:
         cause = " ".join(str(error).split())[:200]
         text = f"{path}: cannot be read; give the folder of a run with --transfer ({cause})"

@@ -98,6 +98,12 @@ def check_parquet(data: bytes) -> None:
         raise DamagedError("is not what was written: its digest does not fit")
 
 
+def checked_parquet(data: bytes) -> io.BytesIO:
+    """A Parquet file's bytes to be given to a reader; raises as ``check_parquet``."""
+    check_parquet(data)
+    return io.BytesIO(data)
+
+
 def open_parquet(path: Path) -> io.BytesIO:
     """The bytes of a Parquet file, checked, to be given to a reader.
 
@@ -105,9 +111,12 @@ def open_parquet(path: Path) -> io.BytesIO:
         DamagedError: it is not what was written.
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
-    check_parquet(data)
-    return io.BytesIO(data)
+    return checked_parquet(path.read_bytes())
+
+
+def load_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A table that ``write_parquet`` wrote, all of it or some columns; raises as ``open_parquet``, and as pandas."""
+    return pd.read_parquet(open_parquet(path), columns=columns)
 
 
 # Files beside a JSON product
